@@ -1,0 +1,110 @@
+"""What happens in a run, as frozen values. Sinks see these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bilevel.types import LowerStats, Stats
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Oracle calls of the run so far, lower and upper level together."""
+
+    gradients: int = 0
+    hvps: int = 0
+    cross_products: int = 0
+
+    def plus(self, *, gradients: int = 0, hvps: int = 0, cross_products: int = 0) -> Totals:
+        return Totals(
+            self.gradients + gradients, self.hvps + hvps, self.cross_products + cross_products
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A stage before or between steps that takes a while: data, pretraining, evaluation."""
+
+    stage: str
+    done: int
+    total: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run begins (step 0) or goes on (the step it was resumed at)."""
+
+    step: int
+    steps: int
+    name: str
+    num_upper: int
+    """Scalars in x."""
+    num_lower: int
+    """Scalars in y."""
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One upper step was taken; losses are those before the step."""
+
+    step: int
+    upper_loss: float
+    lower_loss: float
+    hypergradient_norm: float
+    lower: LowerStats
+    estimate: Stats
+    totals: Totals
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The problem's own measures at a step."""
+
+    step: int
+    metrics: Mapping[str, float]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure the problem made: a `matplotlib.figure.Figure`."""
+
+    step: int
+    name: str
+    figure: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something to know that does not stop the run; each kind is said once."""
+
+    step: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint lies complete on disk."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run ended: "done", "interrupted" or "terminated"."""
+
+    step: int
+    reason: str
+    seconds: float
+
+
+Event = Progress | Started | Stepped | Evaluated | Drawn | Warned | Saved | Finished

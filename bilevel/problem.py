@@ -1,0 +1,54 @@
+"""The Problem protocol: two pure losses and where their data comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from bilevel.rng import Streams
+from bilevel.types import Params
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """min over x of F(x, y*(x)),  y*(x) ∈ argmin over y of G(x, y).
+
+    The losses are pure in (x, y, batch): no `.grad`, no buffers changed, no random numbers drawn
+    that are not in the batch. Batches are tensors in dicts, lists or tuples; the run moves them
+    to its device and casts floating ones to its dtype.
+
+    A batch iterator is infinite and a deterministic function of its stream. One that has
+    `state_dict()` and `load_state_dict(state)` resumes by them; any other is resumed by drawing
+    again what it had drawn.
+
+    Optional methods, looked up by name:
+
+    - `prepare() -> Iterator[Progress]`: slow work (download, pretraining) before `init`, reported as it goes;
+    - `place(device, dtype)`: move constants that live in the problem; called once before `init`;
+    - `lower_start(x, y) -> y`: where each lower solve starts (MAML, cold start); default: the last y;
+    - `lower_solution(x) -> y` and `hypergradient(x) -> dict`: closed forms, used by `bilevel check`;
+    - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
+    - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step.
+    """
+
+    def init(self, streams: Streams) -> tuple[Params, Params]:
+        """x and y to start from."""
+        ...
+
+    def upper_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
+        """F, a scalar."""
+        ...
+
+    def lower_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
+        """G, a scalar."""
+        ...
+
+    def upper_batches(self, stream: Any) -> Iterator[Any]:
+        """Batches for F, drawn with the generator `stream`."""
+        ...
+
+    def lower_batches(self, stream: Any) -> Iterator[Any]:
+        """Batches for G, drawn with the generator `stream`."""
+        ...

@@ -1,0 +1,160 @@
+"""Algebra on `dict[str, Tensor]`, fused over the entries with `torch._foreach_*`.
+
+Functions that end in an underscore write into their first argument, as in torch. Sums are
+accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import ProblemError
+from bilevel.types import Params
+
+
+def _like(a: Params, values: Iterable[Tensor]) -> Params:
+    return dict(zip(a, values, strict=True))
+
+
+def _pair(a: Params, b: Params) -> tuple[list[Tensor], list[Tensor]]:
+    if a.keys() != b.keys():
+        raise KeyError(f"trees differ: {sorted(a.keys() ^ b.keys())}")
+    return list(a.values()), [b[name] for name in a]
+
+
+def map(function: Callable[[Tensor], Tensor], a: Params) -> Params:
+    """function applied to every entry."""
+    return {name: function(value) for name, value in a.items()}
+
+
+def zeros_like(a: Params) -> Params:
+    """0 in the shapes, dtypes and devices of a."""
+    return map(torch.zeros_like, a)
+
+
+def clone(a: Params) -> Params:
+    """A copy that shares no memory with a and is cut from its graph."""
+    return map(lambda value: value.detach().clone(), a)
+
+
+def leaves(a: Params) -> Params:
+    """The entries of a as fresh autograd leaves that share its memory; nothing is copied."""
+    return map(lambda value: value.detach().requires_grad_(), a)
+
+
+def detach(a: Params) -> Params:
+    """The entries of a, cut from the graph."""
+    return map(Tensor.detach, a)
+
+
+def add(a: Params, b: Params) -> Params:
+    """a + b."""
+    return _like(a, torch._foreach_add(*_pair(a, b))) if a else {}
+
+
+def sub(a: Params, b: Params) -> Params:
+    """a − b."""
+    return _like(a, torch._foreach_sub(*_pair(a, b))) if a else {}
+
+
+def scale(alpha: float, a: Params) -> Params:
+    """alpha · a."""
+    return _like(a, torch._foreach_mul(list(a.values()), alpha)) if a else {}
+
+
+def axpy(alpha: float, a: Params, b: Params) -> Params:
+    """alpha · a + b; b itself when alpha = 0."""
+    if alpha == 0 or not a:
+        return b
+    return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
+
+
+def axpy_(y: Params, alpha: float, a: Params) -> Params:
+    """y ← y + alpha · a."""
+    if y:
+        torch._foreach_add_(*_pair(y, a), alpha=alpha)
+    return y
+
+
+def scale_(y: Params, alpha: float) -> Params:
+    """y ← alpha · y."""
+    if y:
+        torch._foreach_mul_(list(y.values()), alpha)
+    return y
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def dot(a: Params, b: Params) -> float:
+    """⟨a, b⟩ over all entries, as a Python float (one synchronisation)."""
+    if not a:
+        return 0.0
+    first, second = _pair(a, b)
+    parts = [
+        torch.dot(_wide(p).reshape(-1), _wide(q).reshape(-1)).double()
+        for p, q in zip(first, second, strict=True)
+    ]
+    return float(torch.stack(parts).sum())
+
+
+def norm(a: Params) -> float:
+    """‖a‖₂ over all entries, as a Python float."""
+    return math.sqrt(dot(a, a))
+
+
+def size(a: Params) -> int:
+    """Number of scalars in a."""
+    return sum(value.numel() for value in a.values())
+
+
+def is_finite(a: Params) -> bool:
+    """Whether no entry holds NaN or an infinity."""
+    return all(bool(torch.isfinite(value).all()) for value in a.values())
+
+
+def flatten(a: Params) -> Tensor:
+    """All entries in one vector, in the order of the names."""
+    return torch.cat([value.reshape(-1) for value in a.values()])
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """The inverse of `flatten`, in the shapes of `like`."""
+    parts = vector.split([value.numel() for value in like.values()])
+    return {n: p.reshape(v.shape) for (n, v), p in zip(like.items(), parts, strict=True)}
+
+
+def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Tensors inside dicts, lists and tuples on `device`; floating ones in `dtype`.
+
+    Anything that is no tensor or container of them comes back as it is.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {key: to(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to(item, device, dtype) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(to(item, device, dtype) for item in value)
+    return value
+
+
+def require(value: object, name: str) -> None:
+    """Raise `ProblemError` unless `value` is a dict of names to floating-point tensors."""
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise ProblemError(f"{name} must be a dict[str, Tensor], got {kind}")
+    for key, entry in value.items():
+        if not isinstance(entry, Tensor) or not entry.is_floating_point():
+            got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
+            raise ProblemError(
+                f"{name}[{key!r}] must be a floating-point tensor, got {got}; "
+                "integers and buffers belong in the batch or the loss"
+            )

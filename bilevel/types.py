@@ -1,0 +1,240 @@
+"""The words every room shares: parameters, points, losses, estimates, and the protocols."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform, runtime_checkable
+
+import pydantic
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Function = Callable[[Params, Params, Any], Tensor]
+"""A loss as the user writes it: pure in (x, y, batch), returns a scalar."""
+
+COMPONENT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+C = TypeVar("C")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def component(cls: type[C]) -> type[C]:
+    """Make a class a component: frozen, keyword-only, validated alike from YAML and Python.
+
+    The fields of a component are at once its recipe schema, its documentation and its
+    defaults. Unknown or mistyped options raise `pydantic.ValidationError`, which the recipe
+    loader turns into a `RecipeError` with the line.
+    """
+    decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
+    return decorate(cls)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Marks a field that holds another component of `group`: `Annotated[LinearSolver, Slot("linear")]`."""
+
+    group: str
+
+
+@dataclass
+class Counts:
+    """Oracle calls made through a pair of losses; every `Loss` of the pair shares one."""
+
+    losses: int = 0
+    gradients: int = 0
+    hvps: int = 0
+    cross_products: int = 0
+    reached: set[str] = field(default_factory=set)
+    """Names of upper variables that were seen to influence a loss."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One of the two objectives with its batch bound: `loss(x, y)` is a scalar tensor."""
+
+    function: Function
+    batch: Any
+    counts: Counts
+    level: Literal["upper", "lower"]
+
+    def __call__(self, x: Params, y: Params) -> Tensor:
+        self.counts.losses += 1
+        return self.function(x, y, self.batch)
+
+    def on(self, batch: Any) -> Loss:
+        """The same objective on another batch; oracle calls are still counted together."""
+        return replace(self, batch=batch)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """F and G, each with its batch, sharing one ledger of oracle calls."""
+
+    upper: Loss
+    lower: Loss
+
+    @property
+    def counts(self) -> Counts:
+        return self.upper.counts
+
+
+@dataclass(frozen=True)
+class Path:
+    """K lower steps y_{k+1} = step(y_k, ∇y G(x, y_k; batch_k)), kept so that they can be replayed."""
+
+    optimizer: Optimizer
+    start: Params
+    state: Any
+    batches: tuple[Any, ...]
+    project: Callable[[Params], Params] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a hypergradient is asked for: upper x, lower y, and how the lower level came there."""
+
+    x: Params
+    y: Params
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The evidence that comes with a hypergradient; None where a method has nothing to say."""
+
+    gradients: int = 0
+    """First-order gradients of F or G."""
+    hvps: int = 0
+    """Products with ∂²yy G."""
+    cross_products: int = 0
+    """Products with (∂²xy G)ᵀ."""
+    iterations: int = 0
+    """Iterations of the adjoint solve, or lower steps differentiated."""
+    residual: float | None = None
+    """‖b − A v‖ / ‖b‖ of the adjoint system at the returned v."""
+    curvature: float | None = None
+    """Smallest pᵀA p / pᵀp met; ≤ 0 means the lower Hessian is not positive definite there."""
+    condition: float | None = None
+    """Estimate (a lower bound) of the condition number of A, from Ritz values."""
+    converged: bool | None = None
+    """Whether the adjoint solve reached its tolerance."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient with its evidence. `state` warm-starts the next call at a nearby point."""
+
+    hypergradient: Params
+    value: Tensor
+    """F at the point the estimator evaluated it, a detached scalar."""
+    state: Any
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an estimator needs of its surroundings; a run that cannot give it is refused at once."""
+
+    second_order: bool = True
+    """Products with second derivatives of G."""
+    path: float = 0
+    """How many of the last lower steps must be recorded: 0, a number, or `math.inf` for all."""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Returns an estimate of dΦ/dx at a point. Frozen; what it remembers is `state`.
+
+    `claim` names the function of x whose exact gradient `estimate` returns once its inner solve
+    has converged: "solution" Φ(x) = F(x, y*(x)); "path" F(x, y_K(x)) with y_K the replayed path;
+    "step" F(x, y − lr ∇y G(x, y)); "direct" F(x, y) at fixed y; None for no such function.
+    `bilevel check` holds every estimator to its claim.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+    @property
+    def claim(self) -> Literal["solution", "path", "step", "direct"] | None: ...
+    def init(self, at: Point) -> Any: ...
+    def estimate(self, losses: Losses, at: Point, state: Any) -> Estimate: ...
+
+
+Matvec = Callable[[Params], Params]
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Solution of A v = b, with evidence."""
+
+    solution: Params
+    stats: Stats
+
+
+@runtime_checkable
+class LinearSolver(Protocol):
+    """Solves A v = b knowing only v ↦ A v. `start` may be warm; zero costs no product."""
+
+    def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve: ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """A step that autograd can differentiate: pure, out of place. State is a dict of tensors."""
+
+    differentiable: ClassVar[bool]
+
+    def init(self, y: Params) -> Any: ...
+    def step(self, y: Params, gradient: Params, state: Any) -> tuple[Params, Any]: ...
+
+
+@dataclass(frozen=True)
+class LowerStats:
+    """What a lower solve did: steps and gradients taken, and where it ended."""
+
+    steps: int
+    gradients: int
+    loss: float
+    """G at the last point it was evaluated."""
+    gradient_norm: float
+    """‖∇y G‖ at the last point it was evaluated."""
+    converged: bool | None = None
+    hvps: int = 0
+
+
+@dataclass(frozen=True)
+class LowerSolution:
+    """y with the means to go on (`state`) and, if recorded, to differentiate through (`path`)."""
+
+    y: Params
+    state: Any
+    stats: LowerStats
+    batch: Any
+    """The last batch used: Hessian products belong on the same one."""
+    path: Path | None = None
+
+
+@runtime_checkable
+class LowerSolver(Protocol):
+    """Approximately solves min over y of G(x, y). `record` asks for the last steps as a `Path`."""
+
+    @property
+    def records(self) -> bool: ...
+    def init(self, y: Params) -> Any: ...
+    def solve(
+        self,
+        loss: Loss,
+        x: Params,
+        y: Params,
+        *,
+        batches: Iterator[Any],
+        state: Any,
+        record: float = 0,
+        project: Callable[[Params], Params] | None = None,
+    ) -> LowerSolution: ...
+
+
+ALL_STEPS = math.inf

@@ -1,0 +1,1 @@
+"""Problems shipped with bilevel, each found by name through the `bilevel.problems` entry points."""

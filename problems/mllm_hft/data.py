@@ -1,0 +1,88 @@
+"""What the alignment problem needs of its data: scenes with exact truth, pictures, one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from bilevel.events import Progress
+from jaxtyping import Float, UInt8
+from torch import Generator, Tensor
+
+Kind = Literal["object", "attribute", "relation", "count"]
+"""What a hallucinated caption gets wrong."""
+KINDS: tuple[Kind, ...] = ("object", "attribute", "relation", "count")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object in a picture: its name, its colour (None where unknown), and the centre in [0, 1]²."""
+
+    name: str
+    colour: str | None
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The exact truth about a picture, its caption, and captions that are wrong in one known way."""
+
+    things: tuple[Thing, ...]
+    caption: str
+    hallucinated: Mapping[Kind, str]
+    """Only the kinds that this scene allows (no colour: no attribute swap)."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the objects that are there."""
+        return frozenset(thing.name for thing in self.things)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Scenes with their pictures, in the same order."""
+
+    scenes: tuple[Scene, ...]
+    images: UInt8[Tensor, "scene 3 height width"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where scenes come from. A frozen component, pure in the generator.
+
+    `biased=True` draws objects that co-occur as in a language prior (training data); False draws
+    them independently (clean and test data), so that a prior misleads.
+    """
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every object name that can occur, most frequent (under bias) first."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of hallucinated caption this source can write."""
+        ...
+
+    def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
+        """The truth alone, without pictures: cheap, for text-only pretraining."""
+        ...
+
+    def render(self, scenes: tuple[Scene, ...], generator: Generator) -> Corpus:
+        """Draw the pictures."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A frozen vision encoder. Features are computed once a corpus and cached on disk."""
+
+    def prepare(self, source: Source) -> Iterator[Progress]:
+        """Load (or briefly train and cache) the weights, reporting progress."""
+        ...
+
+    def encode(self, corpus: Corpus) -> Float[Tensor, "scene token feature"]:
+        """Features per picture, float32 on CPU, from the cache when they are there."""
+        ...

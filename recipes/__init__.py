@@ -1,0 +1,1 @@
+"""Recipes shipped with bilevel: YAML files, run by path or by name."""
