@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from bilevel.events import Progress
+import torch
 from jaxtyping import Float, UInt8
-from torch import Generator, Tensor
+from torch import Tensor
+
+from bilevel.events import Progress
 
 Kind = Literal["object", "attribute", "relation", "count"]
 """What a hallucinated caption gets wrong."""
@@ -62,27 +64,35 @@ class Source(Protocol):
         ...
 
     @property
+    def colours(self) -> tuple[str, ...]:
+        """Every colour word that can occur; empty for a source that does not know colours."""
+        ...
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of hallucinated caption this source can write."""
         ...
 
-    def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
+    def scenes(self, size: int, *, biased: bool, generator: torch.Generator) -> tuple[Scene, ...]:
         """The truth alone, without pictures: cheap, for text-only pretraining."""
         ...
 
-    def render(self, scenes: tuple[Scene, ...], generator: Generator) -> Corpus:
+    def render(self, scenes: tuple[Scene, ...], generator: torch.Generator) -> Corpus:
         """Draw the pictures."""
         ...
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A frozen vision encoder. Features are computed once a corpus and cached on disk."""
+    """A frozen vision encoder: a component, so nothing is kept in it between calls."""
 
-    def prepare(self, source: Source) -> Iterator[Progress]:
-        """Load (or briefly train and cache) the weights, reporting progress."""
-        ...
+    def encode(
+        self, corpus: Corpus, source: Source
+    ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
+        """Features per picture, float32 on CPU: `features = yield from encoder.encode(corpus, source)`.
 
-    def encode(self, corpus: Corpus) -> Float[Tensor, "scene token feature"]:
-        """Features per picture, float32 on CPU, from the cache when they are there."""
+        Weights and features are made once and cached on disk under a hash of what determines
+        them; the generator yields its progress while it makes them, and returns the features.
+        `source` is what an encoder that trains its own weights trains on (other scenes of it).
+        """
         ...
