@@ -75,7 +75,7 @@ def arrow(u: Tensor, v: Tensor) -> Tensor:
 
 
 def house(u: Tensor, v: Tensor) -> Tensor:
-    walls = _box(u, v - 0.4, 0.68, 0.5)
+    walls = _box(u, v - 0.35, 0.68, 0.55)
     roof = torch.maximum(_edge(u.abs(), v, (0.0, -0.95), (0.95, -0.1)), v + 0.1)
     return torch.minimum(walls, roof)
 
