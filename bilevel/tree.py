@@ -74,6 +74,16 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
     return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
 
 
+def mul(a: Params, b: Params) -> Params:
+    """a · b, entry by entry."""
+    return _like(a, torch._foreach_mul(*_pair(a, b))) if a else {}
+
+
+def div(a: Params, b: Params) -> Params:
+    """a / b, entry by entry."""
+    return _like(a, torch._foreach_div(*_pair(a, b))) if a else {}
+
+
 def axpy_(y: Params, alpha: float, a: Params) -> Params:
     """y ← y + alpha · a."""
     if y:

@@ -1,0 +1,299 @@
+"""The run: lower steps, estimate, upper step, as a generator of events.
+
+While the generator is suspended its state is still, so whoever drives it may save the state after
+any event, and a test is `list(run(setup, state))`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from bilevel import calculus, tree
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.events import (
+    Drawn,
+    Evaluated,
+    Event,
+    Finished,
+    Progress,
+    Started,
+    Stepped,
+    Totals,
+    Warned,
+)
+from bilevel.functional import hypergradient
+from bilevel.problem import Problem
+from bilevel.rng import Streams
+from bilevel.samplers import Sampler
+from bilevel.types import (
+    Counts,
+    Estimate,
+    Estimator,
+    Loss,
+    LowerSolution,
+    LowerSolver,
+    Params,
+    Stats,
+)
+from bilevel.upper import Upper
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run is made of; assembled from a recipe, or by hand."""
+
+    problem: Problem
+    lower: LowerSolver
+    upper: Upper
+    estimator: Estimator
+    name: str = "run"
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    evaluate_every: int = 0
+    """Upper steps between evaluations; 0 evaluates before and after only."""
+
+
+@dataclass
+class State:
+    """Where a run is. All that the next step depends on is here."""
+
+    step: int
+    x: Params
+    y: Params
+    lower: Any
+    upper: Any
+    estimator: Any
+    """None before the first estimate."""
+    upper_batches: Sampler
+    lower_batches: Sampler
+    totals: Totals = field(default_factory=Totals)
+    warned: list[str] = field(default_factory=list)
+
+    def save(self) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state."""
+        return {
+            "step": self.step,
+            "x": self.x,
+            "y": self.y,
+            "lower": self.lower,
+            "upper": self.upper,
+            "estimator": self.estimator,
+            "upper_batches": self.upper_batches.save(),
+            "lower_batches": self.lower_batches.save(),
+            "totals": asdict(self.totals),
+            "warned": list(self.warned),
+        }
+
+
+def prepare(setup: Setup) -> Iterator[Event]:
+    """Refuse what cannot work, then let the problem do its slow work, then place it."""
+    refuse_mismatch(setup)
+    work = getattr(setup.problem, "prepare", None)
+    if work:
+        yield from work()
+    place = getattr(setup.problem, "place", None)
+    if place:
+        place(setup.device, setup.dtype)
+
+
+def refuse_mismatch(setup: Setup) -> None:
+    """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
+    required = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
+    missing = [name for name in required if not callable(getattr(setup.problem, name, None))]
+    if missing:
+        raise ProblemError(
+            f"{type(setup.problem).__name__} is no problem: it has no {', '.join(missing)}; "
+            "see bilevel.problem.Problem"
+        )
+    if setup.estimator.needs.path and not setup.lower.records:
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} differentiates through the lower steps, "
+            f"and those of {setup.lower!r} cannot be replayed; use lower: gradient with optimizer "
+            "sgd, adam, adamw or rmsprop, or estimator: implicit"
+        )
+
+
+def start(setup: Setup) -> State:
+    """The state before the first step."""
+    x, y = setup.problem.init(Streams(setup.seed))
+    for params, name in ((x, "x"), (y, "y")):
+        tree.require(params, name)
+        if len({id(entry) for entry in params.values()}) < len(params):
+            raise ProblemError(f"{name} holds one tensor under two names; give it one name")
+    if not y:
+        raise ProblemError("y is empty: a bilevel problem has lower variables")
+    x, y = (tree.clone(tree.to(params, setup.device, setup.dtype)) for params in (x, y))
+    samplers = [
+        Sampler(make, setup.seed, name, setup.device, setup.dtype)
+        for make, name in (
+            (setup.problem.upper_batches, "upper.batches"),
+            (setup.problem.lower_batches, "lower.batches"),
+        )
+    ]
+    return State(0, x, y, setup.lower.init(y), setup.upper.optimizer.init(x), None, *samplers)
+
+
+def restore(setup: Setup, saved: dict[str, Any]) -> State:
+    """The state that `State.save` described, on the setup's device."""
+    state = start(setup)
+    for name in ("x", "y", "lower", "upper", "estimator"):
+        setattr(state, name, _on(saved[name], setup.device))
+    state.upper_batches.restore(saved["upper_batches"])
+    state.lower_batches.restore(saved["lower_batches"])
+    state.step, state.warned = saved["step"], list(saved["warned"])
+    state.totals = Totals(**saved["totals"])
+    return state
+
+
+def run(setup: Setup, state: State) -> Iterator[Event]:
+    """Take the upper steps that are left, from `state`, which is advanced in place.
+
+    Raises:
+        ConvergenceError: a loss or a hypergradient is not finite; the message names the step, and
+            the state is that of the last good step.
+    """
+    began, steps = time.perf_counter(), setup.upper.steps
+    yield Started(
+        state.step,
+        steps,
+        setup.name,
+        tree.size(state.x),
+        tree.size(state.y),
+        str(setup.device),
+        str(setup.dtype).removeprefix("torch."),
+    )
+    if state.step == 0:
+        yield from evaluate(setup, state)
+    while state.step < steps:
+        yield from _advance(setup, state)
+        due = setup.evaluate_every and state.step % setup.evaluate_every == 0
+        if due or state.step == steps:
+            yield from evaluate(setup, state)
+    yield from _draw(setup, state)
+    yield Finished(state.step, "done", time.perf_counter() - began)
+
+
+def evaluate(setup: Setup, state: State) -> Iterator[Event]:
+    """The problem's own measures at the present point, if it has any."""
+    measure = getattr(setup.problem, "evaluate", None)
+    if measure is None:
+        return
+    began = time.perf_counter()
+    metrics = measure(state.x, state.y)
+    if isinstance(metrics, Iterator):
+        metrics = yield from metrics
+    yield Evaluated(state.step, metrics, time.perf_counter() - began)
+
+
+def _draw(setup: Setup, state: State) -> Iterator[Event]:
+    draw = getattr(setup.problem, "figures", None)
+    if draw is None:
+        return
+    yield Progress("figures", 0)
+    for name, figure in draw(state.x, state.y).items():
+        yield Drawn(state.step, name, figure)
+
+
+def _advance(setup: Setup, state: State) -> Iterator[Event]:
+    """One upper step. `state` changes only once all that can fail has not."""
+    began = time.perf_counter()
+    try:
+        solution = _solve_lower(setup, state)
+        upper_batch = next(state.upper_batches)
+        estimate = _estimate(setup, state, solution, upper_batch)
+    except ConvergenceError as error:
+        raise ConvergenceError(f"step {state.step + 1}: {error}") from error
+    with torch.no_grad():
+        x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
+        project = getattr(setup.problem, "project_upper", None)
+        state.x, state.upper = (project(x) if project else x), upper
+    state.y, state.lower, state.estimator = solution.y, solution.state, estimate.state
+    state.step += 1
+    stats, lower = estimate.stats, solution.stats
+    state.totals = state.totals.plus(
+        gradients=stats.gradients + lower.gradients,
+        hvps=stats.hvps + lower.hvps,
+        cross_products=stats.cross_products,
+    )
+    yield from _warnings(state, stats)
+    yield Stepped(
+        state.step,
+        float(estimate.value),
+        lower.loss,
+        tree.norm(estimate.hypergradient),
+        lower,
+        stats,
+        state.totals,
+        time.perf_counter() - began,
+    )
+
+
+def _solve_lower(setup: Setup, state: State) -> LowerSolution:
+    problem, y, lower = setup.problem, state.y, state.lower
+    restart = getattr(problem, "lower_start", None)
+    if restart:
+        y = restart(state.x, y)
+        lower = setup.lower.init(y)
+    return setup.lower.solve(
+        Loss(problem.lower_loss, None, Counts(), "lower"),
+        state.x,
+        y,
+        batches=state.lower_batches,
+        state=lower,
+        record=setup.estimator.needs.path if state.x else 0,
+        project=getattr(problem, "project_lower", None),
+    )
+
+
+def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:
+    problem = setup.problem
+    if not state.x:  # one level only: F is watched, not descended
+        loss = Loss(problem.upper_loss, upper_batch, Counts(), "upper")
+        with torch.no_grad():
+            return Estimate({}, calculus.value(loss, {}, solution.y), None, Stats())
+    return hypergradient(
+        problem.upper_loss,
+        problem.lower_loss,
+        state.x,
+        solution.y,
+        estimator=setup.estimator,
+        upper_batch=upper_batch,
+        lower_batch=solution.batch,
+        state=state.estimator,
+        path=solution.path,
+    )
+
+
+def _warnings(state: State, stats: Stats) -> Iterator[Warned]:
+    found = {}
+    if stats.curvature is not None and stats.curvature <= 0:
+        found["curvature"] = (
+            f"the lower Hessian has curvature {stats.curvature:.3g} along a search direction: it "
+            "is not positive definite here, so the adjoint is not reliable. Take more lower "
+            "steps, or set estimator.damping above its size"
+        )
+    elif stats.converged is False:
+        residual = "unknown" if stats.residual is None else f"{stats.residual:.2g}"
+        found["adjoint"] = (
+            f"the adjoint solve ended after {stats.iterations} iterations at a relative residual "
+            f"of {residual}, above its tolerance; raise estimator.solver.iterations, or loosen "
+            "estimator.solver.tolerance"
+        )
+    for kind, message in found.items():
+        if kind not in state.warned:
+            state.warned.append(kind)
+            yield Warned(state.step, kind, message)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(item, device) for key, item in value.items()}
+    return value

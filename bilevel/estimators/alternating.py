@@ -1,0 +1,32 @@
+"""The baseline without an implicit term: descend F in x and G in y in turn."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from bilevel.calculus import gradients
+from bilevel.types import Estimate, Losses, Needs, Point, Stats, component
+
+
+@component
+class Alternating:
+    """∇x F(x, y) at fixed y. 1 gradient.
+
+    Wrong by the whole implicit term (∂²xy G)ᵀ v; exact only where F does not depend on y* through
+    x. Where x does not enter F directly it is zero and x never moves.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(second_order=False)
+
+    @property
+    def claim(self) -> Literal["direct"]:
+        return "direct"
+
+    def init(self, at: Point) -> dict[str, Any]:
+        return {}
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
+        value, F_x, _ = gradients(losses.upper, at)
+        return Estimate(F_x, value, state, Stats())

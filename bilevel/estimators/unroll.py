@@ -1,0 +1,170 @@
+"""Reverse differentiation through the lower steps. Franceschi et al. (2017), arXiv:1703.01785.
+
+Truncated to the last steps: Shaban et al. (2019), arXiv:1810.10667.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from bilevel import calculus, tree
+from bilevel.calculus import gradients
+from bilevel.errors import ProblemError
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.replay import advance, replay, step
+from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
+
+
+@component
+class Unroll:
+    """d/dx F(x, y_K(x)) through the K recorded lower steps, y_0 held fixed.
+
+    Exact for the function it differentiates; its distance to dΦ/dx falls with K as the lower
+    iteration contracts. `last` differentiates the last steps only and holds what came before
+    fixed: the error falls at the contraction rate in `last` (Shaban et al. 2019, prop. 3.1).
+    Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F; `recompute` and
+    `checkpoint` add 1 and 2 gradients a step.
+
+    `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
+    one graph at a time; "checkpoint" keeps each √K-th iterate.
+    `along`: the steps to take and differentiate, from y, where the point comes with no path.
+
+    Raises:
+        ProblemError: no path, and no `along`.
+    """
+
+    last: PositiveInt | None = None
+    memory: Literal["store", "recompute", "checkpoint"] = "store"
+    along: Gradient | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(path=0 if self.along else self.last or math.inf)
+
+    @property
+    def claim(self) -> Literal["path"]:
+        return "path"
+
+    def init(self, at: Point) -> dict[str, Any]:
+        return {}
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
+        path = self.path(losses, at)
+        K = len(path.batches)
+        if self.memory == "store":
+            value, hypergradient = _store(path, losses, at.x)
+        else:
+            every = 1 if self.memory == "recompute" else math.isqrt(K - 1) + 1
+            value, hypergradient = _recompute(path, losses, at.x, every)
+        losses.counts.hvps += K
+        losses.counts.cross_products += K
+        return Estimate(hypergradient, value, state, Stats(iterations=K))
+
+    def path(self, losses: Losses, at: Point) -> Path:
+        """The steps that are differentiated, with those before `last` already taken."""
+        path = at.path
+        if path is None and self.along is not None:
+            if not self.along.optimizer.differentiable:
+                raise ProblemError("unroll.along: this optimizer's steps cannot be differentiated")
+            batches = (losses.lower.batch,) * self.along.steps
+            path = Path(self.along.optimizer, at.y, self.along.init(at.y), batches)
+        if path is None or not path.batches:
+            raise ProblemError(
+                "unroll has no lower steps to differentiate: pass the `path` of "
+                "bilevel.solve_lower(..., record=True), or set `along`"
+            )
+        surplus = len(path.batches) - (self.last or len(path.batches))
+        return advance(path, losses.lower, at.x, max(0, surplus))
+
+
+def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
+    x = tree.leaves(x)
+    with torch.enable_grad():
+        value = calculus.value(losses.upper, x, replay(path, losses.lower, x))
+    losses.counts.gradients += 1
+    return value.detach(), calculus.through(value, x, losses.lower)
+
+
+def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tensor, Params]:
+    """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
+    segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
+    starts = [replace(path, batches=segments[0])]
+    for done, following in zip(segments, [*segments[1:], ()], strict=True):
+        end = advance(starts[-1], losses.lower, x, len(done))
+        starts.append(replace(end, batches=following))
+    final = starts.pop()
+    value, total, F_y = gradients(losses.upper, Point(x, final.start))
+    adjoint = (F_y, _zeros(final.state))
+    for start in reversed(starts):
+        for one in reversed(list(_iterates(start, losses, x))):
+            part, adjoint = _back(one, losses, x, adjoint)
+            total = tree.axpy_(total, 1.0, part)
+    return value, total
+
+
+def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:
+    """The one-step paths that a segment consists of."""
+    while segment.batches:
+        yield replace(segment, batches=segment.batches[:1])
+        if len(segment.batches) == 1:
+            return
+        segment = advance(segment, losses.lower, x, 1)
+
+
+def _back(
+    one: Path, losses: Losses, x: Params, adjoint: tuple[Params, Any]
+) -> tuple[Params, tuple[Params, Any]]:
+    """(contribution to the hypergradient, adjoint before the step) of one step."""
+    x, y = tree.leaves(x), tree.leaves(one.start)
+    inputs = [leaf.detach().requires_grad_() for leaf in _flat(one.state)]
+    state = _rebuild(one.state, iter(inputs))
+    y_next, state_next = step(one, losses.lower, x, y, state, one.batches[0])
+    pairs = [
+        (out, grad)
+        for out, grad in zip(
+            [*y_next.values(), *_flat(state_next)],
+            [*adjoint[0].values(), *_flat(adjoint[1])],
+            strict=True,
+        )
+        if out.requires_grad
+    ]
+    with calculus.second_order(losses.lower):
+        # one call for all: fetching y and x apart was 20 % slower
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [*x.values(), *y.values(), *inputs],
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+    found = [
+        torch.zeros_like(leaf) if g is None else g
+        for leaf, g in zip([*x.values(), *y.values(), *inputs], found, strict=True)
+    ]
+    at_y, at_state = found[len(x) : len(x) + len(y)], found[len(x) + len(y) :]
+    before = dict(zip(y, at_y, strict=True)), _rebuild(one.state, iter(at_state))
+    return dict(zip(x, found[: len(x)], strict=True)), before
+
+
+def _flat(state: Any) -> list[Tensor]:
+    """The tensors of a nested dict, in order."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [leaf for part in state.values() for leaf in _flat(part)]
+
+
+def _rebuild(state: Any, leaves: Iterator[Tensor]) -> Any:
+    """`state` with its tensors replaced, in the order of `_flat`."""
+    if isinstance(state, Tensor):
+        return next(leaves)
+    return {key: _rebuild(part, leaves) for key, part in state.items()}
+
+
+def _zeros(state: Any) -> Any:
+    return _rebuild(state, iter([torch.zeros_like(leaf) for leaf in _flat(state)]))

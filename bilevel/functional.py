@@ -1,0 +1,221 @@
+"""The functional core: hypergradients, lower solves and unrolled solutions of plain functions."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from bilevel import calculus, tree
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.optimizers import SGD
+from bilevel.lower.replay import replay
+from bilevel.types import (
+    ALL_STEPS,
+    Counts,
+    Estimate,
+    Estimator,
+    Function,
+    Loss,
+    Losses,
+    LowerSolution,
+    LowerSolver,
+    Optimizer,
+    Params,
+    Path,
+    Point,
+)
+
+
+def hypergradient(
+    upper_loss: Function,
+    lower_loss: Function,
+    x: Params,
+    y: Params,
+    *,
+    estimator: Estimator,
+    upper_batch: Any = None,
+    lower_batch: Any = None,
+    state: Any = None,
+    path: Path | None = None,
+) -> Estimate:
+    """Estimate dΦ/dx of Φ(x) = F(x, y*(x)), y*(x) ∈ argmin over y of G(x, y), at (x, y).
+
+        dΦ/dx = ∇x F − (∂²xy G)ᵀ v,    (∂²yy G) v = ∇y F
+
+    Args:
+        upper_loss: F(x, y, batch), a scalar; pure.
+        lower_loss: G(x, y, batch), a scalar; pure.
+        x: upper variables, name to floating-point tensor.
+        y: lower variables, at (or near) the lower solution for x.
+        estimator: the method, e.g. `bilevel.estimators.implicit.Implicit()`.
+        upper_batch: third argument of `upper_loss`.
+        lower_batch: third argument of `lower_loss`; best the batch of the last lower step.
+        state: `Estimate.state` of the previous call: warm start. None starts cold and checks
+            both losses for batch normalisation in training mode (one evaluation each).
+        path: the recorded lower steps, for estimators that differentiate through them.
+
+    Returns:
+        The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence.
+        Nothing is written to `.grad`, to x, to y or to a random state. Entries that are one
+        tensor under two names (tied) are one variable and share its hypergradient.
+
+    Raises:
+        ProblemError: a loss is no scalar, has no second derivative, or changes buffers; or an
+            upper variable reaches neither loss.
+        ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
+    """
+    began = time.perf_counter()
+    tree.require(x, "x")
+    tree.require(y, "y")
+    tied = _Ties(x), _Ties(y)
+    at = Point(tree.detach(tied[0].unique), tree.detach(tied[1].unique), path)
+    losses = _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied)
+    first = state is None
+    if first:
+        for loss in (losses.upper, losses.lower):
+            calculus.refuse_impure(replace(loss, counts=Counts()), at.x, at.y)
+        state = estimator.init(at)
+    estimate = estimator.estimate(losses, at, state)
+    if first:
+        _require_reached(losses, at)
+    if not tree.is_finite(estimate.hypergradient):
+        bad = [n for n, entry in estimate.hypergradient.items() if not entry.isfinite().all()]
+        raise ConvergenceError(
+            f"the hypergradient of {', '.join(bad)} is not finite, the losses are; "
+            "more damping, a shorter path or float64 may help"
+        )
+    counts = losses.counts
+    stats = replace(
+        estimate.stats,
+        gradients=counts.gradients,
+        hvps=counts.hvps,
+        cross_products=counts.cross_products,
+        seconds=time.perf_counter() - began,
+    )
+    return replace(estimate, hypergradient=tied[0].expand(estimate.hypergradient), stats=stats)
+
+
+def solve_lower(
+    lower_loss: Function,
+    x: Params,
+    y: Params,
+    *,
+    solver: LowerSolver | None = None,
+    batch: Any = None,
+    batches: Iterable[Any] | None = None,
+    state: Any = None,
+    record: float | bool = False,
+) -> LowerSolution:
+    """Approximately solve min over y of G(x, y), from y.
+
+    Args:
+        lower_loss: G(x, y, batch), a scalar; pure.
+        x: upper variables, held fixed.
+        y: where to start; not changed.
+        solver: `Gradient` (any torch.optim optimizer; default 20 SGD steps), `LBFGS` or `Newton`.
+        batch: the one batch used in every step, or
+        batches: one batch a step.
+        state: `LowerSolution.state` of the previous call.
+        record: True to record every step as `.path` for unrolling, or the number of last steps.
+
+    Raises:
+        ProblemError: `record` with a solver whose steps cannot be replayed.
+        ConvergenceError: G became NaN or infinite.
+    """
+    tree.require(y, "y")
+    solver = solver or Gradient()
+    keep = ALL_STEPS if record is True else float(record)
+    if keep and not solver.records:
+        raise ProblemError(
+            f"{solver!r} takes no steps that can be replayed; "
+            "use Gradient with sgd, adam, adamw or rmsprop"
+        )
+    tied = _Ties(x), _Ties(y)
+    loss = _losses(lower_loss, lower_loss, batch, batch, tied).lower
+    draws = itertools.repeat(batch) if batches is None else iter(batches)
+    x, y = tree.detach(tied[0].unique), tree.detach(tied[1].unique)
+    start = solver.init(y) if state is None else state
+    solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep)
+    return replace(solution, y=tied[1].expand(solution.y))
+
+
+def unroll(
+    lower_loss: Function,
+    x: Params,
+    y: Params,
+    *,
+    steps: int,
+    optimizer: Optimizer | None = None,
+    batch: Any = None,
+    batches: Iterable[Any] | None = None,
+) -> Params:
+    """y_K after K lower steps from y, differentiable in x and y by ordinary autograd.
+
+    Entries of x and y that require grad are the ones that gradients flow to. Memory grows with
+    K graphs; `Unroll(memory="recompute")` gives the hypergradient without that.
+
+    Raises:
+        ProblemError: the optimizer's steps cannot be differentiated.
+        ConvergenceError: G became NaN or infinite.
+    """
+    optimizer = optimizer or SGD()
+    if not optimizer.differentiable:
+        raise ProblemError(
+            f"{optimizer!r} writes in place and cannot be differentiated; "
+            "use SGD, Adam, AdamW or RMSprop of bilevel.lower.optimizers"
+        )
+    draws = itertools.repeat(batch, steps) if batches is None else itertools.islice(batches, steps)
+    path = Path(optimizer, y, optimizer.init(y), tuple(draws))
+    return replay(path, Loss(lower_loss, batch, Counts(), "lower"), x)
+
+
+class _Ties:
+    """Names that stand for one and the same tensor, and the way there and back."""
+
+    def __init__(self, params: Params) -> None:
+        first: dict[int, str] = {}
+        self._home = {name: first.setdefault(id(entry), name) for name, entry in params.items()}
+        self.unique = {home: params[home] for home in first.values()}
+
+    def expand(self, unique: Params) -> Params:
+        return {name: unique[home] for name, home in self._home.items()}
+
+    @property
+    def trivial(self) -> bool:
+        return len(self.unique) == len(self._home)
+
+
+def _losses(
+    upper: Function, lower: Function, upper_batch: Any, lower_batch: Any, tied: tuple[_Ties, _Ties]
+) -> Losses:
+    if not all(ties.trivial for ties in tied):
+        upper, lower = _expanding(upper, tied), _expanding(lower, tied)
+    counts = Counts()
+    return Losses(
+        Loss(upper, upper_batch, counts, "upper"), Loss(lower, lower_batch, counts, "lower")
+    )
+
+
+def _expanding(function: Function, tied: tuple[_Ties, _Ties]) -> Function:
+    return lambda x, y, batch: function(tied[0].expand(x), tied[1].expand(y), batch)
+
+
+def _require_reached(losses: Losses, at: Point) -> None:
+    """An upper variable that influences neither loss is a wiring mistake: name it."""
+    missing = at.x.keys() - losses.counts.reached
+    if not missing:
+        return
+    apart = Counts()
+    for loss in (losses.upper, losses.lower):
+        calculus.gradient_x(replace(loss, counts=apart), at.x, at.y)
+    missing = sorted(missing - apart.reached)
+    if missing:
+        raise ProblemError(
+            f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
+            "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
+            "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off)"
+        )

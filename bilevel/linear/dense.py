@@ -1,0 +1,63 @@
+"""The whole matrix and a direct solve: the truth for small problems."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.types import Matvec, Params, Solve, Stats, component
+
+
+@component
+class Dense:
+    """A v = b by LU of the full matrix; exact to rounding; dim(b) products, dim(b)² memory.
+
+    Reports the true residual, the smallest eigenvalue of the symmetric part (`curvature`) and the
+    2-norm condition number. A singular matrix is solved in the least-squares sense and flagged
+    `converged=False`.
+
+    Raises:
+        ProblemError: dim(b) > limit.
+    """
+
+    limit: PositiveInt = 4096
+
+    def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
+        dim = tree.size(b)
+        if dim > self.limit:
+            raise ProblemError(
+                f"dense needs a {dim} x {dim} matrix; limit = {self.limit}. "
+                "Use solver=cg, or raise `limit`"
+            )
+        rhs = tree.flatten(b)
+        A = matrix(matvec, b)
+        spectrum = torch.linalg.svdvals(A)
+        eps = torch.finfo(A.dtype).eps
+        singular = bool(spectrum[-1] <= dim * eps * spectrum[0])
+        v = (
+            torch.linalg.lstsq(A, rhs[:, None], driver="gelsd").solution[:, 0]
+            if singular
+            else (torch.linalg.solve(A, rhs))
+        )
+        size = float(rhs.norm())
+        return Solve(
+            tree.unflatten(v, b),
+            Stats(
+                iterations=dim,
+                residual=float((rhs - A @ v).norm()) / size if size else 0.0,
+                curvature=float(torch.linalg.eigvalsh((A + A.T) / 2)[0]),
+                condition=None if singular else float(spectrum[0] / spectrum[-1]),
+                converged=not singular,
+            ),
+        )
+
+
+def matrix(matvec: Matvec, like: Params) -> Tensor:
+    """The matrix of a linear map on trees shaped like `like`, one product a column."""
+    identity = torch.eye(tree.size(like), dtype=tree.flatten(like).dtype)
+    device = next(iter(like.values())).device
+    columns = [tree.flatten(matvec(tree.unflatten(e.to(device), like))) for e in identity]
+    return torch.stack(columns, dim=1)

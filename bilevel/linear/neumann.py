@@ -1,0 +1,66 @@
+"""Truncated Neumann series for A⁻¹ b. Lorraine, Vicol and Duvenaud (2020), arXiv:1911.02590, alg. 3."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from bilevel import tree
+from bilevel.errors import ConvergenceError
+from bilevel.types import Matvec, Params, Solve, Stats, component
+
+
+@component
+class Neumann:
+    """v_K = scale · Σ_{k ≤ K} (I − scale · A)ᵏ b; error ratio ‖I − scale · A‖ a term; 1 product a term.
+
+    Converges if and only if every eigenvalue of A lies in (0, 2 / scale). Equals K Richardson
+    steps v ← v + scale (b − A v) from `start`, which is how it is computed: so a warm start
+    continues the series, and the last term is the residual. A start other than zero costs one
+    more product.
+
+    Raises:
+        ConvergenceError: the terms grow three times in a row, or are not finite.
+    """
+
+    iterations: PositiveInt = 20
+    scale: PositiveFloat = 0.1
+    tolerance: NonNegativeFloat = 0.0
+
+    def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
+        size = tree.norm(b)
+        if size == 0:
+            return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
+        warm = tree.norm(start) > 0
+        v = tree.clone(start) if warm else tree.zeros_like(b)
+        r = tree.sub(b, matvec(start)) if warm else tree.clone(b)
+        lowest, growth, steps, norm = math.inf, 0, 0, tree.norm(r)
+        while steps < self.iterations and norm > self.tolerance * size:
+            tree.axpy_(v, self.scale, r)
+            Ar = matvec(r)
+            steps, previous = steps + 1, norm
+            lowest = min(lowest, tree.dot(r, Ar) / norm**2)
+            tree.axpy_(r, -self.scale, Ar)
+            norm = tree.norm(r)
+            growth = growth + 1 if norm > previous else 0
+            if growth == 3 or not math.isfinite(norm):
+                self._refuse(steps, norm / previous)
+        converged = norm / size <= self.tolerance if self.tolerance > 0 else None
+        return Solve(
+            v,
+            Stats(
+                iterations=steps,
+                residual=norm / size,
+                curvature=None if math.isinf(lowest) else lowest,
+                converged=converged,
+            ),
+        )
+
+    def _refuse(self, steps: int, ratio: float) -> None:
+        raise ConvergenceError(
+            f"the Neumann series diverges: term {steps} is {ratio:.3g} times the one before. "
+            f"scale = {self.scale:g} must be below 2 / (largest eigenvalue of the lower Hessian), "
+            "and the Hessian positive definite: lower `scale` to "
+            f"{0.9 * self.scale * 2 / (1 + ratio):.2g} or less, or add `damping`"
+        )

@@ -1,0 +1,87 @@
+"""First-order descent on the lower level, with the path kept if an estimator asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from bilevel import calculus, tree
+from bilevel.lower.optimizers import SGD
+from bilevel.types import (
+    Loss,
+    LowerSolution,
+    LowerStats,
+    Optimizer,
+    Params,
+    Path,
+    Slot,
+    component,
+)
+
+
+@component
+class Gradient:
+    """At most `steps` steps of an optimizer, a new batch each; stops early at ‖∇y G‖ ≤ tolerance.
+
+    Costs one lower gradient a step. The optimizer's state goes on from one upper step to the next
+    unless the problem restarts y (`lower_start`).
+    """
+
+    steps: PositiveInt = 20
+    optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
+    tolerance: NonNegativeFloat = 0.0
+
+    @property
+    def records(self) -> bool:
+        """Whether a path can be replayed: the optimizer's steps are differentiable."""
+        return self.optimizer.differentiable
+
+    def init(self, y: Params) -> Any:
+        return self.optimizer.init(y)
+
+    def solve(
+        self,
+        loss: Loss,
+        x: Params,
+        y: Params,
+        *,
+        batches: Iterator[Any],
+        state: Any,
+        record: float = 0,
+        project: Callable[[Params], Params] | None = None,
+    ) -> LowerSolution:
+        # with early stopping the last steps are known only afterwards, so all are kept
+        first = 0 if self.tolerance > 0 else max(0, self.steps - record)
+        start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
+        batch, converged = None, None
+        for k in range(self.steps):
+            batch = next(batches)
+            last_value, g = calculus.gradient_y(loss.on(batch), x, y)
+            value, norm = float(last_value), tree.norm(g)
+            if self.tolerance > 0 and norm <= self.tolerance:
+                converged = True
+                break
+            if record and k >= first:
+                start = (y, state) if k == first else start
+                used.append(batch)
+            y, state = step(self.optimizer, y, g, state, project)
+            steps, converged = k + 1, False if self.tolerance > 0 else None
+        path = Path(self.optimizer, start[0], start[1], tuple(used), project) if record else None
+        stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
+        return LowerSolution(y, state, stats, batch, path)
+
+
+@torch.no_grad()
+def step(
+    optimizer: Optimizer,
+    y: Params,
+    gradient: Params,
+    state: Any,
+    project: Callable[[Params], Params] | None,
+) -> tuple[Params, Any]:
+    """One optimizer step, and the projection if there is one."""
+    y, state = optimizer.step(y, gradient, state)
+    return (project(y) if project else y), state

@@ -1,0 +1,86 @@
+"""Newton's method with the full Hessian on the lower level, for small smooth problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+
+from bilevel import calculus, tree
+from bilevel.linear.dense import matrix
+from bilevel.lower.lbfgs import refuse_projection
+from bilevel.types import Loss, LowerSolution, LowerStats, Params, Point, component
+
+
+@component
+class Newton:
+    """y − t H⁻¹∇y G, t halved until G falls enough (Armijo); quadratic convergence; dim(y) HVPs a step.
+
+    Where H is not positive definite its eigenvalues are replaced by their absolute values, at
+    least 1e-8 of the largest, so that every step descends (Nocedal and Wright 2006, sec. 3.4).
+    Stops at ‖∇y G‖ ≤ tolerance, after `steps` steps, or where rounding stops the descent.
+    Draws one batch a solve. No path.
+    """
+
+    steps: PositiveInt = 50
+    tolerance: NonNegativeFloat = 1e-10
+
+    @property
+    def records(self) -> bool:
+        return False
+
+    def init(self, y: Params) -> dict[str, Any]:
+        return {}
+
+    def solve(
+        self,
+        loss: Loss,
+        x: Params,
+        y: Params,
+        *,
+        batches: Iterator[Any],
+        state: Any,
+        record: float = 0,
+        project: Callable[[Params], Params] | None = None,
+    ) -> LowerSolution:
+        refuse_projection(project, "newton")
+        batch = next(batches)
+        loss, gradients, hvps = loss.on(batch), 0, 0
+        for taken in range(self.steps + 1):
+            lower = calculus.linearize(loss, Point(x, y))
+            gradients, value, norm = gradients + 1, float(lower.value), tree.norm(lower.gradient)
+            if norm <= self.tolerance or taken == self.steps:
+                break
+            direction = _direction(matrix(lower.hvp_yy, y), lower.gradient)
+            hvps += tree.size(y)
+            y, moved = _search(loss, x, y, direction, value, tree.dot(direction, lower.gradient))
+            if not moved:
+                break
+        stats = LowerStats(taken, gradients, value, norm, norm <= self.tolerance, hvps)
+        return LowerSolution(tree.detach(y), state, stats, batch)
+
+
+def _direction(hessian: torch.Tensor, gradient: Params) -> Params:
+    values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+    size = values.abs()
+    size = size.clamp(min=float(size.max()) * 1e-8 + torch.finfo(size.dtype).tiny)
+    g = tree.flatten(gradient)
+    return tree.unflatten(-(vectors @ ((vectors.T @ g) / size)), gradient)
+
+
+def _search(
+    loss: Loss, x: Params, y: Params, direction: Params, value: float, slope: float
+) -> tuple[Params, bool]:
+    """(new y, whether it moved). The full step is taken when rounding hides the decrease."""
+    noise = 10 * torch.finfo(next(iter(y.values())).dtype).eps * max(abs(value), 1e-30)
+    t = 1.0
+    for _ in range(30):
+        trial = tree.axpy(t, direction, y)
+        with torch.no_grad():
+            new = float(loss(x, trial))
+        if new <= value + 1e-4 * t * slope + noise:
+            return trial, True
+        t /= 2
+    return y, False
