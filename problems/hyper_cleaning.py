@@ -25,7 +25,7 @@ from bilevel.errors import ProblemError, RequirementError
 from bilevel.rng import Streams
 from bilevel.types import Params, component
 
-FASHION = Path("/usr/share/dataset-fashion-mnist")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @component

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
+
 from bilevel.calculus import gradients
-from bilevel.types import Estimate, Losses, Needs, Point, Stats, component
+from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
 
 
 @component
@@ -23,6 +26,10 @@ class Alternating:
     @property
     def claim(self) -> Literal["direct"]:
         return "direct"
+
+    def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
+        """x ↦ F(x, y) at fixed y, the function this estimator claims to differentiate."""
+        return lambda x: losses.upper(x, at.y)
 
     def init(self, at: Point) -> dict[str, Any]:
         return {}

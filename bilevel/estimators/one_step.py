@@ -5,10 +5,12 @@ DARTS: Liu, Simonyan and Yang (2019), arXiv:1806.09055, eq. 7-8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.calculus import gradient_x, gradient_y, gradients, linearize
@@ -54,6 +56,15 @@ class OneStep:
             value, F_x, F_y = gradients(losses.upper, self._stepped(at, lower.gradient))
             cross = lower.vjp_xy(F_y)
         return Estimate(tree.axpy(-self.lr, cross, F_x), value, state, Stats(iterations=1))
+
+    def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
+        """x ↦ F(x, y − lr ∇y G(x, y)), the function this estimator claims to differentiate."""
+
+        def stepped(x: Params) -> Tensor:
+            _, G_y = gradient_y(losses.lower, x, at.y)
+            return losses.upper(x, self._stepped(at, G_y).y)
+
+        return stepped
 
     def _stepped(self, at: Point, G_y: Params) -> Point:
         return Point(at.x, tree.axpy(-self.lr, G_y, at.y))

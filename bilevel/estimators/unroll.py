@@ -6,7 +6,7 @@ Truncated to the last steps: Shaban et al. (2019), arXiv:1810.10667.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -66,6 +66,15 @@ class Unroll:
         losses.counts.hvps += K
         losses.counts.cross_products += K
         return Estimate(hypergradient, value, state, Stats(iterations=K))
+
+    def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
+        """x ↦ F(x, y_K(x)), the function this estimator claims to differentiate."""
+        path = self.path(losses, at)
+
+        def unrolled(x: Params) -> Tensor:
+            return losses.upper(x, advance(path, losses.lower, x, len(path.batches)).start)
+
+        return unrolled
 
     def path(self, losses: Losses, at: Point) -> Path:
         """The steps that are differentiated, with those before `last` already taken."""

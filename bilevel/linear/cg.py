@@ -30,6 +30,10 @@ class CG:
     iterations: PositiveInt = 20
     tolerance: NonNegativeFloat = Field(default=1e-6)
 
+    def tight(self, dim: int) -> CG:
+        """Converged as far as float64 allows."""
+        return CG(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
+
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         v, r, products = residual(matvec, b, start)
         target, rr = self.tolerance * tree.norm(b), tree.dot(r, r)

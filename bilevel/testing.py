@@ -1,0 +1,287 @@
+"""Is a hypergradient right? `check` holds estimators to their claims on any problem.
+
+The reference is the problem's closed form where it has one; else central differences of Φ
+through a re-solved lower level; else a converged adjoint whose products are verified by first
+differences of ∇G. Everything is in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bilevel import calculus, rng, tree
+from bilevel.differences import Differences, central
+from bilevel.engine import Setup, prepare, start
+from bilevel.errors import BilevelError
+from bilevel.events import Event
+from bilevel.functional import hypergradient
+from bilevel.linear.cg import CG
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.types import (
+    ALL_STEPS,
+    Counts,
+    Estimate,
+    Estimator,
+    Loss,
+    Losses,
+    LowerSolution,
+    Params,
+    Point,
+    Stats,
+)
+
+Verdict = Literal["exact", "approximate", "wrong", "untested"]
+
+STATIONARY = 1e-9
+"""‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What was found about one estimator."""
+
+    name: str
+    reference: str
+    """What dΦ/dx was compared with."""
+    error: float | None
+    """‖h − reference‖ / ‖reference‖ as configured, after the configured lower solve."""
+    cosine: float | None
+    claim: str | None
+    claim_error: float | None
+    """Relative error against the function it claims to differentiate, where the claim must hold."""
+    verdict: Verdict
+    note: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The truth about dΦ/dx, possibly in some directions only."""
+
+    name: str
+    measure: Callable[[Params], Tensor]
+    """A hypergradient's components where the truth is known."""
+    truth: Tensor
+    tolerance: float
+    """Relative error above which an exact method is wrong."""
+
+    def error(self, h: Params) -> float:
+        """Relative error; absolute where the truth is zero."""
+        size = float(self.truth.norm())
+        return float((self.measure(h) - self.truth).norm()) / (size or 1.0)
+
+    def cosine(self, h: Params) -> float | None:
+        got = self.measure(h)
+        sizes = float(got.norm() * self.truth.norm())
+        return float(got @ self.truth) / sizes if sizes else None
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A problem at one x: the losses, the lower solve of the recipe, and the tight one."""
+
+    setup: Setup
+    losses: Losses
+    x: Params
+    solved: LowerSolution
+    tight: Params
+    stationary: bool
+    generator: torch.Generator
+
+
+def check(
+    setup: Setup,
+    estimators: Mapping[str, Estimator],
+    *,
+    dtype: torch.dtype = torch.float64,
+    perturb: float = 0.1,
+) -> Iterator[Event | CheckRow]:
+    """Compare each estimator with the truth, and with what it claims, near the initial x.
+
+    x is the initial point plus `perturb` times normal noise, so that symmetric starting points
+    hide nothing. Yields the problem's `Progress` while it prepares, then one row an estimator.
+
+    A claim is tested where it must hold: at the tightly solved lower level for "solution", with
+    the estimator's `tight` settings; by central differences of its own `objective` else.
+
+    Raises:
+        ProblemError: the problem itself cannot be differentiated.
+    """
+    setup = replace(setup, dtype=dtype)
+    yield from prepare(setup)
+    scene = _scene(setup, perturb)
+    reference = _reference(scene)
+    for name, estimator in estimators.items():
+        yield _row(scene, reference, name, estimator)
+
+
+def _scene(setup: Setup, perturb: float) -> _Scene:
+    state = start(setup)
+    generator = rng.stream(setup.seed, "check")
+    x = tree.map(lambda p: p + perturb * _noise(p, generator), state.x)
+    project = getattr(setup.problem, "project_upper", None)
+    x = tree.clone(project(x)) if project else x
+    constrain = getattr(setup.problem, "project_lower", None)
+    counts = Counts()
+    lower = Loss(setup.problem.lower_loss, None, counts, "lower")
+    restart = getattr(setup.problem, "lower_start", None)
+    y = restart(x, state.y) if restart else state.y
+    solved = setup.lower.solve(
+        lower,
+        x,
+        y,
+        batches=state.lower_batches,
+        state=setup.lower.init(y),
+        record=ALL_STEPS if setup.lower.records else 0,
+        project=constrain,
+    )
+    lower = lower.on(solved.batch)
+    upper = Loss(setup.problem.upper_loss, next(state.upper_batches), counts, "upper")
+    tight, stationary = (
+        (solved.y, False) if constrain else solve_tightly(setup.problem, lower, x, solved.y)
+    )
+    return _Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
+    """(y, whether ‖∇y G‖ is negligible there): closed form, Newton to 200 unknowns, else L-BFGS."""
+    closed = getattr(problem, "lower_solution", None)
+    if closed is not None:
+        return tree.detach(closed(x)), True
+    _, g = calculus.gradient_y(lower, x, y)
+    goal = STATIONARY * (1 + tree.norm(g))
+    small = tree.size(y) <= 200
+    solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=1000, history=20)
+    for _ in range(1 if small else 5):  # a fresh memory helps where the line search stalls
+        solution = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={})
+        y = solution.y
+        if solution.stats.converged:
+            return y, True
+    return y, False
+
+
+def _reference(scene: _Scene) -> Reference | None:
+    problem, x = scene.setup.problem, scene.x
+    closed = getattr(problem, "hypergradient", None)
+    if closed is not None:
+        return Reference("closed form", tree.flatten, tree.flatten(closed(x)).detach(), 1e-6)
+    if scene.stationary:
+        found = _differences_of_value(scene)
+        if found.error <= 1e-2:
+            return _from_differences("central differences", found)
+    return _verified_adjoint(scene)
+
+
+def _from_differences(name: str, found: Differences) -> Reference:
+    some = (
+        "" if len(found.slopes) == len(found.directions) else f" ({len(found.slopes)} directions)"
+    )
+    return Reference(name + some, found.along, found.slopes, max(1e-5, 10 * found.error))
+
+
+def _differences_of_value(scene: _Scene) -> Differences:
+    """Central differences of Φ, the lower level solved again at every x."""
+
+    def value(x: Params) -> Tensor:
+        y, _ = solve_tightly(scene.setup.problem, scene.losses.lower, x, scene.tight)
+        return scene.losses.upper(x, y)
+
+    return central(value, scene.x, scene.generator, step=1e-3)
+
+
+def _verified_adjoint(scene: _Scene) -> Reference | None:
+    """∇x F − (∇x G(y + εv) − ∇x G(y − εv)) / 2ε, v from CG and its equation verified by differences.
+
+    Independent of every second derivative but those in CG, whose result is accepted only if
+    first differences of ∇y G along v return ∇y F.
+    """
+    at, losses = Point(scene.x, scene.tight), scene.losses
+    _, F_x, F_y = calculus.gradients(losses.upper, at)
+    lower = calculus.linearize(losses.lower, at)
+    F_y = lower.restrict(F_y)
+    v = CG().tight(min(tree.size(at.y), 50)).solve(lower.hvp_yy, F_y, tree.zeros_like(F_y)).solution
+    size = tree.norm(v)
+    if size == 0:
+        return Reference("no adjoint: ∇y F = 0", tree.flatten, tree.flatten(F_x), 1e-5)
+    h = 1e-4 / size
+    ends = [tree.axpy(s * h, v, at.y) for s in (1, -1)]
+    Hv = _half(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
+    off = tree.norm(tree.sub(Hv, F_y)) / tree.norm(F_y)
+    if not off <= 1e-3:
+        return None
+    cross = _half(h, *(calculus.gradient_x(losses.lower, at.x, y) for y in ends))
+    truth = tree.flatten(tree.sub(F_x, cross))
+    return Reference("converged adjoint", tree.flatten, truth, max(1e-4, 100 * off))
+
+
+def _half(h: float, above: Params, below: Params) -> Params:
+    return tree.scale(1 / (2 * h), tree.sub(above, below))
+
+
+def _row(scene: _Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
+    known = reference.name if reference else "none: the lower level cannot be solved tightly"
+    row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
+    try:
+        got = _ask(scene, estimator, scene.solved.y)
+    except BilevelError as error:
+        return replace(row, note=str(error))
+    if reference:
+        error, cosine = reference.error(got.hypergradient), reference.cosine(got.hypergradient)
+        row = replace(row, error=error, cosine=cosine)
+    row = replace(row, stats=got.stats)
+    if estimator.claim is None:
+        return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
+    try:
+        return _judge(scene, reference, row, estimator)
+    except BilevelError as error:
+        return replace(row, note=str(error))
+
+
+def _judge(
+    scene: _Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
+) -> CheckRow:
+    tighten = getattr(estimator, "tight", None)
+    tight = tighten(tree.size(scene.tight)) if tighten else estimator
+    if estimator.claim == "solution":
+        if reference is None:
+            return row
+        got = _ask(scene, tight, scene.tight)
+        error, tolerance = reference.error(got.hypergradient), reference.tolerance
+        condition = got.stats.condition or 1.0
+        tolerance = max(tolerance, 100 * condition * (got.stats.residual or 0.0))
+        if got.stats.converged is False and error > tolerance:
+            note = f"adjoint not converged: residual {got.stats.residual:.1e}"
+            return replace(row, claim_error=error, note=note)
+    else:
+        got = _ask(scene, tight, scene.solved.y)
+        at = Point(scene.x, scene.solved.y, scene.solved.path)
+        objective = tight.objective(scene.losses, at)  # pyright: ignore[reportAttributeAccessIssue]
+        found = _from_differences("", central(objective, scene.x, scene.generator))
+        error, tolerance = found.error(got.hypergradient), found.tolerance
+    verdict: Verdict = "exact" if error <= tolerance else "wrong"
+    note = "" if verdict == "exact" else f"claim missed by {error:.1e}, tolerance {tolerance:.1e}"
+    return replace(row, claim_error=error, verdict=verdict, note=note)
+
+
+def _ask(scene: _Scene, estimator: Estimator, y: Params) -> Estimate:
+    return hypergradient(
+        scene.losses.upper.function,
+        scene.losses.lower.function,
+        scene.x,
+        y,
+        estimator=estimator,
+        upper_batch=scene.losses.upper.batch,
+        lower_batch=scene.losses.lower.batch,
+        path=scene.solved.path,
+    )
