@@ -1,0 +1,45 @@
+"""Figures that the problem draws, as PNG for the report and SVG for a paper."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from bilevel.events import Drawn, Event
+from bilevel.types import component
+
+FOLDER = "figures"
+
+
+@component
+class Figures:
+    """Every `Drawn` figure as figures/<name>.png and .svg; a later step replaces an earlier one."""
+
+    dpi: PositiveInt = 150
+
+    def open(self, folder: Path, step: int | None) -> FigureWriter:
+        return FigureWriter(folder / FOLDER, self.dpi)
+
+
+@dataclass(frozen=True)
+class FigureWriter:
+    """Writes into `folder`, which is made with the first figure."""
+
+    folder: Path
+    dpi: int
+
+    def receive(self, event: Event) -> None:
+        if not isinstance(event, Drawn):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^\w.-]+", "_", event.name)
+        event.figure.savefig(self.folder / f"{name}.png", dpi=self.dpi, bbox_inches="tight")
+        # No date in the file: the same run draws the same bytes.
+        event.figure.savefig(
+            self.folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None}
+        )
+
+    def close(self) -> None: ...
