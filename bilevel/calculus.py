@@ -146,9 +146,20 @@ def linearize(loss: Loss, at: Point) -> Linearization:
         output = value(loss, x, y)
         found = _grad(output, y, create_graph=True)
     loss.counts.gradients += 1
+    require_graph(loss, found)
     graph = {n: g for n, g in zip(y, found, strict=True) if g is not None and g.requires_grad}
     absent = frozenset(n for n, g in zip(y, found, strict=True) if g is None)
     return Linearization(output.detach(), _filled(found, y), loss, x, y, graph, absent)
+
+
+def require_graph(loss: Loss, gradient: Iterable[Tensor | None]) -> None:
+    """Raise `ProblemError` if ∇y G depends on nothing: its derivatives would be silent zeros."""
+    if not any(part is not None and part.requires_grad for part in gradient):
+        raise ProblemError(
+            f"the gradient of {loss.level}_loss in y depends on neither y nor x, so every second "
+            "derivative would be zero: the loss is linear in y, or does not use y, or holds a "
+            "custom autograd.Function whose backward is once_differentiable"
+        )
 
 
 def gradient_x(loss: Loss, x: Params, y: Params) -> Params:

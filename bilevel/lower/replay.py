@@ -19,6 +19,7 @@ def step(
         value = calculus.value(loss, x, y)
         loss.counts.gradients += 1
         found = torch.autograd.grad(value, list(y.values()), create_graph=True, allow_unused=True)
+        calculus.require_graph(loss, found)
         g = {
             name: torch.zeros_like(entry) if part is None else part
             for (name, entry), part in zip(y.items(), found, strict=True)

@@ -49,12 +49,14 @@ class TorchOptimizer:
     ) -> tuple[Params, dict[str, Any]]:
         y = tree.leaves(tree.clone(y))
         optimizer = self._build(y)
-        if state:
-            entries = {i: state[name] for i, name in enumerate(y) if name in state}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        for name, kept in state.items():
+            # set, not loaded: load_state_dict would cast counters and products to y's dtype
+            optimizer.state[y[name]] = {key: _copy(value) for key, value in kept.items()}
         for name, entry in y.items():
             entry.grad = gradient[name].detach()
         optimizer.step()
-        saved = optimizer.state_dict()["state"]
-        return tree.detach(y), {name: saved[i] for i, name in enumerate(y) if i in saved}
+        return tree.detach(y), {name: dict(optimizer.state[entry]) for name, entry in y.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

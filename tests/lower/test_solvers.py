@@ -1,0 +1,159 @@
+"""Lower solvers reach the closed form, stop where they say, and never claim what they did not do."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bilevel import tree
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.functional import solve_lower
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.lower.optimizers import SGD, Adam
+from bilevel.lower.torch_optim import TorchOptimizer
+from tests.cases import NAMES, PROBLEMS, closed_form, offset, relative
+
+
+def solve(case, solver, start=None, **options):
+    y = offset(case.y, 3.0) if start is None else start
+    return solve_lower(
+        case.problem.lower_loss, case.x, y, solver=solver, batch=case.lower_batch, **options
+    )
+
+
+@pytest.mark.parametrize("make", PROBLEMS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("solver", "rtol"), [(Newton(), 1e-8), (LBFGS(steps=800, history=50, tolerance=1e-7), 1e-2)]
+)
+def test_reaches_the_closed_form(make, solver, rtol):
+    case = closed_form(make, 0)
+    assert relative(solve(case, solver).y, case.y) <= rtol
+    few = type(solver)(steps=1) if isinstance(solver, LBFGS) else None
+    if few and len(tree.flatten(case.y)) > 1:  # control: one step is not enough
+        assert relative(solve(case, few).y, case.y) > 1e-4
+
+
+def test_gradient_descent_contracts_at_its_rate():
+    case = closed_form(PROBLEMS[0], 0)
+    values = torch.linalg.eigvalsh(case.hessian())
+    lr = 0.9
+    start = offset(case.y, 5.0)
+    rate = max(abs(1 - lr * float(v)) for v in values)
+    gaps = [
+        tree.norm(tree.sub(solve(case, Gradient(steps=k, optimizer=SGD(lr=lr)), start).y, case.y))
+        for k in (40, 60)
+    ]
+    assert (gaps[1] / gaps[0]) ** (1 / 20) == pytest.approx(rate, rel=1e-3)
+
+
+def test_early_stopping_stops_at_the_tolerance():
+    case = closed_form(PROBLEMS[0], 0)
+    solution = solve(case, Gradient(steps=10_000, optimizer=SGD(lr=0.9), tolerance=1e-5))
+    stats = solution.stats
+    assert stats.converged
+    assert stats.gradient_norm <= 1e-5
+    assert stats.gradients == stats.steps + 1 < 10_000
+    assert solve(case, Gradient(steps=3, tolerance=1e-5)).stats.converged is False
+
+
+def test_the_state_goes_on():
+    """Ten steps and ten more are twenty, momentum and Adam's averages included."""
+    case = closed_form(PROBLEMS[0], 0)
+    start = offset(case.y, 1.0)
+    for optimizer in (SGD(lr=0.1, momentum=0.9), Adam(lr=0.1)):
+        ten = Gradient(steps=10, optimizer=optimizer)
+        first = solve(case, ten, start)
+        second = solve(case, ten, first.y, state=first.state)
+        twenty = solve(case, Gradient(steps=20, optimizer=optimizer), start)
+        assert torch.equal(tree.flatten(second.y), tree.flatten(twenty.y))
+        forgetful = solve(case, ten, first.y)
+        assert not torch.equal(tree.flatten(forgetful.y), tree.flatten(twenty.y))
+
+
+def test_one_batch_a_step_and_the_last_one_returned():
+    seen = []
+
+    def lower(x, y, batch):
+        seen.append(batch)
+        return (y["y"] - batch) ** 2
+
+    y = {"y": torch.zeros((), dtype=torch.float64)}
+    solver = Gradient(steps=3)
+    solution = solve_lower(lower, {}, y, solver=solver, batches=itertools.count(5), record=True)
+    assert seen == [5, 6, 7]
+    assert solution.batch == 7
+    assert solution.path.batches == (5, 6, 7)
+
+
+@pytest.mark.parametrize("last", [1, 4, 10, math.inf])
+def test_a_recorded_path_ends_at_the_solution(last):
+    from bilevel.lower.replay import advance
+    from bilevel.types import Counts, Loss
+
+    case = closed_form(PROBLEMS[0], 0)
+    solver = Gradient(steps=10, optimizer=Adam(lr=0.1))
+    solution = solve(case, solver, record=last)
+    path = solution.path
+    assert len(path.batches) == min(last, 10)
+    loss = Loss(case.problem.lower_loss, None, Counts(), "lower")
+    end = advance(path, loss, case.x, len(path.batches)).start
+    assert torch.equal(tree.flatten(end), tree.flatten(solution.y))
+
+
+def test_newton_descends_where_the_hessian_is_indefinite():
+    def lower(x, y, batch):
+        return (y["y"] ** 4 / 4 - y["y"] ** 2 / 2).sum() + 0.1 * y["y"].sum()
+
+    y = {"y": torch.tensor([0.05, -0.1, 0.3], dtype=torch.float64)}  # curvature −1 around 0
+    solution = solve_lower(lower, {}, y, solver=Newton())
+    assert solution.stats.converged
+    assert float((3 * solution.y["y"] ** 2 - 1).min()) > 0  # minima, not the stationary maximum
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), Newton()], ids=repr)
+def test_what_cannot_project_or_replay_says_so(solver):
+    case = closed_form(PROBLEMS[0], 0)
+    with pytest.raises(ProblemError, match="cannot keep y in the set"):
+        solver.solve(None, case.x, case.y, batches=iter([]), state={}, project=lambda y: y)
+    with pytest.raises(ProblemError, match="sgd, adam, adamw or rmsprop"):
+        solve(case, solver, record=True)
+
+
+def test_a_projection_is_applied_after_each_step():
+    def lower(x, y, batch):
+        return ((y["y"] - 3.0) ** 2).sum()
+
+    from bilevel.types import Counts, Loss
+
+    solution = Gradient(steps=50).solve(
+        Loss(lower, None, Counts(), "lower"),
+        {},
+        {"y": torch.zeros(2)},
+        batches=itertools.repeat(None),
+        state={},
+        project=lambda y: tree.map(lambda p: p.clamp(max=1.0), y),
+    )
+    assert torch.equal(solution.y["y"], torch.ones(2))
+
+
+def test_divergence_is_an_error_and_not_a_nan():
+    case = closed_form(PROBLEMS[0], 0)
+    with pytest.raises(ConvergenceError, match=r"lower_loss = .*lower.optimizer.lr"):
+        solve(case, Gradient(steps=5000, optimizer=SGD(lr=100.0)))
+
+
+def test_inputs_are_not_touched():
+    case = closed_form(PROBLEMS[0], 0)
+    start = offset(case.y, 1.0)
+    before = tree.clone(start)
+    for solver in (Gradient(), LBFGS(), Newton(), Gradient(optimizer=_adagrad())):
+        solve(case, solver, start)
+        assert torch.equal(tree.flatten(start), tree.flatten(before))
+        assert start["y"].grad is None
+
+
+def _adagrad():
+    return TorchOptimizer(optimizer="Adagrad", options={"lr": 0.1})

@@ -1,0 +1,215 @@
+"""Linear solvers against direct solves, at tolerances derived from the conditioning."""
+
+import math
+
+import pytest
+import torch
+
+from bilevel import tree
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.linear.neumann import Neumann
+
+
+def system(spectrum, seed, dtype=torch.float64):
+    """(matvec, A, b as a tree of two entries, solution) with the given eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(spectrum)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    A = (Q * torch.as_tensor(spectrum, dtype=torch.float64)) @ Q.T
+    flat = torch.randn(n, generator=generator, dtype=torch.float64) + 1
+    like = {"a": torch.zeros(n // 3, dtype=dtype), "b": torch.zeros(n - n // 3, dtype=dtype)}
+    A = A.to(dtype)
+
+    def matvec(v):
+        return tree.unflatten(A @ tree.flatten(v), like)
+
+    return matvec, A, tree.unflatten(flat.to(dtype), like)
+
+
+def zero(b):
+    return tree.zeros_like(b)
+
+
+def log_spectrum(n, condition):
+    return torch.logspace(0, -math.log10(condition), n).tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+def test_cg_and_dense_solve(condition, seed):
+    matvec, A, b = system(log_spectrum(30, condition), seed)
+    truth = torch.linalg.solve(A, tree.flatten(b))
+    # rounding leaves ‖b − A v‖ near eps ‖A‖ ‖v‖ ≤ eps · condition · ‖b‖
+    tolerance = max(1e-12, torch.finfo(torch.float64).eps * condition)
+    for solver in (CG(iterations=2000, tolerance=tolerance), Dense()):
+        solve = solver.solve(matvec, b, zero(b))
+        error = float((tree.flatten(solve.solution) - truth).norm() / truth.norm())
+        assert error <= condition * tolerance
+        assert solve.stats.converged
+        assert solve.stats.condition == pytest.approx(condition, rel=1e-2)
+
+
+def test_cg_is_exact_in_as_many_steps_as_there_are_eigenvalues():
+    spectrum = [1.0] * 10 + [3.0] * 10 + [7.0] * 10
+    matvec, _, b = system(spectrum, 0)
+    assert CG(iterations=3, tolerance=1e-10).solve(matvec, b, zero(b)).stats.converged
+    assert not CG(iterations=2, tolerance=1e-10).solve(matvec, b, zero(b)).stats.converged
+
+
+def test_cg_error_falls_at_the_chebyshev_rate():
+    condition = 100.0
+    matvec, A, b = system(log_spectrum(200, condition), 1)
+    truth = torch.linalg.solve(A, tree.flatten(b))
+    root = math.sqrt(condition)
+    bound = (root - 1) / (root + 1)
+
+    def energy(k):
+        v = tree.flatten(CG(iterations=k, tolerance=0.0).solve(matvec, b, zero(b)).solution)
+        return math.sqrt(float((v - truth) @ A @ (v - truth)))
+
+    start = math.sqrt(float(truth @ A @ truth))
+    for k in (5, 10, 20, 40):
+        assert energy(k) <= 2 * bound**k * start
+
+
+def test_a_cg_with_the_old_residual_would_fail_this_rate():
+    """Negative control: the mistake two libraries ship, held to the bound above."""
+    _, A, b = system(log_spectrum(200, 100.0), 1)
+    rhs, truth = tree.flatten(b), torch.linalg.solve(A, tree.flatten(b))
+    v, r, p = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
+    for _ in range(20):
+        alpha = (r @ r) / (p @ A @ p)
+        v, new = v + alpha * p, r - alpha * A @ p
+        p, r = r + (new @ new) / (r @ r) * p, new  # old residual in the direction
+    error = math.sqrt(float((v - truth) @ A @ (v - truth)))
+    assert not error <= 2 * (9 / 11) ** 20 * math.sqrt(float(truth @ A @ truth))
+
+
+@pytest.mark.parametrize("solver", [CG(), Neumann(), Dense()], ids=repr)
+def test_a_zero_right_hand_side_gives_zero_from_any_start(solver):
+    matvec, _, b = system([1.0, 2.0, 3.0], 0)
+    solve = solver.solve(matvec, zero(b), b)
+    assert tree.norm(solve.solution) == 0
+    assert solve.stats.residual == 0
+
+
+def test_a_budget_beyond_convergence_loses_nothing():
+    matvec, A, b = system([1.0, 2.0, 3.0, 4.0], 0)
+    solve = CG(iterations=10_000, tolerance=0.0).solve(matvec, b, zero(b))
+    truth = torch.linalg.solve(A, tree.flatten(b))
+    torch.testing.assert_close(tree.flatten(solve.solution), truth, rtol=1e-12, atol=1e-12)
+    assert math.isfinite(solve.stats.residual)
+
+
+def test_one_dimension():
+    b = {"a": torch.tensor([6.0], dtype=torch.float64)}
+    solve = CG().solve(lambda v: tree.scale(3.0, v), b, zero(b))
+    assert solve.solution["a"].item() == pytest.approx(2.0, rel=1e-15)
+    assert solve.stats.iterations == 1
+
+
+@pytest.mark.parametrize("lowest", [-1.0, -1e-3])
+def test_cg_reports_negative_curvature_and_does_not_claim_convergence(lowest):
+    matvec, _, b = system([lowest, 1.0, 2.0, 3.0, 4.0], 0)
+    stats = CG(iterations=50).solve(matvec, b, zero(b)).stats
+    assert stats.curvature < 0
+    assert stats.converged is False
+
+
+def test_cg_on_a_singular_matrix_is_flagged():
+    matvec, _, b = system([0.0, 1.0, 2.0, 3.0], 0)
+    stats = CG(iterations=200, tolerance=1e-10).solve(matvec, b, zero(b)).stats
+    assert stats.converged is False
+    assert Dense().solve(matvec, b, zero(b)).stats.converged is False
+
+
+def test_a_warm_start_saves_products():
+    matvec, _, b = system(log_spectrum(60, 1e3), 2)
+    solver = CG(iterations=500, tolerance=1e-8)
+    cold = solver.solve(matvec, b, zero(b))
+    warm = solver.solve(matvec, b, tree.scale(1 + 1e-4, cold.solution))
+    assert warm.stats.iterations < 0.7 * cold.stats.iterations
+    assert solver.solve(matvec, b, cold.solution).stats.iterations == 0
+
+
+def test_the_reported_residual_is_no_better_than_rounding_allows():
+    """In float32 the recursion falls for ever; the true residual does not."""
+    matvec, A, b = system(log_spectrum(40, 1e5), 0, torch.float32)
+    solve = CG(iterations=2000, tolerance=1e-7).solve(matvec, b, zero(b))
+    rhs = tree.flatten(b).double()
+    true = float((rhs - A.double() @ tree.flatten(solve.solution).double()).norm() / rhs.norm())
+    assert true > 1e-6
+    assert solve.stats.residual > 1e-6
+    assert solve.stats.converged is False
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1.2])
+def test_neumann_error_ratio_is_the_norm_of_the_iteration(scale):
+    spectrum = [0.3, 0.5, 0.8, 1.0, 1.5]
+    matvec, A, b = system(spectrum, 4)
+    truth = torch.linalg.solve(A, tree.flatten(b))
+    ratio = max(abs(1 - scale * s) for s in spectrum)
+
+    def error(k):
+        solution = Neumann(iterations=k, scale=scale).solve(matvec, b, zero(b)).solution
+        return float((tree.flatten(solution) - truth).norm())
+
+    far, further = (60, 90) if ratio > 0.7 else (20, 30)
+    slope = (error(further) / error(far)) ** (1 / (further - far))
+    assert slope == pytest.approx(ratio, rel=0.01)
+    assert slope != pytest.approx(ratio**2, rel=0.01)  # control: the slope is told apart
+
+
+def test_neumann_equals_its_series():
+    matvec, A, b = system([0.3, 0.9, 1.4], 5)
+    rhs, M = tree.flatten(b), torch.eye(3, dtype=torch.float64) - 0.7 * A
+    series = sum(0.7 * torch.linalg.matrix_power(M, k) @ rhs for k in range(8))
+    got = tree.flatten(Neumann(iterations=8, scale=0.7).solve(matvec, b, zero(b)).solution)
+    torch.testing.assert_close(got, series, rtol=1e-13, atol=1e-13)
+
+
+def test_neumann_continues_from_a_warm_start():
+    matvec, _, b = system([0.3, 0.9, 1.4], 5)
+    once = Neumann(iterations=5, scale=0.7).solve(matvec, b, zero(b)).solution
+    twice = Neumann(iterations=5, scale=0.7).solve(matvec, b, once).solution
+    whole = Neumann(iterations=10, scale=0.7).solve(matvec, b, zero(b)).solution
+    torch.testing.assert_close(tree.flatten(twice), tree.flatten(whole), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spectrum", [[1.0, 30.0], [-0.5, 1.0]], ids=["too long", "indefinite"])
+def test_neumann_recognises_divergence_with_the_remedy(spectrum):
+    matvec, _, b = system([*spectrum, 1.0], 0)
+    calls = []
+
+    def counting(v):
+        calls.append(1)
+        return matvec(v)
+
+    with pytest.raises(ConvergenceError, match=r"diverges.*lower `scale`.*damping"):
+        Neumann(iterations=1000, scale=0.5).solve(counting, b, zero(b))
+    assert len(calls) < 30
+
+
+def test_neumann_names_a_scale_that_converges():
+    matvec, _, b = system([1.0, 30.0, 2.0], 0)
+    with pytest.raises(ConvergenceError) as caught:
+        Neumann(iterations=1000, scale=0.5).solve(matvec, b, zero(b))
+    named = float(str(caught.value).split("lower `scale` to ")[1].split(" ")[0])
+    solve = Neumann(iterations=3000, scale=named).solve(matvec, b, zero(b))
+    assert solve.stats.residual < 1e-8
+
+
+def test_dense_refuses_what_does_not_fit():
+    b = {"a": torch.zeros(20)}
+    with pytest.raises(ProblemError, match=r"20 x 20.*limit = 10"):
+        Dense(limit=10).solve(lambda v: v, b, b)
+
+
+def test_dense_solves_what_is_not_symmetric_positive_definite():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    b = {"a": torch.randn(6, generator=generator, dtype=torch.float64)}
+    solve = Dense().solve(lambda v: {"a": A @ v["a"]}, b, zero(b))
+    torch.testing.assert_close(A @ solve.solution["a"], b["a"], rtol=1e-10, atol=1e-10)

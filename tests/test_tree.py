@@ -1,0 +1,92 @@
+"""The algebra equals the same algebra on one flat vector."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+
+shapes = st.dictionaries(
+    st.text(min_size=1, max_size=4),
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    min_size=1,
+    max_size=4,
+)
+
+
+def random_tree(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in sizes.items()
+    }
+
+
+@given(shapes, st.floats(-3, 3), st.integers(0, 99))
+def test_agrees_with_flat_vectors(sizes, alpha, seed):
+    a, b = random_tree(sizes, seed), random_tree(sizes, seed + 1)
+    p, q = tree.flatten(a), tree.flatten(b)
+    for got, expected in [
+        (tree.add(a, b), p + q),
+        (tree.sub(a, b), p - q),
+        (tree.scale(alpha, a), alpha * p),
+        (tree.axpy(alpha, a, b), alpha * p + q),
+        (tree.mul(a, b), p * q),
+        (tree.div(a, b), p / q),
+        (tree.axpy_(tree.clone(b), alpha, a), alpha * p + q),
+        (tree.scale_(tree.clone(a), alpha), alpha * p),
+    ]:
+        torch.testing.assert_close(tree.flatten(got), expected, rtol=1e-14, atol=1e-14)
+        assert list(got) == list(sizes)
+    assert math.isclose(tree.dot(a, b), float(p @ q), abs_tol=1e-12)
+    assert math.isclose(tree.norm(a), float(p.norm()), abs_tol=1e-12)
+    assert tree.size(a) == p.numel()
+
+
+@given(shapes, st.integers(0, 99))
+def test_unflatten_is_the_inverse(sizes, seed):
+    a = random_tree(sizes, seed)
+    back = tree.unflatten(tree.flatten(a), a)
+    assert all(torch.equal(back[name], a[name]) for name in a)
+
+
+def test_pairs_by_name_and_not_by_order():
+    a = {"p": torch.tensor(1.0), "q": torch.tensor(10.0)}
+    b = {"q": torch.tensor(100.0), "p": torch.tensor(1000.0)}
+    assert tree.add(a, b) == {"p": 1001.0, "q": 110.0}
+    assert tree.dot(a, b) == 2000.0
+
+
+def test_different_names_are_an_error():
+    with pytest.raises(KeyError, match="q"):
+        tree.add({"p": torch.ones(1)}, {"q": torch.ones(1)})
+
+
+def test_dot_of_bfloat16_is_accumulated_wide():
+    a = {"p": torch.ones(4096, dtype=torch.bfloat16)}
+    assert tree.dot(a, a) == 4096.0
+    assert float(sum(torch.ones(600, dtype=torch.bfloat16))) != 600.0  # what is avoided
+
+
+def test_leaves_share_memory_and_clone_does_not():
+    a = {"p": torch.zeros(3)}
+    assert tree.leaves(a)["p"].data_ptr() == a["p"].data_ptr()
+    assert tree.leaves(a)["p"].requires_grad
+    assert tree.clone(a)["p"].data_ptr() != a["p"].data_ptr()
+
+
+def test_to_casts_floats_only_and_keeps_containers():
+    value = {"a": [torch.ones(2), torch.ones(2, dtype=torch.int64)], "b": ("text", None)}
+    got = tree.to(value, "cpu", torch.float64)
+    assert [t.dtype for t in got["a"]] == [torch.float64, torch.int64]
+    assert got["b"] == ("text", None)
+
+
+@pytest.mark.parametrize("bad", [[torch.ones(1)], {"p": 1.0}, {"p": torch.ones(1).long()}])
+def test_wrong_parameters_are_named(bad):
+    with pytest.raises(ProblemError, match="x"):
+        tree.require(bad, "x")
