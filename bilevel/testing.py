@@ -8,6 +8,7 @@ differences of ∇G. Everything is in float64.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -162,13 +163,28 @@ def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Para
     _, g = calculus.gradient_y(lower, x, y)
     goal = STATIONARY * (1 + tree.norm(g))
     small = tree.size(y) <= 200
-    solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=1000, history=20)
-    for _ in range(1 if small else 5):  # a fresh memory helps where the line search stalls
-        solution = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={})
-        y = solution.y
-        if solution.stats.converged:
+    solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
+    y = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={}).y
+    return _polish(lower, x, y, goal)
+
+
+def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, bool]:
+    """Newton steps by CG while ‖∇y G‖ falls: it can be driven far below what G itself resolves.
+
+    Whether the end is stationary is decided by the gradient alone, not by the products used.
+    """
+    at = calculus.linearize(lower, Point(x, y))
+    norm = tree.norm(at.gradient)
+    for _ in range(10):
+        if norm <= goal:
             return y, True
-    return y, False
+        step = CG(iterations=500, tolerance=1e-6).solve(at.hvp_yy, at.gradient, tree.zeros_like(y))
+        trial = tree.sub(y, step.solution)
+        at = calculus.linearize(lower, Point(x, trial))
+        if not tree.norm(at.gradient) < norm:
+            break
+        y, norm = trial, tree.norm(at.gradient)
+    return y, norm <= goal
 
 
 def _reference(scene: _Scene) -> Reference | None:
@@ -257,12 +273,11 @@ def _judge(
         if reference is None:
             return row
         got = _ask(scene, tight, scene.tight)
-        error, tolerance = reference.error(got.hypergradient), reference.tolerance
-        condition = got.stats.condition or 1.0
-        tolerance = max(tolerance, 100 * condition * (got.stats.residual or 0.0))
-        if got.stats.converged is False and error > tolerance:
+        error, bound = reference.error(got.hypergradient), _solve_error(got.stats)
+        if bound > 1e-2:
             note = f"adjoint not converged: residual {got.stats.residual:.1e}"
             return replace(row, claim_error=error, note=note)
+        tolerance = max(reference.tolerance, bound)
     else:
         got = _ask(scene, tight, scene.solved.y)
         at = Point(scene.x, scene.solved.y, scene.solved.path)
@@ -272,6 +287,15 @@ def _judge(
     verdict: Verdict = "exact" if error <= tolerance else "wrong"
     note = "" if verdict == "exact" else f"claim missed by {error:.1e}, tolerance {tolerance:.1e}"
     return replace(row, claim_error=error, verdict=verdict, note=note)
+
+
+def _solve_error(stats: Stats) -> float:
+    """What an unfinished adjoint solve may cost: 10 · condition · residual; infinite if unknown."""
+    if stats.converged:
+        return 0.0
+    if stats.condition is None or stats.residual is None:
+        return math.inf
+    return 10 * stats.condition * stats.residual
 
 
 def _ask(scene: _Scene, estimator: Estimator, y: Params) -> Estimate:

@@ -1,0 +1,365 @@
+"""The functional core on plain functions: what it returns, and what it must never touch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import bilevel
+from bilevel import tree
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.estimators.alternating import Alternating
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.unroll import Unroll
+from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.newton import Newton
+from bilevel.lower.optimizers import SGD
+from bilevel.lower.torch_optim import TorchOptimizer
+from bilevel.types import Estimate
+from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
+
+ESTIMATORS = [
+    Implicit(solver=CG(iterations=100, tolerance=1e-10)),
+    Implicit(solver=Dense()),
+    OneStep(),
+    OneStep(finite_difference=True),
+    Unroll(along=Gradient(steps=3)),
+    Unroll(along=Gradient(steps=3), memory="recompute"),
+    Unroll(along=Gradient(steps=3), memory="checkpoint"),
+    Alternating(),
+]
+IDS = ["cg", "dense", "one step", "one step fd", "unroll", "recompute", "checkpoint", "none"]
+every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=IDS)
+
+
+def upper(x, y, batch):
+    return ((y["w"] - 2.0) ** 2).sum() + (x["a"] * y["b"]).sum() + x["direct"].exp().sum()
+
+
+def lower(x, y, batch):
+    w = ((y["w"] - x["a"]) ** 2).sum() * 0.7 + (y["w"] ** 4).sum() * 0.1
+    return w + ((y["b"] + x["a"][0]) ** 2).sum() + x["scale"].exp() * (y["b"] ** 2).sum()
+
+
+def point(dtype=torch.float64):
+    x = {
+        "a": torch.tensor([0.3, -1.2], dtype=dtype),
+        "direct": torch.tensor(0.4, dtype=dtype),
+        "scale": torch.tensor(-0.5, dtype=dtype),
+    }
+    y = {"w": torch.tensor([1.0, 0.2], dtype=dtype), "b": torch.tensor([0.1, 0.9], dtype=dtype)}
+    return x, y
+
+
+@every_estimator
+def test_returns_names_shapes_dtypes_value_and_evidence(estimator):
+    x, y = point()
+    estimate = bilevel.hypergradient(upper, lower, x, y, estimator=estimator)
+    assert isinstance(estimate, Estimate)
+    assert {n: (h.shape, h.dtype) for n, h in estimate.hypergradient.items()} == {
+        n: (p.shape, p.dtype) for n, p in x.items()
+    }
+    assert estimate.value.shape == ()
+    assert not estimate.value.requires_grad
+    assert not any(h.requires_grad for h in estimate.hypergradient.values())
+    assert estimate.stats.gradients >= 1
+    assert estimate.stats.seconds > 0
+
+
+def test_the_evidence_of_cg():
+    x, y = point()
+    stats = bilevel.hypergradient(upper, lower, x, y, estimator=ESTIMATORS[0]).stats
+    assert stats.hvps == stats.iterations == 3  # distinct eigenvalues: two of `w`, one of `b`
+    assert stats.cross_products == 1
+    assert stats.gradients == 2
+    assert stats.converged
+    assert stats.residual <= 1e-10
+    H = torch.func.jacrev(torch.func.jacrev(lambda w: lower(x, tree.unflatten(w, y), None)))(
+        tree.flatten(y)
+    )
+    values = torch.linalg.eigvalsh(H)
+    assert values[0] <= stats.curvature <= values[-1]
+    assert stats.condition == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
+
+
+@every_estimator
+def test_touches_nothing(estimator):
+    x, y = point()
+    for params in (x, y):
+        for entry in params.values():
+            entry.requires_grad_()
+            entry.grad = torch.full_like(entry, 7.0)
+    before = tree.clone(x), tree.clone(y)
+    random_state = torch.random.get_rng_state()
+    with torch.no_grad():  # a caller's mode does not matter either
+        bilevel.hypergradient(upper, lower, x, y, estimator=estimator)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    for params, old in zip((x, y), before, strict=True):
+        for name, entry in params.items():
+            assert torch.equal(entry, old[name])
+            assert torch.equal(entry.grad, torch.full_like(entry, 7.0))
+            assert entry.is_leaf
+
+
+@every_estimator
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_lower_precisions_agree_with_float64(estimator, dtype, rtol):
+    if dtype is torch.bfloat16 and isinstance(getattr(estimator, "solver", None), Dense):
+        pytest.skip("torch has no bfloat16 factorisation on CPU")
+    if getattr(estimator, "finite_difference", False):
+        rtol = max(rtol, 0.02)  # a difference of 0.01 in y loses digits to rounding
+        if dtype is torch.bfloat16:
+            pytest.skip("a finite difference of 1 % is below bfloat16's resolution")
+    truth = bilevel.hypergradient(upper, lower, *point(), estimator=estimator).hypergradient
+    x, y = point(dtype)
+    got = bilevel.hypergradient(upper, lower, x, y, estimator=estimator).hypergradient
+    assert {h.dtype for h in got.values()} == {dtype}
+    assert relative(tree.map(torch.Tensor.double, got), truth) <= rtol
+
+
+@every_estimator
+def test_non_contiguous_tensors(estimator):
+    torch.manual_seed(0)
+    A = torch.randn(3, 4, dtype=torch.float64)
+
+    def up(x, y, batch):
+        return ((y["w"] - 1) ** 2).sum() + (x["p"] ** 2).sum()
+
+    def low(x, y, batch):
+        return ((y["w"] @ x["p"] - A[:, :3]) ** 2).sum() + 0.5 * (y["w"] ** 2).sum()
+
+    w, p = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    contiguous = bilevel.hypergradient(
+        up, low, {"p": p.t().contiguous()}, {"w": w.t().contiguous()}, estimator=estimator
+    )
+    strided = bilevel.hypergradient(up, low, {"p": p.t()}, {"w": w.t()}, estimator=estimator)
+    assert not p.t().is_contiguous()
+    assert_close(strided.hypergradient, contiguous.hypergradient, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", PROBLEMS[:1] + PROBLEMS[4:5], ids=["quadratic", "diabetes"])
+def test_tied_lower_parameters_are_one_variable(make):
+    """The same y under two names; a term that cancels only because they are one."""
+    case = closed_form(make, 0)
+    (name,) = case.y
+    both = {"first": case.y[name], "second": case.y[name]}
+
+    def tie(function):
+        def tied(x, y, batch):
+            halves = (function(x, {name: y[key]}, batch) / 2 for key in ("first", "second"))
+            return sum(halves) + (y["first"] * y["second"] - y["first"] ** 2).sum() / 9
+
+        return tied
+
+    options = {"upper_batch": case.upper_batch, "lower_batch": case.lower_batch}
+    up, low = tie(case.problem.upper_loss), tie(case.problem.lower_loss)
+    solver = CG(iterations=500, tolerance=1e-12)
+    got = bilevel.hypergradient(up, low, case.x, both, estimator=Implicit(solver=solver), **options)
+    assert_close(got.hypergradient, case.truth, rtol=1e-7)
+    apart = {"first": case.y[name], "second": case.y[name].clone()}  # control: two variables
+    untied = bilevel.hypergradient(
+        up, low, case.x, apart, estimator=Implicit(solver=solver), **options
+    )
+    assert relative(untied.hypergradient, case.truth) > 1e-3
+    solved = bilevel.solve_lower(low, case.x, both, solver=Newton(), batch=case.lower_batch)
+    assert solved.y["first"] is solved.y["second"]
+    assert relative({name: solved.y["first"]}, case.y) < 1e-8
+
+
+def test_tied_upper_variables_share_the_whole_gradient():
+    case = closed_form(PROBLEMS[0], 0)
+    both = {"p": case.x["x"], "q": case.x["x"]}
+
+    def tie(function):
+        return lambda x, y, batch: function({"x": 0.25 * x["p"] + 0.75 * x["q"]}, y, batch)
+
+    got = bilevel.hypergradient(
+        tie(case.problem.upper_loss),
+        tie(case.problem.lower_loss),
+        both,
+        case.y,
+        estimator=Implicit(solver=Dense()),
+        upper_batch=case.upper_batch,
+        lower_batch=case.lower_batch,
+    ).hypergradient
+    assert_close({"x": got["p"]}, case.truth, rtol=1e-8)
+    assert_close({"x": got["q"]}, case.truth, rtol=1e-8)
+
+
+def test_a_nested_module_with_tied_weights():
+    """An encoder and decoder that share a matrix, as modules do it, against a dense truth."""
+    torch.manual_seed(1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+            self.head = nn.ModuleDict({"out": nn.Linear(3, 4)})
+            self.extra = nn.Linear(4, 3, bias=False)
+            self.extra.weight = self.body[0].weight
+
+        def forward(self, a):
+            return self.head["out"](self.body(a) + self.extra(a))
+
+    net = Net().double()
+    data = torch.randn(30, 4, dtype=torch.float64)
+    y = {name: p.detach() for name, p in net.named_parameters()}
+    assert "extra.weight" not in y
+
+    def low(x, y, batch):
+        off = (functional_call(net, y, (data[:20],)) - data[:20]) ** 2
+        ridge = sum((p**2).sum() for p in y.values())
+        return (x["feature"].exp() * off).mean() + 0.05 * ridge
+
+    def up(x, y, batch):
+        return ((functional_call(net, y, (data[20:],)) - data[20:]) ** 2).mean()
+
+    x = {"feature": torch.zeros(4, dtype=torch.float64)}
+    solved = bilevel.solve_lower(low, x, y, solver=Newton(steps=200, tolerance=1e-9))
+    assert solved.stats.converged
+    got = bilevel.hypergradient(
+        up, low, x, solved.y, estimator=Implicit(solver=CG(iterations=500, tolerance=1e-11))
+    )
+
+    def value(shift):
+        moved = {"feature": x["feature"] + shift}
+        return float(
+            up(
+                moved,
+                bilevel.solve_lower(
+                    low, moved, solved.y, solver=Newton(steps=200, tolerance=1e-11)
+                ).y,
+                None,
+            )
+        )
+
+    h = 1e-4
+    for i in range(4):
+        e = torch.zeros(4, dtype=torch.float64)
+        e[i] = h
+        slope = (value(e) - value(-e)) / (2 * h)
+        assert float(got.hypergradient["feature"][i]) == pytest.approx(slope, rel=1e-4)
+
+
+@every_estimator
+def test_an_upper_variable_that_reaches_neither_loss_is_named(estimator):
+    x, y = point()
+    x["forgotten"] = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ProblemError, match="forgotten reaches neither loss"):
+        bilevel.hypergradient(upper, lower, x, y, estimator=estimator)
+
+
+@every_estimator
+def test_a_detached_upper_variable_is_named(estimator):
+    x, y = point()
+
+    def cut(function):
+        return lambda x, y, b: function(x | {"a": x["a"].detach()}, y, b)
+
+    with pytest.raises(ProblemError, match="a reaches neither loss"):
+        bilevel.hypergradient(cut(upper), cut(lower), x, y, estimator=estimator)
+
+
+@every_estimator
+def test_a_variable_in_one_loss_only_is_fine(estimator):
+    x, y = point()  # `direct` is in F only, `scale` in G only
+    h = bilevel.hypergradient(upper, lower, x, y, estimator=estimator).hypergradient
+    assert float(h["direct"]) == pytest.approx(float(x["direct"].exp()))
+    assert (float(h["scale"]) != 0) is not isinstance(estimator, Alternating)
+
+
+def test_a_lower_variable_that_only_the_upper_loss_uses_is_held_fixed():
+    """The lower level never moves it, so it adds nothing, and the solve still converges."""
+    x, y = point()
+    truth = bilevel.hypergradient(upper, lower, x, y, estimator=ESTIMATORS[0])
+    wide = y | {"unused": torch.ones(3, dtype=torch.float64)}
+
+    def up(x, y, batch):
+        return upper(x, y, batch) + 5 * y["unused"].sum()
+
+    got = bilevel.hypergradient(up, lower, x, wide, estimator=ESTIMATORS[0])
+    assert got.stats.converged
+    assert_close(got.hypergradient, truth.hypergradient, rtol=1e-12)
+
+
+def test_the_state_warm_starts_the_adjoint():
+    case = closed_form(PROBLEMS[1], 0)
+    estimator = Implicit(solver=CG(iterations=1000, tolerance=1e-9))
+    cold = case.estimate(estimator)
+    warm = case.estimate(estimator, state=cold.state)
+    assert cold.stats.iterations > 20
+    assert warm.stats.iterations == 0
+    unwarmed = Implicit(solver=estimator.solver, warm_start=False)
+    assert case.estimate(unwarmed, state=cold.state).stats.iterations == cold.stats.iterations
+
+
+@pytest.mark.parametrize("make", PROBLEMS, ids=NAMES)
+def test_unroll_function_is_differentiable_by_autograd(make):
+    case = closed_form(make, 0)
+    x = tree.map(lambda p: p.clone().requires_grad_(), case.x)
+    start = tree.map(lambda p: (p + 0.1).requires_grad_(), case.y)
+    end = bilevel.unroll(
+        case.problem.lower_loss,
+        x,
+        start,
+        steps=5,
+        optimizer=SGD(lr=0.05),
+        batch=case.lower_batch,
+    )
+    F = case.problem.upper_loss(x, end, case.upper_batch)
+    (name,) = case.x
+    (y_name,) = case.y
+    at_x, at_start = torch.autograd.grad(F, [x[name], start[y_name]])
+    path = case.record(5, 0.05, tree.detach(start)).path
+    assert_close({name: at_x}, case.estimate(Unroll(), path=path).hypergradient, rtol=1e-12)
+    H = case.hessian()
+    M = torch.linalg.matrix_power(torch.eye(len(H), dtype=H.dtype) - 0.05 * H, 5)
+    (F_y,) = torch.autograd.grad(case.problem.upper_loss(x, end, case.upper_batch), end[y_name])
+    torch.testing.assert_close(at_start, M @ F_y, rtol=1e-9, atol=1e-12)
+
+
+def test_unroll_function_refuses_what_cannot_be_differentiated():
+    with pytest.raises(ProblemError, match="writes in place"):
+        bilevel.unroll(lower, *point(), steps=2, optimizer=TorchOptimizer(optimizer="Adagrad"))
+
+
+def test_not_finite_is_an_error_that_names_the_loss_or_the_variable():
+    x, y = point()
+    nan = lambda x, y, b: upper(x, y, b) * float("nan")  # noqa: E731
+    with pytest.raises(ConvergenceError, match="upper_loss = nan"):
+        bilevel.hypergradient(nan, lower, x, y, estimator=Implicit())
+    steep = lambda x, y, b: upper(x, y, b) + (x["direct"] - 0.4).abs().sqrt()  # noqa: E731
+    with pytest.raises(ConvergenceError, match="hypergradient of direct is not finite"):
+        bilevel.hypergradient(steep, lower, x, y, estimator=Implicit())
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_wrong_inputs_are_named(name):
+    x, y = point()
+    broken = {"x": x, "y": y} | {name: {"w": torch.ones(2, dtype=torch.int64)}}
+    with pytest.raises(ProblemError, match=rf"{name}\['w'\] must be a floating-point tensor"):
+        bilevel.hypergradient(upper, lower, **broken, estimator=Implicit())
+
+
+def test_two_hundred_thousand_unknowns_without_a_matrix():
+    """Per-coordinate lower problems with condition 1e3: the solution is known in closed form."""
+    n = 200_000
+    weights = torch.logspace(0, -3, n, dtype=torch.float64)
+
+    def low(x, y, batch):
+        return 0.5 * (weights * y["y"] ** 2).sum() - x["s"] * y["y"].sum()
+
+    def up(x, y, batch):
+        return 0.5 * (weights * (y["y"] - 1.0) ** 2).sum()
+
+    s = 0.7
+    x, y = {"s": torch.tensor(s, dtype=torch.float64)}, {"y": s / weights}
+    estimator = Implicit(solver=CG(iterations=400, tolerance=1e-9))
+    got = bilevel.hypergradient(up, low, x, y, estimator=estimator)
+    truth = float((s / weights - 1.0).sum())
+    assert float(got.hypergradient["s"]) == pytest.approx(truth, rel=1e-6)
+    assert got.stats.converged
+    assert got.stats.condition == pytest.approx(1e3, rel=0.05)

@@ -1,0 +1,209 @@
+"""`check` tells right from wrong: planted errors are caught on every kind of reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from bilevel import calculus, tree
+from bilevel.differences import central
+from bilevel.engine import Setup
+from bilevel.estimators.alternating import Alternating
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.unroll import Unroll
+from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.linear.neumann import Neumann
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.optimizers import SGD, Adam
+from bilevel.rng import stream
+from bilevel.testing import CheckRow, check
+from bilevel.upper import Upper
+from bilevel_problems.hyper_cleaning import HyperCleaning
+from bilevel_problems.quadratic import Quadratic
+from bilevel_problems.ridge import Ridge
+
+SHIPPED = {
+    "cg": Implicit(),
+    "dense": Implicit(solver=Dense()),
+    "neumann": Implicit(solver=Neumann(scale=0.3)),
+    "unroll": Unroll(),
+    "last three": Unroll(last=3, memory="recompute"),
+    "one step": OneStep(),
+    "one step fd": OneStep(finite_difference=True),
+    "none": Alternating(),
+}
+PROBLEMS = {
+    "closed form": Quadratic(),
+    "closed form, real data": Ridge(),
+    "central differences": HyperCleaning(num_train=40, num_clean=30, ridge=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Wavy:
+    """A lower level with no closed form and a lower loss that Newton cannot bound from below."""
+
+    dim: int = 4
+
+    def init(self, streams):
+        x = torch.linspace(0.1, 0.5, self.dim, dtype=torch.float64)
+        return {"x": x}, {"y": x - 1.0}
+
+    def upper_loss(self, x, y, batch):
+        return (y["y"] ** 2).sum() + (x["x"] * y["y"]).sum()
+
+    def lower_loss(self, x, y, batch):  # slopes down for ever, convex: no minimum to solve for
+        return torch.exp(-y["y"] * x["x"].exp()).sum()
+
+    def upper_batches(self, generator):
+        while True:
+            yield None
+
+    lower_batches = upper_batches
+
+
+def rows(problem, estimators, **options) -> dict[str, CheckRow]:
+    lower = options.pop("lower", Gradient(steps=25, optimizer=SGD(lr=0.3)))
+    setup = Setup(problem, lower, Upper(), Implicit())
+    found = [row for row in check(setup, estimators, **options) if isinstance(row, CheckRow)]
+    return {row.name: row for row in found}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_every_estimator_keeps_its_claim(problem):
+    found = rows(problem, SHIPPED)
+    assert {name: row.verdict for name, row in found.items()} == dict.fromkeys(SHIPPED, "exact")
+    assert all(row.claim_error < 1e-3 for row in found.values())
+
+
+@dataclass(frozen=True)
+class Planted:
+    """An estimator with one mistake."""
+
+    inner: object
+    mistake: object
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    @property
+    def claim(self):
+        return self.inner.claim
+
+    def tight(self, dim):
+        tighten = getattr(self.inner, "tight", None)
+        return replace(self, inner=tighten(dim) if tighten else self.inner)
+
+    def init(self, at):
+        return self.inner.init(at)
+
+    def objective(self, losses, at):
+        return self.inner.objective(losses, at)
+
+    def estimate(self, losses, at, state):
+        estimate = self.inner.estimate(losses, at, state)
+        _, F_x, _ = calculus.gradients(losses.upper, at)
+        return replace(estimate, hypergradient=self.mistake(estimate.hypergradient, F_x))
+
+
+MISTAKES = {
+    "sign of all": lambda h, F_x: tree.scale(-1.0, h),
+    "sign of the implicit term": lambda h, F_x: tree.sub(tree.scale(2.0, F_x), h),
+    "half of the implicit term": lambda h, F_x: tree.scale(0.5, tree.add(h, F_x)),
+    "one part in a thousand": lambda h, F_x: tree.scale(1.001, h),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_planted_mistakes_are_caught(problem, mistake):
+    methods = {name: SHIPPED[name] for name in ("cg", "neumann", "unroll", "one step")}
+    found = rows(problem, {name: Planted(e, mistake) for name, e in methods.items()})
+    assert {row.verdict for row in found.values()} == {"wrong"}
+    assert all("claim missed" in row.note for row in found.values())
+
+
+def test_a_sign_error_in_the_calculus_is_caught(monkeypatch):
+    """The reference does not lean on the code under test: all second-order methods fall."""
+    right = calculus.Linearization.vjp_xy
+    monkeypatch.setattr(
+        calculus.Linearization, "vjp_xy", lambda self, v: tree.scale(-1.0, right(self, v))
+    )
+    for problem in PROBLEMS.values():
+        found = rows(problem, {"cg": Implicit(), "one step": OneStep()})
+        assert {row.verdict for row in found.values()} == {"wrong"}
+
+
+def test_the_reference_says_what_it_is():
+    one = {"cg": Implicit()}
+    assert rows(Quadratic(), one)["cg"].reference == "closed form"
+    cleaning = rows(PROBLEMS["central differences"], one)["cg"]
+    assert cleaning.reference == "central differences (6 directions)"
+    adjoint = rows(Wavy(), one)["cg"]
+    assert adjoint.reference == "converged adjoint"
+    assert adjoint.verdict == "exact"
+
+
+def test_the_adjoint_reference_catches_a_mistake_too():
+    found = rows(Wavy(), {name: Planted(Implicit(), m) for name, m in MISTAKES.items()})
+    assert {row.verdict for row in found.values()} == {"wrong"}
+
+
+def test_errors_are_those_of_the_settings_asked_for():
+    """Truncated unrolling and damping are off by what theory says they are, and claim nothing more."""
+    found = rows(
+        Quadratic(),
+        {
+            "few": Implicit(solver=CG(iterations=2)),
+            "many": Implicit(solver=CG(iterations=50, tolerance=1e-10)),
+            "damped": Implicit(damping=0.5),
+        },
+        lower=Gradient(steps=600, optimizer=SGD(lr=0.9)),
+    )
+    assert found["few"].error > 1e-2 > 1e-6 > found["many"].error
+    assert found["many"].cosine == pytest.approx(1.0, abs=1e-9)
+    assert found["damped"].verdict == "approximate"
+    assert found["damped"].error > 1e-2
+
+
+def test_what_cannot_be_tested_is_not_called_exact():
+    found = rows(
+        Quadratic(condition=1e7),
+        {"neumann": Implicit(solver=Neumann(scale=0.5))},
+    )
+    assert found["neumann"].verdict == "untested"
+    assert "not converged" in found["neumann"].note
+    found = rows(Quadratic(), {"unroll": Unroll(), "cg": Implicit()}, lower=LBFGS())
+    assert found["unroll"].verdict == "untested"
+    assert "record=True" in found["unroll"].note
+    assert found["cg"].verdict == "exact"
+
+
+def test_a_nonconvex_lower_level_is_followed_to_its_local_solution():
+    class Wells(Wavy):
+        def lower_loss(self, x, y, batch):
+            return ((y["y"] ** 2 - 1) ** 2 / 4 + 0.1 * x["x"] * y["y"]).sum()
+
+    found = rows(Wells(), SHIPPED, lower=Gradient(steps=25, optimizer=Adam(lr=0.1)))
+    assert found["cg"].reference == "central differences"
+    assert {row.verdict for row in found.values()} == {"exact"}
+
+
+@pytest.mark.parametrize("dim", [3, 60])
+def test_central_differences_of_a_known_function(dim):
+    """Against the exact gradient, in all coordinates and in random directions."""
+    generator = torch.Generator().manual_seed(0)
+    x = {"a": torch.randn(dim, generator=generator, dtype=torch.float64)}
+    found = central(lambda x: torch.sin(x["a"]).sum() * x["a"][0].exp(), x, stream(0, "t"))
+    leaf = x["a"].clone().requires_grad_()
+    (torch.sin(leaf).sum() * leaf[0].exp()).backward()
+    truth = found.along({"a": leaf.grad})
+    assert float((found.slopes - truth).norm() / truth.norm()) < 1e-8
+    assert found.error < 1e-4
+    assert found.directions.shape[1] == (3 if dim == 3 else 6)
