@@ -1,0 +1,34 @@
+# `make run` and `make test` each set up all they need in $(VENV) first; both can be run again.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?= -n 2
+
+.PHONY: run test lint docs gpu-check clean
+
+run: $(INSTALLED)
+	$(BIN)/bilevel run recipes/mllm_hft.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[mllm,report,test]'
+	touch $@
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu -rs tests
+
+clean:
+	rm -rf $(VENV) docs/_build build dist *.egg-info
