@@ -1,6 +1,6 @@
 """Rendered scenes of coloured shapes: the embedded source, which needs nothing but torch.
 
-Up to five shapes stand on a noisy ground of 48 × 48 pixels, drawn from signed distances with
+Up to five shapes stand on a noisy ground of 64 × 64 pixels, drawn from signed distances with
 soft edges; size, angle, colour and light vary. Shapes co-occur in pairs in biased scenes and
 independently in unbiased ones (`scenes.World`).
 """
@@ -37,27 +37,29 @@ COLOURS = {
     "purple": (165, 65, 200),
     "white": (240, 240, 240),
 }
+GRID = 4
+"""Rows and columns of places; an object fills about one of them."""
 CHUNK = 512
 """Pictures drawn at once; the working set stays in the cache of a core."""
 
 
 @component
 class Shapes:
-    """Scenes of twelve shapes in six colours on a 3 × 3 board. A `Source`.
+    """Scenes of twelve shapes in six colours on a 4 × 4 board. A `Source`.
 
     A thousand pictures take about half a second on one core.
     """
 
     bias: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How often a pair of shapes comes whole in biased scenes."""
-    pixels: Annotated[int, Field(ge=24)] = 48
+    pixels: Annotated[int, Field(ge=32)] = 64
     """Height and width of a picture."""
     noise: Annotated[float, Field(ge=0)] = 12.0
     """Standard deviation of the pixel noise, of 255."""
 
     @cached_property
     def _world(self) -> World:
-        return World(PAIRS, self.colours, self.bias, grid=3, most=5)
+        return World(PAIRS, self.colours, self.bias, grid=GRID, most=5)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ def _cover(
 ) -> Float[Tensor, "thing height width"]:
     """How much of each pixel the shape covers, in [0, 1]."""
     size = len(centres)
-    radius = pixels * (0.115 + 0.04 * torch.rand(size, 1, 1, generator=generator))
+    radius = pixels / GRID * (0.34 + 0.12 * torch.rand(size, 1, 1, generator=generator))
     angle = 0.2 * torch.randn(size, 1, 1, generator=generator)
     at = torch.arange(pixels) + 0.5
     x, y = (centres * pixels)[:, :, None, None].unbind(1)

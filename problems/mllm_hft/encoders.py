@@ -1,0 +1,166 @@
+"""Vision encoders that pictures pass through once: `ViT` for small scenes, `EfficientNet` for photos.
+
+CLIP's vision transformer: Radford et al. (2021), arXiv:2103.00020; EfficientNet: Tan & Le (2019),
+arXiv:1905.11946. Both are frozen afterwards; patch or cell features are what the projector sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bilevel.errors import ProblemError, RequirementError
+from bilevel.events import Progress
+from bilevel.rng import stream
+from bilevel.types import component
+
+from .cache import Tensors, cached
+from .data import Corpus, Source
+
+Run = Generator[Progress, None, Tensors]
+BATCH = 64
+"""Pictures encoded at once."""
+EMPTY = 0.2
+"""Weight of a patch without an object, relative to one with it."""
+
+
+@component
+class ViT:
+    """transformers' `CLIPVisionModel`, trained for a minute to name what each patch shows.
+
+    An encoder is pretrained on other pictures than the task's: here on unbiased scenes of the
+    same source, from a stream of its own, with the name and the colour of the object at each
+    patch as labels. Features are the patch tokens after the last layer norm, one per patch.
+    """
+
+    patch: PositiveInt = 16
+    """Height and width of a patch in pixels; a picture gives (size / patch)² tokens."""
+    width: PositiveInt = 96
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    scenes: PositiveInt = 6000
+    """Pictures it is trained on."""
+    steps: Annotated[int, Field(ge=0)] = 300
+    batch: PositiveInt = 96
+    lr: PositiveFloat = 2e-3
+    seed: int = 0
+
+    def encode(
+        self, corpus: Corpus, source: Source
+    ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
+        key = {"encoder": self, "source": source, "version": 1}
+        weights = yield from cached("vit", key, lambda: self._train(source))
+        model = self._model(corpus.images.shape[-1])
+        model.load_state_dict(weights)
+        found = yield from cached(
+            "features",
+            {**key, "images": corpus.images},
+            lambda: _encode(corpus, lambda images: _tokens(model, images)),
+        )
+        return found["features"]
+
+    def _model(self, pixels: int) -> Any:
+        """Fresh weights; the global generator that transformers draws from is left as it was."""
+        transformers = _require("transformers", "transformers")
+        if pixels % self.patch:
+            raise ProblemError(
+                f"encoder.patch = {self.patch}; must divide the {pixels} pixels of a picture"
+            )
+        config = transformers.CLIPVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=2 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            image_size=pixels,
+            patch_size=self.patch,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return transformers.CLIPVisionModel(config).eval()
+
+    def _train(self, source: Source) -> Run:
+        """Weights after `steps` steps of AdamW under a one-cycle schedule."""
+        random = stream(self.seed, "vit")
+        yield Progress("vision encoder", 0, self.steps, "drawing pictures")
+        corpus = source.render(source.scenes(self.scenes, biased=False, generator=random), random)
+        model = self._model(corpus.images.shape[-1]).train()
+        names, colours = _labels(corpus, source, self.patch)
+        head = nn.Linear(self.width, len(source.vocabulary) + len(source.colours) + 2)
+        nn.init.zeros_(head.weight)
+        parameters = [*model.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, max(self.steps, 1))
+        for step in range(self.steps):
+            rows = torch.randint(self.scenes, (self.batch,), generator=random)
+            scores = head(_tokens(model, corpus.images[rows])).flatten(0, 1)
+            name, colour = scores.split([len(source.vocabulary) + 1, len(source.colours) + 1], 1)
+            loss = _loss(name, names[rows].flatten()) + _loss(colour, colours[rows].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % 20 == 0:
+                note = f"loss {float(loss):.3f}"
+                yield Progress("vision encoder", step + 1, self.steps, note)
+        return dict(model.state_dict())
+
+
+def _loss(scores: Float[Tensor, "token class"], labels: Int[Tensor, token]) -> Tensor:
+    """Cross-entropy; most patches are empty, so class 0 counts little."""
+    weights = torch.ones(scores.shape[1])
+    weights[0] = EMPTY
+    return cross_entropy(scores, labels, weights)
+
+
+def _labels(
+    corpus: Corpus, source: Source, patch: int
+) -> tuple[Int[Tensor, "scene token"], Int[Tensor, "scene token"]]:
+    """Name and colour of the object whose centre is in each patch; 0 where there is none."""
+    across = corpus.images.shape[-1] // patch
+    names = torch.zeros(len(corpus.scenes), across * across, dtype=torch.int64)
+    colours = torch.zeros_like(names)
+    for row, scene in enumerate(corpus.scenes):
+        for thing in scene.things:
+            cell = int(thing.y * across) * across + int(thing.x * across)
+            names[row, cell] = 1 + source.vocabulary.index(thing.name)
+            if thing.colour is not None:
+                colours[row, cell] = 1 + source.colours.index(thing.colour)
+    return names, colours
+
+
+def _tokens(
+    model: Any, images: UInt8[Tensor, "scene 3 height width"]
+) -> Float[Tensor, "scene token feature"]:
+    pixels = images.float()
+    # Without it a dark ground makes all patches alike, and 300 steps learn no shape at all.
+    centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
+    scaled = centred / centred.std((1, 2, 3), keepdim=True).clamp_min(1.0)
+    states = model(pixel_values=scaled).last_hidden_state
+    return model.post_layernorm(states[:, 1:])
+
+
+def _encode(corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> Run:
+    """Features of all pictures, a batch at a time."""
+    total = len(corpus.images)
+    parts = []
+    for start in range(0, total, BATCH):
+        with torch.inference_mode():
+            parts.append(encode(corpus.images[start : start + BATCH]))
+        yield Progress("picture features", min(start + BATCH, total), total)
+    return {"features": torch.cat(parts)}
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise RequirementError(
+            f"the vision encoder needs the package {package}, which is not installed; "
+            "pip install 'bilevel[mllm]'"
+        ) from error
