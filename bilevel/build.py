@@ -7,9 +7,6 @@ pydantic components, standard dataclasses and plain classes are all built the sa
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import inspect
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +19,8 @@ import pydantic
 from bilevel import registry
 from bilevel.complaints import Complaints, Where
 from bilevel.errors import BilevelError, RecipeError, RequirementError
+from bilevel.fields import Field, content_of, describe, fields_of, open_annotation, readable
 from bilevel.types import COMPONENT, Slot
-
-_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,6 @@ class Built:
     content: Any
     composed: bool = False
     """Whether a component is in it, so that `content` cannot be read back from `value`."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """A parameter of a component's class."""
-
-    annotation: Any
-    required: bool
-    default: Any = None
 
 
 def build(group: str, spec: Any, where: str = "", base: Path | None = None) -> Any:
@@ -119,7 +106,8 @@ class Builder:
         instance = self._instance(cls, fields, parts, where, failed)
         if instance is None:
             return None
-        return Built(instance, _content(instance, fields, parts), composed=True)
+        given = {k: p.content for k, p in parts.items() if p.composed or not readable(cls)}
+        return Built(instance, content_of(instance, fields, given), composed=True)
 
     def _find(self, group: str, name: Any, where: Where) -> type[Any] | None:
         if not isinstance(name, str):
@@ -175,13 +163,14 @@ class Builder:
         return True
 
     def _value(self, annotation: Any, given: Any, where: Where, default: Any) -> Built | None:
-        inner, slot = _open(annotation)
+        inner, slot = open_annotation(annotation)
         if given is None and _allows_none(inner):
             return Built(None, None)
         members = [a for a in _members(inner) if a is not NoneType]
         for member in members:
-            member, own = _open(member)
-            group = (own or slot).group if (own or slot) else None
+            member, own = open_annotation(member)
+            marks = own or slot
+            group = marks.group if marks else None
             origin, arguments = typing.get_origin(member), typing.get_args(member)
             if origin in (tuple, list, set, frozenset) and isinstance(given, (list, tuple)):
                 return self._items(origin, arguments, given, where, group)
@@ -223,106 +212,6 @@ class Builder:
         return Built(values, {key: part.content for key, part in good.items()}, composed)
 
 
-def describe(value: Any, group: str) -> Any:
-    """The plain data that builds `value` again, all its options filled in."""
-    if value is None:
-        return None
-    if isinstance(value, (tuple, list)):
-        return [describe(item, group) for item in value]
-    if isinstance(value, Mapping):
-        return {key: describe(item, group) for key, item in value.items()}
-    fields, _ = fields_of(type(value))
-    name = registry.name_of(type(value), group)
-    return {"name": name, **_content(value, fields, {})}
-
-
-def fields_of(cls: type[Any]) -> tuple[dict[str, Field], bool]:
-    """The parameters of a class, and whether it takes any others (`**options`)."""
-    infos = getattr(cls, "__pydantic_fields__", None)
-    if infos is not None:
-        return {name: _pydantic_field(info) for name, info in infos.items()}, False
-    made: dict[str, Any] = {}
-    if dataclasses.is_dataclass(cls):
-        made = {
-            field.name: field.default_factory()
-            for field in dataclasses.fields(cls)
-            if field.default_factory is not dataclasses.MISSING
-        }
-    hints = _hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
-    fields, is_open = {}, False
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            is_open = True
-        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-            required = parameter.default is inspect.Parameter.empty
-            default = None if required else made.get(name, parameter.default)
-            fields[name] = Field(hints.get(name, Any), required, default)
-    return fields, is_open
-
-
-def _pydantic_field(info: Any) -> Field:
-    annotation = info.annotation
-    for mark in info.metadata:
-        if isinstance(mark, Slot):
-            annotation = Annotated[annotation, mark]
-    default = None if info.is_required() else info.get_default(call_default_factory=True)
-    return Field(annotation, info.is_required(), default)
-
-
-def _hints(owner: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(owner, include_extras=True)
-    except (NameError, TypeError, AttributeError):
-        return {}  # annotations that exist for a type checker only
-
-
-def _content(instance: Any, fields: Mapping[str, Field], parts: Mapping[str, Built]) -> Any:
-    content = {}
-    for key in [*fields, *(parts.keys() - fields.keys())]:
-        part, field = parts.get(key), fields.get(key)
-        if part is not None and (part.composed or not _readable(type(instance))):
-            content[key] = part.content
-            continue
-        default = field.default if field else None
-        value = getattr(instance, key, default) if _readable(type(instance)) else default
-        group = _group(field.annotation) if field else None
-        plain = describe(value, group) if group else _plain(value)
-        if plain is not _NOTHING:
-            content[key] = plain
-    return content
-
-
-def _readable(cls: type[Any]) -> bool:
-    return dataclasses.is_dataclass(cls) or hasattr(cls, "__pydantic_fields__")
-
-
-def _plain(value: Any) -> Any:
-    if (
-        value is None
-        or isinstance(value, (bool, int, float, str))
-        and not isinstance(value, enum.Enum)
-    ):
-        return value
-    if isinstance(value, enum.Enum):
-        return _plain(value.value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        items = [_plain(item) for item in value]
-        return _NOTHING if any(item is _NOTHING for item in items) else items
-    if isinstance(value, Mapping):
-        entries = {str(key): _plain(item) for key, item in value.items()}
-        return _NOTHING if any(e is _NOTHING for e in entries.values()) else entries
-    return _NOTHING
-
-
-def _open(annotation: Any) -> tuple[Any, Slot | None]:
-    if typing.get_origin(annotation) is not Annotated:
-        return annotation, None
-    inner, *marks = typing.get_args(annotation)
-    return inner, next((mark for mark in marks if isinstance(mark, Slot)), None)
-
-
 def _members(annotation: Any) -> tuple[Any, ...]:
     if typing.get_origin(annotation) in (typing.Union, UnionType):
         return typing.get_args(annotation)
@@ -331,15 +220,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _allows_none(annotation: Any) -> bool:
     return any(member in (None, NoneType) for member in _members(annotation))
-
-
-def _group(annotation: Any) -> str | None:
-    """The group of the slot anywhere in an annotation."""
-    inner, slot = _open(annotation)
-    if slot is not None:
-        return slot.group
-    found = (_group(argument) for argument in typing.get_args(inner))
-    return next((group for group in found if group is not None), None)
 
 
 def _merge(default: Any, given: Any) -> Any:

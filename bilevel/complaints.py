@@ -52,7 +52,7 @@ class Complaints:
 
     def __init__(self, title: str = "", origins: Mapping[Where, Origin] | None = None) -> None:
         self._title = title
-        self._origins = origins or {}
+        self._origins = {} if origins is None else origins
         self._said: list[tuple[int, str]] = []
 
     def add(self, where: Where, message: str, value: Any = _UNSAID) -> None:
@@ -157,9 +157,10 @@ def _known_part(loc: tuple[str | int, ...], given: Any) -> Where:
     """The location without pydantic's own tags for the members of a union."""
     known: list[str | int] = []
     for part in loc:
-        inside = isinstance(given, Mapping) and part in given
-        inside = inside or (isinstance(given, (list, tuple)) and isinstance(part, int))
-        if inside:
+        if isinstance(given, Mapping) and part in given:
             known.append(part)
-            given = given[part] if isinstance(given, Mapping) or part < len(given) else None
+            given = given[part]
+        elif isinstance(given, (list, tuple)) and isinstance(part, int):
+            known.append(part)
+            given = given[part] if part < len(given) else None
     return tuple(known)

@@ -32,17 +32,13 @@ class Source:
 
 def parse(text: str, title: str) -> Source:
     """Read a YAML mapping; `title` (the file's name) begins every complaint about it."""
-    complaints = Complaints(title)
     origins: dict[Where, Origin] = {}
     data = _load(text, title)
     if data is None:
         data = CommentedMap()
     if not isinstance(data, CommentedMap):
         raise RecipeError(f"{title}:1: must be a mapping of sections, got {_kind(data)}")
-    reader = _Reader(title, origins, complaints)
-    plain = reader.plain(data, ())
-    complaints.finish()
-    return Source(title, plain, origins)
+    return Source(title, _plain(data, title, origins), origins)
 
 
 def override(source: Source, assignments: Iterable[str]) -> Source:
@@ -60,7 +56,7 @@ def override(source: Source, assignments: Iterable[str]) -> Source:
                 f"override {assignment!r}: must be key.path=value, e.g. upper.steps=200"
             )
         title = f"override {assignment!r}"
-        value = _Reader(title, {}, None).plain(_load(text, title), ())
+        value = _plain(_load(text, title), title, {})
         origin = Origin(title, _AFTER_THE_FILE + order)
         where, made = _assign(data, path, value, title)
         for below in [known for known in origins if known[: len(where)] == where]:
@@ -109,46 +105,37 @@ _Representer.add_representer(
 )
 
 
-class _Reader:
-    """Turns what ruamel read into plain data and notes the line of every key."""
+def _plain(value: Any, title: str, origins: dict[Where, Origin]) -> Any:
+    """What ruamel read as plain data; the line of every key goes into `origins`."""
+    complaints = Complaints(title, origins)
 
-    def __init__(
-        self, title: str, origins: dict[Where, Origin], complaints: Complaints | None
-    ) -> None:
-        self._title = title
-        self._origins = origins
-        self._complaints = complaints
-
-    def plain(self, value: Any, where: Where) -> Any:
+    def convert(value: Any, where: Where) -> Any:
         if isinstance(value, CommentedMap):
-            return {self._key(key, where): self._inside(value, key, where) for key in value}
+            return {check(key, where): inside(value, key, where) for key in value}
         if isinstance(value, CommentedSeq):
-            return [self._inside(value, index, where) for index in range(len(value))]
+            return [inside(value, index, where) for index in range(len(value))]
         if value is None or isinstance(value, bool):
             return value
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return kind(value)
-        return self._refuse(where, f"{_kind(value)} has no use in a recipe; quote it")
+        return complaints.add(where, f"{_kind(value)} has no use in a recipe; quote it")
 
-    def _inside(self, parent: Any, key: Any, where: Where) -> Any:
+    def inside(parent: Any, key: Any, where: Where) -> Any:
         where = (*where, key)
         position = parent.lc.data.get(key) if parent.lc.data else None
         if position is not None:
-            self._origins[where] = Origin(f"{self._title}:{position[0] + 1}", position[0])
-        return self.plain(parent[key], where)
+            origins[where] = Origin(f"{title}:{position[0] + 1}", position[0])
+        return convert(parent[key], where)
 
-    def _key(self, key: Any, where: Where) -> str:
+    def check(key: Any, where: Where) -> Any:
         if not isinstance(key, str):
-            self._refuse((*where, str(key)), "keys must be text; quote it")
-        return str(key)
+            complaints.add((*where, key), "keys must be text; quote it")
+        return key
 
-    def _refuse(self, where: Where, message: str) -> None:
-        if self._complaints is None:
-            raise RecipeError(f"{self._title}: {message}")
-        origin = self._origins.get(where)
-        place = f"{origin.text}: " if origin else ""
-        self._complaints.add((), f"{place}{'.'.join(map(str, where))}: {message}")
+    plain = convert(value, ())
+    complaints.finish()
+    return plain
 
 
 def _kind(value: Any) -> str:
@@ -162,7 +149,7 @@ def _assign(data: Any, path: Sequence[str], value: Any, title: str) -> tuple[Whe
     where: Where = ()
     made: list[Where] = []
     for part in path[:-1]:
-        key = _index(data, part, title) if isinstance(data, list) else part
+        key: Any = _index(data, part, title) if isinstance(data, list) else part
         where = (*where, key)
         below = data[key] if isinstance(data, list) else data.get(key)
         if isinstance(below, str):
@@ -172,7 +159,7 @@ def _assign(data: Any, path: Sequence[str], value: Any, title: str) -> tuple[Whe
             made.append(where)
         data[key] = below
         data = below
-    last = _index(data, path[-1], title) if isinstance(data, list) else path[-1]
+    last: Any = _index(data, path[-1], title) if isinstance(data, list) else path[-1]
     data[last] = value
     return (*where, last), made
 

@@ -1,0 +1,31 @@
+"""The report of a run: one HTML file that needs no network, made from the run folder alone."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from bilevel.errors import RequirementError
+from bilevel.runfolder import RunFolder
+
+NEEDED = ("altair", "vl_convert", "jinja2")
+
+
+def missing() -> tuple[str, ...]:
+    """The packages of the extra `report` that are not installed."""
+    return tuple(name for name in NEEDED if find_spec(name) is None)
+
+
+def write(folder: RunFolder) -> Path:
+    """Write report.html into a run folder, replacing an earlier one; returns its path.
+
+    Raises `RequirementError` without the extra `report`, `RecipeError` where there is no record.
+    """
+    if absent := missing():
+        raise RequirementError(f"a report needs {', '.join(absent)}: pip install 'bilevel[report]'")
+    from bilevel.report.page import render
+
+    temporary = folder.report.with_suffix(".tmp")
+    temporary.write_text(render(folder), encoding="utf-8")
+    temporary.replace(folder.report)
+    return folder.report

@@ -1,0 +1,203 @@
+"""The commands and their options. What they do is in the other modules, imported when called.
+
+`--help`, `ls`, `show` and completion answer without importing torch, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bilevel.cli.boundary import boundary, settings
+from bilevel.cli.names import complete_name, complete_recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Bilevel optimization: hypergradients that come with their evidence.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a recipe that is shipped (bilevel ls recipes).",
+        autocompletion=complete_recipe,
+    ),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides, e.g. upper.steps=50 estimator=unroll."
+    ),
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors (before the command).")
+    ] = False,
+) -> None:
+    settings.debug = debug
+
+
+@app.command("ls")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="problems, estimators, recipes, …")
+    ] = None,
+) -> None:
+    """List problems, estimators, solvers and recipes."""
+    from bilevel.cli.catalogue import list_all
+
+    with boundary():
+        list_all(_console(), kind)
+
+
+@app.command()
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A component (cg, or linear/cg), or a recipe (ridge.yaml).",
+            autocompletion=complete_name,
+        ),
+    ],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="A recipe with all its defaults filled in.")
+    ] = False,
+) -> None:
+    """Show a component and its options, or a recipe."""
+    with boundary():
+        if resolved:
+            from bilevel.cli.verify import show_resolved
+
+            show_resolved(_console(), name)
+        else:
+            from bilevel.cli.catalogue import show as show_name
+
+            show_name(_console(), name)
+
+
+@app.command("cp")
+def copy(
+    recipe: RecipeArgument,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
+) -> None:
+    """Copy a recipe, to change it."""
+    from bilevel.cli.catalogue import copy as copy_recipe
+
+    with boundary():
+        copy_recipe(_console(), recipe, destination)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Check a recipe and show all that is wrong with it."""
+    with boundary():
+        from bilevel.cli.verify import validate as validate_recipe
+
+        validate_recipe(_console(), recipe, overrides or [])
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    runs_dir: RunsOption = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the recipe, write nothing.")
+    ] = False,
+) -> None:
+    """Run a recipe; Ctrl-C finishes the step and saves."""
+    with boundary():
+        from bilevel.cli.running import run as run_recipe
+
+        run_recipe(_console(), recipe, overrides or [], runs_dir, dry_run)
+
+
+@app.command()
+def resume(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
+    """Go on with a run as if it had never been stopped."""
+    with boundary():
+        from bilevel.cli.running import resume as resume_run
+
+        resume_run(_console(), run, runs_dir)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    estimators: Annotated[
+        str | None,
+        typer.Option(
+            "--estimators", metavar="A,B", help="Which ones; all that there are if not given."
+        ),
+    ] = None,
+) -> None:
+    """Compare estimators with the true hypergradient."""
+    with boundary():
+        from bilevel.cli.verify import check as check_recipe
+
+        check_recipe(_console(), recipe, overrides or [], estimators)
+
+
+@app.command()
+def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
+    """Write the report of a run: one HTML file, offline."""
+    with boundary():
+        from bilevel.report import write
+        from bilevel.runfolder import find
+
+        typer.echo(write(find(run, runs_dir)))
+
+
+@app.command()
+def runs(runs_dir: RunsOption = Path("runs")) -> None:
+    """List runs and what became of them."""
+    with boundary():
+        from bilevel.cli.listing import list_runs
+
+        list_runs(_console(), runs_dir)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    with boundary():
+        from bilevel.cli.schema import recipe_schema
+
+        typer.echo(recipe_schema())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: devices, extras, data."""
+    with boundary():
+        from bilevel.cli.doctor import examine
+
+        examine(_console())
+
+
+def _console() -> Console:
+    """A console on standard output, 80 columns wide where the width is not known."""
+    import os
+    import sys
+
+    from rich.console import Console
+
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if wide else 80, emoji=False)

@@ -1,0 +1,60 @@
+"""Where errors become exit codes: one clear message, no traceback unless it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bilevel.errors import BilevelError
+
+
+@dataclass
+class Settings:
+    """Options given before the command."""
+
+    debug: bool = False
+
+
+settings = Settings()
+
+
+class Stopped(BaseException):
+    """The process was told to stop and there is nothing more to do; carries the exit code."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def boundary() -> Iterator[None]:
+    """Turn what goes wrong on purpose into a message on stderr and an exit code."""
+    import typer
+
+    try:
+        yield
+    except BilevelError as error:
+        if settings.debug:
+            raise
+        complain(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        if str(stopped):
+            complain(str(stopped), kind="")
+        raise typer.Exit(stopped.code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Whoever read the output has left: `bilevel ls | head -1`.
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+
+
+def complain(message: str, kind: str = "error: ") -> None:
+    """Write a message to stderr as it is: no markup, no wrapping inside paths."""
+    color = "\x1b[31m" if sys.stderr.isatty() and kind else ""
+    end = "\x1b[0m" if color else ""
+    sys.stderr.write(f"{color}{kind}{end}{message}\n")
+    sys.stderr.flush()

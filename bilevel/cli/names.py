@@ -1,0 +1,58 @@
+"""Recipes and components by name, for commands and for completion; imports no torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from bilevel import registry
+from bilevel.errors import RecipeError
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that are installed with the package, by name."""
+    spec = find_spec("bilevel_recipes")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))]
+    return {path.stem: path for path in paths}
+
+
+def locate(reference: str) -> Path:
+    """The file of a recipe given by path or by shipped name."""
+    path = Path(reference)
+    if path.suffix in SUFFIXES:
+        if path.is_file():
+            return path
+        hint = f" There is a recipe called {path.stem!r}." if path.stem in shipped() else ""
+        raise RecipeError(f"{reference}: there is no such file.{hint}")
+    if reference in shipped():
+        return shipped()[reference]
+    local = path.with_name(f"{path.name}.yaml")
+    hint = f" Did you mean {local}?" if local.is_file() else ""
+    raise RecipeError(registry.unknown(reference, shipped(), "recipe") + hint)
+
+
+def summary(path: Path) -> str:
+    """The comment on the first line of a recipe."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline().strip()
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
+    """Recipes whose name begins so."""
+    found = shipped().items()
+    return [(name, summary(path)) for name, path in found if name.startswith(incomplete)]
+
+
+def complete_name(incomplete: str) -> list[tuple[str, str]]:
+    """Components and recipes whose name begins so."""
+    found = [
+        (entry.name, entry.summary)
+        for group in registry.groups()
+        for entry in registry.entries(group)
+        if entry.name.startswith(incomplete)
+    ]
+    return [*found, *((f"{name}.yaml", text) for name, text in complete_recipe(incomplete))]

@@ -1,0 +1,196 @@
+"""`run` and `resume`: the single loop that hands each event to every sink and saves the state."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from bilevel import checkpoint, engine, record, report, runfolder
+from bilevel import recipe as recipes
+from bilevel.assemble import assemble
+from bilevel.cli.boundary import Stopped, complain
+from bilevel.cli.names import locate
+from bilevel.cli.signals import Signals
+from bilevel.engine import Setup, State
+from bilevel.errors import BilevelError, RecipeError
+from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
+from bilevel.recipe import Recipe
+from bilevel.runfolder import RunFolder
+from bilevel.sinks import Receiver
+from bilevel.sinks.console import ConsoleReceiver
+
+
+def run(console: Console, reference: str, overrides: Sequence[str], runs: Path, dry: bool) -> None:
+    """Run a recipe in a new folder below `runs`."""
+    path = locate(reference)
+    recipe = recipes.load(path, overrides)
+    setup = assemble(recipe)
+    engine.refuse_mismatch(setup)
+    if dry:
+        console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
+        note = f"# hash {recipe.hash[:12]}, device {setup.device}; nothing was run"
+        console.print(note, markup=False, highlight=False)
+        return
+    text = recipes.read(path)
+    folder = runfolder.create(runs, recipe, text, overrides, runfolder.environment())
+    with folder.lock():
+        _Run(console, recipe, setup, folder).begin()
+
+
+def resume(console: Console, reference: str, runs: Path) -> None:
+    """Go on with a run from its newest whole checkpoint, or from the start if it has none."""
+    folder = runfolder.find(reference, runs)
+    finished = folder.finished()
+    if finished and finished["reason"] == "done":
+        raise RecipeError(
+            f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
+            f"its recipe anew: bilevel run {folder.resolved} upper.steps=…"
+        )
+    recipe = recipes.load(folder.resolved)
+    if recipe.hash != folder.environment()["hash"]:
+        raise RecipeError(
+            f"{folder.path}: {folder.resolved.name}, or a file that it names, was changed since "
+            "the run began, so that it cannot go on as if never stopped. Put it back, or start "
+            f"a new run: bilevel run {folder.resolved}"
+        )
+    setup = assemble(recipe)
+    with folder.lock():
+        found = checkpoint.latest(folder.checkpoints)
+        for reason in found.skipped if found else ():
+            complain(f"passed over {reason}", kind="warning: ")
+        _Run(console, recipe, setup, folder).go_on(found)
+
+
+@dataclass
+class _Run:
+    console: Console
+    recipe: Recipe
+    setup: Setup
+    folder: RunFolder
+    signals: Signals = field(default_factory=Signals)
+    receivers: list[Receiver] = field(default_factory=list)
+    saved: Path | None = None
+
+    def begin(self) -> None:
+        with self.signals:
+            try:
+                early = self._prepare(None)
+                state = engine.start(self.setup)
+            except BaseException as error:
+                self._close()
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+                if isinstance(error, Stopped):
+                    raise Stopped(error.code, "stopped before the first step: no run") from None
+                raise
+            self._drive(state, early, None)
+
+    def go_on(self, found: checkpoint.Found | None) -> None:
+        with self.signals:
+            try:
+                early = self._prepare(self._first_measures())
+                if found is None:
+                    state, step = engine.start(self.setup), None
+                else:
+                    state = engine.restore(self.setup, checkpoint.load(found.path))
+                    step, self.saved = found.step, found.path
+            except BaseException:
+                self._close()
+                raise
+            self._drive(state, early, step)
+
+    def _prepare(self, before: dict[str, float] | None) -> list[Event]:
+        shown = ConsoleReceiver(self.console, before)
+        self.signals.tell = shown.stopping
+        self.receivers.append(shown)
+        self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
+        early = []
+        for event in engine.prepare(self.setup):
+            shown.receive(event)
+            early.append(event)
+        return early
+
+    def _drive(self, state: State, early: Iterable[Event], step: int | None) -> None:
+        """Run to the end or to a signal. What was prepared is recorded once the record is open."""
+        try:
+            opened = [sink.open(self.folder.path, step) for sink in self.recipe.sinks]
+            for event in early:
+                for receiver in opened:
+                    receiver.receive(event)
+            self.receivers += opened
+            self.signals.is_patient = True
+            self._loop(state)
+        except Stopped as stopped:
+            raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
+        finally:
+            self._close()
+        if self.signals.received:
+            raise Stopped(self.signals.code, f"{self.signals.reason}. {self._how_to_resume()}")
+        self._report()
+
+    def _loop(self, state: State) -> None:
+        began = time.perf_counter()
+        for event in engine.run(self.setup, state):
+            self._deliver(event)
+            if isinstance(event, Finished):
+                self.signals.received = None
+            elif self._is_settled(event, state):
+                is_last = state.step == self.setup.upper.steps
+                if self.signals.received and not is_last:
+                    self._save(state)
+                    spent = time.perf_counter() - began
+                    self._deliver(Finished(state.step, self.signals.reason, spent))
+                    return
+                every = self.recipe.checkpoint.every
+                if is_last or (every and state.step and state.step % every == 0):
+                    self._save(state)
+
+    def _is_settled(self, event: Event, state: State) -> bool:
+        """Whether all events of the present step have come, so that none is lost or repeated."""
+        if isinstance(event, Evaluated):
+            return True
+        if not isinstance(event, Stepped):
+            return False
+        every = self.setup.evaluate_every
+        due = (every and state.step % every == 0) or state.step == self.setup.upper.steps
+        return not (due and hasattr(self.setup.problem, "evaluate"))
+
+    def _save(self, state: State) -> None:
+        keep = self.recipe.checkpoint.keep
+        self.saved = checkpoint.save(
+            self.folder.checkpoints, state.save(), step=state.step, keep=keep
+        )
+        self._deliver(Saved(state.step, self.saved))
+
+    def _deliver(self, event: Event) -> None:
+        for receiver in self.receivers:
+            receiver.receive(event)
+
+    def _close(self) -> None:
+        for receiver in self.receivers:
+            receiver.close()
+
+    def _first_measures(self) -> dict[str, float] | None:
+        for event in record.read(self.folder.path):
+            if event["event"] == "evaluated":
+                return {name: record.number(value) for name, value in event["metrics"].items()}
+        return None
+
+    def _how_to_resume(self) -> str:
+        where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"
+        return f"Go on ({where}): bilevel resume {self.folder.path}"
+
+    def _report(self) -> None:
+        if report.missing():
+            return
+        try:
+            path = report.write(self.folder)
+        except BilevelError as error:
+            complain(f"no report: {error}", kind="warning: ")
+        else:
+            self.console.print(Text(f"{path}"), soft_wrap=True)

@@ -1,0 +1,110 @@
+"""The JSON schema of recipes, put together from the fields of the components."""
+
+from __future__ import annotations
+
+import json
+import typing
+from types import NoneType
+from typing import Any
+
+import pydantic
+
+from bilevel import registry
+from bilevel.errors import BilevelError
+from bilevel.fields import NOTHING, Field, describe, fields_of, group_of, open_annotation, plain
+from bilevel.outline import outline_of
+from bilevel.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
+from bilevel.types import COMPONENT
+from bilevel.upper import Upper
+
+_GROUPS = {"problem": "problems", "lower": "lower", "estimator": "estimators"}
+_OPTIONS = {"upper": Upper, "runtime": Runtime, "evaluate": Evaluate, "checkpoint": Checkpoint}
+
+
+def recipe_schema() -> str:
+    """The schema as JSON text. Components that cannot be imported here are named only."""
+    properties: dict[str, Any] = {
+        "version": {"const": VERSION},
+        "name": {"type": "string"},
+        "seed": {"type": "integer", "minimum": 0},
+        **{key: {"$ref": f"#/$defs/{group}"} for key, group in _GROUPS.items()},
+        **{key: _component(cls, None) for key, cls in _OPTIONS.items()},
+        "sinks": {
+            "type": "array",
+            "items": {"$ref": "#/$defs/sinks"},
+            "default": DEFAULTS["sinks"],
+        },
+    }
+    assert properties.keys() == set(SECTIONS)
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "bilevel recipe",
+        "type": "object",
+        "properties": {key: properties[key] for key in SECTIONS},
+        "required": ["problem"],
+        "additionalProperties": False,
+        "$defs": {group: _group(group) for group in registry.groups()},
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False)
+
+
+def _group(group: str) -> dict[str, Any]:
+    names = list(registry.names(group))
+    elsewhere = {"type": "string", "pattern": r":[A-Za-z_]\w*$"}
+    unnamed = {"type": "object", "not": {"required": ["name"]}}
+    foreign = {"type": "object", "properties": {"name": elsewhere}, "required": ["name"]}
+    own = [_registered(group, name) for name in names]
+    return {"anyOf": [{"enum": names}, elsewhere, *own, foreign, unnamed]}
+
+
+def _registered(group: str, name: str) -> dict[str, Any]:
+    try:
+        return _component(registry.find(group, name), name)
+    except BilevelError:
+        return {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
+
+
+def _component(cls: type[Any], name: str | None) -> dict[str, Any]:
+    fields, is_open = fields_of(cls)
+    outline = outline_of(f"{cls.__module__}:{cls.__qualname__}")
+    docs = {option.name: option.doc for option in outline.options} if outline else {}
+    properties = {
+        key: {**_field(field), **({"description": docs[key]} if docs.get(key) else {})}
+        for key, field in fields.items()
+    }
+    required = [key for key, field in fields.items() if field.required]
+    if name is not None:
+        properties = {"name": {"const": name}, **properties}
+        required = ["name", *required]
+    summary = (cls.__doc__ or "").partition("\n")[0]
+    return {
+        "type": "object",
+        "description": summary,
+        "properties": properties,
+        "required": required,
+        "additionalProperties": is_open,
+    }
+
+
+def _field(field: Field) -> dict[str, Any]:
+    group = group_of(field.annotation)
+    if group is None:
+        return _plain(field)
+    inner, _ = open_annotation(field.annotation)
+    schema: dict[str, Any] = {"$ref": f"#/$defs/{group}"}
+    if typing.get_origin(inner) in (tuple, list):
+        schema = {"type": "array", "items": schema}
+    elif NoneType in typing.get_args(inner):
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return schema if field.required else {**schema, "default": describe(field.default, group)}
+
+
+def _plain(field: Field) -> dict[str, Any]:
+    """What pydantic knows about a type; anything goes where it knows nothing."""
+    try:
+        adapter = pydantic.TypeAdapter(field.annotation, config=COMPONENT)
+        schema = adapter.json_schema()
+    except pydantic.PydanticUserError:  # also what pydantic has no JSON schema for
+        return {}
+    default = plain(field.default)
+    return schema if field.required or default is NOTHING else {**schema, "default": default}

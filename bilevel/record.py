@@ -1,0 +1,84 @@
+"""The record of a run, events.jsonl: one event a line, strict JSON, read without importing torch.
+
+NaN and infinities, which JSON does not have, are the strings "NaN", "Infinity", "-Infinity".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_AFTER_THE_LAST_STEP = ("drawn", "finished")
+
+
+def line(event: Mapping[str, Any]) -> str:
+    """An event as one line of strict JSON."""
+    return json.dumps(_strict(event), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events in a run folder; a line cut off by a crash ends the record."""
+    path = folder / FILE
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            if not text.endswith("\n"):
+                return
+            yield json.loads(text)
+
+
+def last(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
+    """The last event (of a kind) in a run folder, sought from the end of the file."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = 0
+        while length < size:
+            length = min(size, 2 * length + 4096)
+            file.seek(size - length)
+            whole = file.read(length).split(b"\n")[:-1]
+            for text in reversed(whole if length == size else whole[1:]):
+                event = json.loads(text)
+                if kind in (None, event["event"]):
+                    return event
+    return None
+
+
+def number(value: Any) -> float:
+    """A number of the record as a float; NaN for null."""
+    if value is None:
+        return math.nan
+    return _NUMBERS[value] if isinstance(value, str) else float(value)
+
+
+def cut(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Remove from the record what came after the checkpoint at `step`; returns what is left."""
+    kept = []
+    for event in read(folder):
+        if event["step"] > step:
+            break
+        if event["event"] not in _AFTER_THE_LAST_STEP:
+            kept.append(event)
+    temporary = folder / f"{FILE}.tmp"
+    temporary.write_text("".join(map(line, kept)), encoding="utf-8")
+    temporary.replace(folder / FILE)
+    return kept
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value

@@ -1,0 +1,107 @@
+"""The page of a report: summary, tables and charts, with scripts and pictures inlined."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bilevel.report.charts import charts, metric_charts
+from bilevel.report.history import History, read
+from bilevel.runfolder import RunFolder
+from bilevel.yaml_source import parse
+
+
+def render(folder: RunFolder) -> str:
+    """The whole page as one text."""
+    history = read(folder.path)
+    resolved = folder.resolved.read_text(encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("bilevel", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = [*charts(history), *metric_charts(history)]
+    return environment.get_template("report.html.j2").render(
+        name=history.started["name"],
+        run=folder.path.name,
+        status=_status(history),
+        facts=list(_facts(folder, history, resolved)),
+        charts=charts(history),
+        metric_charts=metric_charts(history),
+        metrics=list(_metrics(history)),
+        warnings=history.warnings,
+        figures=list(_figures(folder)),
+        resolved=resolved,
+        specs=Markup(_script([chart.spec for chart in drawn])),
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")),
+    )
+
+
+def _status(history: History) -> str:
+    done, steps = (history.steps or [0])[-1], history.started["steps"]
+    reason = history.finished["reason"] if history.finished else "not finished"
+    return f"{reason}, {done:,} of {steps:,} upper steps"
+
+
+def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple[str, str]]:
+    content = parse(resolved, folder.resolved.name).data
+    about, started = folder.environment(), history.started
+    yield "Problem", f"{content['problem']['name']}"
+    yield "Variables", f"{started['num_upper']:,} upper, {started['num_lower']:,} lower"
+    yield "Lower level", _inline(content["lower"])
+    yield "Upper level", _inline(content["upper"])
+    yield "Estimator", _inline(content["estimator"])
+    if history.steps:
+        totals = {name: history.columns[name][-1] for name in ("gradients", "hvps")}
+        yield (
+            "Oracle calls",
+            f"{totals['gradients']:,.0f} gradients, {totals['hvps']:,.0f} Hessian products",
+        )
+        each = history.seconds / len(history.steps)
+        yield "Time in steps", f"{history.seconds:.3g} s, {1000 * each:.3g} ms a step"
+    yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"
+    yield "Seed", str(content["seed"])
+    yield "Recipe hash", about["hash"][:12]
+    if about.get("overrides"):
+        yield "Overrides", " ".join(about["overrides"])
+    yield "Begun", about.get("time", "")
+    packages = about.get("packages", {})
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def _inline(section: Any) -> str:
+    if isinstance(section, dict):
+        options = ", ".join(f"{k} {_inline(v)}" for k, v in section.items() if k != "name")
+        if "name" not in section:
+            return options
+        return f"{section['name']} ({options})" if options else str(section["name"])
+    return json.dumps(section) if isinstance(section, (bool, type(None))) else str(section)
+
+
+def _metrics(history: History) -> Iterator[tuple[str, str, str, str]]:
+    for name in history.metrics:
+        curve = history.metric(name)
+        if curve:
+            (_, first), (_, last) = curve[0], curve[-1]
+            change = last - first if len(curve) > 1 else math.nan
+            shown = f"{change:+.4g}" if math.isfinite(change) else "–"
+            yield name, f"{first:.4g}", f"{last:.4g}", shown
+
+
+def _figures(folder: RunFolder) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.figures.glob("*.png")):
+        yield path.stem, base64.b64encode(path.read_bytes()).decode()
+
+
+def _script(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
