@@ -111,7 +111,8 @@ def _plain(value: Any, title: str, origins: dict[Where, Origin]) -> Any:
 
     def convert(value: Any, where: Where) -> Any:
         if isinstance(value, CommentedMap):
-            return {check(key, where): inside(value, key, where) for key in value}
+            converted = {key: inside(value, key, where) for key in value}
+            return {check(key, where): item for key, item in converted.items()}
         if isinstance(value, CommentedSeq):
             return [inside(value, index, where) for index in range(len(value))]
         if value is None or isinstance(value, bool):

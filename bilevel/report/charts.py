@@ -11,7 +11,7 @@ from bilevel.report.history import History
 
 WIDTH, HEIGHT = 400, 200
 DECADES = 100
-"""A curve that spans more than this factor is drawn on a logarithmic scale."""
+"""A curve alone that spans more than this factor is drawn on a logarithmic scale."""
 
 Curve = list[tuple[int, float]]
 
@@ -79,9 +79,9 @@ def _spec(curves: dict[str, Curve], points: bool = False) -> dict[str, Any]:
     ]
     values = [row["value"] for row in rows]
     low = min(values)
-    is_log = low > 0 and max(values) / low > DECADES
+    is_log = len(curves) == 1 and low > 0 and max(values) / low > DECADES
     scale = altair.Scale(type="log") if is_log else altair.Scale(zero=False)
-    axis = altair.Axis(format=".0e" if is_log else "~g", title=None, tickCount=5)
+    axis = altair.Axis(format=".0e" if is_log else ".6~g", title=None, tickCount=5)
     y = altair.Y("value:Q", axis=axis, scale=scale)
     x = altair.X("step:Q", axis=altair.Axis(title="upper step", tickCount=5, format="d"))
     chart = altair.Chart(altair.Data(values=rows)).mark_line(strokeWidth=1.6, point=points)
