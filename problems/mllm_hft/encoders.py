@@ -98,9 +98,9 @@ class ViT:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, max(self.steps, 1))
         for step in range(self.steps):
             rows = torch.randint(self.scenes, (self.batch,), generator=random)
-            scores = head(_tokens(model, corpus.images[rows])).flatten(0, 1)
-            name, colour = scores.split([len(source.vocabulary) + 1, len(source.colours) + 1], 1)
-            loss = _loss(name, names[rows].flatten()) + _loss(colour, colours[rows].flatten())
+            scores = head(_tokens(model, corpus.images[rows]))
+            name, colour = scores.split([len(source.vocabulary) + 1, len(source.colours) + 1], 2)
+            loss = _loss(name, names[rows]) + _loss(colour, colours[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -113,9 +113,9 @@ class ViT:
 
 def _loss(scores: Float[Tensor, "token class"], labels: Int[Tensor, token]) -> Tensor:
     """Cross-entropy; most patches are empty, so class 0 counts little."""
-    weights = torch.ones(scores.shape[1])
+    weights = torch.ones(scores.shape[-1])
     weights[0] = EMPTY
-    return cross_entropy(scores, labels, weights)
+    return cross_entropy(scores.flatten(0, 1), labels.flatten(), weights)
 
 
 def _labels(

@@ -1,0 +1,151 @@
+"""Which variable stands at which level, and what each level minimises: one row a formulation.
+
+L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on upper data.
+
+two_variable  x = LoRA, log τ, kind scores     y = projector, heads
+              G = L_C + μ/2 ‖y − y_ref‖²
+weighted      x = log λ, log τ, kind scores    y = projector, heads, LoRA
+              G = L_T(training data) + λ L_C
+task_only     x = nothing                      y = projector, LoRA
+              G = L_T(training data)
+joint         x = nothing                      y = projector, heads, LoRA, log τ
+              G = L_T(training data) + λ L_C with λ fixed: HACL, arXiv:2312.06968
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bilevel.types import Params
+
+from .losses import (
+    LOG_TAU_RANGE,
+    TAU_START,
+    contrastive_loss,
+    log_kind_weights,
+    task_loss,
+    temperature,
+)
+from .model import Group, Network, call
+
+Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
+Scalars = Literal["log_tau", "kind_scores", "log_lambda"]
+Part = Group | Scalars
+
+LOG_LAMBDA_RANGE = (math.log(1e-3), math.log(10.0))
+KIND_SCORE_BOUND = math.log(10.0)
+"""No kind weighs more than a hundred times another."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where the parts stand and which terms the lower loss has."""
+
+    upper: tuple[Part, ...]
+    lower: tuple[Part, ...]
+    task: bool
+    contrast: bool
+    anchored: bool = False
+
+
+FORMS: dict[Formulation, Form] = {
+    "two_variable": Form(
+        upper=("lora", "log_tau", "kind_scores"),
+        lower=("projector", "heads"),
+        task=False,
+        contrast=True,
+        anchored=True,
+    ),
+    "weighted": Form(
+        upper=("log_lambda", "log_tau", "kind_scores"),
+        lower=("projector", "heads", "lora"),
+        task=True,
+        contrast=True,
+    ),
+    "task_only": Form(upper=(), lower=("projector", "lora"), task=True, contrast=False),
+    "joint": Form(
+        upper=(), lower=("projector", "heads", "lora", "log_tau"), task=True, contrast=True
+    ),
+}
+
+
+def start_scalars(strength: float, kinds: int) -> dict[Scalars, Tensor]:
+    """log τ = log 0.07, all kinds alike, λ as given."""
+    return {
+        "log_tau": torch.tensor(math.log(TAU_START)),
+        "kind_scores": torch.zeros(kinds),
+        "log_lambda": torch.tensor(math.log(strength)),
+    }
+
+
+def project(parameters: Params) -> Params:
+    """Scalars held in their ranges; kind scores centred first, as only differences matter."""
+    out = dict(parameters)
+    if "log_tau" in out:
+        out["log_tau"] = out["log_tau"].clamp(*LOG_TAU_RANGE)
+    if "log_lambda" in out:
+        out["log_lambda"] = out["log_lambda"].clamp(*LOG_LAMBDA_RANGE)
+    if "kind_scores" in out:
+        scores = out["kind_scores"] - out["kind_scores"].mean()
+        out["kind_scores"] = scores.clamp(-KIND_SCORE_BOUND / 2, KIND_SCORE_BOUND / 2)
+    return out
+
+
+def split(parameters: Params) -> tuple[Params, Params]:
+    """Parameters of the network, and the scalars of the losses."""
+    scalars = {"log_tau", "kind_scores", "log_lambda"}
+    network = {n: p for n, p in parameters.items() if n not in scalars}
+    return network, {n: p for n, p in parameters.items() if n in scalars}
+
+
+def task(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
+    """L_T on a batch of conversations about pictures."""
+    weights, _ = split(parameters)
+    inputs = {name: batch[name] for name in ("ids", "mask", "features")}
+    return task_loss(call(network, weights, "logits", **inputs), batch["ids"], batch["counted"])
+
+
+def contrast(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
+    """L_C on a batch of pictures, each with its caption (first) and hallucinated captions."""
+    weights, scalars = split(parameters)
+    image = call(network, weights, "image", features=batch["features"])
+    pairs, lines, _ = batch["ids"].shape
+    text = call(
+        network, weights, "text", ids=batch["ids"].flatten(0, 1), mask=batch["mask"].flatten(0, 1)
+    ).unflatten(0, (pairs, lines))
+    return contrastive_loss(
+        image,
+        text[:, 0],
+        text[:, 1:],
+        batch["present"],
+        log_kind_weights(scalars["kind_scores"]),
+        temperature(scalars["log_tau"]),
+    )
+
+
+def lower(
+    form: Form,
+    network: Network,
+    parameters: Params,
+    batch: dict[str, Any],
+    *,
+    anchor: float,
+    reference: Params,
+) -> Tensor:
+    """G of a form; `parameters` are those of both levels, with every scalar in place."""
+    if not form.task:
+        loss = contrast(network, parameters, batch["contrast"])
+    else:
+        loss = task(network, parameters, batch["task"])
+        if form.contrast:
+            strength = parameters["log_lambda"].exp()
+            loss = loss + strength * contrast(network, parameters, batch["contrast"])
+    if form.anchored:
+        away = [(parameters[n] - value).square().sum() for n, value in reference.items()]
+        loss = loss + anchor / 2 * torch.stack(away).sum()
+    return loss

@@ -1,0 +1,332 @@
+"""Hierarchical fine-tuning of a multimodal language model, as a bilevel problem.
+
+A picture enters a language model through a projector. The lower level refines the embeddings by
+contrast with hallucinated captions (HACL: Jiang et al., CVPR 2024, arXiv:2312.06968); the upper
+level asks that the task be done well on data that the lower level did not see. What is upper and
+what is lower is a choice: see `formulations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from bilevel import rng, tree
+from bilevel.errors import ProblemError
+from bilevel.events import Progress
+from bilevel.rng import Streams
+from bilevel.types import Params, Slot, component
+
+from . import formulations
+from .cache import Tensors, cached
+from .data import Corpus, Encoder, Scene, Source
+from .evaluation import Captions, Exam, Examiner, captions, make_exam
+from .figure import Panel, embedding_figure
+from .formulations import FORMS, Form, Formulation
+from .instructions import Rows, conversations
+from .measures import Metrics
+from .model import Backbone, Opened, parameters, start_lora
+from .pretrain import dialogues, warm_up
+from .questions import cooccurrence
+from .shapes import Shapes
+from .tiny import Tiny
+
+VERSION = 1
+"""Raised when code changes what a warmed-up projector is."""
+TRIPLES = 180
+"""Triples in the figure."""
+
+
+@dataclass
+class Data:
+    """A split that batches are drawn from."""
+
+    features: Tensor
+    dialogues: Rows
+    captions: Captions
+
+
+@dataclass
+class Held:
+    """What `prepare` makes; everything else of the problem is frozen."""
+
+    opened: Opened
+    train: Data
+    upper: Data
+    exam: Exam
+    constants: dict[str, Tensor]
+    """Scalars of the losses at their start, for those that are no variables."""
+    reference: Params = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+
+@component
+class HierarchicalFineTuning:
+    """Align pictures and text in a multimodal language model so that it hallucinates less."""
+
+    formulation: Formulation = "two_variable"
+    """Which variables are upper: two_variable, weighted; or none, an arm to compare with:
+    task_only, joint."""
+    source: Annotated[Source, Slot("mllm_sources")] = Field(default_factory=Shapes)
+    encoder: Annotated[Encoder | None, Slot("mllm_encoders")] = None
+    """Frozen vision encoder; None: what comes with the model (vit for tiny)."""
+    model: Annotated[Backbone, Slot("mllm_models")] = Field(default_factory=Tiny)
+    seed: int = 0
+    """Of the data and of everything pretrained; the run's seed draws LoRA and batches."""
+    train: PositiveInt = 1500
+    """Pictures of the lower level, whose objects co-occur with bias."""
+    upper: PositiveInt = 300
+    """Pictures of the upper level, without bias, unseen by the lower level."""
+    test: Annotated[int, Field(ge=2)] = 400
+    """Pictures that are evaluated on, without bias."""
+    split: Literal["test", "development"] = "test"
+    """What is evaluated on: choose settings on development, report test."""
+    questions: PositiveInt = 6
+    """Questions a picture in each POPE split, half of them with yes."""
+    warm_up: NonNegativeInt = 300
+    """Steps of the projector alone on the task, before anything else."""
+    warm_up_rate: PositiveFloat = 3e-3
+    lower_batch: Annotated[int, Field(ge=2)] = 32
+    upper_batch: PositiveInt = 32
+    anchor: NonNegativeFloat = 0.1
+    """μ of two_variable, which holds y to the warmed-up projector."""
+    contrast: PositiveFloat = 0.5
+    """λ of joint, and where that of weighted starts."""
+    clean: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of each task batch of task_only and joint that is drawn from the upper data: the
+    baseline that a bilevel arm has to beat, since it sees those data too."""
+
+    def __post_init__(self) -> None:
+        if self.clean and self._form.upper:
+            raise ProblemError(
+                f"clean = {self.clean} with formulation {self.formulation}: its upper loss must be "
+                "on data that the lower level does not see; use it with task_only or joint"
+            )
+
+    @property
+    def _form(self) -> Form:
+        return FORMS[self.formulation]
+
+    @cached_property
+    def _made(self) -> list[Held]:
+        return []
+
+    @property
+    def _held(self) -> Held:
+        if not self._made:
+            raise ProblemError(
+                "mllm_hft is not prepared; run through `prepare()` first: "
+                "`for progress in problem.prepare(): ...`"
+            )
+        return self._made[0]
+
+    def prepare(self) -> Iterator[Progress]:
+        """Model and language model, features, projector: cached, so only the first time is slow."""
+        opened = yield from self.model.open(self.source, self.encoder, self.seed)
+        train, scenes = yield from self._data(opened, "train", self.train, biased=True)
+        upper, _ = yield from self._data(opened, "upper", self.upper, biased=False)
+        exam = yield from self._exam(opened, scenes)
+        yield from self._warm_up(opened, train)
+        scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
+        held = Held(opened, train, upper, exam, {str(n): v for n, v in scalars.items()})
+        self._made[:] = [held]
+        held.reference = tree.clone(self._start(held, None)[1])
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Move the frozen model, and what losses compare with."""
+        held = self._held
+        held.device, held.dtype = torch.device(device), dtype
+        held.opened.network.to(held.device, dtype)
+        held.reference = tree.to(held.reference, held.device, dtype)
+        held.constants = tree.to(held.constants, held.device, dtype)
+
+    def init(self, streams: Streams) -> tuple[Params, Params]:
+        """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""
+        return self._start(self._held, streams["lora"])
+
+    def upper_loss(self, x: Params, y: Params, batch: dict[str, Tensor]) -> Tensor:
+        return formulations.task(self._held.opened.network, {**x, **y}, batch)
+
+    def lower_loss(self, x: Params, y: Params, batch: dict[str, Any]) -> Tensor:
+        held = self._held
+        return formulations.lower(
+            self._form,
+            held.opened.network,
+            {**held.constants, **x, **y},
+            batch,
+            anchor=self.anchor,
+            reference=held.reference,
+        )
+
+    def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        """Conversations about unbiased pictures, drawn with replacement."""
+        while True:
+            yield _task_batch(self._held.upper, self.upper_batch, stream)
+
+    def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
+        """What the formulation's lower loss reads: conversations, captions, or both."""
+        held = self._held
+        while True:
+            batch: dict[str, Any] = {}
+            if self._form.task:
+                batch["task"] = self._mixed(held, stream)
+            if self._form.contrast:
+                index = torch.randint(self.train, (self.lower_batch,), generator=stream)
+                lines = held.train.captions.take(index)
+                batch["contrast"] = {"features": held.train.features[index], **lines}
+            yield batch
+
+    def project_upper(self, x: Params) -> Params:
+        return formulations.project(x)
+
+    def project_lower(self, y: Params) -> Params:
+        return formulations.project(y)
+
+    def evaluate(self, x: Params, y: Params) -> Generator[Progress, None, Metrics]:
+        """Every measure on the evaluated split; yields its progress and returns them."""
+        held = self._held
+        found = yield from self._examiner.measure({**x, **y}, held.exam)
+        return {**found, **held.opened.facts, **self._learned({**x, **y})}
+
+    def figures(self, x: Params, y: Params) -> dict[str, Any]:
+        """Embeddings before and after, in one projection."""
+        held = self._held
+        before = tree.to(dict(zip("xy", self._start(held, None), strict=True)), held.device, held.dtype)
+        panels = []
+        for title, at in (("before", {**before["x"], **before["y"]}), ("after", {**x, **y})):
+            embeddings = self._examiner.embed(at, held.exam)
+            panels.append(Panel.of(title, embeddings, held.exam.captions.present, TRIPLES))
+        return {"embeddings": embedding_figure(panels)}
+
+    @property
+    def _examiner(self) -> Examiner:
+        held = self._held
+        opened = held.opened
+        return Examiner(
+            opened.network,
+            opened.tokenizer,
+            opened.template,
+            self.source.vocabulary,
+            held.device,
+            held.dtype,
+        )
+
+    def _learned(self, at: Params) -> Metrics:
+        """Scalars of the losses that are variables, in words."""
+        found = {}
+        if "log_tau" in at:
+            found["learned/tau"] = float(at["log_tau"].exp())
+        if "log_lambda" in at:
+            found["learned/lambda"] = float(at["log_lambda"].exp())
+        if "kind_scores" in at:
+            weights = formulations.log_kind_weights(at["kind_scores"]).exp().tolist()
+            found |= {f"learned/weight_{k}": w for k, w in zip(self.source.kinds, weights, strict=True)}
+        return found
+
+    def _start(self, held: Held, stream: torch.Generator | None) -> tuple[Params, Params]:
+        """x and y to start from; without a stream LoRA is zero, which is the same function."""
+        network = held.opened.network
+        lora = parameters(network, "lora")
+        parts: dict[str, Params] = {
+            "projector": parameters(network, "projector"),
+            "heads": parameters(network, "heads"),
+            "lora": start_lora(network, stream) if stream else tree.zeros_like(lora),
+            **{name: {name: value} for name, value in held.constants.items()},
+        }
+        x = {n: v for part in self._form.upper for n, v in parts[part].items()}
+        y = {n: v for part in self._form.lower for n, v in parts[part].items()}
+        return x, y
+
+    def _mixed(self, held: Held, stream: torch.Generator) -> dict[str, Tensor]:
+        """A task batch, a share `clean` of it from the upper data."""
+        clean = round(self.clean * self.lower_batch)
+        if not clean:
+            return _task_batch(held.train, self.lower_batch, stream)
+        batches = [_task_batch(held.upper, clean, stream)]
+        if clean < self.lower_batch:
+            batches.append(_task_batch(held.train, self.lower_batch - clean, stream))
+        return _joined(batches)
+
+    def _corpus(self, split: str, size: int, *, biased: bool) -> Corpus:
+        stream = rng.stream(self.seed, f"scenes.{split}")
+        return self.source.render(self.source.scenes(size, biased=biased, generator=stream), stream)
+
+    def _data(
+        self, opened: Opened, split: str, size: int, *, biased: bool
+    ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
+        yield Progress("pictures", 0, None, f"{size} for {split}")
+        corpus = self._corpus(split, size, biased=biased)
+        features = yield from opened.encode(corpus)
+        stream = rng.stream(self.seed, f"dialogues.{split}")
+        turns = dialogues(corpus.scenes, self.source, stream)
+        rows = conversations(turns, opened.tokenizer, opened.template)
+        lines = captions(corpus.scenes, self.source, opened.tokenizer)
+        return Data(features, rows, lines), corpus.scenes
+
+    def _exam(
+        self, opened: Opened, training: tuple[Scene, ...]
+    ) -> Generator[Progress, None, Exam]:
+        yield Progress("pictures", 0, None, f"{self.test} for {self.split}")
+        corpus = self._corpus(self.split, self.test, biased=False)
+        features = yield from opened.encode(corpus)
+        return make_exam(
+            corpus.scenes,
+            features,
+            self.source,
+            opened.tokenizer,
+            opened.template,
+            per_scene=self.questions,
+            cooccurrence=cooccurrence(training, self.source.vocabulary),
+            generator=rng.stream(self.seed, f"questions.{self.split}"),
+        )
+
+    def _warm_up(self, opened: Opened, train: Data) -> Generator[Progress, None, None]:
+        """Stage 1, cached; sets the network's projector."""
+        projector = opened.network.llava.model.multi_modal_projector
+
+        def make() -> Generator[Progress, None, Tensors]:
+            yield from warm_up(
+                opened.network,
+                train.features,
+                train.dialogues,
+                steps=self.warm_up,
+                batch=self.lower_batch,
+                rate=self.warm_up_rate,
+                seed=self.seed,
+            )
+            return projector.state_dict()
+
+        key = {
+            "version": VERSION,
+            "model": opened.network.state_dict(),
+            "features": train.features,
+            "dialogues": train.dialogues,
+            "steps": self.warm_up,
+            "batch": self.lower_batch,
+            "rate": self.warm_up_rate,
+            "seed": self.seed,
+        }
+        projector.load_state_dict((yield from cached("projector", key, make)))
+
+
+def _task_batch(data: Data, size: int, stream: torch.Generator) -> dict[str, Tensor]:
+    index = torch.randint(len(data.features), (size,), generator=stream)
+    return {"features": data.features[index], **data.dialogues.take(index)}
+
+
+def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches as one, rows padded to the widest; padding ids are arbitrary, the mask rules them out."""
+    width = max(batch["ids"].shape[1] for batch in batches)
+
+    def pad(value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (0, width - value.shape[1]))
+
+    rows = {n: torch.cat([pad(b[n]) for b in batches]) for n in ("ids", "mask", "counted")}
+    return {"features": torch.cat([b["features"] for b in batches]), **rows}
