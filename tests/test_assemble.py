@@ -33,7 +33,9 @@ def test_auto_takes_what_there_is(monkeypatch):
 def test_a_missing_device_is_said_with_its_remedy(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    with pytest.raises(RequirementError, match="no CUDA device; use runtime.device=auto") as caught:
+    with pytest.raises(
+        RequirementError, match=r"no CUDA device; use runtime.device=auto"
+    ) as caught:
         _setup("runtime.device=cuda")
     assert caught.value.exit_code == 3
     with pytest.raises(RequirementError, match="no Apple GPU"):

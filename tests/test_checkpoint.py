@@ -98,7 +98,13 @@ def test_what_json_does_not_have(tmp_path: Path):
 
 def test_tensors_that_share_memory_or_are_views(tmp_path: Path):
     base = torch.arange(12.0).view(3, 4)
-    saved = {"base": base, "again": base, "transposed": base.T, "row": base[1], "column": base[:, 1]}
+    saved = {
+        "base": base,
+        "again": base,
+        "transposed": base.T,
+        "row": base[1],
+        "column": base[:, 1],
+    }
     got = round_trip(saved, tmp_path)
     assert_same(got, saved)
     got["base"].zero_()
@@ -112,7 +118,9 @@ VALUES = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.lists(st.floats(width=32), max_size=4).map(torch.tensor),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 
@@ -228,7 +236,7 @@ def test_a_full_disk_leaves_what_was_there(where, tmp_path: Path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, where, full)
-    with pytest.raises(CheckpointError, match="No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
         _save(tmp_path, 2)
     monkeypatch.undo()
     assert _steps(tmp_path)[: len(before)] == before

@@ -69,7 +69,7 @@ def test_every_entry_point_leads_to_a_class_with_a_summary():
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(RecipeError, match="'cgg': unknown linear solver. Did you mean 'cg'"):
+    with pytest.raises(RecipeError, match=r"'cgg': unknown linear solver. Did you mean 'cg'"):
         registry.find("linear", "cgg")
     with pytest.raises(RecipeError, match="Known: cg, dense, neumann"):
         registry.find("linear", "zzzzzz")
@@ -115,7 +115,7 @@ def test_a_file_that_fails_to_import_says_why(tmp_path: Path):
 def test_a_file_is_relative_to_its_base_and_loaded_once(toys: Path):
     first = registry.find("problems", "toys.py:Plain", toys.parent)
     assert registry.find("problems", str(toys) + ":Plain") is first
-    with pytest.raises(RecipeError, match="'Plein': unknown class in .*Did you mean 'Plain'"):
+    with pytest.raises(RecipeError, match=r"'Plein': unknown class in .*Did you mean 'Plain'"):
         registry.find("problems", "toys.py:Plein", toys.parent)
 
 
@@ -226,6 +226,6 @@ def test_components_validate_across_their_fields():
     )
     with pytest.raises(RecipeError, match="nesterov needs momentum > 0"):
         build("optimizers", {"name": "sgd", "nesterov": True}, "o")
-    with pytest.raises(RecipeError, match="o.beta1 = 1; must be < 1"):
+    with pytest.raises(RecipeError, match=r"o.beta1 = 1; must be < 1"):
         build("optimizers", {"name": "adam", "beta1": 1}, "o")
     assert build("optimizers", {"name": "adam", "lr": 1}) == Adam(lr=1.0)

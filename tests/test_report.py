@@ -72,7 +72,9 @@ def test_it_holds_the_numbers_of_the_record(run):
     assert "Step 2: negative" in html
     assert "data:image/png;base64,iVBORw0KGgo" in html
     assert "quadratic (" in html or ">quadratic<" in html
-    specs = json.loads(re.search(r"const specs = (\[.*\]);\n", html)[1])
+    found = re.search(r"const specs = (\[.*\]);\n", html)
+    assert found is not None
+    specs = json.loads(found[1])
     values = next(iter(specs[0]["datasets"].values())) if "datasets" in specs[0] else None
     values = values or specs[0]["data"]["values"]
     assert [row["step"] for row in values] == [1, 3, 4, 5, 6]  # step 2 was NaN

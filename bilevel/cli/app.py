@@ -34,9 +34,7 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides, e.g. upper.steps=50 estimator=unroll."
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. upper.steps=50 estimator=unroll."),
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.")

@@ -46,10 +46,6 @@ def boundary() -> Iterator[None]:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # Whoever read the output has left: `bilevel ls | head -1`.
-        sys.stderr.close()
-        raise typer.Exit(0) from None
 
 
 def complain(message: str, kind: str = "error: ") -> None:

@@ -130,7 +130,7 @@ class _Run:
         finally:
             self._close()
         if self.signals.received:
-            raise Stopped(self.signals.code, f"{self.signals.reason}. {self._how_to_resume()}")
+            raise Stopped(self.signals.code, self._how_to_resume())
         self._report()
 
     def _loop(self, state: State) -> None:

@@ -42,7 +42,11 @@ def render(folder: RunFolder) -> str:
         figures=list(_figures(folder)),
         resolved=resolved,
         specs=Markup(_script([chart.spec for chart in drawn])),
-        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")),
+        vega=Markup(
+            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
+                "</script", "<\\/script"
+            )
+        ),
     )
 
 

@@ -43,7 +43,7 @@ class ConsoleReceiver:
         shown = self._live or self._plain
         assert shown is not None
         if isinstance(event, Started):
-            self._console.print(_headline(event), highlight=False, soft_wrap=True)
+            self._console.print(_headline(event), highlight=False)
         if isinstance(event, Evaluated):
             self._before = self._before or event.metrics
             self._after = event.metrics

@@ -1,0 +1,342 @@
+"""What each command shows and with which code it exits."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from bilevel import recipe as recipes
+from bilevel.cli.app import app
+from bilevel.cli.names import shipped
+from bilevel.yaml_source import parse
+
+RUNNER = CliRunner()
+SHORT = ("upper.steps=4", "evaluate.every=2", "checkpoint.every=2")
+
+
+def invoke(*arguments: object, code: int = 0):
+    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def run(runs: Path, *overrides: str, recipe: str = "quadratic") -> Path:
+    before = set(runs.glob("*/*"))
+    invoke("run", recipe, *SHORT, *overrides, "--runs-dir", runs)
+    (folder,) = set(runs.glob("*/*")) - before
+    return folder
+
+
+COMMANDS = {
+    "ls": ["KIND?"],
+    "show": ["NAME", "--resolved"],
+    "cp": ["RECIPE", "DESTINATION"],
+    "validate": ["RECIPE", "OVERRIDES?"],
+    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run"],
+    "resume": ["RUN", "--runs-dir"],
+    "check": ["RECIPE", "OVERRIDES?", "--estimators"],
+    "report": ["RUN", "--runs-dir"],
+    "runs": ["--runs-dir"],
+    "schema": [],
+    "doctor": [],
+}
+
+
+def test_commands_and_options_are_frozen():
+    """Changing this table is a decision: scripts out there depend on it."""
+    group: Any = typer.main.get_command(app)
+    got = {
+        name: [
+            param.opts[0] if param.opts[0].startswith("-") else _argument(param)
+            for param in command.params
+            if param.name != "help"
+        ]
+        for name, command in group.commands.items()
+    }
+    assert got == COMMANDS
+    top = [param.opts[0] for param in group.params if param.name not in ("help",)]
+    assert top == ["--debug", "--install-completion", "--show-completion"]
+
+
+def _argument(param) -> str:
+    return param.name.upper() + ("" if param.required else "?")
+
+
+LIGHT = [
+    ["--help"],
+    ["run", "--help"],
+    ["ls"],
+    ["ls", "recipes"],
+    ["show", "cg"],
+    ["show", "quadratic"],
+    ["show", "quadratic.yaml"],
+    ["runs", "--runs-dir", "no/such/folder"],
+]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_looking_imports_no_torch(arguments):
+    _assert_light(arguments, {})
+
+
+def test_completion_imports_no_torch():
+    environment = {
+        "_BILEVEL_COMPLETE": "complete_bash",
+        "COMP_WORDS": "bilevel run qu",
+        "COMP_CWORD": "2",
+    }
+    assert "quadratic" in _assert_light([], environment)
+
+
+def test_validating_does_import_torch():  # negative control of the two above
+    with pytest.raises(AssertionError, match="imports torch"):
+        _assert_light(["validate", "quadratic"], {})
+
+
+def _assert_light(arguments, environment) -> str:
+    code = (
+        f"import os, sys; sys.argv = ['bilevel', *{arguments!r}]; os.environ.update({environment!r})\n"
+        "from bilevel.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "print('imports torch' if 'torch' in sys.modules else 'light', file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.strip().endswith("light"), "imports torch"
+    return result.stdout
+
+
+def test_ls_lists_what_is_registered():
+    text = invoke("ls").output
+    for name in ("quadratic", "implicit", "newton", "cg", "adam", "jsonl", "hyper_cleaning"):
+        assert re.search(rf"^  {name} ", text, re.MULTILINE), name
+    assert max(map(len, text.splitlines())) <= 80
+    only = invoke("ls", "linear").output
+    assert "cg" in only
+    assert "adam" not in only
+    assert "Did you mean 'linear'" in invoke("ls", "liner", code=2).stderr
+
+
+def test_show_tells_the_options_of_a_component():
+    text = invoke("show", "implicit").output
+    assert re.search(r"damping +0.0 +NonNegativeFloat", text)
+    assert "bilevel ls linear" in text
+    assert "arXiv:1602.02355" in text
+    assert "bilevel show quadratic.yaml" in invoke("show", "quadratic").output
+    assert "Did you mean 'implicit'" in invoke("show", "implict", code=2).stderr
+    assert invoke("show", "linear/cg").output != invoke("show", "optimizers/sgd").output
+
+
+def test_show_a_recipe_as_written_and_resolved():
+    assert invoke("show", "ridge.yaml").output.startswith("# One ridge penalty")
+    resolved = invoke("show", "ridge.yaml", "--resolved").output
+    assert recipes.loads(resolved) == recipes.load(shipped()["ridge"])
+
+
+def test_cp_copies_and_never_overwrites(tmp_path: Path):
+    assert "bilevel run" in invoke("cp", "ridge", tmp_path).output
+    copied = tmp_path / "ridge.yaml"
+    assert copied.read_bytes() == shipped()["ridge"].read_bytes()
+    copied.write_text("mine")
+    assert "is there already" in invoke("cp", "ridge", copied, code=2).stderr
+    assert copied.read_text() == "mine"
+    invoke("cp", "ridge", tmp_path / "other")
+    assert (tmp_path / "other.yaml").is_file()
+    assert "no such folder" in invoke("cp", "ridge", tmp_path / "a" / "b.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["quadratic", "ridge", "hyper_cleaning"])
+def test_shipped_recipes_are_right(name):
+    assert "right (hash" in invoke("validate", name).output
+    assert "right (hash" in invoke("validate", shipped()[name]).output
+
+
+def test_validate_shows_every_error_with_its_line(tmp_path: Path):
+    path = tmp_path / "my.yaml"
+    path.write_text("problem: quadratic\nupper:\n  stpes: 3\nseed: -1\n")
+    text = invoke("validate", path, "estimator.damping=-1", code=2).stderr
+    assert f"{path}:3: upper.stpes: unknown key. Did you mean 'steps'?" in text
+    assert f"{path}:4: seed = -1; must be an integer ≥ 0" in text
+    assert "override 'estimator.damping=-1': estimator.damping = -1; must be ≥ 0" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "quadratc"], 2, "Did you mean 'quadratic'?"),
+        (["run", "absent/quadratic.yaml"], 2, "There is a recipe called 'quadratic'"),
+        (["run", "quadratic", "runtime.device=cuda:99"], 3, "runtime.device = 'cuda:99'"),
+        (["run", "quadratic", "estimator=unroll", "lower=newton"], 2, "cannot be replayed"),
+        (["run"], 2, "Missing argument"),
+        (["resume", "absent"], 2, "is no run"),
+        (["report", "absent"], 2, "is no run"),
+        (["check", "quadratic", "--estimators", "implict"], 2, "Did you mean 'implicit'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_message_and_a_code(arguments, code, message, runs):
+    where = ["--runs-dir", str(runs)] if arguments[0] in ("run", "resume", "report") else []
+    result = invoke(*arguments, *where, code=code)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not runs.exists()
+
+
+def test_debug_shows_the_traceback():
+    result = RUNNER.invoke(app, ["--debug", "run", "quadratc"])
+    assert type(result.exception).__name__ == "RecipeError"
+    RUNNER.invoke(app, ["ls", "sinks"])
+    assert RUNNER.invoke(app, ["run", "quadratc"]).exit_code == 2
+
+
+def test_a_dry_run_writes_nothing(runs):
+    text = invoke("run", "quadratic", "seed=9", "--dry-run", "--runs-dir", runs).output
+    assert recipes.loads(text).seed == 9
+    assert "nothing was run" in text
+    assert not runs.exists()
+
+
+def test_a_run_leaves_its_folder(runs):
+    folder = run(runs, "seed=2")
+    names = {path.name for path in folder.iterdir()}
+    expected = {"recipe.yaml", "resolved.yaml", "environment.json", "events.jsonl", "checkpoints"}
+    assert expected <= names
+    assert (folder / "recipe.yaml").read_bytes() == shipped()["quadratic"].read_bytes()
+    recipe = recipes.load(folder / "resolved.yaml")
+    assert recipe == recipes.load(shipped()["quadratic"], [*SHORT, "seed=2"])
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["hash"] == recipe.hash
+    assert about["overrides"] == [*SHORT, "seed=2"]
+    assert folder.name.endswith(recipe.hash[:6])
+    assert about["packages"]["torch"]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "evaluated"] == [0, 2, 4]
+    assert [e["step"] for e in events if e["event"] == "stepped"] == [1, 2, 3, 4]
+    assert events[-1] | {"seconds": 0} == {
+        "event": "finished",
+        "step": 4,
+        "reason": "done",
+        "seconds": 0,
+    }
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
+def test_two_runs_at_once_have_two_folders(runs):
+    assert run(runs) != run(runs)
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_slow(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    result = invoke("run", "quadratic", *SHORT, "--runs-dir", tmp_path / "file", code=1)
+    assert "no run folder can be made" in result.stderr
+
+
+def test_runs_lists_what_became_of_them(runs):
+    assert "No runs in" in invoke("runs", "--runs-dir", runs).output
+    folder = run(runs)
+    text = invoke("runs", "--runs-dir", runs).output
+    assert re.search(rf"quadratic/{folder.name} +done +4/4 +\S+e", text)
+
+
+def test_a_finished_run_is_not_resumed(runs):
+    folder = run(runs)
+    before = (folder / "events.jsonl").read_bytes()
+    result = invoke("resume", folder, code=2)
+    assert "this run is done (4 steps)" in result.stderr
+    assert (folder / "events.jsonl").read_bytes() == before
+
+
+def test_a_report_is_written_again(runs):
+    folder = run(runs)
+    (folder / "report.html").unlink(missing_ok=True)
+    result = RUNNER.invoke(app, ["report", "quadratic", "--runs-dir", str(runs)])
+    if result.exit_code == 3:
+        pytest.skip("without the extra report")
+    assert result.output.strip() == str(folder / "report.html")
+    assert (folder / "report.html").is_file()
+
+
+def test_check_shows_a_row_for_each_estimator():
+    text = invoke("check", "quadratic").output
+    assert "reference: closed form" in text
+    for name in ("implicit", "none", "one_step", "unroll"):
+        assert re.search(rf"^{name} .* exact", text, re.MULTILINE)
+    only = invoke("check", "quadratic", "--estimators", "implicit,none").output
+    assert "unroll" not in only
+    assert max(map(len, text.splitlines())) <= 80
+
+
+WRONG = """
+from bilevel import tree
+from bilevel.estimators.implicit import Implicit
+from dataclasses import replace
+class Wrong:
+    claim = "solution"
+    needs = Implicit().needs
+    def init(self, at): return Implicit().init(at)
+    def estimate(self, losses, at, state):
+        got = Implicit().estimate(losses, at, state)
+        return replace(got, hypergradient=tree.scale(1.01, got.hypergradient))
+"""
+
+
+def test_a_wrong_estimator_fails_the_check(tmp_path: Path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    path = tmp_path / "wrong.yaml"
+    path.write_text("problem: quadratic\nestimator: wrong.py:Wrong\n")
+    result = invoke("check", path, code=4)
+    assert re.search(r"wrong *$", result.output, re.MULTILINE)
+    assert "not the hypergradient that is claimed" in result.stderr
+
+
+def test_a_run_that_diverges_exits_with_its_own_code(runs):
+    overrides = ["lower.optimizer.lr=1e200", "upper.steps=4"]
+    result = invoke("run", "quadratic", *overrides, "--runs-dir", runs, code=5)
+    assert "step 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_schema_takes_shipped_recipes_and_refuses_wrong_ones():
+    schema = json.loads(invoke("schema").output)
+    draft = pytest.importorskip("jsonschema").Draft202012Validator
+    draft.check_schema(schema)
+    validator = draft(schema)
+    for path in shipped().values():
+        validator.validate(parse(path.read_text(), path.name).data)
+    for wrong in (
+        "upper: {steps: 3}",
+        "problem: quadratic\nupper: {stpes: 3}",
+        "problem: quadratic\nupper: {steps: 0}",
+        "problem: quadratic\nestimator: {name: implicit, damping: -1}",
+        "problem: quadratic\nestimator: {name: implicit, solver: {name: cg, itrations: 3}}",
+        "problem: quadratc",
+    ):
+        assert not validator.is_valid(parse(wrong, "w").data), wrong
+
+
+def test_the_doctor_finds_this_installation_sound():
+    text = invoke("doctor").output
+    assert "All that is needed is there." in text
+    assert re.search(r"ok +hypergradient", text)
+
+
+def test_the_doctor_says_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("bilevel.cli.doctor._quadratic_error", lambda: 1e-3)
+    result = invoke("doctor", code=4)
+    assert re.search(r"no +hypergradient", result.output)

@@ -1,0 +1,201 @@
+"""Stopped and resumed equals never stopped, byte for byte; signals and their exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilevel import checkpoint
+
+SIGNALLING = """
+import itertools, os, torch
+from bilevel.events import Progress, Stepped, Evaluated
+from bilevel.types import component
+
+@component
+class Signal:
+    \"\"\"Sends this process a signal the first time a run sees a step.\"\"\"
+    number: int
+    step: int
+    times: int = 1
+    def open(self, folder, step): return Sender(self, folder / "signalled")
+
+class Sender:
+    def __init__(self, signal, mark): self.signal, self.mark = signal, mark
+    def receive(self, event):
+        if isinstance(event, Stepped) and event.step == self.signal.step:
+            if not self.mark.exists():
+                self.mark.write_text("")
+                for _ in range(self.signal.times): os.kill(os.getpid(), self.signal.number)
+    def close(self): ...
+
+class Slow:
+    def __init__(self, number: int): self.number = number
+    def prepare(self):
+        yield Progress("preparing", 0, 2)
+        os.kill(os.getpid(), self.number)
+        yield Progress("preparing", 1, 2)
+    def init(self, streams): return {"x": torch.ones(1)}, {"y": torch.ones(1)}
+    def upper_loss(self, x, y, batch): return y["y"].square().sum()
+    def lower_loss(self, x, y, batch): return (y["y"] - x["x"]).square().sum()
+    def upper_batches(self, stream): return itertools.repeat(None)
+    def lower_batches(self, stream): return itertools.repeat(None)
+"""
+
+CASES = {
+    "quadratic": ("upper.steps=12", "evaluate.every=4", "checkpoint.every=5"),
+    "hyper_cleaning": (
+        "upper.steps=12",
+        "evaluate.every=5",
+        "checkpoint.every=4",
+        "lower.steps=5",
+        "lower.optimizer={name: adam, lr: 0.05}",
+        "estimator={name: implicit, solver: {name: cg, iterations: 3}, damping: 1e-3}",
+        "problem.num_train=80",
+        "problem.num_clean=40",
+        "runtime.device=cpu",
+    ),
+}
+
+
+def bilevel(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", "from bilevel.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == code, (result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def start(folder: Path, recipe: str, overrides, code: int, **signalling) -> tuple[Path, str]:
+    """Run in a folder of its own, where a sink sends a signal; returns (run folder, stderr)."""
+    (folder / "signalling.py").write_text(SIGNALLING)
+    extra = []
+    if signalling:
+        options = ", ".join(f"{key}: {value}" for key, value in signalling.items())
+        spec = f"{{name: '{folder}/signalling.py:Signal', {options}}}"
+        extra = [f"sinks=[jsonl, {spec}]"]
+    result = bilevel("run", recipe, *overrides, *extra, "--runs-dir", folder / "runs", code=code)
+    (run,) = (folder / "runs").glob("*/*")
+    return run, result.stderr
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A recipe, its overrides, and a run of it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run, _ = start(folder, request.param, CASES[request.param], 0)
+    return request.param, CASES[request.param], run
+
+
+def timeless(run: Path) -> list[Any]:
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key != "seconds"}
+        return value
+
+    return [strip(json.loads(line)) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    found, expected = (checkpoint.latest(folder / "checkpoints") for folder in (run, whole))
+    assert found is not None
+    assert expected is not None
+    assert found.step == expected.step == 12
+    for name in (checkpoint.TENSORS, checkpoint.STATE):
+        assert (found.path / name).read_bytes() == (expected.path / name).read_bytes(), name
+    assert timeless(run) == timeless(whole)
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_interrupted_and_resumed_is_as_never_stopped(case, step, tmp_path):
+    recipe, overrides, whole = case
+    run, said = start(tmp_path, recipe, overrides, 130, number=int(signal.SIGINT), step=step)
+    assert f"bilevel resume {run}" in said
+    assert timeless(run)[-1] == {"event": "finished", "step": step, "reason": "interrupted"}
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == step
+    with pytest.raises(AssertionError):
+        assert_same_end(run, whole)
+    bilevel("resume", run, code=0)
+    assert_same_end(run, whole)
+
+
+def test_terminated_is_saved_too(tmp_path):
+    overrides = CASES["quadratic"]
+    run, _ = start(tmp_path, "quadratic", overrides, 143, number=int(signal.SIGTERM), step=3)
+    assert timeless(run)[-1] == {"event": "finished", "step": 3, "reason": "terminated"}
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 3
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_killed_goes_on_from_the_last_checkpoint_or_the_start(case, step, tmp_path):
+    recipe, overrides, whole = case
+    run, _ = start(tmp_path, recipe, overrides, -9, number=int(signal.SIGKILL), step=step)
+    found = checkpoint.latest(run / "checkpoints")
+    assert (found is None) == (step == 3)
+    bilevel("resume", run, code=0)
+    assert_same_end(run, whole)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    run, said = start(
+        tmp_path, "quadratic", CASES["quadratic"], 130, number=int(signal.SIGINT), step=7, times=2
+    )
+    assert "stopped at once" in said
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 5
+    assert timeless(run)[-1]["event"] == "stepped"
+
+
+def test_a_signal_at_the_last_step_lets_the_run_finish(tmp_path):
+    run, _ = start(tmp_path, "quadratic", CASES["quadratic"], 0, number=int(signal.SIGINT), step=12)
+    assert timeless(run)[-1]["reason"] == "done"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_preparing_leaves_nothing_behind(number, code, tmp_path):
+    (tmp_path / "signalling.py").write_text(SIGNALLING)
+    problem = f"{{name: '{tmp_path}/signalling.py:Slow', number: {int(number)}}}"
+    path = tmp_path / "slow.yaml"
+    path.write_text(f"problem: {problem}\n")
+    result = bilevel("run", path, "--runs-dir", tmp_path / "runs", code=code)
+    assert "before the first step" in result.stderr
+    assert "preparing: 0 of 2" in result.stdout
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(case, tmp_path):
+    recipe, overrides, whole = case
+    run, _ = start(tmp_path, recipe, overrides, 130, number=int(signal.SIGINT), step=9)
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None
+    tensors = newest.path / checkpoint.TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:-3])
+    assert "passed over" in bilevel("resume", run, code=0).stderr
+    assert_same_end(run, whole)
+
+
+def test_a_changed_recipe_is_not_resumed(tmp_path):
+    run, _ = start(
+        tmp_path, "quadratic", CASES["quadratic"], 130, number=int(signal.SIGINT), step=3
+    )
+    before = (run / "events.jsonl").read_bytes()
+    with (tmp_path / "signalling.py").open("a") as file:
+        file.write("# changed\n")
+    result = bilevel("resume", run, code=2)
+    assert "was changed since the run began" in result.stderr
+    assert (run / "events.jsonl").read_bytes() == before
