@@ -129,14 +129,23 @@ def start(setup: Setup) -> State:
     if not y:
         raise ProblemError("y is empty: a bilevel problem has lower variables")
     x, y = (tree.clone(tree.to(params, setup.device, setup.dtype)) for params in (x, y))
-    samplers = [
+    upper_batches, lower_batches = (
         Sampler(make, setup.seed, name, setup.device, setup.dtype)
         for make, name in (
             (setup.problem.upper_batches, "upper.batches"),
             (setup.problem.lower_batches, "lower.batches"),
         )
-    ]
-    return State(0, x, y, setup.lower.init(y), setup.upper.optimizer.init(x), None, *samplers)
+    )
+    return State(
+        step=0,
+        x=x,
+        y=y,
+        lower=setup.lower.init(y),
+        upper=setup.upper.optimizer.init(x),
+        estimator=None,
+        upper_batches=upper_batches,
+        lower_batches=lower_batches,
+    )
 
 
 def restore(setup: Setup, saved: dict[str, Any]) -> State:

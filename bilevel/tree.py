@@ -4,6 +4,9 @@ Functions that end in an underscore write into their first argument, as in torch
 accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
 """
 
+# The foreach functions are what torch.optim itself is built on; torch exports no other name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform, runtime_checkable
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    runtime_checkable,
+)
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -29,7 +38,7 @@ def component(cls: type[C]) -> type[C]:
     loader turns into a `RecipeError` with the line.
     """
     decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
-    return decorate(cls)
+    return cast("type[C]", decorate(cls))
 
 
 @dataclass(frozen=True)

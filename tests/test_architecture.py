@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["errors", "types"],
     ["tree", "rng", "events"],
-    ["calculus", "problem", "differences"],
+    ["calculus", "problem", "differences", "modules"],
     ["linear", "lower", "upper", "checkpoint", "samplers"],
     ["estimators"],
     ["functional"],

@@ -47,18 +47,19 @@ class Newton:
     ) -> LowerSolution:
         refuse_projection(project, "newton")
         batch = next(batches)
-        loss, gradients, hvps = loss.on(batch), 0, 0
-        for taken in range(self.steps + 1):
+        loss, taken, hvps = loss.on(batch), 0, 0
+        while True:
             lower = calculus.linearize(loss, Point(x, y))
-            gradients, value, norm = gradients + 1, float(lower.value), tree.norm(lower.gradient)
+            value, norm = float(lower.value), tree.norm(lower.gradient)
             if norm <= self.tolerance or taken == self.steps:
                 break
+            taken += 1
             direction = _direction(matrix(lower.hvp_yy, y), lower.gradient)
             hvps += tree.size(y)
             y, moved = _search(loss, x, y, direction, value, tree.dot(direction, lower.gradient))
             if not moved:
                 break
-        stats = LowerStats(taken, gradients, value, norm, norm <= self.tolerance, hvps)
+        stats = LowerStats(taken, taken + 1, value, norm, norm <= self.tolerance, hvps)
         return LowerSolution(tree.detach(y), state, stats, batch)
 
 

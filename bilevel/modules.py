@@ -1,0 +1,101 @@
+"""A problem from two `nn.Module`s, for people who think in modules rather than in dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.rng import Streams
+from bilevel.types import Params
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A module with its trainable parameters replaced: call it, or read `parameters`."""
+
+    module: nn.Module
+    parameters: Params
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, self.parameters, args, kwargs)
+
+
+ModuleLoss = Callable[[Bound, Bound, Any], Tensor]
+"""A loss of (upper, lower, batch), where upper and lower are called as the modules are."""
+
+
+@dataclass(frozen=True)
+class FromModules:
+    """The problem whose variables are the trainable parameters of two modules.
+
+    x and y are the parameters with `requires_grad`; frozen ones and buffers stay in the modules,
+    which are never written to: `store(x, y)` puts a result into them when you ask for it.
+
+    >>> import itertools, torch
+    >>> penalty, model = nn.ParameterDict({"log": torch.zeros(())}), nn.Linear(3, 1)
+    >>> data = torch.randn(8, 3), torch.randn(8, 1)
+    >>> def fit(upper, lower, batch):
+    ...     return ((lower(batch[0]) - batch[1]) ** 2).mean()
+    >>> def regularised(upper, lower, batch):
+    ...     size = sum((p**2).sum() for p in lower.parameters.values())
+    ...     return fit(upper, lower, batch) + upper.parameters["log"].exp() * size
+    >>> problem = FromModules(
+    ...     penalty, model, fit, regularised,
+    ...     make_upper_batches=lambda stream: itertools.repeat(data),
+    ...     make_lower_batches=lambda stream: itertools.repeat(data),
+    ... )
+    """
+
+    upper: nn.Module
+    lower: nn.Module
+    upper_objective: ModuleLoss
+    lower_objective: ModuleLoss
+    make_upper_batches: Callable[[torch.Generator], Iterator[Any]]
+    make_lower_batches: Callable[[torch.Generator], Iterator[Any]]
+
+    def init(self, streams: Streams) -> tuple[Params, Params]:
+        return tree.clone(_trainable(self.upper, "upper")), tree.clone(
+            _trainable(self.lower, "lower")
+        )
+
+    def upper_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
+        return self.upper_objective(Bound(self.upper, x), Bound(self.lower, y), batch)
+
+    def lower_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
+        return self.lower_objective(Bound(self.upper, x), Bound(self.lower, y), batch)
+
+    def upper_batches(self, stream: torch.Generator) -> Iterator[Any]:
+        return self.make_upper_batches(stream)
+
+    def lower_batches(self, stream: torch.Generator) -> Iterator[Any]:
+        return self.make_lower_batches(stream)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Frozen parameters and buffers follow the run to its device and dtype."""
+        self.upper.to(device, dtype)
+        self.lower.to(device, dtype)
+
+    @torch.no_grad()
+    def store(self, x: Params, y: Params) -> None:
+        """Write x and y into the modules' own parameters."""
+        for module, params in ((self.upper, x), (self.lower, y)):
+            for name, entry in params.items():
+                module.get_parameter(name).copy_(entry)
+
+
+def _trainable(module: nn.Module, level: str) -> Params:
+    """Parameters with `requires_grad`; tied ones once, under their first name."""
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not found:
+        raise ProblemError(
+            f"the {level} module has no trainable parameters; call requires_grad_() on those "
+            "that are variables"
+        )
+    return found

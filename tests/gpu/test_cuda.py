@@ -1,0 +1,61 @@
+"""The same answers on a GPU: `make gpu-check`. Skipped, with the reason, where there is none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel import tree
+from bilevel.engine import Setup, prepare, run, start
+from bilevel.estimators.alternating import Alternating
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.unroll import Unroll
+from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.linear.neumann import Neumann
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.optimizers import SGD, Adam
+from bilevel.upper import Upper
+from bilevel_problems.hyper_cleaning import HyperCleaning
+from bilevel_problems.quadratic import Quadratic
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+ESTIMATORS = {
+    "cg": Implicit(solver=CG(iterations=50, tolerance=1e-10)),
+    "dense": Implicit(solver=Dense()),
+    "neumann": Implicit(solver=Neumann(scale=0.5)),
+    "unroll": Unroll(),
+    "recompute": Unroll(memory="recompute"),
+    "one step": OneStep(),
+    "none": Alternating(),
+}
+
+
+def end(setup):
+    list(prepare(setup))
+    state = start(setup)
+    list(run(setup, state))
+    return tree.flatten(state.x).cpu(), tree.flatten(state.y).cpu()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_run_ends_where_it_ends_on_the_cpu(estimator):
+    lower = Gradient(steps=8, optimizer=SGD(lr=0.3, momentum=0.5))
+    cpu = Setup(Quadratic(), lower, Upper(steps=5), estimator, dtype=torch.float64)
+    gpu = replace(cpu, device=torch.device("cuda"))
+    for a, b in zip(end(cpu), end(gpu), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_float32_on_the_gpu_is_near_float64_on_the_cpu():
+    lower = Gradient(steps=8, optimizer=Adam(lr=0.05))
+    problem = HyperCleaning(num_train=100, num_clean=50)
+    cpu = Setup(problem, lower, Upper(steps=5), Implicit(damping=0.01), dtype=torch.float64)
+    gpu = replace(cpu, device=torch.device("cuda"), dtype=torch.float32)
+    for a, b in zip(end(cpu), end(gpu), strict=True):
+        assert float((a - b.double()).norm() / a.norm()) < 1e-2
