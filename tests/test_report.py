@@ -71,7 +71,7 @@ def test_it_holds_the_numbers_of_the_record(run):
     assert "1,234,567 lower" in html
     assert "Step 2: negative" in html
     assert "data:image/png;base64,iVBORw0KGgo" in html
-    assert "quadratic (" in html or ">quadratic<" in html
+    assert "quadratic (num_upper 5, num_lower 10" in html
     found = re.search(r"const specs = (\[.*\]);\n", html)
     assert found is not None
     specs = json.loads(found[1])

@@ -59,7 +59,7 @@ def _status(history: History) -> str:
 def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple[str, str]]:
     content = parse(resolved, folder.resolved.name).data
     about, started = folder.environment(), history.started
-    yield "Problem", f"{content['problem']['name']}"
+    yield "Problem", _inline(content["problem"])
     yield "Variables", f"{started['num_upper']:,} upper, {started['num_lower']:,} lower"
     yield "Lower level", _inline(content["lower"])
     yield "Upper level", _inline(content["upper"])

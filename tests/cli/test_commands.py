@@ -1,6 +1,8 @@
 """What each command shows and with which code it exits."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from bilevel import checkpoint, record, runfolder
 from bilevel import recipe as recipes
 from bilevel.cli.app import app
 from bilevel.cli.names import shipped
@@ -158,10 +161,19 @@ def test_cp_copies_and_never_overwrites(tmp_path: Path):
     assert "no such folder" in invoke("cp", "ridge", tmp_path / "a" / "b.yaml", code=2).stderr
 
 
-@pytest.mark.parametrize("name", ["quadratic", "ridge", "hyper_cleaning"])
+@pytest.mark.parametrize("name", sorted(shipped()))
 def test_shipped_recipes_are_right(name):
     assert "right (hash" in invoke("validate", name).output
     assert "right (hash" in invoke("validate", shipped()[name]).output
+    recipe = recipes.load(shipped()[name])
+    assert recipes.loads(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("name", ["hyper_cleaning", "quadratic", "ridge"])
+def test_shipped_recipes_run_for_two_steps_without_a_warning(name, runs):
+    folder = run(runs, "upper.steps=2", recipe=name)
+    kinds = [event["event"] for event in record.read(folder)]
+    assert kinds == ["started", "evaluated", "stepped", "stepped", "evaluated", "finished"]
 
 
 def test_validate_shows_every_error_with_its_line(tmp_path: Path):
@@ -260,6 +272,39 @@ def test_a_finished_run_is_not_resumed(runs):
     result = invoke("resume", folder, code=2)
     assert "this run is done (4 steps)" in result.stderr
     assert (folder / "events.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_stops_the_run_and_it_can_be_resumed(runs, monkeypatch):
+    write = checkpoint._write
+
+    def fill(folder: Path, structure: object, tensors: Any, step: int) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder, structure, tensors, step)
+
+    monkeypatch.setattr(checkpoint, "_write", fill)
+    result = invoke("run", "quadratic", *SHORT, "--runs-dir", runs, code=1)
+    assert "No space left on device" in result.stderr
+    (folder,) = runs.glob("*/*")
+    found = checkpoint.latest(folder / "checkpoints")
+    assert found is not None
+    assert found.step == 2
+    assert re.search(r"stopped +4/4", invoke("runs", "--runs-dir", runs).output)
+    monkeypatch.undo()
+    invoke("resume", folder)
+    kinds = [event["event"] for event in record.read(folder)]
+    assert kinds.count("stepped") == 4
+    assert kinds[-1] == "finished"
+
+
+def test_a_run_that_is_going_on_is_not_resumed(runs):
+    folder = run(runs)
+    path = folder / record.FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with runfolder.RunFolder(folder).lock():
+        assert re.search(r"running +4/4", invoke("runs", "--runs-dir", runs).output)
+        assert "another process is at this run" in invoke("resume", folder, code=1).stderr
+    invoke("resume", folder)
 
 
 def test_a_report_is_written_again(runs):
