@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -19,7 +19,7 @@ from bilevel.calculus import gradients
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.replay import advance, replay, step
-from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
+from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Slot, Stats, component
 
 
 @component
@@ -42,7 +42,7 @@ class Unroll:
 
     last: PositiveInt | None = None
     memory: Literal["store", "recompute", "checkpoint"] = "store"
-    along: Gradient | None = None
+    along: Annotated[Gradient | None, Slot("lower")] = None
 
     @property
     def needs(self) -> Needs:

@@ -1,0 +1,89 @@
+"""Restarted GMRES for any square A. Saad and Schultz (1986), SIAM J. Sci. Stat. Comput. 7(3)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.linear.cg import attained, residual
+from bilevel.types import Matvec, Params, Solve, Stats, component
+
+
+@component
+class GMRES:
+    """The v of smallest ‖b − A v‖ in the Krylov space, A of no symmetry; 1 product a step.
+
+    Exact in dim(b) steps where `restart` ≥ dim(b); with fewer it may stall on indefinite A and is
+    then flagged. Keeps `restart` + 1 vectors of the size of b; orthogonalises twice. Each restart
+    costs one more product, as does a start other than zero.
+    """
+
+    iterations: PositiveInt = 20
+    restart: PositiveInt = 20
+    tolerance: NonNegativeFloat = 1e-6
+
+    def tight(self, dim: int) -> GMRES:
+        """Converged, keeping at most 300 vectors."""
+        return GMRES(iterations=20 * dim + 100, restart=min(dim, 300), tolerance=1e-11)
+
+    def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
+        v, r, _ = residual(matvec, b, start)
+        size, norm, steps, largest = tree.norm(b), tree.norm(r), 0, 0.0
+        while steps < self.iterations and norm > self.tolerance * size:
+            budget = min(self.restart, self.iterations - steps)
+            basis, H, norm_after = self._cycle(matvec, r, norm, budget, self.tolerance * size)
+            taken, previous = H.shape[1], norm
+            steps, largest = steps + taken, max(largest, float(torch.linalg.matrix_norm(H, 2)))
+            coefficients = _least_squares(H, norm)
+            for c, q in zip(coefficients.tolist(), basis, strict=False):
+                tree.axpy_(v, c, q)
+            if norm_after <= self.tolerance * size or steps >= self.iterations:
+                norm = norm_after
+                break
+            r = tree.sub(b, matvec(v))
+            norm = tree.norm(r)
+            if norm > 0.999999 * previous:
+                break
+        relative = attained(norm, v, b, largest)
+        return Solve(
+            v,
+            Stats(iterations=steps, residual=relative, converged=relative <= self.tolerance),
+        )
+
+    def _cycle(
+        self, matvec: Matvec, r: Params, norm: float, budget: int, target: float
+    ) -> tuple[list[Params], Tensor, float]:
+        """(orthonormal basis, Hessenberg matrix, residual norm) of at most `budget` steps."""
+        basis = [tree.scale(1 / norm, r)]
+        H = torch.zeros(budget + 1, budget, dtype=torch.float64)
+        left = norm
+        for k in range(budget):
+            q = tree.clone(matvec(basis[k]))
+            for _ in range(2):  # once is not enough in float32
+                for i, p in enumerate(basis):
+                    h = tree.dot(p, q)
+                    H[i, k] += h
+                    tree.axpy_(q, -h, p)
+            beta = tree.norm(q)
+            H[k + 1, k] = beta
+            used = H[: k + 2, : k + 1]
+            y = _least_squares(used, norm)
+            left = float((_first(norm, k + 2) - used @ y).norm())
+            if left <= target or beta <= 1e-14 * float(used.norm()):
+                return basis, used, left
+            basis.append(tree.scale_(q, 1 / beta))
+        return basis, H, left
+
+
+def _first(norm: float, length: int) -> Tensor:
+    rhs = torch.zeros(length, dtype=torch.float64)
+    rhs[0] = norm
+    return rhs
+
+
+def _least_squares(H: Tensor, norm: float) -> Tensor:
+    """argmin ‖norm · e₁ − H y‖, of least norm where H is rank deficient."""
+    rhs = _first(norm, H.shape[0])[:, None]
+    return torch.linalg.lstsq(H, rhs, driver="gelsd").solution[:, 0]
