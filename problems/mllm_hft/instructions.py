@@ -90,13 +90,12 @@ def conversations(
 ) -> Rows:
     """A row a conversation: prompt, answer, end; prompt, answer, end; …
 
-    Answers and their end tokens are counted. `contexts` put a text where the picture would be;
-    it is counted too.
+    Answers and their end tokens are counted. `contexts` put a text where the picture would be.
     """
     rows = []
     for i, conversation in enumerate(turns):
         ids = tokenizer.encode(contexts[i]) if contexts else []
-        counted = [True] * len(ids)
+        counted = [False] * len(ids)
         for j, turn in enumerate(conversation):
             asked, said = turn_ids(turn, tokenizer, template, first=j == 0)
             ids += asked + said

@@ -63,8 +63,11 @@ def contrastive_loss(
 def task_loss(
     logits: Float[Tensor, "row token word"],
     ids: Int[Tensor, "row token"],
-    counted: Bool[Tensor, "row token"],
+    counted: Bool[Tensor, "row token"] | Float[Tensor, "row token"],
 ) -> Float[Tensor, ""]:
-    """L_T, the mean of −log p(ids) over the counted (answer) tokens; logits[:, j] predict ids[:, j]."""
+    """L_T, the mean of −log p(ids) over the counted (answer) tokens; logits[:, j] predict ids[:, j].
+
+    `counted` may hold weights; the mean is then the weighted one.
+    """
     each = functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     return (each * counted).sum() / counted.sum()

@@ -36,7 +36,7 @@ class Tiny:
     heads: PositiveInt = 4
     rank: PositiveInt = 4
     """Rank of LoRA."""
-    steps: PositiveInt = 1500
+    steps: PositiveInt = 1000
     """Pretraining steps of the language model."""
     batch: PositiveInt = 32
     rate: PositiveFloat = 4e-3
