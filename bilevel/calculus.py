@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class Linearization:
     """The entries of ∇y G that still depend on something."""
     _absent: frozenset[str]
     """Entries of y that G does not use."""
+    _cache: dict[str, Params] = field(default_factory=dict)
 
     def restrict(self, vector: Params) -> Params:
         """`vector` with zeros where G does not use y: the lower level never moves those entries."""
@@ -127,6 +128,35 @@ class Linearization:
         """(∂²yy G) · vector. 1 HVP."""
         self._loss.counts.hvps += 1
         return _filled(self._product(vector, self._y), self._y)
+
+    def jvp_yx(self, vector: Params) -> Params:
+        """(∂²yx G) · vector for a vector shaped like x, in the shapes of y. 1 cross product.
+
+        The derivative of ⟨∇x G, vector⟩ in y, from a second graph built on first use: 1 gradient.
+        """
+        self._loss.counts.cross_products += 1
+        if "slope" not in self._cache:
+            self._loss.counts.gradients += 1
+            with torch.enable_grad(), second_order(self._loss):
+                found = _grad(value(self._loss, self._x, self._y), self._x, create_graph=True)
+            _note(self._loss, self._x, found)
+            self._cache["slope"] = {
+                n: g
+                for n, g in zip(self._x, found, strict=True)
+                if g is not None and g.requires_grad
+            }
+        slope = self._cache["slope"]
+        if not slope:
+            return tree.zeros_like(self._y)
+        with second_order(self._loss):
+            found = torch.autograd.grad(
+                list(slope.values()),
+                list(self._y.values()),
+                grad_outputs=[vector[name].to(g.dtype) for name, g in slope.items()],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return _filled(found, self._y)
 
     def vjp_xy(self, vector: Params) -> Params:
         """(∂²xy G)ᵀ · vector, in the shapes of x. 1 cross product."""

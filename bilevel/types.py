@@ -160,7 +160,8 @@ class Estimator(Protocol):
 
     `claim` names the function of x whose exact gradient `estimate` returns once its inner solve
     has converged: "solution" Φ(x) = F(x, y*(x)); "path" F(x, y_K(x)) with y_K the replayed path;
-    "step" F(x, y − lr ∇y G(x, y)); "direct" F(x, y) at fixed y; None for no such function.
+    "step" F(x, y − lr ∇y G(x, y)); "penalty" λ (min over y of (G + F / λ) − G(x, y)); "direct"
+    F(x, y) at fixed y; None for no such function.
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other
     settings for its claim to hold (iterations, no damping) has `tight(dim_y)`, itself with them.
@@ -169,7 +170,7 @@ class Estimator(Protocol):
     @property
     def needs(self) -> Needs: ...
     @property
-    def claim(self) -> Literal["solution", "path", "step", "direct"] | None: ...
+    def claim(self) -> Literal["solution", "path", "step", "penalty", "direct"] | None: ...
     def init(self, at: Point) -> Any: ...
     def estimate(self, losses: Losses, at: Point, state: Any) -> Estimate: ...
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     ["errors", "types"],
-    ["tree", "rng", "events"],
+    ["tree", "rng", "events", "nested"],
     ["calculus", "problem", "differences", "modules"],
     ["linear", "lower", "upper", "checkpoint", "samplers"],
     ["estimators"],
@@ -59,7 +59,7 @@ def test_estimators_never_import_each_other():
 def test_linear_solvers_know_no_losses():
     for path in (ROOT / "bilevel" / "linear").glob("*.py"):
         found = {n.split(".")[1] for n in imports(path) if n.startswith("bilevel.")}
-        assert found <= {"tree", "types", "errors", "linear"}
+        assert found <= {"tree", "types", "errors", "rng", "linear"}
 
 
 def test_only_the_command_line_and_the_console_import_rich():

@@ -22,7 +22,7 @@ from bilevel.sinks.console import ConsoleReceiver
 from bilevel.testing import CheckRow
 from bilevel.types import Estimator
 
-_STYLES = {"exact": "green", "wrong": "bold red", "untested": "yellow"}
+_STYLES = {"exact": "green", "as claimed": "green", "wrong": "bold red", "untested": "yellow"}
 
 
 def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:

@@ -18,7 +18,9 @@ from bilevel import calculus, tree
 from bilevel.calculus import gradients
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
+from bilevel.lower.recorded import along
 from bilevel.lower.replay import advance, replay, step
+from bilevel.nested import flat, rebuild, zeros
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Slot, Stats, component
 
 
@@ -69,12 +71,7 @@ class Unroll:
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """x ↦ F(x, y_K(x)), the function this estimator claims to differentiate."""
-        path = self.path(losses, at)
-
-        def unrolled(x: Params) -> Tensor:
-            return losses.upper(x, advance(path, losses.lower, x, len(path.batches)).start)
-
-        return unrolled
+        return along(self.path(losses, at), losses)
 
     def path(self, losses: Losses, at: Point) -> Path:
         """The steps that are differentiated, with those before `last` already taken."""
@@ -110,7 +107,7 @@ def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tenso
         starts.append(replace(end, batches=following))
     final = starts.pop()
     value, total, F_y = gradients(losses.upper, Point(x, final.start))
-    adjoint = (F_y, _zeros(final.state))
+    adjoint = (F_y, zeros(final.state))
     for start in reversed(starts):
         for one in reversed(list(_iterates(start, losses, x))):
             part, adjoint = _back(one, losses, x, adjoint)
@@ -132,14 +129,14 @@ def _back(
 ) -> tuple[Params, tuple[Params, Any]]:
     """(contribution to the hypergradient, adjoint before the step) of one step."""
     x, y = tree.leaves(x), tree.leaves(one.start)
-    inputs = [leaf.detach().requires_grad_() for leaf in _flat(one.state)]
-    state = _rebuild(one.state, iter(inputs))
+    inputs = [leaf.detach().requires_grad_() for leaf in flat(one.state)]
+    state = rebuild(one.state, iter(inputs))
     y_next, state_next = step(one, losses.lower, x, y, state, one.batches[0])
     pairs = [
         (out, grad)
         for out, grad in zip(
-            [*y_next.values(), *_flat(state_next)],
-            [*adjoint[0].values(), *_flat(adjoint[1])],
+            [*y_next.values(), *flat(state_next)],
+            [*adjoint[0].values(), *flat(adjoint[1])],
             strict=True,
         )
         if out.requires_grad
@@ -157,23 +154,5 @@ def _back(
         for leaf, g in zip([*x.values(), *y.values(), *inputs], found, strict=True)
     ]
     at_y, at_state = found[len(x) : len(x) + len(y)], found[len(x) + len(y) :]
-    before = dict(zip(y, at_y, strict=True)), _rebuild(one.state, iter(at_state))
+    before = dict(zip(y, at_y, strict=True)), rebuild(one.state, iter(at_state))
     return dict(zip(x, found[: len(x)], strict=True)), before
-
-
-def _flat(state: Any) -> list[Tensor]:
-    """The tensors of a nested dict, in order."""
-    if isinstance(state, Tensor):
-        return [state]
-    return [leaf for part in state.values() for leaf in _flat(part)]
-
-
-def _rebuild(state: Any, leaves: Iterator[Tensor]) -> Any:
-    """`state` with its tensors replaced, in the order of `_flat`."""
-    if isinstance(state, Tensor):
-        return next(leaves)
-    return {key: _rebuild(part, leaves) for key, part in state.items()}
-
-
-def _zeros(state: Any) -> Any:
-    return _rebuild(state, iter([torch.zeros_like(leaf) for leaf in _flat(state)]))

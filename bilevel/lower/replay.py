@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bilevel import calculus, tree
+from bilevel import calculus
 from bilevel.types import Loss, Params, Path
 
 

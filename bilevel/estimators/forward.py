@@ -1,0 +1,113 @@
+"""Forward differentiation through the lower steps. Franceschi et al. (2017), arXiv:1703.01785.
+
+With random directions: (FG)²U, Shen et al. (2024), arXiv:2406.14095.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from bilevel import calculus, rng, tree
+from bilevel.calculus import gradients
+from bilevel.lower.recorded import along, recorded
+from bilevel.nested import flat, rebuild, zeros
+from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
+
+
+@component
+class Forward:
+    """d/dx F(x, y_K(x)) by carrying dy_k/dx · d along the lower steps, a direction d at a time.
+
+    Exact, and equal to reverse unrolling, over all coordinates of x: dim x · K products with
+    ∂²yy G and with ∂²yx G, memory that does not grow with K. With `directions` = b random normal
+    directions it is the mean of (h · d) d: unbiased, variance O(dim x / b), b · K products.
+    """
+
+    directions: PositiveInt | None = None
+    seed: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(path=float("inf"))
+
+    @property
+    def claim(self) -> Literal["path"] | None:
+        return None if self.directions else "path"
+
+    def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
+        """x ↦ F(x, y_K(x)), the function this estimator claims to differentiate."""
+        return along(recorded(at, "forward"), losses)
+
+    def init(self, at: Point) -> dict[str, int]:
+        return {"calls": 0}
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, int]) -> Estimate:
+        path, dim = recorded(at, "forward"), tree.size(at.x)
+        probes = self._probes(dim, state["calls"])
+        carried = [tree.unflatten(d.to(tree.flatten(at.x)), at.x) for d in probes]
+        y, tangents = _carry(path, losses, at.x, carried)
+        value, F_x, F_y = gradients(losses.upper, Point(at.x, y))
+        h = tree.zeros_like(at.x)
+        for d, t in zip(carried, tangents, strict=True):
+            tree.axpy_(h, (tree.dot(F_x, d) + tree.dot(F_y, t)) / self._weight(len(probes)), d)
+        state = {"calls": state["calls"] + 1}
+        return Estimate(h, value, state, Stats(iterations=len(path.batches)))
+
+    def _weight(self, count: int) -> int:
+        return count if self.directions else 1
+
+    def _probes(self, dim: int, calls: int) -> Tensor:
+        if self.directions is None:
+            return torch.eye(dim, dtype=torch.float64)
+        stream = rng.stream(self.seed, f"forward.{calls}")
+        return torch.randn(self.directions, dim, generator=stream, dtype=torch.float64)
+
+
+def _carry(
+    path: Path, losses: Losses, x: Params, directions: list[Params]
+) -> tuple[Params, list[Params]]:
+    """(y_K, dy_K/dx · d for every d)."""
+    y, state = path.start, path.state
+    tangents = [tree.zeros_like(y) for _ in directions]
+    state_tangents: list[Any] = [zeros(state) for _ in directions]
+    for batch in path.batches:
+        lower = calculus.linearize(losses.lower.on(batch), Point(x, y))
+        for i, (d, t) in enumerate(zip(directions, tangents, strict=True)):
+            g_dot = tree.add(lower.hvp_yy(t), lower.jvp_yx(d))
+            tangents[i], state_tangents[i] = _step_tangent(
+                path, y, lower.gradient, state, (t, g_dot, state_tangents[i])
+            )
+        with torch.no_grad():
+            y, state = path.optimizer.step(y, lower.gradient, state)
+            y = path.project(y) if path.project else y
+    return y, tangents
+
+
+def _step_tangent(
+    path: Path, y: Params, g: Params, state: Any, tangents: tuple[Params, Params, Any]
+) -> tuple[Params, Any]:
+    """The tangent of one optimizer step, by two reverse passes through its elementwise arithmetic.
+
+    The pullback of a cotangent u is linear in u, and its derivative in u along the tangents is the
+    pushforward. (Forward mode itself would do, but leans on deprecated parts of torch.)
+    """
+    inputs = [leaf.detach().requires_grad_() for part in (y, g, state) for leaf in flat(part)]
+    given = [leaf for part in tangents for leaf in flat(part)]
+    leaves = iter(inputs)
+    with torch.enable_grad():
+        y, state = path.optimizer.step(*(rebuild(part, leaves) for part in (y, g, state)))
+        y = path.project(y) if path.project else y
+        outputs = [*flat(y), *flat(state)]
+        moving = [out for out in outputs if out.requires_grad]
+        u = [torch.zeros_like(out, requires_grad=True) for out in moving]
+        pulled = torch.autograd.grad(moving, inputs, u, create_graph=True, allow_unused=True)
+        used = [(p, t) for p, t in zip(pulled, given, strict=True) if p is not None]
+        pushed = torch.autograd.grad([p for p, _ in used], u, [t for _, t in used])
+    found = iter(pushed)
+    all_ = iter([next(found) if out.requires_grad else torch.zeros_like(out) for out in outputs])
+    return rebuild(y, all_), rebuild(state, all_)

@@ -1,0 +1,34 @@
+"""The recorded path of a point, for the estimators that cannot do without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bilevel.errors import ProblemError
+from bilevel.lower.replay import advance
+from bilevel.types import Losses, Params, Path, Point
+
+
+def recorded(at: Point, name: str) -> Path:
+    """The lower steps that led to a point.
+
+    Raises:
+        ProblemError: there are none.
+    """
+    if at.path is None or not at.path.batches:
+        raise ProblemError(
+            f"{name} has no lower steps to follow: pass the `path` of "
+            "bilevel.solve_lower(..., record=True)"
+        )
+    return at.path
+
+
+def along(path: Path, losses: Losses) -> Callable[[Params], Tensor]:
+    """x ↦ F(x, y_K(x)), the steps of the path taken again at every x."""
+
+    def value(x: Params) -> Tensor:
+        return losses.upper(x, advance(path, losses.lower, x, len(path.batches)).start)
+
+    return value
