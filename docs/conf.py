@@ -1,0 +1,76 @@
+"""The site: built strictly and offline, from Markdown and docstrings."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import bilevel
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "bilevel"
+author = "The bilevel developers"
+copyright = author
+release = bilevel.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"bilevel {release}"
+html_show_sphinx = False
+html_show_sourcelink = False
+html_copy_source = False
+
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+
+# Types of other packages: an inventory of theirs would have to be fetched from the network.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|collections|annotated_types)\..*"),
+    # Sphinx splits an annotation `Annotated[T, Slot(...)]` into words that are no types.
+    (r"py:.*", r"(Annotated|dict|NonNegative|Positive)\w*(\[\w*)?|AfterValidator|(\w+\.)*_device"),
+    (r"py:.*", r"bilevel\.types\.C"),  # a type variable
+]
+
+_SECTION = re.compile(r"^(Args|Returns|Raises):$")
+_ENTRY = re.compile(r"^    (\w+): (.*)$")
+_FIELDS = {"Args": "param", "Raises": "raises"}
+
+
+def to_rst(lines: list[str]) -> list[str]:
+    """A docstring of ours as reStructuredText: sections as fields, backticks as code."""
+    found: list[str] = []
+    section = ""
+    for line in lines:
+        if match := _SECTION.match(line):
+            section = match[1]
+            found += [":returns:"] if section == "Returns" else []
+        elif section in _FIELDS and (entry := _ENTRY.match(line)):
+            found.append(f":{_FIELDS[section]} {entry[1]}: {entry[2]}")
+        else:
+            section = section if line.startswith(" ") or not line else ""
+            found.append(line)
+    return [_code(line) for line in found]
+
+
+def _code(line: str) -> str:
+    """`x` as literal text, also where a letter follows it, as in `x`s."""
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    return re.sub(
+        r"(?<!`)`([^`]+)`(\w?)", lambda m: f"``{m[1]}``" + (rf"\ {m[2]}" if m[2] else ""), line
+    )
+
+
+def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = to_rst(lines)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", _process)
