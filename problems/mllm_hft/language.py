@@ -1,14 +1,14 @@
 """The closed language of captions and questions, and its words.
 
-A caption counts every kind of object and relates two of them, as in "two red stars and one blue
-ring . the red stars are left of the blue ring ." Numbers are exact: "one" means one and no more.
-A relation holds between all the objects it speaks of. Text is lower case, tokens are separated by
+A caption counts every kind of object, in the order of the vocabulary, and relates two of them:
+"two red stars and one blue ring . the red stars are left of the blue ring ." Numbers are exact:
+"one" means one and no more. A relation holds between all the objects it speaks of. Text is lower case, tokens are separated by
 single spaces, "." "," and "?" are tokens of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
@@ -66,6 +66,15 @@ class Statement:
         groups = (*self.groups[:index], group, *self.groups[index + 1 :])
         return replace(self, groups=groups)
 
+    def ordered(self, names: Sequence[str]) -> Statement:
+        """The same statement with its groups in the order of `names`."""
+        order = sorted(range(len(self.groups)), key=lambda i: names.index(self.groups[i].name))
+        groups = tuple(self.groups[i] for i in order)
+        if (held := self.relation) is None:
+            return Statement(groups)
+        first, second = order.index(held.first), order.index(held.second)
+        return Statement(groups, Relation(first, held.word, second))
+
 
 def words(source: Names) -> tuple[str, ...]:
     """Every token that text about scenes of `source` can hold, in an order that stays the same."""
@@ -106,8 +115,11 @@ def mentioned(text: str, vocabulary: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in vocabulary if name in tokens or plural(name) in tokens)
 
 
-def describe(things: tuple[Thing, ...], random: Random) -> Statement:
-    """All groups in order of appearance, and one relation (drawn at random) if one is clear."""
+def describe(things: tuple[Thing, ...], names: Sequence[str], random: Random) -> Statement:
+    """All groups in the order of `names`, and one relation (drawn at random) if one is clear.
+
+    Not in an order that comes from the places: it would tell a swapped relation from the text.
+    """
     by_name: dict[str, list[Thing]] = {}
     for thing in things:
         by_name.setdefault(thing.name, []).append(thing)
@@ -120,7 +132,7 @@ def describe(things: tuple[Thing, ...], random: Random) -> Statement:
         if i != j
         for word in _holding(first, second)
     ]
-    return Statement(groups, random.choice(clear) if clear else None)
+    return Statement(groups, random.choice(clear) if clear else None).ordered(names)
 
 
 def _holding(first: list[Thing], second: list[Thing]) -> list[str]:

@@ -15,7 +15,7 @@ from random import Random
 import torch
 
 from .data import Kind, Scene, Thing
-from .language import OPPOSITE, Group, Statement, describe, write
+from .language import OPPOSITE, Statement, describe, write
 
 POPULARITY = 0.5
 """Pair k (from 0) is drawn with weight (k + 1)^(-POPULARITY)."""
@@ -62,7 +62,7 @@ class World:
         if not biased:
             names = random.sample(self.names, len(names))
         things = self._place(names, random)
-        truth = describe(things, random)
+        truth = describe(things, self.names, random)
         lies: dict[Kind, Statement | None] = {
             "object": self._swap_object(truth, random),
             "attribute": self._swap_attribute(truth, random),
@@ -87,7 +87,7 @@ class World:
         return names
 
     def _place(self, names: list[str], random: Random) -> tuple[Thing, ...]:
-        """Things in reading order, so that a caption that lists them can be learned."""
+        """Things in reading order."""
         copied = [*names]
         if random.random() < COPIES:
             room = min(MOST_COPIES - 1, self.most - len(names))
@@ -113,7 +113,8 @@ class World:
             name = random.choice(expected)
             targets.remove(present[self.partner[name]])  # what makes the lie plausible stays
         target = random.choice(targets)
-        return truth.change(target, replace(truth.groups[target], name=name))
+        swapped = truth.change(target, replace(truth.groups[target], name=name))
+        return swapped.ordered(self.names)
 
     def _swap_attribute(self, truth: Statement, random: Random) -> Statement | None:
         if len(self.colours) < 2:
@@ -124,19 +125,24 @@ class World:
         return truth.change(target, replace(group, colour=colour))
 
     def _swap_count(self, truth: Statement, random: Random) -> Statement | None:
-        """One more or one less, never a count that no true caption has."""
+        """One more or one less, in a form that a true caption could have.
+
+        True captions have one copied name at most, and relate single objects if there are two.
+        """
         total = sum(group.number for group in truth.groups)
-        allowed: list[tuple[int, Group]] = [
-            (index, replace(group, number=group.number + step))
-            for index, group in enumerate(truth.groups)
-            for step in (-1, 1)
-            if 1 <= group.number + step <= MOST_COPIES and total + step <= self.most
-        ]
-        # One copied name a scene: a second one would give the lie away without the picture.
         copied = any(group.number > 1 for group in truth.groups)
-        if copied:
-            allowed = [(i, group) for i, group in allowed if truth.groups[i].number > 1]
-        return truth.change(*random.choice(allowed)) if allowed else None
+        unrelated = truth.relation is None and len(truth.groups) > 1
+        allowed = [
+            (index, replace(group, number=number))
+            for index, group in enumerate(truth.groups)
+            for number in (group.number - 1, group.number + 1)
+            if (2 if unrelated else 1) <= number <= MOST_COPIES
+            and total + number - group.number <= self.most
+            and (group.number > 1 or not copied)
+        ]
+        if not allowed:
+            return None
+        return truth.change(*random.choice(allowed))
 
 
 def _swap_relation(truth: Statement) -> Statement | None:
