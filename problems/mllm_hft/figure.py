@@ -99,7 +99,7 @@ def embedding_figure(panels: Sequence[Panel]) -> Any:
             0.5, 1.015, panel.note, transform=axis.transAxes, ha="center", fontsize=9, color="0.3"
         )
         axis.set_xlabel("principal axis 1")
-        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_box_aspect(1)
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
     axes[0].set_ylabel("principal axis 2")
