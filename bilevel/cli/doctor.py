@@ -148,7 +148,7 @@ def _data() -> Iterator[Finding]:
     """Data that is installed by package managers; what is made on the fly is always there."""
     for what, path, install in (
         ("tuxpaint stamps", "/usr/share/tuxpaint/stamps", "tuxpaint-stamps-default"),
-        ("fashion-mnist", "/usr/share/dataset-fashion-mnist", "dataset-fashion-mnist"),
+        ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "dataset-fashion-mnist"),
     ):
         good = Path(path).is_dir()
         yield Finding(what, path if good else f"apt install {install}", is_good=good)
