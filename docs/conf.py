@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bilevel
@@ -14,6 +15,9 @@ project = "bilevel"
 author = "The bilevel developers"
 copyright = author
 release = bilevel.__version__
+
+if not Path(__file__).with_name("mllm_hft.md").exists():  # being written
+    suppress_warnings = ["toc.not_readable", "myst.xref_missing"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
@@ -32,12 +36,12 @@ python_maximum_signature_line_length = 80
 
 # Types of other packages: an inventory of theirs would have to be fetched from the network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|annotated_types)\..*"),
-    # Sphinx splits an annotation `Annotated[T, Slot(...)]` into words that are no types.
-    (r"py:.*", r"(Annotated|dict|NonNegative|Positive)\w*(\[\w*)?|AfterValidator|(\w+\.)*_device"),
-    (r"py:.*", r"bilevel\.types\.C"),  # a type variable
+    (r"py:.*", r"(torch|collections|pathlib|pydantic|annotated_types)\..*"),
+    (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str"),  # pydantic's, by their short names
+    (r"py:.*", r"bilevel\.(types\.C|recipe\._device)"),  # a type variable, a validator
 ]
 
+_ANNOTATED = re.compile(r"Annotated\[([^\[\]]+), \w+\([^()]*\)\]")
 _SECTION = re.compile(r"^(Args|Returns|Raises):$")
 _ENTRY = re.compile(r"^    (\w+): (.*)$")
 _FIELDS = {"Args": "param", "Raises": "raises"}
@@ -72,5 +76,13 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     lines[:] = to_rst(lines)
 
 
+def _shorten(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """`Annotated[LinearSolver, Slot("linear")]` as the type alone."""
+    return (_ANNOTATED.sub(r"\1", signature), returns) if signature else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", _shorten)
     app.connect("autodoc-process-docstring", _process)
