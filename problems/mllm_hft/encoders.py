@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, layer_norm
+from torch.nn.utils import skip_init
 
 from bilevel.errors import ProblemError
 from bilevel.events import Progress
@@ -25,6 +26,8 @@ from .data import Corpus, Source
 from .packages import require
 
 Run = Generator[Progress, None, Tensors]
+VERSION = 1
+"""Raised when code changes what weights or features are; how pictures are drawn is part of it."""
 BATCH = 64
 """Pictures encoded at once."""
 STRIDE = 32
@@ -35,7 +38,7 @@ EMPTY = 0.2
 
 @component
 class ViT:
-    """transformers' `CLIPVisionModel`, trained for a minute to name what each patch shows.
+    """transformers' `CLIPVisionModel`, trained for some seconds to name what each patch shows.
 
     An encoder is pretrained on other pictures than the task's: here on unbiased scenes of the
     same source, from a stream of its own, with the name and the colour of the object at each
@@ -57,7 +60,7 @@ class ViT:
     def encode(
         self, corpus: Corpus, source: Source
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
-        key = {"encoder": self, "source": source, "version": 1}
+        key = {"encoder": self, "source": source, "version": VERSION}
         weights = yield from cached("vit", key, lambda: self._train(source))
         model = self._model(corpus.images.shape[-1])
         model.load_state_dict(weights)
@@ -94,8 +97,10 @@ class ViT:
         corpus = source.render(source.scenes(self.scenes, biased=False, generator=random), random)
         model = self._model(corpus.images.shape[-1]).train()
         names, colours = _labels(corpus, source, self.patch)
-        head = nn.Linear(self.width, len(source.vocabulary) + len(source.colours) + 2)
-        nn.init.zeros_(head.weight)
+        # Zero, since drawing its weights would move the global generator.
+        head = skip_init(nn.Linear, self.width, len(source.vocabulary) + len(source.colours) + 2)
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
         parameters = [*model.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, max(self.steps, 1))
@@ -108,8 +113,8 @@ class ViT:
             loss.backward()
             optimizer.step()
             schedule.step()
-            if (step + 1) % 20 == 0:
-                note = f"loss {float(loss):.3f}"
+            if (step + 1) % 20 == 0 or step + 1 == self.steps:
+                note = f"loss {float(loss.detach()):.3f}"
                 yield Progress("vision encoder", step + 1, self.steps, note)
         return dict(model.state_dict())
 
@@ -133,7 +138,7 @@ class EfficientNet:
                 f"encoder.grid = {self.grid}; must be at most {rows} for pictures of "
                 f"{corpus.images.shape[-1]} pixels: draw larger ones (source.pixels) or lower it"
             )
-        key = {"encoder": self, "version": 1, "images": corpus.images}
+        key = {"encoder": self, "version": VERSION, "images": corpus.images}
         found = yield from cached("features", key, lambda: self._features(corpus))
         return found["features"]
 
