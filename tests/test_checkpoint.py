@@ -130,7 +130,7 @@ def test_any_nested_state(tmp_path_factory, saved):
     assert_same(round_trip(saved, tmp_path_factory.mktemp("checkpoint")), saved)
 
 
-@pytest.mark.parametrize("value", [(1, 2), {1: 2}, object(), {1}], ids=repr)
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, object(), {1}], ids=lambda v: type(v).__name__)
 def test_what_cannot_be_saved_is_said_with_its_place(value, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"state\.a\.0: a \w+ cannot be saved"):
         checkpoint.save(tmp_path, {"a": [value]}, step=1)
