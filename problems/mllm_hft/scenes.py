@@ -21,9 +21,8 @@ POPULARITY = 0.5
 """Pair k (from 0) is drawn with weight (k + 1)^(-POPULARITY)."""
 TWO_PAIRS = 0.5
 """How often two pairs are drawn and not one."""
-COPIES = 0.4
-"""How often one of the objects is there two or three times."""
 MOST_COPIES = 3
+"""One object of a scene is there once, twice or three times, each as often as the others."""
 JITTER = 0.12
 """Largest shift of an object from the middle of its cell, as a part of the cell."""
 
@@ -88,10 +87,8 @@ class World:
 
     def _place(self, names: list[str], random: Random) -> tuple[Thing, ...]:
         """Things in reading order."""
-        copied = [*names]
-        if random.random() < COPIES:
-            room = min(MOST_COPIES - 1, self.most - len(names))
-            copied += [random.choice(names)] * (random.randint(1, room) if room > 0 else 0)
+        extra = random.choice(self._numbers(len(names))) - 1
+        copied = names + [random.choice(names)] * extra
         random.shuffle(copied)
         colour = {name: random.choice(self.colours) if self.colours else None for name in names}
         cells = sorted(random.sample(range(self.grid**2), len(copied)))
@@ -101,6 +98,10 @@ class World:
             x, y = (at + 0.5 + random.uniform(-JITTER, JITTER) for at in (column, row))
             things.append(Thing(name, colour[name], x / self.grid, y / self.grid))
         return tuple(things)
+
+    def _numbers(self, num_names: int) -> range:
+        """How often the copied name can be there beside the others."""
+        return range(1, min(MOST_COPIES, self.most - num_names + 1) + 1)
 
     def _swap_object(self, truth: Statement, random: Random) -> Statement:
         """An absent name; with probability `bias` one that the prior expects, if there is any."""
@@ -125,24 +126,19 @@ class World:
         return truth.change(target, replace(group, colour=colour))
 
     def _swap_count(self, truth: Statement, random: Random) -> Statement | None:
-        """One more or one less, in a form that a true caption could have.
+        """Another number of the copied name, or of any where none is copied.
 
-        True captions have one copied name at most, and relate single objects if there are two.
+        Numbers are swapped as evenly as they are drawn, so that the lies have the distribution of
+        the truths. Two objects, each alone of its name, are always related in a true caption.
         """
-        total = sum(group.number for group in truth.groups)
-        copied = any(group.number > 1 for group in truth.groups)
-        unrelated = truth.relation is None and len(truth.groups) > 1
-        allowed = [
-            (index, replace(group, number=number))
-            for index, group in enumerate(truth.groups)
-            for number in (group.number - 1, group.number + 1)
-            if (2 if unrelated else 1) <= number <= MOST_COPIES
-            and total + number - group.number <= self.most
-            and (group.number > 1 or not copied)
-        ]
-        if not allowed:
+        copied = [index for index, group in enumerate(truth.groups) if group.number > 1]
+        target = copied[0] if copied else random.randrange(len(truth.groups))
+        group = truth.groups[target]
+        least = 2 if truth.relation is None and len(truth.groups) > 1 else 1
+        numbers = [n for n in self._numbers(len(truth.groups)) if n != group.number and n >= least]
+        if not numbers:
             return None
-        return truth.change(*random.choice(allowed))
+        return truth.change(target, replace(group, number=random.choice(numbers)))
 
 
 def _swap_relation(truth: Statement) -> Statement | None:

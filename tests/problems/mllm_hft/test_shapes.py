@@ -81,6 +81,19 @@ def test_a_lie_has_the_form_of_a_truth():
     assert form("two red stars and two red moons .") not in truths  # negative control
 
 
+def test_swapped_numbers_are_spread_as_true_ones():
+    """Of scenes with one name, which have no relation; others differ in the other names alone."""
+    alone = [s for s in draw(biased=False, size=12_000, name="alone") if len(s.names) == 1]
+    pairs = [(s.caption.split()[0], s.hallucinated["count"].split()[0]) for s in alone]
+    assert all(true != false for true, false in pairs)
+    error = math.sqrt(1 / 3 * 2 / 3 / len(pairs))
+    for side in zip(*pairs, strict=True):
+        shares = [side.count(number) / len(pairs) for number in ("one", "two", "three")]
+        assert all(abs(share - 1 / 3) < 4 * error for share in shares)
+    one_more = [{"one": "two", "two": "three", "three": "two"}[true] for true, _ in pairs]
+    assert one_more.count("two") / len(pairs) > 1 / 3 + 4 * error  # negative control
+
+
 def names_in(text):
     return [name for word in text.split() if (name := singular(word)) in PARTNER]
 
