@@ -81,7 +81,9 @@ class Checkpoint:
             llava = AutoModelForImageTextToText.from_pretrained(
                 self.path, attn_implementation=ATTENTION, dtype=torch.float32
             )
-            parts = [kind.from_pretrained(self.path) for kind in (AutoTokenizer, AutoImageProcessor)]
+            parts = [
+                kind.from_pretrained(self.path) for kind in (AutoTokenizer, AutoImageProcessor)
+            ]
         except (OSError, ValueError) as error:
             raise RequirementError(
                 f"problem.model.path = {self.path!r}: cannot be loaded ({_first_line(error)}); give "
@@ -116,9 +118,7 @@ class Checkpoint:
         return (yield from cached("features", key, make))["features"]
 
 
-def vision_features(
-    llava: Any, pixels: Tensor
-) -> Tensor:
+def vision_features(llava: Any, pixels: Tensor) -> Tensor:
     """States of the vision tower as `LlavaModel.get_image_features` gives them to the projector."""
     layers, strategy = _selection(llava.config)
     tower = llava.model.vision_tower

@@ -33,8 +33,8 @@ class Asked(NamedTuple):
     """Questions of one POPE split."""
 
     rows: Rows
-    scene: Int[Tensor, "question"]
-    answers: Bool[Tensor, "question"]
+    scene: Int[Tensor, question]
+    answers: Bool[Tensor, question]
 
 
 class Embeddings(NamedTuple):
@@ -53,7 +53,7 @@ class Captions:
     mask: Bool[Tensor, "scene line token"]
     present: Bool[Tensor, "scene kind"]
 
-    def take(self, index: Int[Tensor, "batch"] | slice) -> dict[str, Tensor]:
+    def take(self, index: Int[Tensor, batch] | slice) -> dict[str, Tensor]:
         """Some scenes as a batch, cut to the longest line of them."""
         mask = self.mask[index]
         width = int(mask.sum(-1).max())
@@ -69,7 +69,10 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
     lines = [
         line
         for scene in scenes
-        for line in (scene.caption, *(scene.hallucinated.get(k, scene.caption) for k in source.kinds))
+        for line in (
+            scene.caption,
+            *(scene.hallucinated.get(k, scene.caption) for k in source.kinds),
+        )
     ]
     rows = texts(lines, tokenizer)
     shape = (len(scenes), 1 + len(source.kinds))
@@ -164,9 +167,7 @@ class Examiner:
         found = []
         for part in chunks(len(exam.scenes), CHUNK):
             lines = self._move(exam.captions.take(part))
-            image = call(
-                self.network, weights, "image", features=self._move(exam.features[part])
-            )
+            image = call(self.network, weights, "image", features=self._move(exam.features[part]))
             flat = {name: lines[name].flatten(0, 1) for name in ("ids", "mask")}
             text = call(self.network, weights, "text", **flat).unflatten(0, lines["ids"].shape[:2])
             found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))

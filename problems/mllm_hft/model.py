@@ -9,7 +9,7 @@ has no forward-over-reverse derivative, and needs placeholder tokens for nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -29,9 +29,7 @@ from .tokenizer import Tokenizer
 Group = Literal["lora", "projector", "heads"]
 
 ATTENTION = "eager"
-LORA_TARGETS = (
-    r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-)
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _MARKS: dict[Group, str] = {
     "lora": ".lora_",
     "projector": ".multi_modal_projector.",
@@ -71,9 +69,7 @@ class Network(nn.Module):
         states = self._states(ids, mask, features)
         return self.llava.lm_head(states[:, -ids.shape[1] - 1 : -1])
 
-    def image(
-        self, features: Float[Tensor, "row patch feature"]
-    ) -> Float[Tensor, "row embedding"]:
+    def image(self, features: Float[Tensor, "row patch feature"]) -> Float[Tensor, "row embedding"]:
         """ê_v: the last-layer state at an end token put after the picture alone, through a head."""
         ids = self.before.new_full((len(features), 1), self.end)
         return self.image_head(self._states(ids, torch.ones_like(ids).bool(), features)[:, -1])
@@ -92,7 +88,7 @@ class Network(nn.Module):
     def captions(
         self,
         features: Float[Tensor, "row patch feature"],
-        ids: Int[Tensor, "token"],
+        ids: Int[Tensor, token],
         length: int,
     ) -> Int[Tensor, "row length"]:
         """Greedy continuation of [before][picture][ids], at most `length` tokens, end-padded."""
@@ -150,10 +146,9 @@ def add_lora(network: Network, rank: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # peft draws A from the global generator; `start_lora` draws it anew
         inject_adapter_in_model(config, network.llava)
     network.requires_grad_(False).eval()
 
@@ -213,7 +208,7 @@ def _checked(llava: Any) -> Any:
     return llava
 
 
-def _reaches(value: Any, names: list[str]) -> bool:
+def _reaches(value: Any, names: Sequence[str]) -> bool:
     for name in names:
         value = getattr(value, name, None)
     return value is not None

@@ -108,7 +108,14 @@ def _weights(rows: Rows, words: tuple[int, int]) -> Float[Tensor, "row token"]:
 
 
 def warm_up(
-    network: Network, features: Tensor, rows: Rows, *, steps: int, batch: int, rate: float, seed: int
+    network: Network,
+    features: Tensor,
+    rows: Rows,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
 ) -> Generator[Progress, None, None]:
     """Train the projector on the task loss, all else frozen."""
     stream = rng.stream(seed, "warm-up")
@@ -170,7 +177,9 @@ def question_accuracy(network: Network, text: TextTraining) -> float:
     with torch.no_grad():
         scores = torch.cat(
             [
-                answer_scores(network.logits(rows.ids[part], rows.mask[part]), rows.mask[part], words)
+                answer_scores(
+                    network.logits(rows.ids[part], rows.mask[part]), rows.mask[part], words
+                )
                 for part in chunks(len(rows), 256)
             ]
         )
@@ -186,7 +195,7 @@ def answer_words(tokenizer: Tokenizer, template: Template) -> tuple[int, int]:
 
 def answer_scores(
     logits: Float[Tensor, "row token word"], mask: Tensor, words: tuple[int, int]
-) -> Float[Tensor, "row"]:
+) -> Float[Tensor, row]:
     """log p(yes) − log p(no) at the last token that `mask` counts, the place of the answer."""
     at = logits[torch.arange(len(logits), device=logits.device), mask.sum(1) - 1]
     return at[:, words[0]] - at[:, words[1]]

@@ -90,9 +90,9 @@ class HierarchicalFineTuning:
     """What is evaluated on: choose settings on development, report test."""
     questions: PositiveInt = 6
     """Questions a picture in each POPE split, half of them with yes."""
-    warm_up: NonNegativeInt = 300
+    warm_up: NonNegativeInt = 600
     """Steps of the projector alone on the task, before anything else."""
-    warm_up_rate: PositiveFloat = 3e-3
+    warm_up_rate: PositiveFloat = 5e-3
     lower_batch: Annotated[int, Field(ge=2)] = 32
     upper_batch: PositiveInt = 32
     anchor: NonNegativeFloat = 0.1
@@ -198,7 +198,9 @@ class HierarchicalFineTuning:
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
         """Embeddings before and after, in one projection."""
         held = self._held
-        before = tree.to(dict(zip("xy", self._start(held, None), strict=True)), held.device, held.dtype)
+        before = tree.to(
+            dict(zip("xy", self._start(held, None), strict=True)), held.device, held.dtype
+        )
         panels = []
         for title, at in (("before", {**before["x"], **before["y"]}), ("after", {**x, **y})):
             embeddings = self._examiner.embed(at, held.exam)
@@ -227,7 +229,9 @@ class HierarchicalFineTuning:
             found["learned/lambda"] = float(at["log_lambda"].exp())
         if "kind_scores" in at:
             weights = formulations.log_kind_weights(at["kind_scores"]).exp().tolist()
-            found |= {f"learned/weight_{k}": w for k, w in zip(self.source.kinds, weights, strict=True)}
+            found |= {
+                f"learned/weight_{k}": w for k, w in zip(self.source.kinds, weights, strict=True)
+            }
         return found
 
     def _start(self, held: Held, stream: torch.Generator | None) -> tuple[Params, Params]:
@@ -270,9 +274,7 @@ class HierarchicalFineTuning:
         lines = captions(corpus.scenes, self.source, opened.tokenizer)
         return Data(features, rows, lines), corpus.scenes
 
-    def _exam(
-        self, opened: Opened, training: tuple[Scene, ...]
-    ) -> Generator[Progress, None, Exam]:
+    def _exam(self, opened: Opened, training: tuple[Scene, ...]) -> Generator[Progress, None, Exam]:
         yield Progress("pictures", 0, None, f"{self.test} for {self.split}")
         corpus = self._corpus(self.split, self.test, biased=False)
         features = yield from opened.encode(corpus)
@@ -290,6 +292,8 @@ class HierarchicalFineTuning:
     def _warm_up(self, opened: Opened, train: Data) -> Generator[Progress, None, None]:
         """Stage 1, cached; sets the network's projector."""
         projector = opened.network.llava.model.multi_modal_projector
+        # A copy: training writes into these tensors, and the key is hashed again when it is kept.
+        start = tree.clone(parameters(opened.network, "projector"))
 
         def make() -> Generator[Progress, None, Tensors]:
             yield from warm_up(
@@ -303,9 +307,11 @@ class HierarchicalFineTuning:
             )
             return projector.state_dict()
 
+        frozen = {n: v for n, v in opened.network.state_dict().items() if n not in start}
         key = {
             "version": VERSION,
-            "model": opened.network.state_dict(),
+            "start": start,
+            "model": frozen,
             "features": train.features,
             "dialogues": train.dialogues,
             "steps": self.warm_up,

@@ -34,7 +34,7 @@ class Tiny:
     """Width of the language model; a multiple of twice `heads`."""
     layers: PositiveInt = 2
     heads: PositiveInt = 4
-    rank: PositiveInt = 4
+    rank: PositiveInt = 8
     """Rank of LoRA."""
     steps: PositiveInt = 1000
     """Pretraining steps of the language model."""
@@ -87,7 +87,8 @@ class Tiny:
 
         key = {
             "version": VERSION,
-            "backbone": self,
+            "sizes": [self.hidden, self.layers, self.heads],
+            "training": [text.scenes, text.steps, text.batch, text.rate],
             "source": text.source,
             "words": text.tokenizer.words,
             "seed": text.seed,

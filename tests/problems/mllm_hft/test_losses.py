@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from bilevel_problems.mllm_hft.losses import (
     TAU_RANGE,
     contrastive_loss,
@@ -13,7 +15,6 @@ from bilevel_problems.mllm_hft.losses import (
     task_loss,
     temperature,
 )
-from torch import Tensor
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from bilevel_problems.mllm_hft.measures import (
     alignment,
     auc,

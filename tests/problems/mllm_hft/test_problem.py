@@ -1,0 +1,178 @@
+"""The problem as the engine sees it, in every formulation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bilevel import engine, tree
+from bilevel.errors import ProblemError
+from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped
+from bilevel.rng import Streams, stream
+from bilevel_problems.mllm_hft.formulations import FORMS, project
+from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE
+
+from .miniature import miniature, prepared, setup
+
+pytest.importorskip("transformers", reason="the model is transformers' own")
+pytest.importorskip("peft", reason="LoRA goes through peft")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the module, so that what is pretrained is pretrained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("formulation", FORMS)
+def test_two_steps_of_the_engine(formulation):
+    problem = prepared(formulation=formulation)
+    made = setup(problem)
+    events = list(engine.run(made, engine.start(made)))
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert len(steps) == 2
+    assert all(math.isfinite(event.upper_loss + event.lower_loss) for event in steps)
+    moved = any(event.hypergradient_norm > 0 for event in steps)
+    assert moved == bool(FORMS[formulation].upper)
+    first, last = [event.metrics for event in events if isinstance(event, Evaluated)]
+    assert first.keys() == last.keys()
+    assert first["task_loss"] != last["task_loss"]
+    groups = {name.split("/")[0] for name in first}
+    assert {"pope_random", "pope_popular", "pope_adversarial", "chair", "gap"} <= groups
+    (drawn,) = [event for event in events if isinstance(event, Drawn)]
+    assert len(drawn.figure.axes) == 2
+    assert isinstance(events[-1], Finished)
+
+
+def test_preparing_reports_stages_and_the_language_models_accuracy(monkeypatch, tmp_path):
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
+    events = list(miniature().prepare())
+    assert all(isinstance(event, Progress) for event in events)
+    stages = {event.stage for event in events}
+    assert {"vision encoder", "picture features", "language model", "projector"} <= stages
+    assert any("held-out question accuracy" in event.note for event in events)
+    again = list(miniature().prepare())
+    assert not any(event.note.startswith("loss") for event in again)  # all from the cache
+
+
+def test_before_prepare_it_says_so():
+    with pytest.raises(ProblemError, match=r"prepare\(\)"):
+        miniature().init(Streams(0))
+
+
+def test_levels_hold_what_the_table_says():
+    problem = prepared(formulation="two_variable")
+    x, y = problem.init(Streams(0))
+    assert {"log_tau", "kind_scores"} <= x.keys()
+    assert all(".lora_" in name for name in x.keys() - {"log_tau", "kind_scores"})
+    assert all(".lora_" not in name for name in y)
+    x, y = prepared(formulation="joint").init(Streams(0))
+    assert x == {}
+    assert {"log_tau", "image_head.weight"} <= y.keys()
+
+
+def test_the_lower_loss_of_two_variable_is_contrast_and_anchor():
+    problem = prepared(formulation="two_variable", anchor=0.5)
+    free = prepared(formulation="two_variable", anchor=0.0)
+    x, y = problem.init(Streams(0))
+    batch = next(problem.lower_batches(stream(0, "b")))
+    assert set(batch) == {"contrast"}
+    assert float(problem.lower_loss(x, y, batch)) == pytest.approx(
+        float(free.lower_loss(x, y, batch))
+    )
+    away = tree.map(lambda value: value + 0.1, y)
+    anchored, loose = (float(p.lower_loss(x, away, batch)) for p in (problem, free))
+    assert anchored - loose == pytest.approx(0.25 * 0.01 * tree.size(y), rel=1e-3)
+
+
+def test_weighted_is_task_plus_lambda_times_contrast():
+    problem = prepared(formulation="weighted", contrast=0.5)
+    x, y = problem.init(Streams(0))
+    batch = next(problem.lower_batches(stream(0, "b")))
+
+    def loss(strength: float) -> float:
+        changed = {**x, "log_lambda": torch.tensor(math.log(strength))}
+        return float(problem.lower_loss(changed, y, batch))
+
+    contrast = loss(2.0) - loss(1.0)
+    assert contrast > 0
+    assert loss(0.5) == pytest.approx(loss(1.0) - contrast / 2, rel=1e-5)
+    joint = prepared(formulation="joint", contrast=0.5)
+    at = {**y, "log_tau": x["log_tau"]}
+    assert float(joint.lower_loss({}, at, batch)) == pytest.approx(loss(0.5), rel=1e-6)
+
+
+def test_upper_and_lower_levels_see_different_pictures():
+    problem = prepared(formulation="weighted")
+    upper = next(problem.upper_batches(stream(0, "u")))["features"]
+    train = problem._held.train.features
+    assert not any(torch.equal(picture, other) for picture in upper for other in train)
+    lower = next(problem.lower_batches(stream(0, "l")))["contrast"]["features"]
+    assert all(any(torch.equal(picture, other) for other in train) for picture in lower)
+
+
+def test_batches_are_a_function_of_their_stream():
+    problem = prepared(formulation="joint")
+
+    def draw(seed: int):
+        batches = problem.lower_batches(stream(seed, "l"))
+        return [next(batches) for _ in range(2)]
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first[1]["task"]["ids"], again[1]["task"]["ids"])
+    assert not torch.equal(first[0]["task"]["features"], first[1]["task"]["features"])
+    assert not torch.equal(first[0]["task"]["features"], other[0]["task"]["features"])
+
+
+def test_the_clean_share_comes_from_upper_data_and_is_for_baselines():
+    problem = prepared(formulation="task_only", clean=0.5)
+    batch = next(problem.lower_batches(stream(0, "l")))["task"]
+    upper = problem._held.upper.features
+    clean = [any(torch.equal(picture, other) for other in upper) for picture in batch["features"]]
+    assert clean == [True, True, False, False]
+    assert math.isfinite(
+        float(problem.lower_loss({}, problem.init(Streams(0))[1], {"task": batch}))
+    )
+    with pytest.raises(ProblemError, match="does not see"):
+        miniature(formulation="weighted", clean=0.5)
+
+
+def test_losses_are_pure():
+    problem = prepared(formulation="weighted")
+    x, y = problem.init(Streams(0))
+    batch = next(problem.lower_batches(stream(0, "l")))
+    before = tree.clone({**x, **y})
+    first = float(problem.lower_loss(x, y, batch))
+    problem.lower_loss(x, tree.map(lambda value: value + 1, y), batch)
+    assert float(problem.lower_loss(x, y, batch)) == first
+    assert all(torch.equal(value, before[name]) for name, value in {**x, **y}.items())
+
+
+def test_projection_holds_the_scalars():
+    far = {
+        "log_tau": torch.tensor(3.0),
+        "log_lambda": torch.tensor(-99.0),
+        "kind_scores": torch.tensor([50.0, 40.0, 45.0]),
+        "other": torch.tensor(7.0),
+    }
+    got = project(far)
+    assert float(got["log_tau"]) == pytest.approx(LOG_TAU_RANGE[1])
+    assert float(got["log_lambda"]) == pytest.approx(math.log(1e-3))
+    weights = got["kind_scores"].exp()
+    assert float(weights.max() / weights.min()) == pytest.approx(10.0, rel=1e-5)
+    assert float(got["other"]) == 7.0
+    near = {"kind_scores": torch.tensor([0.3, -0.1, -0.2])}
+    torch.testing.assert_close(project(near)["kind_scores"], near["kind_scores"])
+
+
+def test_a_saved_checkpoint_runs_two_steps(checkpoint):
+    from bilevel_problems.mllm_hft.checkpoint import Checkpoint
+
+    problem = prepared(encoder=None, model=Checkpoint(path=checkpoint, rank=2, embedding=8))
+    made = setup(problem)
+    events = list(engine.run(made, engine.start(made)))
+    assert sum(isinstance(event, Stepped) for event in events) == 2
