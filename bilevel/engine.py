@@ -287,11 +287,15 @@ def _warnings(state: State, stats: Stats) -> Iterator[Warned]:
             "is not positive definite here, so the adjoint is not reliable. Take more lower "
             "steps, or set estimator.damping above its size"
         )
+    elif stats.converged is False and stats.residual is None:
+        found["inner solve"] = (
+            "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
+            "steps, or raise estimator.strength if the penalised problem has no minimum"
+        )
     elif stats.converged is False:
-        residual = "unknown" if stats.residual is None else f"{stats.residual:.2g}"
         found["adjoint"] = (
             f"the adjoint solve ended after {stats.iterations} iterations at a relative residual "
-            f"of {residual}, above its tolerance; raise estimator.solver.iterations, or loosen "
+            f"of {stats.residual:.2g}, above its tolerance; raise estimator.solver.iterations, or loosen "
             "estimator.solver.tolerance"
         )
     for kind, message in found.items():
@@ -305,4 +309,6 @@ def _on(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _on(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
     return value

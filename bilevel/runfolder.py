@@ -116,18 +116,23 @@ def find(reference: str, runs: Path) -> RunFolder:
             return RunFolder(path)
         below = _folders(path)
         if below:
-            return RunFolder(max(below, key=lambda p: p.name))
+            return RunFolder(max(below, key=_age))
     raise RecipeError(
         f"{reference}: is no run: neither a folder with {RESOLVED} nor the name of a run below "
         f"{runs}/; `bilevel runs` lists them"
     )
 
 
+def _age(run: Path) -> tuple[str, int]:
+    """Orders runs by when they began; names tell seconds only, so the file's own time decides."""
+    return run.name[:15], (run / RESOLVED).stat().st_mtime_ns
+
+
 def summaries(runs: Path) -> list[Summary]:
     """All runs below `runs`, the newest last."""
     names = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
     found = [_summary(RunFolder(path)) for name in names for path in _folders(name)]
-    return sorted(found, key=lambda summary: summary.folder.path.name)
+    return sorted(found, key=lambda summary: _age(summary.folder.path))
 
 
 def environment() -> dict[str, Any]:

@@ -46,7 +46,8 @@ def show(console: Console, reference: str) -> None:
     if reference.endswith(SUFFIXES):
         path = Path(reference) if Path(reference).is_file() else None
         path = path or locate(Path(reference).stem)
-        console.print(path.read_text(encoding="utf-8").rstrip(), markup=False, highlight=False)
+        text = path.read_text(encoding="utf-8").rstrip()
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     group, _, name = reference.rpartition("/")
     found = [

@@ -40,7 +40,8 @@ class Penalty:
     The exact gradient of x ↦ λ (min over y of (G + F / λ) − G(x, y)); at the lower solution its
     distance to dΦ/dx is O(1/λ) (Kwon et al. 2023, lemma 3.1). `central` takes (∇φ₊ − ∇φ₋) λ / 2
     of φ± = min over y of G ± F / λ instead, which is O(1/λ²) and needs λ large enough for G − F/λ
-    to stay convex. No second derivative is ever taken. Costs 3 gradients and those of `solver`,
+    to stay convex, or the penalised solve does not converge. No second derivative is taken but
+    by a `solver` that uses them (newton). Costs 3 gradients and those of `solver`,
     which minimises the penalised loss, warm-started; twice that with `central`.
     """
 
@@ -63,7 +64,7 @@ class Penalty:
 
     def init(self, at: Point) -> dict[str, Any]:
         return {
-            sign: {"y": tree.clone(at.y), "solver": self.solver.init(at.y)}
+            sign: {"y": tree.clone(at.y), "solver": self.solver.init(at.y), "converged": None}
             for sign in (("plus", "minus") if self.central else ("plus",))
         }
 
@@ -74,12 +75,12 @@ class Penalty:
         if not self.central:
             gap = tree.sub(G_x, gradient_x(losses.lower, at.x, at.y))
             h = tree.axpy(self.strength, gap, F_x)
-            return Estimate(h, value, {"plus": plus}, Stats())
+            return Estimate(h, value, {"plus": plus}, _solved(plus))
         below, minus = self._solve(losses, at, state["minus"], -1 / self.strength)
         gap = tree.sub(G_x, gradient_x(losses.lower, at.x, below))
         F_sum = tree.add(F_x, gradient_x(losses.upper, at.x, below))
         h = tree.axpy(self.strength / 2, gap, tree.scale(0.5, F_sum))
-        return Estimate(h, value, {"plus": plus, "minus": minus}, Stats())
+        return Estimate(h, value, {"plus": plus, "minus": minus}, _solved(plus, minus))
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate."""
@@ -108,4 +109,11 @@ class Penalty:
             loss, at.x, start["y"], batches=itertools.repeat(None), state=start["solver"]
         )
         losses.counts.gradients += solved.stats.gradients  # each is one of G and one of F
-        return solved.y, {"y": solved.y, "solver": solved.state}
+        converged = solved.stats.converged
+        return solved.y, {"y": solved.y, "solver": solved.state, "converged": converged}
+
+
+def _solved(*ends: dict[str, Any]) -> Stats:
+    """Whether the penalised problems were solved; None where the solver has no tolerance."""
+    known = [end["converged"] for end in ends if end["converged"] is not None]
+    return Stats(converged=all(known) if known else None)

@@ -124,3 +124,20 @@ def test_penalty_takes_no_second_derivative_and_goes_on_from_its_state():
 def test_without_a_path_there_is_a_remedy(estimator):
     with pytest.raises(ProblemError, match="record=True"):
         closed_form(PROBLEMS[0], 0).estimate(estimator)
+
+
+def test_a_penalised_problem_without_a_minimum_is_flagged():
+    """G − F/λ is concave somewhere at λ = 2: central differences must not be silently wrong."""
+    case = closed_form(PROBLEMS[0], 0)
+    got = case.estimate(Penalty(strength=2.0, central=True, solver=Newton()))
+    assert got.stats.converged is False
+    assert case.estimate(Penalty(strength=1e3, central=True, solver=Newton())).stats.converged
+
+
+def test_whole_differences_take_no_gradient_of_the_upper_loss():
+    case = closed_form(PROBLEMS[0], 0)
+    path = case.record(4, 0.3, case.y).path
+    whole = case.estimate(ZerothOrder(samples=5), path=path).stats
+    partial = case.estimate(ZerothOrder(samples=5, partial=True), path=path).stats
+    assert whole.gradients == 4 + 2 * 5 * 4
+    assert partial.gradients == whole.gradients + 1
