@@ -33,8 +33,8 @@ class Asked(NamedTuple):
     """Questions of one POPE split."""
 
     rows: Rows
-    scene: Int[Tensor, question]
-    answers: Bool[Tensor, question]
+    scene: Int[Tensor, "question"]
+    answers: Bool[Tensor, "question"]
 
 
 class Embeddings(NamedTuple):
@@ -53,7 +53,7 @@ class Captions:
     mask: Bool[Tensor, "scene line token"]
     present: Bool[Tensor, "scene kind"]
 
-    def take(self, index: Int[Tensor, batch] | slice) -> dict[str, Tensor]:
+    def take(self, index: Int[Tensor, "batch"] | slice) -> dict[str, Tensor]:
         """Some scenes as a batch, cut to the longest line of them."""
         mask = self.mask[index]
         width = int(mask.sum(-1).max())

@@ -54,7 +54,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, index: Int[Tensor, batch]) -> dict[str, Tensor]:
+    def take(self, index: Int[Tensor, "batch"]) -> dict[str, Tensor]:
         """Some rows as a batch, cut to the longest of them."""
         mask = self.mask[index]
         width = int(mask.sum(1).max())

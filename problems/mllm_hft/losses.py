@@ -25,7 +25,7 @@ def temperature(log_tau: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return log_tau.clamp(*LOG_TAU_RANGE).exp()
 
 
-def log_kind_weights(scores: Float[Tensor, kind]) -> Float[Tensor, kind]:
+def log_kind_weights(scores: Float[Tensor, "kind"]) -> Float[Tensor, "kind"]:
     """log w with w = K softmax(scores): weights sum to K, the number of kinds, whatever the scores.
 
     The fixed total leaves λ and τ alone to say how strong the contrast is; raw weights would grow
@@ -39,7 +39,7 @@ def contrastive_loss(
     text: Float[Tensor, "pair embedding"],
     hallucinated: Float[Tensor, "pair kind embedding"],
     present: Bool[Tensor, "pair kind"],
-    log_weights: Float[Tensor, kind],
+    log_weights: Float[Tensor, "kind"],
     tau: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """L_C, the mean of both directions of InfoNCE over the batch; s is the cosine.

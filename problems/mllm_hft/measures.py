@@ -17,7 +17,7 @@ from torch.nn import functional
 Metrics = dict[str, float]
 
 
-def pope(scores: Float[Tensor, question], answers: Bool[Tensor, question]) -> Metrics:
+def pope(scores: Float[Tensor, "question"], answers: Bool[Tensor, "question"]) -> Metrics:
     """Yes/no answers, yes where score > 0; "yes" is the positive class.
 
     accuracy (TP + TN) / n; precision TP / (TP + FP); recall TP / (TP + FN); F1 their harmonic
@@ -56,7 +56,7 @@ def chair(
     }
 
 
-def auc(positive: Float[Tensor, p], negative: Float[Tensor, n]) -> float:
+def auc(positive: Float[Tensor, "p"], negative: Float[Tensor, "n"]) -> float:
     """P(positive > negative) + P(equal) / 2 over all pairs: the area under the ROC curve.
 
     0.5, what chance gives, where one side is empty. By ranks: O(n log n).
@@ -109,7 +109,7 @@ def preference(
 
 def similarities(
     image: Float[Tensor, "n e"], text: Float[Tensor, "n e"], hallucinated: Float[Tensor, "n k e"]
-) -> tuple[Float[Tensor, n], Float[Tensor, "n k"]]:
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n k"]]:
     """Cosines of each picture with its true caption and with its hallucinated ones."""
     image = functional.normalize(image, dim=-1)
     true = (image * functional.normalize(text, dim=-1)).sum(-1)

@@ -88,7 +88,7 @@ class Network(nn.Module):
     def captions(
         self,
         features: Float[Tensor, "row patch feature"],
-        ids: Int[Tensor, token],
+        ids: Int[Tensor, "token"],
         length: int,
     ) -> Int[Tensor, "row length"]:
         """Greedy continuation of [before][picture][ids], at most `length` tokens, end-padded."""

@@ -195,7 +195,7 @@ def answer_words(tokenizer: Tokenizer, template: Template) -> tuple[int, int]:
 
 def answer_scores(
     logits: Float[Tensor, "row token word"], mask: Tensor, words: tuple[int, int]
-) -> Float[Tensor, row]:
+) -> Float[Tensor, "row"]:
     """log p(yes) − log p(no) at the last token that `mask` counts, the place of the answer."""
     at = logits[torch.arange(len(logits), device=logits.device), mask.sum(1) - 1]
     return at[:, words[0]] - at[:, words[1]]
