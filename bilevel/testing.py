@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel import calculus, rng, tree
 from bilevel.differences import Differences, central
-from bilevel.engine import Setup, prepare, start
+from bilevel.engine import Setup, State, prepare, start
 from bilevel.errors import BilevelError
 from bilevel.events import Event
 from bilevel.functional import hypergradient
@@ -68,11 +68,16 @@ class Reference:
     """The truth about dΦ/dx, possibly in some directions only."""
 
     name: str
-    measure: Callable[[Params], Tensor]
-    """A hypergradient's components where the truth is known."""
     truth: Tensor
     tolerance: float
     """Relative error above which an exact method is wrong."""
+    directions: Tensor | None = None
+    """[dim, k], orthonormal: where `truth` holds components along these alone."""
+
+    def measure(self, h: Params) -> Tensor:
+        """A hypergradient's components where the truth is known."""
+        flat = tree.flatten(h).to(self.truth)
+        return flat if self.directions is None else self.directions.T @ flat
 
     def error(self, h: Params) -> float:
         """Relative error; absolute where the truth is zero."""
@@ -86,8 +91,11 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """A problem at one x: the losses, the lower solve of the recipe, and the tight one."""
+class Scene:
+    """A problem at one x: the losses, the lower solve of the recipe, and the tight one.
+
+    Where `stationary` is false no tight solve was reached, and `tight` is as near as it came.
+    """
 
     setup: Setup
     losses: Losses
@@ -119,17 +127,25 @@ def check(
     setup = replace(setup, dtype=dtype)
     yield from prepare(setup)
     scene = _scene(setup, perturb)
-    reference = _reference(scene)
+    reference = reference_at(scene)
     for name, estimator in estimators.items():
         yield _row(scene, reference, name, estimator)
 
 
-def _scene(setup: Setup, perturb: float) -> _Scene:
+def _scene(setup: Setup, perturb: float) -> Scene:
     state = start(setup)
     generator = rng.stream(setup.seed, "check")
     x = tree.map(lambda p: p + perturb * _noise(p, generator), state.x)
     project = getattr(setup.problem, "project_upper", None)
     x = tree.clone(project(x)) if project else x
+    return scene_at(setup, state, x, generator)
+
+
+def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) -> Scene:
+    """The scene at x, with the batches that a run in `state` draws next.
+
+    The lower level is solved from the state's y: once as the setup has it, once tightly.
+    """
     constrain = getattr(setup.problem, "project_lower", None)
     counts = Counts()
     lower = Loss(setup.problem.lower_loss, None, counts, "lower")
@@ -149,7 +165,7 @@ def _scene(setup: Setup, perturb: float) -> _Scene:
     tight, stationary = (
         (solved.y, False) if constrain else solve_tightly(setup.problem, lower, x, solved.y)
     )
-    return _Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
+    return Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,11 +204,12 @@ def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, boo
     return y, norm <= goal
 
 
-def _reference(scene: _Scene) -> Reference | None:
+def reference_at(scene: Scene) -> Reference | None:
+    """dΦ/dx at the scene by the tightest means there is; None where there is none."""
     problem, x = scene.setup.problem, scene.x
     closed = getattr(problem, "hypergradient", None)
     if closed is not None:
-        return Reference("closed form", tree.flatten, tree.flatten(closed(x)).detach(), 1e-6)
+        return Reference("closed form", tree.flatten(closed(x)).detach(), 1e-6)
     if scene.stationary:
         found = _differences_of_value(scene)
         if found.error <= 1e-2:
@@ -204,10 +221,10 @@ def _from_differences(name: str, found: Differences) -> Reference:
     some = (
         "" if len(found.slopes) == len(found.directions) else f" ({len(found.slopes)} directions)"
     )
-    return Reference(name + some, found.along, found.slopes, max(1e-5, 10 * found.error))
+    return Reference(name + some, found.slopes, max(1e-5, 10 * found.error), found.directions)
 
 
-def _differences_of_value(scene: _Scene) -> Differences:
+def _differences_of_value(scene: Scene) -> Differences:
     """Central differences of Φ, the lower level solved again at every x."""
 
     def value(x: Params) -> Tensor:
@@ -217,7 +234,7 @@ def _differences_of_value(scene: _Scene) -> Differences:
     return central(value, scene.x, scene.generator, step=1e-3)
 
 
-def _verified_adjoint(scene: _Scene) -> Reference | None:
+def _verified_adjoint(scene: Scene) -> Reference | None:
     """∇x F − (∇x G(y + εv) − ∇x G(y − εv)) / 2ε, v from CG and its equation verified by differences.
 
     Independent of every second derivative but those in CG, whose result is accepted only if
@@ -230,7 +247,7 @@ def _verified_adjoint(scene: _Scene) -> Reference | None:
     v = CG().tight(min(tree.size(at.y), 50)).solve(lower.hvp_yy, F_y, tree.zeros_like(F_y)).solution
     size = tree.norm(v)
     if size == 0:
-        return Reference("no adjoint: ∇y F = 0", tree.flatten, tree.flatten(F_x), 1e-5)
+        return Reference("no adjoint: ∇y F = 0", tree.flatten(F_x), 1e-5)
     h = 1e-4 / size
     ends = [tree.axpy(s * h, v, at.y) for s in (1, -1)]
     Hv = _half(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
@@ -239,14 +256,14 @@ def _verified_adjoint(scene: _Scene) -> Reference | None:
         return None
     cross = _half(h, *(calculus.gradient_x(losses.lower, at.x, y) for y in ends))
     truth = tree.flatten(tree.sub(F_x, cross))
-    return Reference("converged adjoint", tree.flatten, truth, max(1e-4, 100 * off))
+    return Reference("converged adjoint", truth, max(1e-4, 100 * off))
 
 
 def _half(h: float, above: Params, below: Params) -> Params:
     return tree.scale(1 / (2 * h), tree.sub(above, below))
 
 
-def _row(scene: _Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
+def _row(scene: Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
     known = reference.name if reference else "none: the lower level cannot be solved tightly"
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
     try:
@@ -266,7 +283,7 @@ def _row(scene: _Scene, reference: Reference | None, name: str, estimator: Estim
 
 
 def _judge(
-    scene: _Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
+    scene: Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
 ) -> CheckRow:
     tighten = getattr(estimator, "tight", None)
     tight = tighten(tree.size(scene.tight)) if tighten else estimator
@@ -300,7 +317,7 @@ def _solve_error(stats: Stats) -> float:
     return 10 * stats.condition * stats.residual
 
 
-def _ask(scene: _Scene, estimator: Estimator, y: Params) -> Estimate:
+def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
     return hypergradient(
         scene.losses.upper.function,
         scene.losses.lower.function,

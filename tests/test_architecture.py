@@ -20,6 +20,7 @@ ORDER = [
     ["registry", "build", "complaints", "fields", "outline", "yaml_source", "recipe", "assemble"]
     + ["testing"],
     ["report", "runfolder"],
+    ["comparing"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

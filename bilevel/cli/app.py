@@ -154,6 +154,48 @@ def check(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    estimators: Annotated[
+        str | None,
+        typer.Option(
+            "--estimators", metavar="A,B", help="Names, file.py:Class, or labels of --with."
+        ),
+    ] = None,
+    with_: Annotated[
+        Path | None,
+        typer.Option("--with", metavar="FILE", help="YAML or JSON: label to estimator."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="0..4", help="Seeds; the recipe's if not given."),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget", metavar="N", min=1, help="Oracle calls a run; else as the recipe's run."
+        ),
+    ] = None,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Compare estimators: error, cost, memory, result."""
+    with boundary():
+        from bilevel.cli.compare import compare as compare_estimators
+
+        compare_estimators(
+            _console(),
+            recipe,
+            overrides or [],
+            estimators=estimators,
+            given=with_,
+            seeds=seeds,
+            budget=budget,
+            runs=runs_dir,
+        )
+
+
+@app.command()
 def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
     """Write the report of a run: one HTML file, offline."""
     with boundary():

@@ -1,0 +1,196 @@
+"""`compare`: estimators side by side on the recipe's own problem."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bilevel import recipe as recipes
+from bilevel.cli.boundary import Stopped, complain
+from bilevel.cli.names import locate
+from bilevel.cli.signals import Signals
+from bilevel.comparing import figure, plan, table
+from bilevel.comparing.files import write
+from bilevel.comparing.launch import Done, launch
+from bilevel.comparing.plan import Plan
+from bilevel.comparing.table import Row
+from bilevel.errors import CheckpointError
+from bilevel.runfolder import RunFolder, environment
+
+FAILED = 6
+"""Exit code where some cells failed."""
+
+
+def compare(
+    console: Console,
+    reference: str,
+    overrides: Sequence[str],
+    *,
+    estimators: str | None,
+    given: Path | None,
+    seeds: str | None,
+    budget: int | None,
+    runs: Path,
+) -> None:
+    """Measure what was not measured yet, then show the table and write what was found."""
+    recipe = recipes.load(locate(reference), overrides)
+    labels = None
+    if estimators is not None:
+        named = [part.strip() for part in estimators.split(",") if part.strip()]
+        labels = [plan.anchored(name, Path()) for name in named]
+    made = plan.make(
+        recipe,
+        labels=labels,
+        given=plan.read_labels(given) if given else None,
+        seeds=plan.parse_seeds(seeds) if seeds is not None else (recipe.seed,),
+        budget=budget,
+    )
+    for label, reason in made.left_out.items():
+        complain(f"{label}: {reason}", kind="left out: ")
+    folder = runs / made.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be made: {error.strerror}; name another with --runs-dir"
+        ) from error
+    with RunFolder(folder).lock():
+        done = _measure(console, made, folder)
+        found = _conclude(console, made, folder, done)
+    if any(row.failures for row in found):
+        raise Stopped(FAILED)
+
+
+def _measure(console: Console, made: Plan, folder: Path) -> list[Done]:
+    console.print(Text(f"{folder}/", style="dim"), soft_wrap=True)
+    total, done = len(made.scenes) + len(made.cells), []
+    began, started = time.monotonic(), 0
+    with Signals():
+        try:
+            for step in launch(made, folder):
+                done.append(step)
+                started += not step.reused
+                spent = time.monotonic() - began
+                left = spent / started * (total - len(done)) if started else 0.0
+                _tell(console, step, len(done), total, left)
+        except Stopped as stopped:
+            message = f"stopped; {len(done)} of {total} are done: the same command goes on"
+            raise Stopped(stopped.code, message) from None
+    return done
+
+
+def _tell(console: Console, step: Done, number: int, total: int, left: float) -> None:
+    width = len(str(total))
+    what = step.what if step.cell is None else f"{step.what}, seed {step.seed}"
+    how = "as before" if step.reused else f"{step.seconds:.1f} s"
+    if step.result["status"] != "ok":
+        how = "failed"
+    ahead = f"  about {_duration(left)} left" if number < total and left else ""
+    text = f"{number:{width}d}/{total}  {what}: {how}{ahead}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) -> list[Row]:
+    points = [
+        point for step in done if step.cell is None for point in step.result.get("points", ())
+    ]
+    tolerance = max((point["tolerance"] or 0.0 for point in points), default=0.0)
+    cells = [(step.cell, step.result) for step in done if step.cell is not None]
+    found = table.rows([(cell.label, cell.seed, result) for cell, result in cells], tolerance)
+    names = sorted({point["reference"] or "none" for point in points})
+    document = {
+        "recipe": made.recipe.content,
+        "hash": made.recipe.hash,
+        "seeds": made.seeds,
+        "left_out": made.left_out,
+        "points": {step.seed: step.result.get("points") for step in done if step.cell is None},
+        "rows": [asdict(row) | {"calls": row.calls} for row in found],
+        "cells": [
+            {"label": cell.label, "seed": cell.seed, **result, **_estimator(cell.recipe)}
+            for cell, result in cells
+        ],
+        "environment": environment(),
+    }
+    write(folder / "compare.json", document)
+    _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]))
+    if not figure.is_possible():
+        complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
+    else:
+        figure.draw(found, folder, f"{made.recipe.name}: error against cost")
+    console.print(Text(f"{folder / 'compare.json'}"), soft_wrap=True)
+    return found
+
+
+def _estimator(recipe: recipes.Recipe) -> dict[str, object]:
+    return {"estimator": recipe.content["estimator"]}
+
+
+def _budget(results: Sequence[Mapping[str, Any]]) -> str:
+    budgets = sorted({result["run"]["budget"] for result in results if "run" in result})
+    if not budgets:
+        return "-"
+    ends = dict.fromkeys((budgets[0], budgets[-1]))
+    return " to ".join(f"{end:,}" for end in ends)
+
+
+def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budget: str) -> None:
+    count = f"{len(made.seeds)} seed" + ("s" if len(made.seeds) > 1 else "")
+    text = f"{made.recipe.name}, {count}; reference: {known or 'none'}; budget: {budget} calls"
+    console.print()
+    console.print(text, markup=False, highlight=False)
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    shown.add_column("#", justify="right", no_wrap=True)
+    shown.add_column("estimator", overflow="fold")
+    for head in ("error", "trained", "cosine", "in run", "ms", "MB", "g+H+c", "F reached"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in found:
+        shown.add_row(*_cells(row))
+    console.print(shown)
+    console.print()
+    console.print(_LEGEND, style="dim", highlight=False)
+    for row in found:
+        for reason in row.failures:
+            console.print(Text.assemble((row.label, "bold"), f", {reason}"))
+
+
+def _cells(row: Row) -> list[str | Text]:
+    parts = (row.gradients, row.hvps, row.cross_products)
+    calls = "-" if None in parts else "+".join(f"{part:g}" for part in parts if part is not None)
+    return [
+        "-" if row.rank is None else f"{row.rank}",
+        Text(row.label, style="green" if row.is_front else ""),
+        _number(row.error, ".1e"),
+        _number(row.trained, ".1e"),
+        _number(row.cosine, ".3f"),
+        _number(row.in_run, ".1e"),
+        _number(row.seconds and 1e3 * row.seconds, ".3g"),
+        _number(None if row.memory is None else row.memory / 1e6, ".0f"),
+        calls,
+        Text("failed", style="bold red") if row.failures else _number(row.upper_loss, ".4g"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+_LEGEND = (
+    "error: relative, along the recipe's run, lower level solved. trained: at its end. in run: "
+    "after its own lower solves. g+H+c: gradients, HVPs, cross products of one estimate. "
+    "F reached: with the budget of such calls. Medians."
+)

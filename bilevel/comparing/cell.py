@@ -1,0 +1,197 @@
+"""One estimator at one seed, measured in this process: `python -m bilevel.comparing.cell SPEC`.
+
+SPEC is a JSON file {"kind", "recipe", "folder", "budget", "result"}; a process of kind "scene"
+prepares what the cells of its seed are measured on. The result is written all or not at all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import asdict, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel import engine, tree
+from bilevel import recipe as recipes
+from bilevel.assemble import assemble
+from bilevel.comparing import scene
+from bilevel.comparing.files import read, write
+from bilevel.comparing.memory import peak
+from bilevel.comparing.scene import Truth
+from bilevel.engine import Setup, State
+from bilevel.errors import BilevelError
+from bilevel.events import Stepped
+from bilevel.functional import hypergradient
+from bilevel.runfolder import environment
+from bilevel.testing import scene_at
+from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
+
+REPETITIONS = 5
+"""Timed estimates, after one that is not timed."""
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Do what `spec` says; what goes wrong is written as the result, with its reason."""
+    result = Path(spec["result"])
+    found: dict[str, Any] = {"status": "ok", "reason": None}
+    try:
+        if spec["kind"] == "scene":
+            found |= scene.make(Path(spec["recipe"]), Path(spec["folder"]))
+        else:
+            measure(Path(spec["recipe"]), Path(spec["folder"]), spec["budget"], found)
+    except Exception as error:
+        kind = "" if isinstance(error, BilevelError) else f"{type(error).__name__}: "
+        found |= {"status": "failed", "reason": f"{kind}{error}"}
+        if kind:
+            traceback.print_exc()
+    write(result, found | {"environment": environment()})
+
+
+def measure(recipe: Path, folder: Path, budget: int | None, found: dict[str, Any]) -> None:
+    """Fill `found` stage by stage, so that what was measured before a failure is kept."""
+    setup = assemble(recipes.load(recipe))
+    for _ in engine.prepare(setup):
+        pass
+    truths = list(scene.load(folder))
+    trained = _Stand(setup, truths[-1])
+    found["estimate"] = _cost(trained)
+    found["along"] = [_along(_Stand(setup, truth)) for truth in truths]
+    found["run"] = _run(setup, budget or read(folder / scene.INDEX)["budget"], truths[-1])
+
+
+class _Stand:
+    """A setup at one point of the run, where the truth is known."""
+
+    def __init__(self, setup: Setup, truth: Truth) -> None:
+        self.setup, self.truth = setup, truth
+        state = scene.cast(engine.restore(setup, truth.state), setup.dtype)
+        self.x = state.x
+        self.solved = solve(setup, state, state.y, state.lower_batches)
+        self.upper_batch = next(state.upper_batches)
+        start = tree.to(truth.tight, setup.device, setup.dtype)
+        again = solve(setup, state, start, repeat(self.solved.batch))
+        self.at_solution = Point(self.x, start, again.path)
+        self.in_run = Point(self.x, self.solved.y, self.solved.path)
+
+    def estimate(self, at: Point) -> Estimate:
+        """A cold estimate, without the checks that a first call makes."""
+        return hypergradient(
+            self.setup.problem.upper_loss,
+            self.setup.problem.lower_loss,
+            at.x,
+            at.y,
+            estimator=self.setup.estimator,
+            upper_batch=self.upper_batch,
+            lower_batch=self.solved.batch,
+            state=self.setup.estimator.init(at),
+            path=at.path,
+        )
+
+    def compare(self, estimate: Estimate) -> tuple[float | None, float | None]:
+        """(relative error, cosine) against the reference, in float64."""
+        if self.truth.reference is None:
+            return None, None
+        h = tree.to(estimate.hypergradient, "cpu", torch.float64)
+        return self.truth.reference.error(h), self.truth.reference.cosine(h)
+
+
+def solve(setup: Setup, state: State, y: Params, batches: Any) -> LowerSolution:
+    """The setup's lower solve from y, recorded as far as the estimator needs."""
+    problem = setup.problem
+    restart = getattr(problem, "lower_start", None)
+    y = restart(state.x, y) if restart and y is state.y else y
+    return setup.lower.solve(
+        Loss(problem.lower_loss, None, Counts(), "lower"),
+        state.x,
+        y,
+        batches=batches,
+        state=setup.lower.init(y),
+        record=setup.estimator.needs.path,
+        project=getattr(problem, "project_lower", None),
+    )
+
+
+def _cost(stand: _Stand) -> dict[str, Any]:
+    """Oracle calls and memory of the first estimate, seconds of those after it."""
+    _warm_up(stand.setup)
+    with peak(stand.setup.device) as memory:
+        first = stand.estimate(stand.in_run)
+    seconds = []
+    for _ in range(REPETITIONS):
+        began = time.perf_counter()
+        stand.estimate(stand.in_run)
+        if stand.setup.device.type == "cuda":
+            torch.cuda.synchronize(stand.setup.device)
+        seconds.append(time.perf_counter() - began)
+    return {
+        **asdict(first.stats),
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "memory": memory.bytes,
+        "memory_is": memory.how,
+    }
+
+
+def _warm_up(setup: Setup) -> None:
+    """A second derivative and an eigenvalue: threads and libraries are loaded before memory is read."""
+    a = torch.ones(64, 64, device=setup.device, dtype=setup.dtype, requires_grad=True)
+    (g,) = torch.autograd.grad((a @ a).pow(3).sum(), a, create_graph=True)
+    torch.autograd.grad(g.sum(), a)
+    torch.linalg.eigvalsh(torch.eye(4, dtype=torch.float64))
+    torch.linalg.solve(torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+
+
+def _along(stand: _Stand) -> dict[str, Any]:
+    error, cosine = stand.compare(stand.estimate(stand.at_solution))
+    in_run, cosine_in_run = stand.compare(stand.estimate(stand.in_run))
+    return {
+        "step": stand.truth.step,
+        "error": error,
+        "cosine": cosine,
+        "error_in_run": in_run,
+        "cosine_in_run": cosine_in_run,
+    }
+
+
+def _run(setup: Setup, budget: int, trained: Truth) -> dict[str, Any]:
+    """The estimator's own run as far as `budget` oracle calls go, and F where it ends.
+
+    A step that would go beyond the budget is not counted: x is the one before it.
+    """
+    setup = _with_steps(setup, budget)
+    state, spent, steps = engine.start(setup), 0, 0
+    x = tree.clone(state.x)
+    for event in engine.run(setup, state):
+        if not isinstance(event, Stepped):
+            continue
+        if scene.calls(event.totals) > budget:
+            break
+        x, spent, steps = tree.clone(state.x), scene.calls(event.totals), event.step
+        if steps == setup.upper.steps:
+            break
+    value, is_solution = _upper_loss(setup, x, trained)
+    where = "y*(x)" if is_solution else "the recipe's lower solve"
+    return {"budget": budget, "calls": spent, "steps": steps, "upper_loss": value, "at": where}
+
+
+def _with_steps(setup: Setup, steps: int) -> Setup:
+    return replace(setup, upper=replace(setup.upper, steps=max(1, steps)), evaluate_every=0)
+
+
+def _upper_loss(setup: Setup, x: Params, trained: Truth) -> tuple[float, bool]:
+    """(F(x, y), whether y = y*(x)), on the batches of the trained point, the same for all."""
+    state = scene.cast(engine.restore(setup, trained.state), setup.dtype)
+    state.x = x
+    here = scene_at(setup, state, x, torch.Generator())
+    with torch.no_grad():
+        return float(here.losses.upper(x, here.tight)), here.stationary
+
+
+if __name__ == "__main__":
+    main(read(Path(sys.argv[1])))

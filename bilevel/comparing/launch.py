@@ -1,0 +1,121 @@
+"""Start a process for each cell, one after the other, and keep what it found.
+
+A process gives its memory back whole, and one that dies takes nothing with it: what is left is a
+cell that says so. Cells that are done are not started again; those that failed are.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel.comparing import scene
+from bilevel.comparing.files import read, write
+from bilevel.comparing.plan import Cell, Plan
+from bilevel.recipe import Recipe
+from bilevel.runfolder import environment
+
+_MATTERS = ("python", "platform", "packages", "threads", "gpus")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step of the comparison has ended."""
+
+    what: str
+    seed: int
+    result: Mapping[str, Any]
+    reused: bool
+    seconds: float
+    cell: Cell | None = None
+    """None where the points of a seed were prepared."""
+
+
+def launch(plan: Plan, folder: Path) -> Iterator[Done]:
+    """Prepare the points of every seed, then measure every cell."""
+    here = environment()
+    for seed, recipe in plan.scenes.items():
+        prepared = _step(f"points of seed {seed}", seed, recipe, folder, here, None)
+        yield prepared
+        for cell in (cell for cell in plan.cells if cell.seed == seed):
+            if prepared.result["status"] == "ok":
+                yield _step(cell.label, seed, cell.recipe, folder, here, cell)
+            else:
+                reason = f"the recipe's own run: {prepared.result['reason']}"
+                failed = {"status": "failed", "reason": reason}
+                yield Done(cell.label, seed, failed, False, 0.0, cell)
+
+
+def _step(
+    what: str, seed: int, recipe: Recipe, folder: Path, here: Mapping[str, Any], cell: Cell | None
+) -> Done:
+    began = time.perf_counter()
+    stem = f"points-seed{seed}" if cell is None else cell.stem
+    points = folder / "points" / f"seed{seed}"
+    result = folder / "cells" / f"{stem}.json"
+    kept = _kept(result, here)
+    if kept and (cell is not None or (points / scene.INDEX).is_file()):
+        return Done(what, seed, kept, True, 0.0, cell)
+    written = result.with_suffix(".yaml")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(recipe.dump(), encoding="utf-8")
+    spec = {
+        "kind": "scene" if cell is None else "cell",
+        "recipe": str(written),
+        "folder": str(points),
+        "budget": None if cell is None else cell.budget,
+        "result": str(result),
+    }
+    return Done(what, seed, run(spec), False, time.perf_counter() - began, cell)
+
+
+def _kept(path: Path, here: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result that can stand: complete, and found with the same software on the same system."""
+    if not path.is_file():
+        return None
+    found = read(path)
+    same = all(found["environment"].get(key) == here.get(key) for key in _MATTERS)
+    return found if found["status"] == "ok" and same else None
+
+
+def run(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of one process; what it wrote to stderr lies beside it."""
+    result = Path(spec["result"])
+    result.unlink(missing_ok=True)
+    request, said = result.with_suffix(".spec"), result.with_suffix(".log")
+    write(request, spec)
+    with said.open("wb") as log:
+        # its own session, so that Ctrl-C reaches the command alone, which then ends the process
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bilevel.comparing.cell", str(request)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    request.unlink()
+    if result.is_file():
+        return read(result)
+    return {"status": "failed", "reason": _death(code, said)}
+
+
+def _death(code: int, said: Path) -> str:
+    if code < 0:
+        return f"the process was killed by {signal.Signals(-code).name}" + (
+            " (out of memory?)" if -code == signal.SIGKILL else ""
+        )
+    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
+    return f"the process ended with code {code} and no result{last}"

@@ -1,0 +1,154 @@
+"""What there is to compare: labelled estimators, seeds and a budget, as one recipe a cell.
+
+A cell's recipe is the user's with another estimator and another seed, so that everything is
+checked before anything is started, and a cell is known by its recipe's hash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel import engine, registry, yaml_source
+from bilevel import recipe as recipes
+from bilevel.assemble import assemble
+from bilevel.errors import ProblemError, RecipeError, RequirementError
+from bilevel.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One estimator at one seed."""
+
+    label: str
+    seed: int
+    recipe: Recipe
+    budget: int | None
+    """Oracle calls of its run; None for as many as the recipe's own estimator uses."""
+
+    @property
+    def stem(self) -> str:
+        """The name of its files: it changes with anything that its numbers depend on."""
+        label = re.sub(r"[^\w.-]+", "_", self.label)
+        budget = "" if self.budget is None else f"-b{self.budget}"
+        return f"{label}-seed{self.seed}-{self.recipe.hash[:12]}{budget}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: the user's recipe at every seed, and the cells."""
+
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    scenes: Mapping[int, Recipe]
+    """The recipe, with its own estimator, at each seed."""
+    cells: tuple[Cell, ...]
+    left_out: Mapping[str, str]
+    """Registered estimators that cannot be had here or cannot work with this recipe, and why."""
+
+    @property
+    def name(self) -> str:
+        return f"compare-{self.recipe.name}-{self.recipe.hash[:6]}"
+
+
+def make(
+    recipe: Recipe,
+    *,
+    labels: Sequence[str] | None = None,
+    given: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0,),
+    budget: int | None = None,
+) -> Plan:
+    """The plan for `labels`: names, file.py:Class, or labels in `given` (label → specification).
+
+    The recipe's own estimator comes first, with its options. Without `labels` these are all in
+    `given`, or else all that are registered and can work with the recipe.
+
+    Raises `RecipeError` for a wrong estimator, `RequirementError` where one or the recipe needs
+    what is missing.
+    """
+    engine.refuse_mismatch(assemble(recipe))
+    given = dict(given or {})
+    own = own_label(recipe)
+    if own in given:
+        raise RecipeError(
+            f"label {own!r} is taken: it stands for the recipe's own estimator. Choose another"
+        )
+    everything = labels is None and not given
+    asked = labels if labels is not None else list(given or registry.names("estimators"))
+    specifications = {own: recipe.content["estimator"]}
+    specifications |= {label: given.get(label, label) for label in asked if label != own}
+    left_out: dict[str, str] = {}
+    cells: list[Cell] = []
+    for label, specification in specifications.items():
+        try:
+            made = {seed: _variant(recipe, specification, seed, label) for seed in seeds}
+            if everything and label != own:
+                engine.refuse_mismatch(assemble(made[seeds[0]]))
+        except (RequirementError, ProblemError) as error:
+            if not everything or label == own:
+                raise
+            left_out[label] = str(error)
+            continue
+        cells += [Cell(label, seed, variant, budget) for seed, variant in made.items()]
+    scenes = {cell.seed: cell.recipe for cell in cells if cell.label == own}
+    return Plan(recipe, tuple(seeds), scenes, tuple(cells), left_out)
+
+
+def own_label(recipe: Recipe) -> str:
+    """What the recipe's own estimator is called: its name, or its class where that is in a file."""
+    name = recipe.content["estimator"]["name"]
+    match = registry.FILE.match(name)
+    return match["name"] if match else name
+
+
+def _variant(recipe: Recipe, specification: Any, seed: int, label: str) -> Recipe:
+    content = {**recipe.content, "estimator": specification, "seed": seed}
+    try:
+        return recipes.loads(yaml_source.to_yaml(content), title=f"estimator {label!r}")
+    except RecipeError as error:
+        raise RecipeError(_without_lines(str(error))) from error
+
+
+def _without_lines(message: str) -> str:
+    """Complaints without the lines of a text that the user never saw."""
+    return re.sub(r"(estimator '[^']*'):\d+:", r"\1:", message)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`3`, `0,2,5`, `0..4` (both ends) or a mixture, without repetition."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip())
+        if not match:
+            raise RecipeError(f"--seeds {text!r}: must be like 3, 0,2,5 or 0..4; got {part!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise RecipeError(f"--seeds {text!r}: {part.strip()} is empty; the smaller end first")
+        found += range(first, last + 1)
+    return tuple(dict.fromkeys(found))
+
+
+def read_labels(path: Path) -> dict[str, Any]:
+    """The labels in a YAML or JSON file; paths of files in it are relative to it."""
+    data = yaml_source.parse(recipes.read(path), str(path)).data
+    for label, specification in data.items():
+        name = specification.get("name") if isinstance(specification, Mapping) else specification
+        if not isinstance(name, str):
+            raise RecipeError(
+                f"{path}: {label}: must be a name or a mapping with a name, "
+                f"e.g. {label}: {{name: implicit, damping: 1e-3}}"
+            )
+    return {label: anchored(specification, path.parent) for label, specification in data.items()}
+
+
+def anchored(specification: Any, base: Path) -> Any:
+    """A specification with the paths of files in it made absolute."""
+    if isinstance(specification, Mapping):
+        return {key: anchored(value, base) for key, value in specification.items()}
+    if isinstance(specification, str):
+        return registry.absolute(specification, base)
+    return specification

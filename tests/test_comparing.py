@@ -1,0 +1,237 @@
+"""The parts of a comparison against hand-made truth; cells run in this process to save time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel import recipe as recipes
+from bilevel.cli.names import shipped
+from bilevel.comparing import cell, figure, files, plan, scene, table
+from bilevel.comparing.memory import peak
+from bilevel.errors import RecipeError
+
+SHORT = ["upper.steps=4", "evaluate.every=0"]
+TIGHT = {"name": "implicit", "solver": {"name": "cg", "iterations": 100, "tolerance": 1e-12}}
+CPU = torch.device("cpu")
+
+GREEDY = """
+import torch
+from bilevel.estimators.implicit import Implicit
+class Greedy:
+    claim, needs = None, Implicit().needs
+    def __init__(self, megabytes: int = 200): self.megabytes = megabytes
+    def init(self, at): return Implicit().init(at)
+    def estimate(self, losses, at, state):
+        torch.ones(self.megabytes * 250_000, dtype=torch.float32)
+        return Implicit().estimate(losses, at, state)
+"""
+
+
+@pytest.fixture(scope="module")
+def quadratic():
+    return recipes.load(shipped()["quadratic"], SHORT)
+
+
+@pytest.fixture(scope="module")
+def points(quadratic, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("points")
+    (folder / "own.yaml").write_text(quadratic.dump())
+    scene.make(folder / "own.yaml", folder / "scene")
+    return folder / "scene"
+
+
+def measure(points: Path, recipe, where: Path, budget: int | None = None) -> dict:
+    path = where / "cell.yaml"
+    path.write_text(recipe.dump())
+    spec = {
+        "kind": "cell",
+        "recipe": str(path),
+        "folder": str(points),
+        "budget": budget,
+        "result": str(where / "cell.json"),
+    }
+    cell.main(spec)
+    return files.read(where / "cell.json")
+
+
+def variant(recipe, **given):
+    made = plan.make(recipe, labels=list(given), given=given)
+    return {c.label: c.recipe for c in made.cells}
+
+
+def test_the_points_lie_along_the_run_and_hold_the_truth(quadratic, points):
+    truths = list(scene.load(points))
+    assert [truth.step for truth in truths] == [0, 2, 4]
+    for truth in truths:
+        x = truth.state["x"]
+        assert truth.reference is not None
+        assert truth.reference.name == "closed form"
+        assert torch.equal(truth.reference.truth, quadratic.problem.hypergradient(x)["x"])
+        assert torch.equal(truth.tight["y"], quadratic.problem.lower_solution(x)["y"])
+
+
+def test_a_converged_solve_has_no_error_and_a_cut_off_one_has(quadratic, points, tmp_path):
+    cut = {"name": "implicit", "solver": {"name": "cg", "iterations": 2}}
+    made = variant(quadratic, tight=TIGHT, cut=cut)
+    errors = {}
+    for label in ("tight", "cut"):
+        found = measure(points, made[label], tmp_path)
+        assert found["status"] == "ok"
+        errors[label] = [point["error"] for point in found["along"]]
+        in_run = [point["error_in_run"] for point in found["along"]]
+        assert min(in_run) > 1e-3  # twenty lower steps do not solve the lower level
+        assert found["estimate"]["gradients"] == 2 + 0
+        assert found["estimate"]["cross_products"] == 1
+        assert found["estimate"]["hvps"] == found["estimate"]["iterations"]
+    assert max(errors["tight"]) < 1e-9
+    assert min(errors["cut"]) > 1e-3  # negative control
+
+
+def test_counts_are_those_of_the_estimator(quadratic, points, tmp_path):
+    found = measure(points, variant(quadratic, none="none")["none"], tmp_path)
+    got = [found["estimate"][name] for name in ("gradients", "hvps", "cross_products")]
+    assert got == [1, 0, 0]
+
+
+def test_the_budget_is_that_of_the_recipe_and_is_kept(quadratic, points, tmp_path):
+    own = measure(points, quadratic, tmp_path)["run"]
+    # 4 steps: 20 lower gradients, 2 gradients, 10 HVPs or one more from a warm start, 1 cross
+    assert own["budget"] == own["calls"]
+    assert own["steps"] == 4
+    assert 4 * 33 <= own["budget"] <= 4 * 34
+    cheap = measure(points, variant(quadratic, none="none")["none"], tmp_path)["run"]
+    assert cheap["steps"] == own["budget"] // 21  # 20 lower gradients and 1
+    assert cheap["calls"] == 21 * cheap["steps"] <= own["budget"]
+    small = measure(points, quadratic, tmp_path, budget=40)["run"]
+    assert small["steps"] == 1
+    assert small["upper_loss"] > own["upper_loss"]
+    assert small["at"] == "y*(x)"
+
+
+def test_f_reached_is_the_closed_form_value_at_the_end_of_the_run(quadratic, points, tmp_path):
+    x = list(scene.load(points))[-1].state["x"]
+    problem = quadratic.problem
+    value = problem.upper_loss(x, problem.lower_solution(x), problem.constants)
+    got = measure(points, quadratic, tmp_path)["run"]["upper_loss"]
+    assert got == pytest.approx(float(value), rel=1e-12)
+
+
+def test_memory_sees_what_an_estimator_allocates(quadratic, points, tmp_path):
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    name = f"{tmp_path / 'greedy.py'}:Greedy"
+    made = variant(quadratic, much={"name": name}, none={"name": name, "megabytes": 0})
+    much = measure(points, made["much"], tmp_path)["estimate"]
+    little = measure(points, made["none"], tmp_path)["estimate"]
+    assert "lower bound" not in much["memory_is"]
+    assert much["memory"] - little["memory"] == pytest.approx(200e6, rel=0.2)
+
+
+def test_memory_freed_before_does_not_count():
+    torch.ones(50_000_000)
+    with peak(CPU) as nothing:
+        pass
+    with peak(CPU) as some:
+        torch.ones(10_000_000)
+    assert nothing.bytes < 5e6
+    assert some.bytes == pytest.approx(40e6, rel=0.2)
+
+
+def test_pareto_front_of_known_points():
+    known = {"a": (1, 9.0), "b": (2, 3.0), "c": (3, 3.0), "d": (5, 1.0), "e": (6, 2.0)}
+    assert table.pareto(known) == {"a", "b", "d"}
+    assert table.pareto(known | {"f": (1, 0.5)}) == {"f"}
+    assert table.pareto({"a": (1, 1.0), "twin": (1, 1.0)}) == {"a", "twin"}
+
+
+def found(error: float | None, hvps: int, status: str = "ok") -> dict:
+    cost = {"seconds": 1.0, "memory": 1, "gradients": 2, "hvps": hvps, "cross_products": 1}
+    point = {"error": error, "cosine": 1.0, "error_in_run": error}
+    return {"status": status, "reason": "why", "estimate": cost, "along": [point]}
+
+
+def test_rows_are_ranked_by_error_then_by_hvps():
+    results = [
+        ("bad", 0, found(0.5, 0)),
+        ("dear", 0, found(1e-12, 30)),
+        ("unknown", 0, found(None, 1)),
+        ("cheap", 0, found(1e-9, 10)),
+    ]
+    rows = table.rows(results, tolerance=1e-6)
+    assert [(r.label, r.rank) for r in rows] == [
+        ("cheap", 1),
+        ("dear", 2),
+        ("bad", 3),
+        ("unknown", None),
+    ]
+    assert [r.label for r in table.rows(results, 0.0)][:2] == ["dear", "cheap"]
+    assert {r.label for r in rows if r.is_front} == {"bad", "cheap", "dear"}
+
+
+def test_medians_are_over_seeds_and_failures_are_named():
+    results = [("a", seed, found(error, 1)) for seed, error in enumerate((0.1, 0.5, 0.2))]
+    results.append(("a", 3, {"status": "failed", "reason": "it broke"}))
+    (row,) = table.rows(results, 0.0)
+    assert row.error == 0.2
+    assert row.failures == ("seed 3: it broke",)
+
+
+def test_the_figure_is_png_and_svg(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = table.rows([("a", 0, found(0.5, 0)), ("b", 0, found(0.0, 9))], 0.0)
+    png, svg = figure.draw(rows, tmp_path, "title")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
+    assert figure.draw([replace(row, error=None) for row in rows], tmp_path, "t") == []
+
+
+def test_seeds():
+    assert plan.parse_seeds("0..3") == (0, 1, 2, 3)
+    assert plan.parse_seeds("5, 1..2,2") == (5, 1, 2)
+    for wrong in ("", "a", "3..1", "-1", "1...2"):
+        with pytest.raises(RecipeError, match="--seeds"):
+            plan.parse_seeds(wrong)
+
+
+def test_a_plan_has_the_own_estimator_first_with_its_options(quadratic):
+    made = plan.make(quadratic, labels=["unroll", "implicit"], seeds=(0, 3))
+    assert [(c.label, c.seed) for c in made.cells] == [
+        ("implicit", 0),
+        ("implicit", 3),
+        ("unroll", 0),
+        ("unroll", 3),
+    ]
+    assert made.cells[0].recipe == quadratic
+    assert made.scenes[3].seed == 3
+    changed = recipes.load(shipped()["quadratic"], [*SHORT, "lower.steps=21"])
+    assert plan.make(changed, labels=[]).name != made.name
+    assert len({c.stem for c in made.cells}) == 4
+
+
+def test_without_labels_what_cannot_work_is_left_out():
+    made = plan.make(recipes.load(shipped()["ridge"]))
+    assert "cannot be replayed" in made.left_out["unroll"]
+    assert {"implicit", "none"} <= {c.label for c in made.cells}
+
+
+def test_wrong_labels_are_refused(quadratic, tmp_path):
+    with pytest.raises(RecipeError, match="Did you mean 'unroll'"):
+        plan.make(quadratic, labels=["unrol"])
+    with pytest.raises(RecipeError, match="is taken"):
+        plan.make(quadratic, given={"implicit": "none"})
+    (tmp_path / "labels.yaml").write_text("few: {solver: cg}\n")
+    with pytest.raises(RecipeError, match="few: must be a name"):
+        plan.read_labels(tmp_path / "labels.yaml")
+    (tmp_path / "labels.yaml").write_text("mine: my.py:Mine\n")
+    read = plan.read_labels(tmp_path / "labels.yaml")
+    assert read == {"mine": f"{(tmp_path / 'my.py').resolve()}:Mine"}
+
+
+def test_a_cell_is_a_program_of_its_own():
+    code = "import bilevel.comparing, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
