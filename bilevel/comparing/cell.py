@@ -26,6 +26,7 @@ from bilevel.comparing.memory import peak
 from bilevel.comparing.scene import Truth
 from bilevel.engine import Setup, State
 from bilevel.errors import BilevelError
+from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
 from bilevel.functional import hypergradient
 from bilevel.runfolder import environment
@@ -139,12 +140,15 @@ def _cost(stand: _Stand) -> dict[str, Any]:
 
 
 def _warm_up(setup: Setup) -> None:
-    """A second derivative and an eigenvalue: threads and libraries are loaded before memory is read."""
-    a = torch.ones(64, 64, device=setup.device, dtype=setup.dtype, requires_grad=True)
-    (g,) = torch.autograd.grad((a @ a).pow(3).sum(), a, create_graph=True)
-    torch.autograd.grad(g.sum(), a)
-    torch.linalg.eigvalsh(torch.eye(4, dtype=torch.float64))
-    torch.linalg.solve(torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    """A small hypergradient, so that threads and libraries are loaded before memory is read."""
+    one = {"p": torch.ones(64, device=setup.device, dtype=setup.dtype)}
+    hypergradient(
+        lambda x, y, _: (y["p"] * x["p"]).sum(),
+        lambda x, y, _: (y["p"] - x["p"]).square().sum() + y["p"].pow(4).sum(),
+        one,
+        one,
+        estimator=Implicit(),
+    )
 
 
 def _along(stand: _Stand) -> dict[str, Any]:
