@@ -41,14 +41,14 @@ def compare(
 ) -> None:
     """Measure what was not measured yet, then show the table and write what was found."""
     recipe = recipes.load(locate(reference), overrides)
-    labels = None
+    labels, known = None, plan.read_labels(given) if given else {}
     if estimators is not None:
-        named = [part.strip() for part in estimators.split(",") if part.strip()]
-        labels = [plan.anchored(name, Path()) for name in named]
+        labels = [part.strip() for part in estimators.split(",") if part.strip()]
+        known = {name: plan.anchored(name, Path()) for name in labels} | known
     made = plan.make(
         recipe,
         labels=labels,
-        given=plan.read_labels(given) if given else None,
+        given=known,
         seeds=plan.parse_seeds(seeds) if seeds is not None else (recipe.seed,),
         budget=budget,
     )

@@ -73,7 +73,7 @@ def make(
     engine.refuse_mismatch(assemble(recipe))
     given = dict(given or {})
     own = own_label(recipe)
-    if own in given:
+    if given.get(own, own) != own:
         raise RecipeError(
             f"label {own!r} is taken: it stands for the recipe's own estimator. Choose another"
         )

@@ -83,13 +83,15 @@ def test_a_table_a_file_and_a_figure(tmp_path, started):
     assert (folder / "error-cost.svg").is_file() or "no figure" in result.stderr
 
 
-def test_a_failed_cell_is_shown_and_the_others_stand(tmp_path, started):
+def test_a_failed_cell_is_shown_and_the_others_stand(tmp_path, started, monkeypatch):
     (tmp_path / "broken.py").write_text(BROKEN)
-    asked = ",".join(f"{tmp_path / 'broken.py'}:{name}" for name in ("Raises", "Leaves"))
+    monkeypatch.chdir(tmp_path)
+    asked = "broken.py:Raises,broken.py:Leaves"
     result = invoke(tmp_path, "quadratic", *SHORT, "--estimators", asked, code=6)
     assert "ValueError: out of ideas" in result.output
     assert "ended with code 17" in result.output.replace("\n", " ")
     assert re.search(r"^1 +implicit ", result.output, re.MULTILINE)
+    assert re.search(r"^- +broken.py:Leaves .* failed$", result.output, re.MULTILINE)
     assert result.output.count("failed") >= 2
     started.clear()
     invoke(tmp_path, "quadratic", *SHORT, "--estimators", asked, code=6)
