@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from bilevel.errors import CheckpointError
 
 FILE = "events.jsonl"
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -23,22 +25,41 @@ def line(event: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events in a run folder; a line cut off by a crash ends the record."""
+    """The events in a run folder; a line cut off by a crash ends the record.
+
+    Raises `CheckpointError` for any other line that is no event, or a record that cannot be read.
+    """
     path = folder / FILE
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            if not text.endswith("\n"):
-                return
-            yield json.loads(text)
+    try:
+        with path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.endswith(b"\n"):
+                    return
+                event = _parse(text)
+                if event is None:
+                    _refuse(path, number)
+                yield event
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def last(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
-    """The last event (of a kind) in a run folder, sought from the end of the file."""
+    """The last event (of a kind) in a run folder, sought from the end of the file.
+
+    Raises `CheckpointError` as `read` does, for the lines that it meets.
+    """
     path = folder / FILE
     if not path.is_file():
         return None
+    try:
+        return _last(path, kind)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _last(path: Path, kind: str | None) -> dict[str, Any] | None:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         length = 0
@@ -47,7 +68,9 @@ def last(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
             file.seek(size - length)
             whole = file.read(length).split(b"\n")[:-1]
             for text in reversed(whole if length == size else whole[1:]):
-                event = json.loads(text)
+                event = _parse(text)
+                if event is None:
+                    _refuse(path, path.read_bytes().split(b"\n").index(text) + 1)
                 if kind in (None, event["event"]):
                     return event
     return None
@@ -72,6 +95,22 @@ def cut(folder: Path, step: int) -> list[dict[str, Any]]:
     temporary.write_text("".join(map(line, kept)), encoding="utf-8")
     temporary.replace(folder / FILE)
     return kept
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """The event in a line, None where it is none."""
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and event.keys() >= {"event", "step"} else None
+
+
+def _refuse(path: Path, number: int) -> NoReturn:
+    raise CheckpointError(
+        f"{path}:{number}: the line is no event: it was altered. Take it out, or put the file "
+        "back as it was, to read the rest"
+    )
 
 
 def _strict(value: Any) -> Any:

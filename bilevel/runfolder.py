@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bilevel.recipe import Recipe
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
+_ANEW = f"put it back, or run {RESOLVED}, which lies beside it, anew"
 _PACKAGES = ("bilevel", "torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
 
@@ -53,8 +55,17 @@ class RunFolder:
         return self.path / RESOLVED
 
     def environment(self) -> dict[str, Any]:
-        """What the run was begun with."""
-        return json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        """What the run was begun with; raises `CheckpointError` where that cannot be read."""
+        path = self.path / ENVIRONMENT
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_ANEW}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is cut off or altered: {error}; {_ANEW}") from error
+        if not isinstance(about, dict) or "hash" not in about:
+            raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_ANEW}")
+        return about
 
     def finished(self) -> dict[str, Any] | None:
         """The `finished` event that ends the record, None where something else does."""
@@ -64,7 +75,14 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder; raises `CheckpointError` where another process holds it."""
-        with (self.path / LOCK).open("w") as file:
+        path = self.path / LOCK
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be written: {error.strerror}; a run needs a folder to write to"
+            ) from error
+        with file:
             if not _acquire(file.fileno()):
                 raise CheckpointError(f"{self.path}: another process is at this run; wait for it")
             yield
@@ -85,7 +103,7 @@ class Summary:
     folder: RunFolder
     name: str
     status: str
-    """done, interrupted, terminated, running, or stopped (without a word)."""
+    """done, interrupted, terminated, running, stopped (without a word), or damaged."""
     step: int
     steps: int
     upper_loss: float | None
@@ -94,14 +112,21 @@ class Summary:
 def create(
     runs: Path, recipe: Recipe, text: str, overrides: Sequence[str], environment: Mapping[str, Any]
 ) -> RunFolder:
-    """A new folder below `runs` with the recipe as written and resolved, and the environment."""
+    """A new folder below `runs` with the recipe as written and resolved, and the environment.
+
+    It is made whole or not at all: raises `CheckpointError` where it cannot be.
+    """
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.hash[:6]}"
+    about = {"hash": recipe.hash, "overrides": list(overrides), **environment}
     try:
         path = _make_new(runs / recipe.name, stem)
-        (path / RECIPE).write_text(text, encoding="utf-8")
-        (path / RESOLVED).write_text(recipe.dump(), encoding="utf-8")
-        about = {"hash": recipe.hash, "overrides": list(overrides), **environment}
-        (path / ENVIRONMENT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        try:
+            (path / RECIPE).write_text(text, encoding="utf-8")
+            (path / ENVIRONMENT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            _mark(path, recipe.dump())
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     except OSError as error:
         raise CheckpointError(
             f"{runs}: no run folder can be made: {error.strerror}; name another with --runs-dir"
@@ -152,6 +177,13 @@ def environment() -> dict[str, Any]:
 
 
 def _summary(folder: RunFolder) -> Summary:
+    try:
+        return _read_summary(folder)
+    except CheckpointError:  # one damaged record does not hide the other runs
+        return Summary(folder, folder.path.parent.name, "damaged", 0, 0, None)
+
+
+def _read_summary(folder: RunFolder) -> Summary:
     first = next(record.read(folder.path), None)
     last = record.last(folder.path)
     stepped = record.last(folder.path, "stepped")
@@ -171,6 +203,13 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
+
+
+def _mark(path: Path, resolved: str) -> None:
+    """Write resolved.yaml, by which a folder is known as a run: last, and all of it at once."""
+    temporary = path / f"{RESOLVED}.tmp"
+    temporary.write_text(resolved, encoding="utf-8")
+    temporary.replace(path / RESOLVED)
 
 
 def _make_new(parent: Path, stem: str) -> Path:

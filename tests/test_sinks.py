@@ -147,11 +147,78 @@ class FullDisk(io.StringIO):
     def flush(self) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def close(self) -> None:
+        self.flush()
+
 
 def test_a_full_disk_is_a_checkpoint_error():
     writer = JSONLinesWriter(FullDisk(), [])
     with pytest.raises(CheckpointError, match="No space left on device; make room, then resume"):
         writer.receive(STARTED)
+
+
+def test_a_full_disk_at_the_end_is_one_too(tmp_path: Path):
+    writer = JSONLinesWriter(FullDisk(), [])
+    with pytest.raises(CheckpointError, match="No space left on device; make room, then resume"):
+        writer.close()
+    receiver = JSONLines().open(tmp_path, None)
+    receiver.close()  # negative control
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_record_that_cannot_be_opened_is_a_checkpoint_error(step, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"events\.jsonl: cannot be written: .*make room"):
+        JSONLines().open(tmp_path / "absent", step)
+
+
+def test_a_step_evaluated_again_is_recorded_once(tmp_path: Path):
+    """Stopped during the first evaluation, saved at step 0: resuming evaluates step 0 again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = write(tmp_path / "a", EVENTS)
+    write(tmp_path / "b", [*EVENTS[:3], Saved(0, Path("c")), Finished(0, "interrupted", 0.5)])
+    assert write(tmp_path / "b", EVENTS, step=0) == whole
+    other = [*EVENTS[:3], Evaluated(1, {"accuracy": 0.5, "gap": 1.0}), *EVENTS[3:]]
+    assert write(tmp_path / "b", other, step=0) != whole  # negative control
+
+
+DAMAGE = {
+    "cut": b'{"event": "step\n',
+    "flipped": b'{"event": "evaluated", "step": \xff}\n',
+    "blank": b"\n",
+    "no event": b'{"step": 3}\n',
+    "a number": b"12\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_named_with_its_place(damage, tmp_path: Path):
+    write(tmp_path, EVENTS)
+    path = tmp_path / record.FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:5], damage, *lines[6:]]))
+    place = rf"{re.escape(str(path))}:6: the line is no event"
+    with pytest.raises(CheckpointError, match=place):
+        list(record.read(tmp_path))
+    with pytest.raises(CheckpointError, match=place):
+        record.last(tmp_path, "started")
+    with pytest.raises(CheckpointError, match=place):
+        JSONLines().open(tmp_path, 6)
+    last = record.last(tmp_path)  # what lies after it is read
+    assert last is not None
+    assert last["event"] == "finished"
+    path.write_bytes(b"".join(lines))
+    assert len(list(record.read(tmp_path))) == len(lines)
+
+
+def test_a_figure_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path):
+    class Unwritable:
+        def savefig(self, *arguments: object, **options: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    receiver = Figures().open(tmp_path, None)
+    with pytest.raises(CheckpointError, match=r"figure 'gap' cannot be written: No space"):
+        receiver.receive(Drawn(6, "gap", Unwritable()))
 
 
 def test_figures_are_png_and_svg_and_the_same_each_time(tmp_path: Path):

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bilevel.errors import BilevelError
+from bilevel import registry
+from bilevel.errors import BilevelError, RequirementError
 
 
 @dataclass
@@ -46,6 +47,33 @@ def boundary() -> Iterator[None]:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def requiring(what: str) -> Iterator[None]:
+    """Turn a package or a file that somebody's own code misses into a `RequirementError`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package:
+            raise RequirementError(f"{what}: {error}; {_WHERE}") from error
+        extra = registry.extra_for(package)
+        name = f"'bilevel[{extra}]'" if extra else package
+        raise RequirementError(
+            f"{what} needs the module {error.name!r}, which is not installed. Install it: "
+            f"pip install {name}; {_WHERE}"
+        ) from error
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise RequirementError(f"{what}: {error}; {_WHERE}") from error
+        raise RequirementError(
+            f"{what} needs {error.filename}, and there is no such file; put it there, or change "
+            f"the option that names it; {_WHERE}"
+        ) from error
+
+
+_WHERE = "--debug before the command shows where it is asked for"
 
 
 def complain(message: str, kind: str = "error: ") -> None:

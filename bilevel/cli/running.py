@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from rich.text import Text
 from bilevel import checkpoint, engine, record, report, runfolder
 from bilevel import recipe as recipes
 from bilevel.assemble import assemble
-from bilevel.cli.boundary import Stopped, complain
+from bilevel.cli.boundary import Stopped, complain, requiring
 from bilevel.cli.names import locate
 from bilevel.cli.signals import Signals
 from bilevel.engine import Setup, State
-from bilevel.errors import BilevelError, RecipeError
+from bilevel.errors import BilevelError, ProblemError, RecipeError
 from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
 from bilevel.recipe import Recipe
 from bilevel.runfolder import RunFolder
@@ -80,28 +81,31 @@ class _Run:
     def begin(self) -> None:
         with self.signals:
             try:
-                early = self._prepare(None)
-                state = engine.start(self.setup)
+                with self._closing_on_error(), self._requiring():
+                    early = self._prepare(None)
+                    state = engine.start(self.setup)
             except BaseException as error:
-                self._close()
-                shutil.rmtree(self.folder.path, ignore_errors=True)
+                self._discard()
                 if isinstance(error, Stopped):
                     raise Stopped(error.code, "stopped before the first step: no run") from None
                 raise
-            self._drive(state, early, None)
+            try:
+                self._drive(state, early, None)
+            except ProblemError:
+                if state.step == 0 and self.saved is None:
+                    self._discard()  # refused at the first step: there is nothing to go on from
+                raise
 
     def go_on(self, found: checkpoint.Found | None) -> None:
         with self.signals:
-            try:
-                early = self._prepare(self._first_measures())
+            before = self._first_measures()
+            with self._closing_on_error(), self._requiring():
+                early = self._prepare(before)
                 if found is None:
                     state, step = engine.start(self.setup), None
                 else:
                     state = engine.restore(self.setup, checkpoint.load(found.path))
                     step, self.saved = found.step, found.path
-            except BaseException:
-                self._close()
-                raise
             self._drive(state, early, step)
 
     def _prepare(self, before: dict[str, float] | None) -> list[Event]:
@@ -118,17 +122,18 @@ class _Run:
     def _drive(self, state: State, early: Iterable[Event], step: int | None) -> None:
         """Run to the end or to a signal. What was prepared is recorded once the record is open."""
         try:
-            opened = [sink.open(self.folder.path, step) for sink in self.recipe.sinks]
-            for event in early:
-                for receiver in opened:
-                    receiver.receive(event)
-            self.receivers += opened
-            self.signals.is_patient = True
-            self._loop(state)
+            with self._closing_on_error():
+                shown = len(self.receivers)
+                for sink in self.recipe.sinks:
+                    self.receivers.append(sink.open(self.folder.path, step))
+                for event in early:
+                    for receiver in self.receivers[shown:]:
+                        receiver.receive(event)
+                self.signals.is_patient = True
+                self._loop(state)
+            self._close()
         except Stopped as stopped:
             raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
-        finally:
-            self._close()
         if self.signals.received:
             raise Stopped(self.signals.code, self._how_to_resume())
         self._report()
@@ -171,15 +176,34 @@ class _Run:
         for receiver in self.receivers:
             receiver.receive(event)
 
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # A disk that took no event takes no last one either: the first failure is the one told.
+            with suppress(BilevelError, OSError):
+                self._close()
+            raise
+
     def _close(self) -> None:
-        for receiver in self.receivers:
-            receiver.close()
+        """Close each receiver, also where the one before it could not be."""
+        with ExitStack() as closing:
+            for receiver in self.receivers:
+                closing.callback(receiver.close)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.folder.path, ignore_errors=True)
+
+    def _requiring(self) -> AbstractContextManager[None]:
+        return requiring(f"problem {type(self.setup.problem).__name__}")
 
     def _first_measures(self) -> dict[str, float] | None:
-        for event in record.read(self.folder.path):
-            if event["event"] == "evaluated":
-                return {name: record.number(value) for name, value in event["metrics"].items()}
-        return None
+        """Reads the whole record, so that damage is told before the problem's slow work."""
+        events = list(record.read(self.folder.path))
+        measured = (event["metrics"] for event in events if event["event"] == "evaluated")
+        first = next(measured, None)
+        return first and {name: record.number(value) for name, value in first.items()}
 
     def _how_to_resume(self) -> str:
         where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"
@@ -190,7 +214,7 @@ class _Run:
             return
         try:
             path = report.write(self.folder)
-        except BilevelError as error:
+        except (BilevelError, OSError) as error:
             complain(f"no report: {error}", kind="warning: ")
         else:
             self.console.print(Text(f"{path}"), soft_wrap=True)

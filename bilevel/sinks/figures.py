@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
+from bilevel.errors import CheckpointError
 from bilevel.events import Drawn, Event
 from bilevel.types import component
 
@@ -34,6 +35,17 @@ class FigureWriter:
     def receive(self, event: Event) -> None:
         if not isinstance(event, Drawn):
             return
+        try:
+            self._write(event)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: the figure {event.name!r} cannot be written: {error.strerror}; "
+                "make room, then resume the run"
+            ) from error
+
+    def close(self) -> None: ...
+
+    def _write(self, event: Drawn) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "_", event.name)
         event.figure.savefig(self.folder / f"{name}.png", dpi=self.dpi, bbox_inches="tight")
@@ -41,5 +53,3 @@ class FigureWriter:
         event.figure.savefig(
             self.folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None}
         )
-
-    def close(self) -> None: ...

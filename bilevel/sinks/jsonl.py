@@ -8,12 +8,13 @@ equals that of one never stopped, but for the fields called `seconds`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from bilevel import record
 from bilevel.errors import CheckpointError
-from bilevel.events import Drawn, Event, Progress, Saved, Started, Warned
+from bilevel.events import Drawn, Evaluated, Event, Progress, Saved, Started, Warned
 from bilevel.types import component
 
 
@@ -23,20 +24,21 @@ class JSONLines:
 
     def open(self, folder: Path, step: int | None) -> JSONLinesWriter:
         path = folder / record.FILE
-        if step is None:
-            kept: list[dict[str, Any]] = []
-            path.write_text("", encoding="utf-8")
-        else:
-            kept = record.cut(folder, step)
-        return JSONLinesWriter(path.open("a", encoding="utf-8"), kept)
+        try:
+            kept = [] if step is None else record.cut(folder, step)
+            file = path.open("w" if step is None else "a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritten(path, error) from error
+        return JSONLinesWriter(file, kept)
 
 
 class JSONLinesWriter:
     """Appends to an open file; `kept` is what the record already holds."""
 
-    def __init__(self, file: TextIO, kept: list[dict[str, Any]]) -> None:
+    def __init__(self, file: TextIO, kept: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
         self._has_started = any(event["event"] == "started" for event in kept)
+        self._evaluated = {event["step"] for event in kept if event["event"] == "evaluated"}
         self._warned = {event["kind"] for event in kept if event["event"] == "warned"}
 
     def receive(self, event: Event) -> None:
@@ -46,13 +48,13 @@ class JSONLinesWriter:
             self._file.write(record.line(plain(event)))
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(
-                f"{self._file.name}: cannot be written: {error.strerror}; make room, then "
-                "resume the run"
-            ) from error
+            raise _unwritten(self._file.name, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _unwritten(self._file.name, error) from error
 
     def _is_news(self, event: Event) -> bool:
         if isinstance(event, (Progress, Saved)):
@@ -60,11 +62,21 @@ class JSONLinesWriter:
         if isinstance(event, Started):
             again, self._has_started = self._has_started, True
             return not again
+        if isinstance(event, Evaluated):  # a run resumed at step 0 evaluates that step again
+            again = event.step in self._evaluated
+            self._evaluated.add(event.step)
+            return not again
         if isinstance(event, Warned):
             again = event.kind in self._warned
             self._warned.add(event.kind)
             return not again
         return True
+
+
+def _unwritten(path: Path | str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written: {error.strerror}; make room, then resume the run"
+    )
 
 
 def plain(event: Event) -> dict[str, Any]:

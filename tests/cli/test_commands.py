@@ -17,6 +17,7 @@ from bilevel import checkpoint, record, runfolder
 from bilevel import recipe as recipes
 from bilevel.cli.app import app
 from bilevel.cli.names import shipped
+from bilevel.errors import CheckpointError, RequirementError
 from bilevel.yaml_source import parse
 
 RUNNER = CliRunner()
@@ -304,6 +305,166 @@ def test_a_full_disk_stops_the_run_and_it_can_be_resumed(runs, monkeypatch):
     kinds = [event["event"] for event in record.read(folder)]
     assert kinds.count("stepped") == 4
     assert kinds[-1] == "finished"
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+from bilevel.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("limit", "remedy"), [(4096, "make room"), (16, "--runs-dir")])
+def test_a_file_that_cannot_grow_is_one_message(limit, remedy, runs):
+    """4096 bytes hold the recipe and some twelve events, 16 nothing."""
+    command = ["run", "quadratic", "upper.steps=30", "checkpoint.every=10", "--runs-dir", str(runs)]
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "File too large" in result.stderr
+    assert remedy in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    folders = list(runs.glob("*/*"))
+    assert len(folders) == (limit > 16)
+    for folder in folders:
+        assert list(record.read(folder))
+        invoke("resume", folder)
+        steps = [e["step"] for e in record.read(folder) if e["event"] == "stepped"]
+        assert steps == list(range(1, 31))
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_folder_is_made_whole_or_not_at_all(failing, runs, monkeypatch):
+    write, calls = Path.write_text, []
+
+    def fill(path: Path, *arguments: Any, **options: Any) -> int:
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *arguments, **options)
+
+    recipe = recipes.load(shipped()["quadratic"])
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(CheckpointError, match=r"no run folder can be made: No space left"):
+        runfolder.create(runs, recipe, "text", [], {})
+    assert len(calls) == failing
+    assert not list(runs.glob("*/*"))
+    assert runfolder.create(runs, recipe, "text", [], {}).resolved.is_file()
+
+
+def test_a_folder_killed_while_it_was_made_hides_no_run(runs, monkeypatch):
+    """Killed before the last file: what lies there is no run, and an older run is still found."""
+    folder = run(runs)
+    recipe = recipes.load(folder / "resolved.yaml")
+    monkeypatch.setattr(runfolder, "_mark", lambda path, resolved: None)
+    killed = runfolder.create(runs, recipe, "text", [], {"time": "now"})
+    monkeypatch.undo()
+    assert killed.environment()["time"] == "now"
+    assert runfolder.find("quadratic", runs).path == folder
+    newer = runfolder.create(runs, recipe, "text", [], {})  # negative control
+    assert runfolder.find("quadratic", runs).path == newer.path
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_run_without_its_environment_is_one_message(content, runs):
+    folder = _unfinished(runs)
+    path = folder / "environment.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    result = invoke("resume", folder, code=1)
+    assert f"error: {path}: " in result.stderr
+    assert "put it back" in result.stderr
+
+
+def test_a_damaged_record_is_one_message_and_hides_no_other_run(runs):
+    whole, folder = run(runs), _unfinished(runs)
+    path = folder / record.FILE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "{torn\n", *lines[3:]]))
+    assert f"error: {path}:3: " in invoke("resume", folder, code=1).stderr
+    text = invoke("runs", "--runs-dir", runs).output
+    assert re.search(rf"{whole.name} +done", text)
+    assert re.search(rf"{folder.name} +stopped", text)
+    path.write_text("".join([*lines[:-1], "{torn\n"]))
+    assert re.search(rf"{folder.name} +damaged", invoke("runs", "--runs-dir", runs).output)
+    path.write_text("".join(lines))
+    invoke("resume", folder)
+
+
+def _unfinished(runs: Path) -> Path:
+    folder = run(runs)
+    path = folder / record.FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    return folder
+
+
+PROBLEM = """
+import itertools, torch
+class Mine:
+    def init(self, streams):
+        {init}
+        return {{"x": torch.ones(2)}}, {{"y": torch.ones(2)}}
+    def prepare(self):
+        {prepare}
+        yield from ()
+    def upper_loss(self, x, y, batch): return y["y"].square(){reduced}
+    def lower_loss(self, x, y, batch): return (y["y"] - x["x"]).square().sum()
+    def upper_batches(self, stream): return itertools.repeat(None)
+    def lower_batches(self, stream): return itertools.repeat(None)
+"""
+
+
+def _mine(folder: Path, init: str = "", prepare: str = "", reduced: str = ".sum()") -> Path:
+    parts = {"init": init or "pass", "prepare": prepare or "pass", "reduced": reduced}
+    (folder / "mine.py").write_text(PROBLEM.format(**parts))
+    path = folder / "mine.yaml"
+    path.write_text("problem: mine.py:Mine\nupper: {steps: 2}\n")
+    return path
+
+
+def test_a_run_refused_at_its_first_step_leaves_no_folder(tmp_path: Path, runs):
+    recipe = _mine(tmp_path, reduced="")
+    result = invoke("run", recipe, "--runs-dir", runs, code=2)
+    assert "scalar" in result.stderr
+    assert not list(runs.glob("*/*"))
+    invoke("run", _mine(tmp_path), "--runs-dir", runs)  # negative control
+    assert len(list(runs.glob("*/*"))) == 1
+
+
+@pytest.mark.parametrize("where", ["init", "prepare"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import no_such.module", "needs the module 'no_such', which is not installed"),
+        ("open('no/such/file.csv')", "needs no/such/file.csv, and there is no such file"),
+        ("raise FileNotFoundError('no data: get it')", "problem Mine: no data: get it"),
+        ("raise ModuleNotFoundError('no backend')", "problem Mine: no backend"),
+    ],
+)
+def test_what_a_problem_misses_is_one_message(where, line, message, tmp_path: Path, runs):
+    recipe = _mine(tmp_path, **{where: line})
+    result = invoke("run", recipe, "--runs-dir", runs, code=3)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(runs.glob("*/*"))
+    traced = RUNNER.invoke(app, ["--debug", "run", str(recipe), "--runs-dir", str(runs)])
+    assert isinstance(traced.exception, RequirementError)
+    assert isinstance(traced.exception.__cause__, (ModuleNotFoundError, FileNotFoundError))
+    RUNNER.invoke(app, ["ls", "sinks"])
+
+
+def test_another_error_of_a_problem_keeps_its_traceback(tmp_path: Path, runs):
+    recipe = _mine(tmp_path, init="raise ZeroDivisionError('mine')")
+    result = RUNNER.invoke(app, ["run", str(recipe), "--runs-dir", str(runs)])
+    assert isinstance(result.exception, ZeroDivisionError)
 
 
 def test_a_run_that_is_going_on_is_not_resumed(runs):

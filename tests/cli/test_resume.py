@@ -189,6 +189,37 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(case, tmp_path):
     assert_same_end(run, whole)
 
 
+EVALUATED = """
+import os, signal
+from pathlib import Path
+from bilevel_problems.quadratic import Quadratic
+class Mine(Quadratic):
+    def evaluate(self, x, y):
+        mark = Path(__file__).with_name("evaluated")
+        if not mark.exists():
+            mark.write_text("")
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().evaluate(x, y)
+"""
+
+
+def test_interrupted_in_the_first_evaluation_and_resumed_is_as_never_stopped(tmp_path):
+    path = tmp_path / "mine.yaml"
+    (tmp_path / "mine.py").write_text(EVALUATED)
+    path.write_text("problem: mine.py:Mine\nupper: {steps: 3}\n")
+    bilevel("run", path, "--runs-dir", tmp_path / "stopped", code=130)
+    bilevel("run", path, "--runs-dir", tmp_path / "whole", code=0)
+    (run,), (whole,) = (list((tmp_path / name).glob("*/*")) for name in ("stopped", "whole"))
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 0
+    assert timeless(run) != timeless(whole)
+    bilevel("resume", run, code=0)
+    steps = [event["step"] for event in timeless(run) if event["event"] == "evaluated"]
+    assert steps == [0, 3]
+    assert timeless(run) == timeless(whole)
+
+
 def test_a_changed_recipe_is_not_resumed(tmp_path):
     run, _ = start(
         tmp_path, "quadratic", CASES["quadratic"], 130, number=int(signal.SIGINT), step=3
