@@ -3,7 +3,7 @@
 L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on upper data.
 
 two_variable  x = LoRA, log τ, kind scores     y = projector, heads
-              G = L_C + μ/2 ‖y − y_ref‖²
+              G = L_C + μ/2 ‖α − α_ref‖², α the projector
 weighted      x = log λ, log τ, kind scores    y = projector, heads, LoRA
               G = L_T(training data) + λ L_C
 task_only     x = nothing                      y = projector, LoRA

@@ -95,8 +95,8 @@ class HierarchicalFineTuning:
     warm_up_rate: PositiveFloat = 5e-3
     lower_batch: Annotated[int, Field(ge=2)] = 32
     upper_batch: PositiveInt = 32
-    anchor: NonNegativeFloat = 0.1
-    """μ of two_variable, which holds y to the warmed-up projector."""
+    anchor: NonNegativeFloat = 2.0
+    """μ of two_variable, which holds the projector to the warmed-up one."""
     contrast: PositiveFloat = 0.5
     """λ of joint, and where that of weighted starts."""
     clean: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -137,7 +137,7 @@ class HierarchicalFineTuning:
         scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
         held = Held(opened, train, upper, exam, {str(n): v for n, v in scalars.items()})
         self._made[:] = [held]
-        held.reference = tree.clone(self._start(held, None)[1])
+        held.reference = tree.clone(parameters(opened.network, "projector"))
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move the frozen model, and what losses compare with."""

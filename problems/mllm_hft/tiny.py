@@ -64,7 +64,7 @@ class Tiny:
         )
         yield from self._learn_language(network, text)
         accuracy = question_accuracy(network, text)
-        yield Progress("language model", self.steps, self.steps, _verdict(accuracy))
+        yield Progress("language model on text", 1, 1, _verdict(accuracy))
         add_lora(network, self.rank)
         start_heads(network, rng.stream(seed, "heads"))
         facts = {"language_model/question_accuracy": accuracy}
