@@ -7,17 +7,19 @@ rebuilding it for each product, and faster than forward-over-reverse.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.types import Loss, Params, Point
+from bilevel.types import Counts, Loss, Params, Point
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "does not support", "not differentiable twice")
 
@@ -49,11 +51,25 @@ def _grad(output: Tensor, *inputs: Params, **options: Any) -> list[Tensor | None
     return list(torch.autograd.grad(output, entries, allow_unused=True, **options))
 
 
-def _filled(gradients: Iterable[Tensor | None], like: Params) -> Params:
-    return {
-        name: torch.zeros_like(entry) if gradient is None else gradient.detach()
-        for (name, entry), gradient in zip(like.items(), gradients, strict=True)
-    }
+def _filled(gradients: Iterable[Tensor | None], like: Params, *inputs: Params) -> Params:
+    """Zeros for None; every entry in memory of its own, so that callers may write into it.
+
+    autograd hands out views that share memory with each other, with what was put in, or with
+    themselves (expanded scalars).
+    """
+    taken = {_memory(entry) for params in (like, *inputs) for entry in params.values()}
+    filled = {}
+    for (name, entry), gradient in zip(like.items(), gradients, strict=True):
+        own = torch.zeros_like(entry) if gradient is None else gradient.detach()
+        if _memory(own) in taken or 0 in own.stride():
+            own = own.clone(memory_format=torch.contiguous_format)
+        taken.add(_memory(own))
+        filled[name] = own
+    return filled
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def gradients(loss: Loss, at: Point) -> tuple[Tensor, Params, Params]:
@@ -127,7 +143,7 @@ class Linearization:
     def hvp_yy(self, vector: Params) -> Params:
         """(∂²yy G) · vector. 1 HVP."""
         self._loss.counts.hvps += 1
-        return _filled(self._product(vector, self._y), self._y)
+        return _filled(self._product(vector, self._y), self._y, vector)
 
     def jvp_yx(self, vector: Params) -> Params:
         """(∂²yx G) · vector for a vector shaped like x, in the shapes of y. 1 cross product.
@@ -156,14 +172,14 @@ class Linearization:
                 retain_graph=True,
                 allow_unused=True,
             )
-        return _filled(found, self._y)
+        return _filled(found, self._y, vector)
 
     def vjp_xy(self, vector: Params) -> Params:
         """(∂²xy G)ᵀ · vector, in the shapes of x. 1 cross product."""
         self._loss.counts.cross_products += 1
         found = self._product(vector, self._x)
         _note(self._loss, self._x, found)
-        return _filled(found, self._x)
+        return _filled(found, self._x, vector)
 
 
 def linearize(loss: Loss, at: Point) -> Linearization:
@@ -230,29 +246,41 @@ def second_order(loss: Loss) -> Iterator[None]:
 
 
 def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
-    """Raise `ProblemError` if the loss's graph holds a batch normalisation that updates buffers.
+    """Raise `ProblemError` if the loss runs a normalisation that would update its buffers.
 
     In training mode every evaluation changes the running statistics, so that a loss is no longer
-    a function of (x, y, batch). Costs one evaluation of the loss; random states are put back.
+    a function of (x, y, batch). It is stopped before it changes them. Costs one evaluation of the
+    loss; random states are put back.
     """
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        output = value(loss, tree.leaves(x), tree.leaves(y))
-    for node in _nodes(output):
-        trains = "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
-        if trains and getattr(node, "_saved_running_mean", None) is not None:
-            raise ProblemError(
-                f"{loss.level}_loss runs BatchNorm in training mode, which changes its buffers at "
-                "every evaluation; call module.eval(), or build it with "
-                "track_running_stats=False, or use GroupNorm"
-            )
+    apart = replace(loss, counts=Counts())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoStatistics(loss.level):
+        value(apart, tree.detach(x), tree.detach(y))
 
 
-def _nodes(output: Tensor) -> Iterator[Any]:
-    seen, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(parent for parent, _ in node.next_functions)
+class _NoStatistics(TorchFunctionMode):
+    """Refuses batch and instance normalisation that keep running statistics of this very input."""
+
+    def __init__(self, level: str) -> None:
+        super().__init__()
+        self._level = level
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        flag = _UPDATES.get(func)
+        if flag:
+            given = inspect.signature(func).bind(*args, **(kwargs or {}))
+            given.apply_defaults()
+            if given.arguments[flag] and given.arguments["running_mean"] is not None:
+                raise ProblemError(
+                    f"{self._level}_loss runs BatchNorm in training mode, which changes its "
+                    "buffers at every evaluation; call module.eval(), or build it with "
+                    "track_running_stats=False, or use GroupNorm"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+_UPDATES = {
+    torch.nn.functional.batch_norm: "training",
+    torch.nn.functional.instance_norm: "use_input_stats",
+}

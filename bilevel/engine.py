@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bilevel import calculus, tree
+from bilevel import calculus, rng, tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.events import (
     Drawn,
@@ -128,7 +128,9 @@ def start(setup: Setup) -> State:
             raise ProblemError(f"{name} holds one tensor under two names; give it one name")
     if not y:
         raise ProblemError("y is empty: a bilevel problem has lower variables")
-    x, y = (tree.clone(tree.to(params, setup.device, setup.dtype)) for params in (x, y))
+    x, y = (
+        tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
+    )
     upper_batches, lower_batches = (
         Sampler(make, setup.seed, name, setup.device, setup.dtype)
         for make, name in (
@@ -177,6 +179,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         str(setup.device),
         str(setup.dtype).removeprefix("torch."),
     )
+    yield from _caution(setup, state)
     if state.step == 0:
         yield from evaluate(setup, state)
     while state.step < steps:
@@ -186,6 +189,27 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
             yield from evaluate(setup, state)
     yield from _draw(setup, state)
     yield Finished(state.step, "done", time.perf_counter() - began)
+
+
+def _caution(setup: Setup, state: State) -> Iterator[Warned]:
+    """What is known to go wrong before the first step; raises where it cannot go right."""
+    if state.step:
+        return
+    problem, stream = setup.problem, rng.stream(setup.seed, "inspection")
+    for level, make, function in (
+        ("upper", problem.upper_batches, problem.upper_loss),
+        ("lower", problem.lower_batches, problem.lower_loss),
+    ):
+        batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
+        calculus.refuse_impure(Loss(function, batch, Counts(), level), state.x, state.y)
+    if setup.estimator.claim == "solution" and hasattr(problem, "project_lower"):
+        state.warned.append("projection")
+        yield Warned(
+            0,
+            "projection",
+            "project_lower holds y in a set, and implicit differentiation does not know it: the "
+            "hypergradient is wrong where the projection is active; estimator: unroll knows",
+        )
 
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
@@ -221,8 +245,17 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
     with torch.no_grad():
         x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
         project = getattr(setup.problem, "project_upper", None)
-        state.x, state.upper = (project(x) if project else x), upper
-    state.y, state.lower, state.estimator = solution.y, solution.state, estimate.state
+        x = project(x) if project else x
+    for level, after in (("upper", x), ("lower", solution.y)):
+        if not tree.is_finite(after):
+            raise ConvergenceError(
+                f"step {state.step + 1}: the {level} step made a variable that is not finite; "
+                f"lower {level}.optimizer.lr"
+            )
+    # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
+    state.x, state.y, state.upper, state.lower, state.estimator = (
+        tree.contiguous(part) for part in (x, solution.y, upper, solution.state, estimate.state)
+    )
     state.step += 1
     stats, lower = estimate.stats, solution.stats
     state.totals = state.totals.plus(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -77,9 +77,10 @@ def hypergradient(
     first = state is None
     if first:
         for loss in (losses.upper, losses.lower):
-            calculus.refuse_impure(replace(loss, counts=Counts()), at.x, at.y)
+            calculus.refuse_impure(loss, at.x, at.y)
         state = estimator.init(at)
     estimate = estimator.estimate(losses, at, state)
+    _require_shapes(estimator, estimate.hypergradient, at.x)
     if first:
         _require_reached(losses, at)
     if not tree.is_finite(estimate.hypergradient):
@@ -136,8 +137,12 @@ def solve_lower(
         )
     tied = _Ties(x), _Ties(y)
     loss = _losses(lower_loss, lower_loss, batch, batch, tied).lower
-    draws = itertools.repeat(batch) if batches is None else iter(batches)
-    x, y = tree.detach(tied[0].unique), tree.detach(tied[1].unique)
+    draws = _batches(batch, batches)
+    x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
+    if state is None:
+        first = next(draws)
+        draws = itertools.chain([first], draws)
+        calculus.refuse_impure(loss.on(first), x, y)
     start = solver.init(y) if state is None else state
     solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep)
     return replace(solution, y=tied[1].expand(solution.y))
@@ -168,9 +173,30 @@ def unroll(
             f"{optimizer!r} writes in place and cannot be differentiated; "
             "use SGD, Adam, AdamW or RMSprop of bilevel.lower.optimizers"
         )
-    draws = itertools.repeat(batch, steps) if batches is None else itertools.islice(batches, steps)
-    path = Path(optimizer, y, optimizer.init(y), tuple(draws))
-    return replay(path, Loss(lower_loss, batch, Counts(), "lower"), x)
+    tied = _Ties(x), _Ties(y)
+    loss = _losses(lower_loss, lower_loss, batch, batch, tied).lower
+    draws = tuple(itertools.islice(_batches(batch, batches), steps))
+    start = tied[1].unique
+    path = Path(optimizer, start, optimizer.init(start), draws)
+    return tied[1].expand(replay(path, loss, tied[0].unique))
+
+
+def _batches(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
+    """One batch for ever, or the batches given; running out of them is an error."""
+    if batches is None:
+        yield from itertools.repeat(batch)
+    yield from batches or ()
+    raise ProblemError("batches ended; give one for every step, or itertools.cycle(batches)")
+
+
+def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:
+    got = {name: tuple(entry.shape) for name, entry in hypergradient.items()}
+    expected = {name: tuple(entry.shape) for name, entry in x.items()}
+    if got != expected:
+        raise ProblemError(
+            f"{type(estimator).__name__} returned a hypergradient with {got}; expected the names "
+            f"and shapes of x: {expected}"
+        )
 
 
 class _Ties:

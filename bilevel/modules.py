@@ -92,7 +92,7 @@ class FromModules:
 
 def _trainable(module: nn.Module, level: str) -> Params:
     """Parameters with `requires_grad`; tied ones once, under their first name."""
-    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found: Params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not found:
         raise ProblemError(
             f"the {level} module has no trainable parameters; call requires_grad_() on those "

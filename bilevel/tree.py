@@ -101,7 +101,8 @@ def scale_(y: Params, alpha: float) -> Params:
     return y
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
+    """The value in float32 where it is narrower: sums and factorisations want that."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
@@ -111,7 +112,7 @@ def dot(a: Params, b: Params) -> float:
         return 0.0
     first, second = _pair(a, b)
     parts = [
-        torch.dot(_wide(p).reshape(-1), _wide(q).reshape(-1)).double()
+        torch.dot(wide(p).reshape(-1), wide(q).reshape(-1)).double()
         for p, q in zip(first, second, strict=True)
     ]
     return float(torch.stack(parts).sum())
@@ -141,6 +142,23 @@ def unflatten(vector: Tensor, like: Params) -> Params:
     """The inverse of `flatten`, in the shapes of `like`."""
     parts = vector.split([value.numel() for value in like.values()])
     return {n: p.reshape(v.shape) for (n, v), p in zip(like.items(), parts, strict=True)}
+
+
+def cast(vector: Tensor, like: Params) -> Params:
+    """`unflatten`, in the dtypes of `like` too."""
+    parts = unflatten(vector, like)
+    return {name: part.to(like[name].dtype) for name, part in parts.items()}
+
+
+def contiguous(value: Any) -> Any:
+    """Tensors inside nested dicts and lists in plain row-major memory; copied only if they are not."""
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    if isinstance(value, dict):
+        return {key: contiguous(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [contiguous(item) for item in value]
+    return value
 
 
 def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -24,7 +24,9 @@ Params = dict[str, Tensor]
 Function = Callable[[Params, Params, Any], Tensor]
 """A loss as the user writes it: pure in (x, y, batch), returns a scalar."""
 
-COMPONENT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+COMPONENT = ConfigDict(
+    extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+)
 
 C = TypeVar("C")
 
@@ -188,7 +190,11 @@ class Solve:
 
 @runtime_checkable
 class LinearSolver(Protocol):
-    """Solves A v = b knowing only v ↦ A v. `start` may be warm; zero costs no product."""
+    """Solves A v = b knowing only v ↦ A v. `start` may be warm; zero costs no product.
+
+    One that cannot solve the system however long it works sets `approximate = True`; implicit
+    differentiation then claims nothing.
+    """
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve: ...
 

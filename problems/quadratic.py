@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from bilevel import rng
+from bilevel import rng, tree
 from bilevel.rng import Streams
 from bilevel.types import Params, component
 
@@ -75,22 +75,29 @@ class Quadratic:
     def lower_solution(self, x: Params) -> Params:
         """A⁻¹ (B x + c)."""
         k = self._like(x)
-        return {"y": torch.linalg.solve(k["A"], k["B"] @ x["x"] + k["c"])}
+        return self._cast(y=torch.linalg.solve(k["A"], k["B"] @ x["x"].double() + k["c"]), like=x)
 
     def hypergradient(self, x: Params) -> Params:
         """ρ (x − s) + Dᵀ y* + Bᵀ A⁻¹ (y* − t + D x)."""
-        k, y = self._like(x), self.lower_solution(x)["y"]
-        v = torch.linalg.solve(k["A"], y - k["t"] + k["D"] @ x["x"])
-        return {"x": self.rho * (x["x"] - k["s"]) + k["D"].T @ y + k["B"].T @ v}
+        k, at = self._like(x), x["x"].double()
+        y = torch.linalg.solve(k["A"], k["B"] @ at + k["c"])
+        v = torch.linalg.solve(k["A"], y - k["t"] + k["D"] @ at)
+        return self._cast(x=self.rho * (at - k["s"]) + k["D"].T @ y + k["B"].T @ v, like=x)
 
     def evaluate(self, x: Params, y: Params) -> dict[str, float]:
         solution = self.lower_solution(x)
         gradient = self.hypergradient(x)["x"]
         return {
-            "upper value": float(self.upper_loss(x, solution, self._like(x))),
+            "upper value": float(
+                self.upper_loss(x, solution, tree.to(self.constants, x["x"].device, x["x"].dtype))
+            ),
             "hypergradient norm": float(gradient.norm()),
             "distance to y*": float((y["y"] - solution["y"]).norm()),
         }
 
     def _like(self, x: Params) -> Params:
-        return {name: value.to(x["x"]) for name, value in self.constants.items()}
+        """The constants where x is, in float64: torch factorises nothing in 16 bits."""
+        return {name: value.to(x["x"].device) for name, value in self.constants.items()}
+
+    def _cast(self, *, like: Params, **values: Tensor) -> Params:
+        return {name: value.to(like["x"].dtype) for name, value in values.items()}

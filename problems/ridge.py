@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bilevel import rng
+from bilevel import rng, tree
 from bilevel.rng import Streams
 from bilevel.types import Params, component
 
@@ -63,17 +63,19 @@ class Ridge:
         """(AᵀA / n + diag(exp x))⁻¹ Aᵀb / n."""
         train = self._like("lower", x)
         moment = train["A"].T @ train["b"] / len(train["b"])
-        return {"w": torch.linalg.solve(self._hessian(x), moment)}
+        return {"w": torch.linalg.solve(self._hessian(x), moment).to(x["log_penalty"].dtype)}
 
     def hypergradient(self, x: Params) -> Params:
         """−exp(x) · w* · v with (AᵀA / n + diag(exp x)) v = A'ᵀ(A' w* − b') / m."""
-        held, w = self._like("upper", x), self.lower_solution(x)["w"]
+        held, penalty = self._like("upper", x), x["log_penalty"].double()
+        w = self.lower_solution({"log_penalty": penalty})["w"]
         slope = held["A"].T @ (held["A"] @ w - held["b"]) / len(held["b"])
         v = torch.linalg.solve(self._hessian(x), slope)
-        return {"log_penalty": -x["log_penalty"].exp() * w * v}
+        return {"log_penalty": (-penalty.exp() * w * v).to(x["log_penalty"].dtype)}
 
     def evaluate(self, x: Params, y: Params) -> dict[str, float]:
-        test, w = self._like("test", x), y["w"]
+        test = tree.to(self.splits["test"], y["w"].device, y["w"].dtype)
+        w = y["w"]
         explained = 1 - (test["A"] @ w - test["b"]).var() / test["b"].var()
         return {
             "test loss": float(self.upper_loss(x, y, test)),
@@ -82,10 +84,12 @@ class Ridge:
 
     def _hessian(self, x: Params) -> Tensor:
         A = self._like("lower", x)["A"]
-        return A.T @ A / len(A) + x["log_penalty"].exp().diag()
+        return A.T @ A / len(A) + x["log_penalty"].double().exp().diag()
 
     def _like(self, split: str, x: Params) -> Params:
-        return {name: part.to(x["log_penalty"]) for name, part in self.splits[split].items()}
+        """A split where x is, in float64: torch factorises nothing in 16 bits."""
+        device = x["log_penalty"].device
+        return {name: part.to(device) for name, part in self.splits[split].items()}
 
 
 def _diabetes() -> tuple[Tensor, Tensor]:

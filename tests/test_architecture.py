@@ -17,8 +17,8 @@ ORDER = [
     ["functional"],
     ["engine"],
     ["record", "sinks"],
-    ["registry", "build", "complaints", "fields", "outline", "yaml_source", "recipe", "assemble"]
-    + ["testing"],
+    ["registry", "build", "complaints", "fields", "outline", "yaml_source", "recipe"],
+    ["assemble", "testing"],
     ["report", "runfolder"],
     ["comparing"],
     ["cli"],

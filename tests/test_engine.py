@@ -50,6 +50,20 @@ class Noisy:
                 yield data[rows]
 
 
+class Strided(Noisy):
+    """y starts as a transposed view; sums over it depend on the order of its memory."""
+
+    def init(self, streams):
+        y = torch.randn(31, 30, generator=streams["init"]).T
+        return {"log_penalty": torch.zeros(3)}, {"w": y}
+
+    def upper_loss(self, x, y, batch):
+        return super().upper_loss(x, {"w": y["w"][:3].sum(1)}, batch) + (y["w"] ** 2).mean()
+
+    def lower_loss(self, x, y, batch):
+        return self.upper_loss(x, y, batch) + (x["log_penalty"].exp().sum() * y["w"] ** 2).sum()
+
+
 def setup(problem=None, estimator=None, steps=6, **options):
     return Setup(
         problem or Quadratic(),
@@ -140,6 +154,7 @@ RESUMABLE = {
     "unroll, adam below": setup(
         Noisy(), Unroll(), lower=Gradient(steps=4, optimizer=Adam(lr=0.05))
     ),
+    "strided memory": setup(Strided(), lower=Gradient(steps=3, optimizer=Adam(lr=0.05))),
     "torch optimizers": setup(
         Noisy(),
         lower=Gradient(steps=3, optimizer=TorchOptimizer(optimizer="Adagrad")),
@@ -393,3 +408,28 @@ def test_empty_or_tied_variables_are_refused():
 
 def test_only_the_public_parts_are_needed():
     assert {"Setup", "State", "prepare", "start", "restore", "run"} <= set(dir(engine))
+
+
+def test_an_upper_step_to_infinity_is_an_error():
+    s = setup(steps=2, optimizer=SGD(lr=1e308))
+    with pytest.raises(ConvergenceError, match=r"the upper step made .* lower upper.optimizer.lr"):
+        list(run(s, start(s)))
+
+
+def test_early_stopping_at_the_start_leaves_unrolling_something_to_say():
+    """Within its tolerance the lower level takes no step; the path is empty and y_K = y_0."""
+    s = setup(estimator=Unroll(), lower=Gradient(steps=9, tolerance=1e6), steps=3)
+    steps = [e for e in run(s, start(s)) if isinstance(e, Stepped)]
+    assert [e.lower.steps for e in steps] == [0, 0, 0]
+    assert all(e.hypergradient_norm > 0 for e in steps)
+
+
+def test_a_projection_below_is_cautioned_about():
+    class Boxed(Quadratic):
+        def project_lower(self, y):
+            return y
+
+    s = setup(Boxed(), steps=1)
+    assert "projection" in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]
+    s = setup(Boxed(), Unroll(), steps=1)
+    assert "projection" not in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]

@@ -213,3 +213,30 @@ def test_dense_solves_what_is_not_symmetric_positive_definite():
     b = {"a": torch.randn(6, generator=generator, dtype=torch.float64)}
     solve = Dense().solve(lambda v: {"a": A @ v["a"]}, b, zero(b))
     torch.testing.assert_close(A @ solve.solution["a"], b["a"], rtol=1e-10, atol=1e-10)
+
+
+def test_the_direction_of_negative_curvature_is_not_followed():
+    matvec, _, b = system([-1.0, 1.0, 2.0, 3.0, 4.0], 0)
+    solve = CG(iterations=50, tolerance=0.0).solve(matvec, b, zero(b))
+    steps = solve.stats.iterations
+    assert 1 < steps < 50
+    before = CG(iterations=steps - 1, tolerance=0.0).solve(matvec, b, zero(b)).solution
+    assert torch.equal(tree.flatten(solve.solution), tree.flatten(before))
+
+
+def test_neumann_reports_the_true_residual_and_the_smallest_curvature_met():
+    matvec, A, b = system([0.2, 0.9, 1.4], 5)
+    solve = Neumann(iterations=3, scale=0.5).solve(matvec, b, zero(b))
+    rhs = tree.flatten(b)
+    true = float((rhs - A @ tree.flatten(solve.solution)).norm() / rhs.norm())
+    assert solve.stats.residual == pytest.approx(true, rel=1e-12)
+    r, lowest = rhs, []
+    for _ in range(3):
+        lowest.append(float(r @ A @ r / (r @ r)))
+        r = r - 0.5 * A @ r
+    assert solve.stats.curvature == pytest.approx(min(lowest), rel=1e-12)
+
+
+def test_dense_reports_the_smallest_eigenvalue():
+    matvec, _, b = system([-0.5, 1.0, 2.0], 0)
+    assert Dense().solve(matvec, b, zero(b)).stats.curvature == pytest.approx(-0.5, rel=1e-9)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from bilevel import calculus, tree
 from bilevel.differences import central
 from bilevel.engine import Setup
+from bilevel.errors import ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
@@ -19,6 +23,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.identity import Identity
 from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_cg import NormalCG
@@ -27,6 +32,7 @@ from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.optimizers import SGD, Adam
 from bilevel.rng import stream
 from bilevel.testing import CheckRow, check
+from bilevel.types import Stats
 from bilevel.upper import Upper
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
@@ -162,7 +168,7 @@ def test_the_reference_says_what_it_is():
     assert cleaning.reference == "central differences (6 directions)"
     adjoint = rows(Wavy(), one)["cg"]
     assert adjoint.reference == "converged adjoint"
-    assert adjoint.verdict == "exact"
+    assert adjoint.verdict == "as claimed"  # the formula holds; there is no lower solution
 
 
 def test_the_adjoint_reference_catches_a_mistake_too():
@@ -222,3 +228,119 @@ def test_central_differences_of_a_known_function(dim):
     assert float((found.slopes - truth).norm() / truth.norm()) < 1e-8
     assert found.error < 1e-4
     assert found.directions.shape[1] == (3 if dim == 3 else 6)
+
+
+class Held(Wavy):
+    """y is held above 1.5, where the free solution y = x is not: dΦ/dx = 0 through y."""
+
+    def upper_loss(self, x, y, batch):
+        return ((y["y"] - 3.0) ** 2).sum() + 0.0 * x["x"].sum()
+
+    def lower_loss(self, x, y, batch):
+        return 0.5 * ((y["y"] - x["x"]) ** 2).sum()
+
+    def project_lower(self, y):
+        return tree.map(lambda p: p.clamp(min=1.5), y)
+
+
+def test_an_active_constraint_makes_implicit_differentiation_wrong():
+    found = rows(Held(), {"cg": Implicit(), "unroll": Unroll(), "none": Alternating()})
+    assert found["cg"].reference == "central differences"
+    assert found["cg"].verdict == "wrong"
+    assert found["cg"].error > 0.5
+    assert found["unroll"].error < 1e-9
+    assert found["unroll"].verdict == "as claimed"
+
+
+PLANTED = {
+    "cg residual": ("bilevel.linear.cg", "tree.axpy_(r, -alpha, Ap)", "tree.axpy_(r, alpha, Ap)"),
+    "cg step": ("bilevel.linear.cg", "tree.axpy_(v, alpha, p)", "tree.axpy_(v, -alpha, p)"),
+    "neumann residual": (
+        "bilevel.linear.neumann",
+        "tree.axpy_(r, -self.scale, Ar)",
+        "tree.axpy_(r, self.scale, Ar)",
+    ),
+    "neumann sum": (
+        "bilevel.linear.neumann",
+        "tree.axpy_(v, self.scale, r)",
+        "tree.axpy_(v, -self.scale, r)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "right", "wrong"), PLANTED.values(), ids=PLANTED)
+def test_sign_errors_inside_the_solvers_are_caught(module, right, wrong):
+    """A solver broken in its source, whose own evidence breaks with it."""
+    source = importlib.util.find_spec(module).loader.get_source(module)
+    assert source.count(right) == 1
+    broken = types.ModuleType("broken")
+    sys.modules["broken"] = broken
+    exec(compile(source.replace(right, wrong), "broken", "exec"), broken.__dict__)
+    solver = broken.CG() if module.endswith("cg") else broken.Neumann(scale=0.3)
+    for problem in (Quadratic(), PROBLEMS["central differences"]):
+        row = rows(problem, {"planted": Implicit(solver=solver)})["planted"]
+        assert row.verdict == "wrong", row.note
+
+
+def test_a_negated_hessian_product_is_caught(monkeypatch):
+    right = calculus.Linearization.hvp_yy
+    monkeypatch.setattr(
+        calculus.Linearization, "hvp_yy", lambda self, v: tree.scale(-1.0, right(self, v))
+    )
+    assert rows(Quadratic(), {"cg": Implicit()})["cg"].verdict == "wrong"
+
+
+@dataclass(frozen=True)
+class Silent(Planted):
+    """A mistake, and no word about the solve."""
+
+    said: object = None
+
+    def estimate(self, losses, at, state):
+        return replace(super().estimate(losses, at, state), stats=self.said)
+
+
+@pytest.mark.parametrize("said", [Stats(), Stats(residual=1e-12)], ids=repr)
+def test_silence_is_no_excuse(said):
+    wrong = Silent(Implicit(), MISTAKES["sign of all"], said)
+    right = Silent(Implicit(), lambda h, F_x: h, said)
+    found = rows(Quadratic(), {"wrong": wrong, "right": right})
+    assert (found["wrong"].verdict, found["right"].verdict) == ("wrong", "exact")
+
+
+def test_an_estimator_that_breaks_costs_only_its_own_row():
+    def breaks(h, F_x):
+        raise KeyError("gone")
+
+    found = rows(
+        Quadratic(),
+        {
+            "breaks": Planted(Implicit(), breaks),
+            "other names": Planted(Implicit(), lambda h, F_x: {"z": h["x"]}),
+            "identity": Implicit(solver=Identity()),
+            "cg": Implicit(),
+        },
+    )
+    assert found["breaks"].verdict == "wrong"
+    assert "KeyError" in found["breaks"].note
+    assert "expected the names and shapes of x" in found["other names"].note
+    assert found["identity"].verdict == "approximate"
+    assert found["cg"].verdict == "exact"
+
+
+def test_a_rough_function_is_not_called_as_claimed():
+    class Rough(Wavy):
+        def upper_loss(self, x, y, batch):
+            return torch.sin(3e4 * x["x"]).sum() + (y["y"] ** 2).sum()
+
+    wrong = Planted(Alternating(), MISTAKES["sign of all"])
+    assert rows(Rough(), {"none": wrong})["none"].verdict == "untested"
+
+
+def test_nothing_to_check_is_said():
+    class Flat(Wavy):
+        def init(self, streams):
+            return {}, super().init(streams)[1]
+
+    with pytest.raises(ProblemError, match="x is empty"):
+        rows(Flat(), {"cg": Implicit()})

@@ -42,13 +42,14 @@ class Implicit:
 
     @property
     def claim(self) -> Literal["solution"] | None:
-        return "solution" if self.damping == 0 else None
+        approximate = self.damping or getattr(self.solver, "approximate", False)
+        return None if approximate else "solution"
 
     def tight(self, dim: int) -> Implicit:
-        """The same method with the solve converged and no damping, where its claim can be tested."""
+        """The same method with the solve converged, where its claim can be tested."""
         tighten = getattr(self.solver, "tight", None)
         solver = tighten(dim) if tighten else self.solver
-        return replace(self, solver=solver, damping=0.0)
+        return replace(self, solver=solver)
 
     def init(self, at: Point) -> Params:
         return tree.zeros_like(at.y)

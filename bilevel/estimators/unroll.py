@@ -60,7 +60,7 @@ class Unroll:
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         path = self.path(losses, at)
         K = len(path.batches)
-        if self.memory == "store":
+        if self.memory == "store" or K == 0:
             value, hypergradient = _store(path, losses, at.x)
         else:
             every = 1 if self.memory == "recompute" else math.isqrt(K - 1) + 1
@@ -81,7 +81,7 @@ class Unroll:
                 raise ProblemError("unroll.along: this optimizer's steps cannot be differentiated")
             batches = (losses.lower.batch,) * self.along.steps
             path = Path(self.along.optimizer, at.y, self.along.init(at.y), batches)
-        if path is None or not path.batches:
+        if path is None:
             raise ProblemError(
                 "unroll has no lower steps to differentiate: pass the `path` of "
                 "bilevel.solve_lower(..., record=True), or set `along`"

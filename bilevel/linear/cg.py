@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from bilevel import tree
+from bilevel.errors import ConvergenceError
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -41,7 +42,7 @@ class CG:
         while steps < self.iterations and math.sqrt(rr) > target:
             Ap = matvec(p)
             products, steps = products + 1, steps + 1
-            pAp, pp = tree.dot(p, Ap), tree.dot(p, p)
+            pAp, pp = finite(tree.dot(p, Ap)), tree.dot(p, p)
             curvature = min(curvature, pAp / pp)
             if not pAp > 0:
                 break
@@ -59,7 +60,7 @@ class CG:
                 residual=relative,
                 curvature=None if math.isinf(curvature) else curvature,
                 condition=ritz.condition,
-                converged=relative <= self.tolerance and not curvature <= 0,
+                converged=relative <= self.tolerance,
             ),
         )
 
@@ -69,6 +70,16 @@ def residual(matvec: Matvec, b: Params, start: Params) -> tuple[Params, Params, 
     if tree.norm(b) == 0 or tree.norm(start) == 0:
         return tree.zeros_like(b), tree.clone(b), 0
     return tree.clone(start), tree.sub(b, matvec(start)), 1
+
+
+def finite(product: float) -> float:
+    """pᵀA p, or `ConvergenceError` if it is NaN or infinite: such a product must not pass for zero."""
+    if not math.isfinite(product):
+        raise ConvergenceError(
+            "a product with the lower Hessian is not finite at this point: a second derivative "
+            "is singular there (√, norm or abs at 0), or overflows; move y off it, or use float64"
+        )
+    return product
 
 
 def attained(recursive: float, v: Params, b: Params, largest: float) -> float:

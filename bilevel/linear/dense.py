@@ -32,8 +32,7 @@ class Dense:
                 f"dense needs a {dim} x {dim} matrix; limit = {self.limit}. "
                 "Use solver=cg, or raise `limit`"
             )
-        rhs = tree.flatten(b)
-        A = matrix(matvec, b)
+        rhs, A = tree.wide(tree.flatten(b)), tree.wide(matrix(matvec, b))
         spectrum = torch.linalg.svdvals(A)
         eps = torch.finfo(A.dtype).eps
         singular = bool(spectrum[-1] <= dim * eps * spectrum[0])
@@ -44,7 +43,7 @@ class Dense:
         )
         size = float(rhs.norm())
         return Solve(
-            tree.unflatten(v, b),
+            tree.cast(v, b),
             Stats(
                 iterations=dim,
                 residual=float((rhs - A @ v).norm()) / size if size else 0.0,

@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.linear.cg import attained, residual
+from bilevel.linear.cg import attained, finite, residual
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -66,7 +66,7 @@ class GMRES:
                     h = tree.dot(p, q)
                     H[i, k] += h
                     tree.axpy_(q, -h, p)
-            beta = tree.norm(q)
+            beta = finite(tree.norm(q))
             H[k + 1, k] = beta
             used = H[: k + 2, : k + 1]
             y = _least_squares(used, norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import PositiveFloat
 
 from bilevel import tree
@@ -17,6 +19,7 @@ class Identity:
     size. Nothing is known of the residual, so none is reported.
     """
 
+    approximate: ClassVar[bool] = True
     scale: PositiveFloat = 1.0
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:

@@ -7,7 +7,7 @@ import math
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.linear.cg import Tridiagonal, attained, residual
+from bilevel.linear.cg import Tridiagonal, attained, finite, residual
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -36,9 +36,9 @@ class MINRES:
         q = tree.scale_(r, 1 / beta) if beta else r
         cosines, sines = (1.0, 1.0), (0.0, 0.0)  # of the last two Givens rotations
         while steps < self.iterations and abs(eta) > self.tolerance * size:
-            Aq = matvec(q)
+            Aq = tree.clone(matvec(q))
             steps += 1
-            alpha = tree.dot(q, Aq)
+            alpha = finite(tree.dot(q, Aq))
             largest = max(largest, abs(alpha))
             tree.axpy_(tree.axpy_(Aq, -alpha, q), -beta if steps > 1 else 0.0, q_old)
             after = tree.norm(Aq)

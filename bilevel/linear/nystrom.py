@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -20,6 +22,7 @@ class Nystrom:
     The residual reported is that of the undamped A v = b, which costs one more product.
     """
 
+    approximate: ClassVar[bool] = True
     rank: PositiveInt = 10
     rho: PositiveFloat = 1e-2
     seed: int = 0
@@ -28,11 +31,11 @@ class Nystrom:
         size = tree.norm(b)
         if size == 0:
             return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
-        flat = tree.flatten(b)
+        flat = tree.wide(tree.flatten(b))
         chosen = torch.randperm(len(flat), generator=rng.stream(self.seed, "nystrom"))
         chosen = chosen[: min(self.rank, len(flat))].to(flat.device)
         C = torch.stack([self._column(matvec, i, flat, b) for i in chosen], dim=1)
-        solution = tree.unflatten(self._inverse(C, C[chosen], flat), b)
+        solution = tree.cast(self._inverse(C, C[chosen], flat), b)
         residual = tree.norm(tree.sub(b, matvec(solution))) / size
         stats = Stats(iterations=len(chosen), residual=residual)
         return Solve(solution, stats)
@@ -40,7 +43,7 @@ class Nystrom:
     def _column(self, matvec: Matvec, i: Tensor, flat: Tensor, like: Params) -> Tensor:
         unit = torch.zeros_like(flat)
         unit[i] = 1
-        return tree.flatten(matvec(tree.unflatten(unit, like)))
+        return tree.flatten(matvec(tree.cast(unit, like))).to(flat)
 
     def _inverse(self, C: Tensor, W: Tensor, b: Tensor) -> Tensor:
         inner = (W + W.T) / 2 + C.T @ C / self.rho

@@ -64,11 +64,12 @@ class Newton:
 
 
 def _direction(hessian: torch.Tensor, gradient: Params) -> Params:
+    hessian = tree.wide(hessian)
     values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
     size = values.abs()
     size = size.clamp(min=float(size.max()) * 1e-8 + torch.finfo(size.dtype).tiny)
-    g = tree.flatten(gradient)
-    return tree.unflatten(-(vectors @ ((vectors.T @ g) / size)), gradient)
+    g = tree.wide(tree.flatten(gradient))
+    return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient)
 
 
 def _search(

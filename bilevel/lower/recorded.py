@@ -17,7 +17,7 @@ def recorded(at: Point, name: str) -> Path:
     Raises:
         ProblemError: there are none.
     """
-    if at.path is None or not at.path.batches:
+    if at.path is None:
         raise ProblemError(
             f"{name} has no lower steps to follow: pass the `path` of "
             "bilevel.solve_lower(..., record=True)"
