@@ -196,12 +196,13 @@ def _caution(setup: Setup, state: State) -> Iterator[Warned]:
     if state.step:
         return
     problem, stream = setup.problem, rng.stream(setup.seed, "inspection")
-    for level, make, function in (
-        ("upper", problem.upper_batches, problem.upper_loss),
-        ("lower", problem.lower_batches, problem.lower_loss),
+    counts = Counts()
+    for loss, make in (
+        (Loss(problem.upper_loss, None, counts, "upper"), problem.upper_batches),
+        (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
-        calculus.refuse_impure(Loss(function, batch, Counts(), level), state.x, state.y)
+        calculus.refuse_impure(loss.on(batch), state.x, state.y)
     if setup.estimator.claim == "solution" and hasattr(problem, "project_lower"):
         state.warned.append("projection")
         yield Warned(

@@ -332,7 +332,7 @@ def _judge_solution(
     row, tolerance = replace(row, claim_error=error), reference.tolerance
     if stats.converged is False:
         known = stats.condition is not None and stats.residual is not None
-        left = 10 * stats.condition * stats.residual if known else math.inf  # pyright: ignore[reportOptionalOperand]
+        left = 10 * (stats.condition or 0.0) * (stats.residual or 0.0) if known else math.inf
         if left > 1e-2:
             return _unfinished(scene, reference, row, stats)
         tolerance = max(tolerance, left)

@@ -49,19 +49,21 @@ class ZerothOrder:
     def estimate(self, losses: Losses, at: Point, state: dict[str, int]) -> Estimate:
         path = recorded(at, "zeroth_order")
         end = advance(path, losses.lower, at.x, len(path.batches)).start
-        probe: Callable[[Params], Tensor] = along(path, losses)
-        if not self.partial:
+        probe: Callable[[Params], Tensor]
+        if self.partial:
+            value, h, F_y = gradients(losses.upper, Point(at.x, end))
+
+            def response(x: Params) -> Tensor:
+                y = advance(path, losses.lower, x, len(path.batches)).start
+                return torch.tensor(tree.dot(y, F_y), dtype=torch.float64)
+
+            probe = response
+        else:
             with torch.no_grad():
                 value, h = losses.upper(at.x, end), tree.zeros_like(at.x)
             # x is in use as far as values can tell: a difference has no graph to look into
             losses.counts.reached.update(at.x)
-        else:
-            value, h, F_y = gradients(losses.upper, Point(at.x, end))
-
-            def probe(x: Params) -> Tensor:
-                y = advance(path, losses.lower, x, len(path.batches)).start
-                return torch.tensor(tree.dot(y, F_y), dtype=torch.float64)
-
+            probe = along(path, losses)
         stream = rng.stream(self.seed, f"zeroth.{state['calls']}")
         for _ in range(self.samples):
             d = tree.map(lambda p: torch.randn(p.shape, generator=stream).to(p), at.x)
