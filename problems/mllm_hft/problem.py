@@ -24,12 +24,13 @@ from bilevel.rng import Streams
 from bilevel.types import Params, Slot, component
 
 from . import formulations
+from .batches import Data, contrast_batch, joined, task_batch
 from .cache import Tensors, cached
 from .data import Corpus, Encoder, Scene, Source
-from .evaluation import Captions, Exam, Examiner, captions, make_exam
+from .evaluation import Exam, Examiner, captions, make_exam
 from .figure import Panel, embedding_figure
 from .formulations import FORMS, Form, Formulation
-from .instructions import Rows, conversations
+from .instructions import conversations
 from .measures import Metrics
 from .model import Backbone, Opened, parameters, start_lora
 from .pretrain import dialogues, warm_up
@@ -41,15 +42,6 @@ VERSION = 1
 """Raised when code changes what a warmed-up projector is."""
 TRIPLES = 180
 """Triples in the figure."""
-
-
-@dataclass
-class Data:
-    """A split that batches are drawn from."""
-
-    features: Tensor
-    dialogues: Rows
-    captions: Captions
 
 
 @dataclass
@@ -168,7 +160,7 @@ class HierarchicalFineTuning:
     def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Conversations about unbiased pictures, drawn with replacement."""
         while True:
-            yield _task_batch(self._held.upper, self.upper_batch, stream)
+            yield task_batch(self._held.upper, self.upper_batch, stream)
 
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         """What the formulation's lower loss reads: conversations, captions, or both."""
@@ -176,11 +168,17 @@ class HierarchicalFineTuning:
         while True:
             batch: dict[str, Any] = {}
             if self._form.task:
-                batch["task"] = self._mixed(held, stream)
+                clean = round(self.clean * self.lower_batch)
+                shares = {"train": self.lower_batch - clean, "upper": clean}
+                batch["task"] = joined(
+                    [
+                        task_batch(getattr(held, n), size, stream)
+                        for n, size in shares.items()
+                        if size
+                    ]
+                )
             if self._form.contrast:
-                index = torch.randint(self.train, (self.lower_batch,), generator=stream)
-                lines = held.train.captions.take(index)
-                batch["contrast"] = {"features": held.train.features[index], **lines}
+                batch["contrast"] = contrast_batch(held.train, self.lower_batch, stream)
             yield batch
 
     def project_upper(self, x: Params) -> Params:
@@ -248,16 +246,6 @@ class HierarchicalFineTuning:
         y = {n: v for part in self._form.lower for n, v in parts[part].items()}
         return x, y
 
-    def _mixed(self, held: Held, stream: torch.Generator) -> dict[str, Tensor]:
-        """A task batch, a share `clean` of it from the upper data."""
-        clean = round(self.clean * self.lower_batch)
-        if not clean:
-            return _task_batch(held.train, self.lower_batch, stream)
-        batches = [_task_batch(held.upper, clean, stream)]
-        if clean < self.lower_batch:
-            batches.append(_task_batch(held.train, self.lower_batch - clean, stream))
-        return _joined(batches)
-
     def _corpus(self, split: str, size: int, *, biased: bool) -> Corpus:
         stream = rng.stream(self.seed, f"scenes.{split}")
         return self.source.render(self.source.scenes(size, biased=biased, generator=stream), stream)
@@ -320,19 +308,3 @@ class HierarchicalFineTuning:
             "seed": self.seed,
         }
         projector.load_state_dict((yield from cached("projector", key, make)))
-
-
-def _task_batch(data: Data, size: int, stream: torch.Generator) -> dict[str, Tensor]:
-    index = torch.randint(len(data.features), (size,), generator=stream)
-    return {"features": data.features[index], **data.dialogues.take(index)}
-
-
-def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches as one, rows padded to the widest; padding ids are arbitrary, the mask rules them out."""
-    width = max(batch["ids"].shape[1] for batch in batches)
-
-    def pad(value: Tensor) -> Tensor:
-        return torch.nn.functional.pad(value, (0, width - value.shape[1]))
-
-    rows = {n: torch.cat([pad(b[n]) for b in batches]) for n in ("ids", "mask", "counted")}
-    return {"features": torch.cat([b["features"] for b in batches]), **rows}
