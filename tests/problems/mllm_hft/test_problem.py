@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped
 from bilevel.rng import Streams, stream
 from bilevel_problems.mllm_hft.formulations import FORMS, project
 from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE
+from bilevel_problems.mllm_hft.photos import FOLDER
 
 from .miniature import miniature, prepared, setup
 
@@ -177,3 +180,45 @@ def test_a_saved_checkpoint_runs_two_steps(checkpoint):
     made = setup(problem)
     events = list(engine.run(made, engine.start(made)))
     assert sum(isinstance(event, Stepped) for event in events) == 2
+
+
+SMALL = ["problem.train=12", "problem.upper=8", "problem.test=8", "problem.questions=2", "problem.warm_up=2", "problem.lower_batch=4", "problem.upper_batch=4", "problem.model.hidden=16", "problem.model.layers=1", "problem.model.steps=2", "problem.model.batch=4", "problem.model.scenes=8", "lower.steps=1", "upper.steps=2"]
+
+
+@pytest.mark.parametrize("name", ["mllm_hft", "mllm_hft_photos"])
+def test_shipped_recipes_run_for_two_steps(name):
+    """As shipped but for sizes; the encoders are the recipes' own kinds."""
+    from bilevel import recipe
+    from bilevel.assemble import assemble
+
+    if name.endswith("photos"):
+        if not Path(FOLDER).is_dir():
+            pytest.skip("needs the photographs: apt-get install tuxpaint-stamps-default")
+        pytest.importorskip("efficientnet_lite_pytorch", reason="ImageNet weights of the encoder")
+        small = SMALL
+    else:
+        small = [*SMALL, "problem.encoder.steps=2", "problem.encoder.scenes=16"]
+    path = Path(__file__).parents[3] / "recipes" / f"{name}.yaml"
+    made = assemble(recipe.load(path, small))
+    prepared_events = list(engine.prepare(made))
+    assert prepared_events
+    events = list(engine.run(made, engine.start(made)))
+    assert sum(isinstance(event, Stepped) for event in events) == 2
+    before, after = [event.metrics for event in events if isinstance(event, Evaluated)]
+    assert before["task_loss"] != after["task_loss"]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped():
+    made = setup(prepared(formulation="weighted"), steps=3)
+    whole = engine.start(made)
+    list(engine.run(made, whole))
+    first = engine.start(made)
+    for event in engine.run(made, first):
+        if isinstance(event, Stepped) and event.step == 1:
+            saved = copy.deepcopy(first.save())
+            break
+    second = engine.restore(made, saved)
+    list(engine.run(made, second))
+    for name, value in whole.y.items():
+        assert torch.equal(value, second.y[name]), name
+    assert any(not torch.equal(value, saved["y"][name]) for name, value in whole.y.items())
