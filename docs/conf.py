@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bilevel
@@ -15,9 +14,6 @@ project = "bilevel"
 author = "The bilevel developers"
 copyright = author
 release = bilevel.__version__
-
-if not Path(__file__).with_name("mllm_hft.md").exists():  # being written
-    suppress_warnings = ["toc.not_readable", "myst.xref_missing"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
