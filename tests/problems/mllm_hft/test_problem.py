@@ -182,7 +182,22 @@ def test_a_saved_checkpoint_runs_two_steps(checkpoint):
     assert sum(isinstance(event, Stepped) for event in events) == 2
 
 
-SMALL = ["problem.train=12", "problem.upper=8", "problem.test=8", "problem.questions=2", "problem.warm_up=2", "problem.lower_batch=4", "problem.upper_batch=4", "problem.model.hidden=16", "problem.model.layers=1", "problem.model.steps=2", "problem.model.batch=4", "problem.model.scenes=8", "lower.steps=1", "upper.steps=2"]
+SMALL = [
+    "problem.train=12",
+    "problem.upper=8",
+    "problem.test=8",
+    "problem.questions=2",
+    "problem.warm_up=2",
+    "problem.lower_batch=4",
+    "problem.upper_batch=4",
+    "problem.model.hidden=16",
+    "problem.model.layers=1",
+    "problem.model.steps=2",
+    "problem.model.batch=4",
+    "problem.model.scenes=8",
+    "lower.steps=1",
+    "upper.steps=2",
+]
 
 
 @pytest.mark.parametrize("name", ["mllm_hft", "mllm_hft_photos"])
