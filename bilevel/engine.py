@@ -6,9 +6,10 @@ any event, and a test is `list(run(setup, state))`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from bilevel.types import (
     Loss,
     LowerSolution,
     LowerSolver,
+    LowerStats,
+    Moved,
     Params,
     Stats,
 )
@@ -116,6 +119,15 @@ def refuse_mismatch(setup: Setup) -> None:
             f"estimator {type(setup.estimator).__name__} differentiates through the lower steps, "
             f"and those of {setup.lower!r} cannot be replayed; use lower: gradient with optimizer "
             "sgd, adam, adamw or rmsprop, or estimator: implicit"
+        )
+    _refuse_unprojected(setup)
+
+
+def _refuse_unprojected(setup: Setup) -> None:
+    if setup.estimator.needs.moves_lower and hasattr(setup.problem, "project_lower"):
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} moves y itself and knows no project_lower, "
+            "so y would leave its set; use estimator: unroll, which projects after each step"
         )
 
 
@@ -243,6 +255,8 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
         estimate = _estimate(setup, state, solution, upper_batch)
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
+    if estimate.moved:
+        solution = _moved(solution, estimate.moved)
     with torch.no_grad():
         x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
         project = getattr(setup.problem, "project_upper", None)
@@ -283,6 +297,9 @@ def _solve_lower(setup: Setup, state: State) -> LowerSolution:
     if restart:
         y = restart(state.x, y)
         lower = setup.lower.init(y)
+    if setup.estimator.needs.moves_lower and state.x:
+        untaken = LowerStats(0, 0, math.nan, math.nan)
+        return LowerSolution(y, lower, untaken, next(state.lower_batches))
     return setup.lower.solve(
         Loss(problem.lower_loss, None, Counts(), "lower"),
         state.x,
@@ -310,7 +327,16 @@ def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: 
         lower_batch=solution.batch,
         state=state.estimator,
         path=solution.path,
+        upper_batches=state.upper_batches,
+        lower_batches=state.lower_batches,
+        project=getattr(problem, "project_lower", None),
     )
+
+
+def _moved(solution: LowerSolution, moved: Moved) -> LowerSolution:
+    """What the estimator did to y; its gradients are counted with the estimate."""
+    stats = LowerStats(moved.steps, 0, moved.loss, moved.gradient_norm)
+    return replace(solution, y=moved.y, stats=stats)
 
 
 def _warnings(state: State, stats: Stats) -> Iterator[Warned]:

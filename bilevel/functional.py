@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,9 @@ def hypergradient(
     lower_batch: Any = None,
     state: Any = None,
     path: Path | None = None,
+    upper_batches: Iterable[Any] | None = None,
+    lower_batches: Iterable[Any] | None = None,
+    project: Callable[[Params], Params] | None = None,
 ) -> Estimate:
     """Estimate dΦ/dx of Φ(x) = F(x, y*(x)), y*(x) ∈ argmin over y of G(x, y), at (x, y).
 
@@ -57,6 +60,9 @@ def hypergradient(
         state: `Estimate.state` of the previous call: warm start. None starts cold and checks
             both losses for batch normalisation in training mode (one evaluation each).
         path: the recorded lower steps, for estimators that differentiate through them.
+        upper_batches: where estimators that draw batches of their own take those for F from.
+        lower_batches: the same for G.
+        project: the projection onto the set that holds y, for estimators that know of it.
 
     Returns:
         The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence.
@@ -72,8 +78,12 @@ def hypergradient(
     tree.require(x, "x")
     tree.require(y, "y")
     tied = _Ties(x), _Ties(y)
-    at = Point(tree.detach(tied[0].unique), tree.detach(tied[1].unique), path)
-    losses = _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied)
+    at = Point(tree.detach(tied[0].unique), tree.detach(tied[1].unique), path, project)
+    losses = _drawing(
+        _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied),
+        upper_batches,
+        lower_batches,
+    )
     first = state is None
     if first:
         for loss in (losses.upper, losses.lower):
@@ -97,7 +107,12 @@ def hypergradient(
         cross_products=counts.cross_products,
         seconds=time.perf_counter() - began,
     )
-    return replace(estimate, hypergradient=tied[0].expand(estimate.hypergradient), stats=stats)
+    moved = estimate.moved
+    if moved is not None:
+        moved = replace(moved, y=tied[1].expand(moved.y))
+    return replace(
+        estimate, hypergradient=tied[0].expand(estimate.hypergradient), stats=stats, moved=moved
+    )
 
 
 def solve_lower(
@@ -223,6 +238,13 @@ def _losses(
     counts = Counts()
     return Losses(
         Loss(upper, upper_batch, counts, "upper"), Loss(lower, lower_batch, counts, "lower")
+    )
+
+
+def _drawing(losses: Losses, upper: Iterable[Any] | None, lower: Iterable[Any] | None) -> Losses:
+    return Losses(
+        replace(losses.upper, draws=None if upper is None else iter(upper)),
+        replace(losses.lower, draws=None if lower is None else iter(lower)),
     )
 
 

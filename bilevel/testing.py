@@ -419,4 +419,7 @@ def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
         upper_batch=scene.losses.upper.batch,
         lower_batch=scene.losses.lower.batch,
         path=scene.solved.path,
+        upper_batches=itertools.repeat(scene.losses.upper.batch),
+        lower_batches=itertools.repeat(scene.losses.lower.batch),
+        project=getattr(scene.setup.problem, "project_lower", None),
     )

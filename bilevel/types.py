@@ -20,6 +20,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from bilevel.errors import ProblemError
+
 Params = dict[str, Tensor]
 Function = Callable[[Params, Params, Any], Tensor]
 """A loss as the user writes it: pure in (x, y, batch), returns a scalar."""
@@ -70,6 +72,8 @@ class Loss:
     batch: Any
     counts: Counts
     level: Literal["upper", "lower"]
+    draws: Iterator[Any] | None = None
+    """Where `fresh` takes batches from."""
 
     def __call__(self, x: Params, y: Params) -> Tensor:
         self.counts.losses += 1
@@ -78,6 +82,22 @@ class Loss:
     def on(self, batch: Any) -> Loss:
         """The same objective on another batch; oracle calls are still counted together."""
         return replace(self, batch=batch)
+
+    def fresh(self) -> Loss:
+        """The same objective on a batch drawn now; itself where it has no batch at all.
+
+        Raises:
+            ProblemError: it has one batch and nothing to draw others from.
+        """
+        if self.draws is not None:
+            return self.on(next(self.draws))
+        if self.batch is None:
+            return self
+        raise ProblemError(
+            f"{self.level}: the estimator draws fresh batches, and only one was given; pass "
+            f"{self.level}_batches, an iterator of them (itertools.repeat(batch) for a "
+            "deterministic loss)"
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,8 @@ class Point:
     x: Params
     y: Params
     path: Path | None = None
+    project: Callable[[Params], Params] | None = None
+    """The projection onto the set that holds y, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,23 @@ class Stats:
     """Estimate (a lower bound) of the condition number of A, from Ritz values."""
     converged: bool | None = None
     """Whether the adjoint solve reached its tolerance."""
+    error_bound: float | None = None
+    """A bound of ‖h − dΦ/dx‖ from what was seen at this point."""
+    error_bound_from: str | None = None
+    """Where the constants in `error_bound` come from: "known" ones hold, estimates may not."""
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where a method that moves y itself has taken it."""
+
+    y: Params
+    loss: float
+    """The function of y that it descends, G or a mixture of F and G, before the move."""
+    gradient_norm: float
+    """The norm of the direction that y was moved along."""
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +182,8 @@ class Estimate:
     """F at the point the estimator evaluated it, a detached scalar."""
     state: Any
     stats: Stats
+    moved: Moved | None = None
+    """For a method whose `needs` say that it moves y itself."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +194,10 @@ class Needs:
     """Products with second derivatives of G."""
     path: float = 0
     """How many of the last lower steps must be recorded: 0, a number, or `math.inf` for all."""
+    fresh: bool = False
+    """Batches of its own, drawn by `Loss.fresh` while it estimates."""
+    moves_lower: bool = False
+    """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
 
 
 @runtime_checkable

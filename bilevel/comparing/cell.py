@@ -72,7 +72,7 @@ class _Stand:
     def __init__(self, setup: Setup, truth: Truth) -> None:
         self.setup, self.truth = setup, truth
         state = scene.cast(engine.restore(setup, truth.state), setup.dtype)
-        self.x = state.x
+        self.x, self.state = state.x, state
         self.solved = solve(setup, state, state.y, state.lower_batches)
         self.upper_batch = next(state.upper_batches)
         start = tree.to(truth.tight, setup.device, setup.dtype)
@@ -92,6 +92,9 @@ class _Stand:
             lower_batch=self.solved.batch,
             state=self.setup.estimator.init(at),
             path=at.path,
+            upper_batches=self.state.upper_batches,
+            lower_batches=self.state.lower_batches,
+            project=getattr(self.setup.problem, "project_lower", None),
         )
 
     def compare(self, estimate: Estimate) -> tuple[float | None, float | None]:
