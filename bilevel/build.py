@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from bilevel import registry
+from bilevel import presets, registry
 from bilevel.complaints import Complaints, Where
 from bilevel.errors import BilevelError, RecipeError, RequirementError
 from bilevel.fields import Field, content_of, describe, fields_of, open_annotation, readable
@@ -69,6 +69,10 @@ class Builder:
                 self._complaints.add(where, f"has no name; known {group}: {known}")
                 return None
             spec = _merge(describe(default, group), spec)
+        preset = presets.of(group).get(spec["name"]) if isinstance(spec["name"], str) else None
+        if preset:
+            own = {key: value for key, value in spec.items() if key != "name"}
+            spec = _merge(preset.spec, own)
         options = dict(spec)
         name = options.pop("name")
         cls = self._find(group, name, where if is_bare else (*where, "name"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bilevel import presets
 from bilevel.errors import RecipeError, RequirementError
 from bilevel.outline import summary_of
 
@@ -82,7 +83,8 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
         return _attribute(_import(match["module"], reference), match["name"], reference)
     points = _points(group)
     if reference not in points:
-        raise RecipeError(unknown(reference, points, kind(group)))
+        known = {*points, *presets.of(group)}
+        raise RecipeError(unknown(reference, known, kind(group)))
     module, _, name = points[reference].value.partition(":")
     return _attribute(_import(module, reference), name, reference)
 

@@ -17,7 +17,7 @@ ORDER = [
     ["functional"],
     ["engine"],
     ["record", "sinks"],
-    ["registry", "build", "complaints", "fields", "outline", "yaml_source", "recipe"],
+    ["presets", "registry", "build", "complaints", "fields", "outline", "yaml_source", "recipe"],
     ["assemble", "testing"],
     ["report", "runfolder"],
     ["comparing"],

@@ -142,7 +142,9 @@ def check(
     estimators: Annotated[
         str | None,
         typer.Option(
-            "--estimators", metavar="A,B", help="Which ones; all that there are if not given."
+            "--estimators",
+            metavar="A,B",
+            help="Which ones; `all` takes the presets too; every component if not given.",
         ),
     ] = None,
 ) -> None:

@@ -10,10 +10,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from bilevel import registry
+from bilevel import presets, registry, yaml_source
 from bilevel.cli.names import SUFFIXES, locate, shipped, summary
 from bilevel.errors import RecipeError
 from bilevel.outline import Option, Outline, outline_of
+from bilevel.presets import Preset
+
+_PRESETS = ", presets"
 
 
 def list_all(console: Console, kind: str | None) -> None:
@@ -21,7 +24,9 @@ def list_all(console: Console, kind: str | None) -> None:
     kinds = (*registry.groups(), "recipes")
     if kind is not None and kind not in kinds:
         raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
-    tables = [(each, _rows(each)) for each in kinds if kind in (None, each)]
+    asked = [each for each in kinds if kind in (None, each)]
+    asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
+    tables = [(each, rows) for each in asked if (rows := _rows(each))]
     width = max((len(name) for _, rows in tables for name, _ in rows), default=0)
     for index, (each, rows) in enumerate(tables):
         if index:
@@ -38,6 +43,9 @@ def list_all(console: Console, kind: str | None) -> None:
 def _rows(kind: str) -> list[tuple[str, str]]:
     if kind == "recipes":
         return [(name, summary(path)) for name, path in sorted(shipped().items())]
+    if kind.endswith(_PRESETS):
+        group = kind.removesuffix(_PRESETS)
+        return [(preset.name, preset.about) for preset in presets.of(group).values()]
     return [(entry.name, entry.summary) for entry in registry.entries(kind)]
 
 
@@ -57,6 +65,10 @@ def show(console: Console, reference: str) -> None:
         if entry.name == name
     ]
     is_recipe = not group and name in shipped()
+    for each in [group] if group else registry.groups():
+        if name in presets.of(each):
+            _preset(console, each, presets.of(each)[name])
+            return
     if not found:
         _show_recipe_or_refuse(console, reference, name, is_recipe)
         return
@@ -88,7 +100,17 @@ def _show_recipe_or_refuse(console: Console, reference: str, name: str, is_recip
         show(console, f"{name}.yaml")
         return
     known = {n for group in registry.groups() for n in registry.names(group)} | set(shipped())
+    known |= {n for group in registry.groups() for n in presets.of(group)}
     raise RecipeError(registry.unknown(reference, known, "component or recipe"))
+
+
+def _preset(console: Console, group: str, preset: Preset) -> None:
+    title = Text.assemble((preset.name, "bold cyan"), f"  {registry.kind(group)}, preset")
+    console.print(title, soft_wrap=True)
+    console.print(Text(f"\n{preset.about}"))
+    text = yaml_source.to_yaml({registry.kind(group): dict(preset.spec)}).rstrip()
+    console.print(Text(f"\n{text}"))
+    console.print(Text(f"\nIts options: bilevel show {group}/{preset.spec['name']}", style="dim"))
 
 
 def _component(console: Console, group: str, entry: registry.Entry) -> None:

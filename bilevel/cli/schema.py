@@ -9,10 +9,11 @@ from typing import Any
 
 import pydantic
 
-from bilevel import registry
+from bilevel import presets, registry
 from bilevel.errors import BilevelError
 from bilevel.fields import NOTHING, Field, describe, fields_of, group_of, open_annotation, plain
 from bilevel.outline import outline_of
+from bilevel.presets import Preset
 from bilevel.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
 from bilevel.types import COMPONENT
 from bilevel.upper import Upper
@@ -54,7 +55,18 @@ def _group(group: str) -> dict[str, Any]:
     unnamed = {"type": "object", "not": {"required": ["name"]}}
     foreign = {"type": "object", "properties": {"name": elsewhere}, "required": ["name"]}
     own = [_registered(group, name) for name in names]
+    own += [_preset(group, preset) for preset in presets.of(group).values()]
+    names += presets.of(group)
     return {"anyOf": [{"enum": names}, elsewhere, *own, foreign, unnamed]}
+
+
+def _preset(group: str, preset: Preset) -> dict[str, Any]:
+    """The options of the component it stands for; what it sets has a default now."""
+    schema = _registered(group, preset.spec["name"])
+    properties = {**schema["properties"], "name": {"const": preset.name}}
+    required = [key for key in schema["required"] if key == "name" or key not in preset.spec]
+    about = {"description": preset.about, "properties": properties, "required": required}
+    return {**schema, **about}
 
 
 def _registered(group: str, name: str) -> dict[str, Any]:

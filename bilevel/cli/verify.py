@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bilevel import presets, registry, testing
 from bilevel import recipe as recipes
-from bilevel import registry, testing
 from bilevel.assemble import assemble
 from bilevel.build import build
 from bilevel.cli.boundary import complain
@@ -71,7 +71,12 @@ def check(
 def _estimators(recipe: Recipe, asked: Sequence[str] | None) -> dict[str, Estimator]:
     """The estimators by name; the recipe's own with its options, the others with their defaults."""
     own = recipe.content["estimator"]["name"]
-    names = asked or list(dict.fromkeys([own, *registry.names("estimators")]))
+    everything = [*registry.names("estimators"), *presets.of("estimators")]
+    if asked == ["all"]:
+        asked = None
+    else:
+        everything = everything[: len(registry.names("estimators"))]
+    names = asked or list(dict.fromkeys([own, *everything]))
     chosen: dict[str, Estimator] = {}
     for name in names:
         if name == own:
