@@ -28,7 +28,8 @@ from bilevel.events import (
     Warned,
 )
 from bilevel.functional import hypergradient
-from bilevel.problem import Problem
+from bilevel.lower.recorded import started
+from bilevel.problem import Problem, restart_of
 from bilevel.rng import Streams
 from bilevel.samplers import Sampler
 from bilevel.types import (
@@ -293,14 +294,14 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
 
 def _solve_lower(setup: Setup, state: State) -> LowerSolution:
     problem, y, lower = setup.problem, state.y, state.lower
-    restart = getattr(problem, "lower_start", None)
+    restart = restart_of(problem, y)
     if restart:
-        y = restart(state.x, y)
+        y = tree.detach(restart(state.x))
         lower = setup.lower.init(y)
     if setup.estimator.needs.moves_lower and state.x:
         untaken = LowerStats(0, 0, math.nan, math.nan)
         return LowerSolution(y, lower, untaken, next(state.lower_batches))
-    return setup.lower.solve(
+    solution = setup.lower.solve(
         Loss(problem.lower_loss, None, Counts(), "lower"),
         state.x,
         y,
@@ -309,6 +310,7 @@ def _solve_lower(setup: Setup, state: State) -> LowerSolution:
         record=setup.estimator.needs.path if state.x else 0,
         project=getattr(problem, "project_lower", None),
     )
+    return started(solution, restart)
 
 
 def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:

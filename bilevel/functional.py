@@ -12,6 +12,7 @@ from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
+from bilevel.lower.recorded import started
 from bilevel.lower.replay import replay
 from bilevel.types import (
     ALL_STEPS,
@@ -118,7 +119,7 @@ def hypergradient(
 def solve_lower(
     lower_loss: Function,
     x: Params,
-    y: Params,
+    y: Params | Callable[[Params], Params],
     *,
     solver: LowerSolver | None = None,
     batch: Any = None,
@@ -131,7 +132,8 @@ def solve_lower(
     Args:
         lower_loss: G(x, y, batch), a scalar; pure.
         x: upper variables, held fixed.
-        y: where to start; not changed.
+        y: where to start; not changed. Or the start as a function of x, which the recorded path
+            then keeps, so that estimators that unroll differentiate through it (MAML).
         solver: `Gradient` (any torch.optim optimizer; default 20 SGD steps), `LBFGS` or `Newton`.
         batch: the one batch used in every step, or
         batches: one batch a step.
@@ -142,6 +144,8 @@ def solve_lower(
         ProblemError: `record` with a solver whose steps cannot be replayed.
         ConvergenceError: G became NaN or infinite.
     """
+    restart = None if isinstance(y, dict) else y
+    y = y if isinstance(y, dict) else y(tree.detach(x))
     tree.require(y, "y")
     solver = solver or Gradient()
     keep = ALL_STEPS if record is True else float(record)
@@ -160,6 +164,7 @@ def solve_lower(
         calculus.refuse_impure(loss.on(first), x, y)
     start = solver.init(y) if state is None else state
     solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep)
+    solution = started(solution, restart and tied[1].shrunk(tied[0], restart))
     return replace(solution, y=tied[1].expand(solution.y))
 
 
@@ -225,6 +230,17 @@ class _Ties:
     def expand(self, unique: Params) -> Params:
         return {name: unique[home] for name, home in self._home.items()}
 
+    def shrunk(
+        self, given: _Ties, function: Callable[[Params], Params]
+    ) -> Callable[[Params], Params]:
+        """A function from and to dicts with every name, as one of the unique entries alone."""
+
+        def unique(params: Params) -> Params:
+            full = function(given.expand(params))
+            return {home: full[home] for home in self.unique}
+
+        return unique
+
     @property
     def trivial(self) -> bool:
         return len(self.unique) == len(self._home)
@@ -265,5 +281,6 @@ def _require_reached(losses: Losses, at: Point) -> None:
         raise ProblemError(
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
             "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
-            "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off)"
+            "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off). One "
+            "that says where the lower level starts, and nothing else, needs estimator=unroll"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -27,7 +27,8 @@ class Problem(Protocol):
 
     - `prepare() -> Iterator[Progress]`: slow work (download, pretraining) before `init`, reported as it goes;
     - `place(device, dtype)`: move constants that live in the problem; called once before `init`;
-    - `lower_start(x, y) -> y`: where each lower solve starts (MAML, cold start); default: the last y;
+    - `lower_start(x, y) -> y`: where each lower solve starts (MAML, cold start); default: the last
+      y; differentiable in x, where unrolling is to see that y_0 depends on x;
     - `lower_solution(x) -> y` and `hypergradient(x) -> dict`: closed forms, used by `bilevel check`;
     - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
     - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step.
@@ -52,3 +53,9 @@ class Problem(Protocol):
     def lower_batches(self, stream: Any) -> Iterator[Any]:
         """Batches for G, drawn with the generator `stream`."""
         ...
+
+
+def restart_of(problem: Any, y: Params) -> Callable[[Params], Params] | None:
+    """`lower_start` as a function of x alone, y held fixed; None where the problem has none."""
+    lower_start = getattr(problem, "lower_start", None)
+    return None if lower_start is None else lambda x: lower_start(x, y)

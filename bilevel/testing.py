@@ -25,6 +25,8 @@ from bilevel.functional import hypergradient
 from bilevel.linear.cg import CG
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
+from bilevel.lower.recorded import started
+from bilevel.problem import restart_of
 from bilevel.types import (
     ALL_STEPS,
     Counts,
@@ -151,8 +153,8 @@ def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) 
     constrain = getattr(setup.problem, "project_lower", None)
     counts = Counts()
     lower = Loss(setup.problem.lower_loss, None, counts, "lower")
-    restart = getattr(setup.problem, "lower_start", None)
-    y = restart(x, state.y) if restart else state.y
+    restart = restart_of(setup.problem, state.y)
+    y = tree.detach(restart(x)) if restart else state.y
     solved = setup.lower.solve(
         lower,
         x,
@@ -162,6 +164,7 @@ def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) 
         record=ALL_STEPS if setup.lower.records else 0,
         project=constrain,
     )
+    solved = started(solved, restart)
     lower = lower.on(solved.batch)
     upper = Loss(setup.problem.upper_loss, next(state.upper_batches), counts, "upper")
     tight, stationary = _resolve(setup, lower, x, solved.y)

@@ -121,6 +121,8 @@ class Path:
     state: Any
     batches: tuple[Any, ...]
     project: Callable[[Params], Params] | None = None
+    restart: Callable[[Params], Params] | None = None
+    """y_0 as a function of x, where it is one and the path begins there (MAML)."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from bilevel.errors import BilevelError
 from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
 from bilevel.functional import hypergradient
+from bilevel.lower.recorded import started
+from bilevel.problem import restart_of
 from bilevel.runfolder import environment
 from bilevel.testing import scene_at
 from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
@@ -108,9 +110,9 @@ class _Stand:
 def solve(setup: Setup, state: State, y: Params, batches: Any) -> LowerSolution:
     """The setup's lower solve from y, recorded as far as the estimator needs."""
     problem = setup.problem
-    restart = getattr(problem, "lower_start", None)
-    y = restart(state.x, y) if restart and y is state.y else y
-    return setup.lower.solve(
+    restart = restart_of(problem, y) if y is state.y else None
+    y = tree.detach(restart(state.x)) if restart else y
+    solution = setup.lower.solve(
         Loss(problem.lower_loss, None, Counts(), "lower"),
         state.x,
         y,
@@ -119,6 +121,7 @@ def solve(setup: Setup, state: State, y: Params, batches: Any) -> LowerSolution:
         record=setup.estimator.needs.path,
         project=getattr(problem, "project_lower", None),
     )
+    return started(solution, restart)
 
 
 def _cost(stand: _Stand) -> dict[str, Any]:

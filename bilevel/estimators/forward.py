@@ -15,6 +15,7 @@ from torch import Tensor
 from bilevel import calculus, rng, tree
 from bilevel.calculus import gradients
 from bilevel.lower.recorded import along, recorded
+from bilevel.lower.replay import advance, pull_start
 from bilevel.nested import flat, rebuild, zeros
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
 
@@ -72,8 +73,9 @@ def _carry(
     path: Path, losses: Losses, x: Params, directions: list[Params]
 ) -> tuple[Params, list[Params]]:
     """(y_K, dy_K/dx · d for every d)."""
-    y, state = path.start, path.state
-    tangents = [tree.zeros_like(y) for _ in directions]
+    y, state = advance(path, losses.lower, x, 0).start, path.state
+    pull_start(path, losses.lower, x, y)  # notes which of x the start depends on
+    tangents = [_start_tangent(path, x, d) for d in directions]
     state_tangents: list[Any] = [zeros(state) for _ in directions]
     for batch in path.batches:
         lower = calculus.linearize(losses.lower.on(batch), Point(x, y))
@@ -88,26 +90,43 @@ def _carry(
     return y, tangents
 
 
+def _start_tangent(path: Path, x: Params, direction: Params) -> Params:
+    """dy_0/dx · direction: zero where the start is held fixed."""
+    if path.restart is None:
+        return tree.zeros_like(path.start)
+    inputs = tree.leaves(x)
+    with torch.enable_grad():
+        y = path.restart(inputs)
+    return rebuild(y, iter(_push(flat(y), flat(inputs), flat(direction))))
+
+
 def _step_tangent(
     path: Path, y: Params, g: Params, state: Any, tangents: tuple[Params, Params, Any]
 ) -> tuple[Params, Any]:
-    """The tangent of one optimizer step, by two reverse passes through its elementwise arithmetic.
-
-    The pullback of a cotangent u is linear in u, and its derivative in u along the tangents is the
-    pushforward. (Forward mode itself would do, but leans on deprecated parts of torch.)
-    """
+    """The tangent of one optimizer step."""
     inputs = [leaf.detach().requires_grad_() for part in (y, g, state) for leaf in flat(part)]
     given = [leaf for part in tangents for leaf in flat(part)]
     leaves = iter(inputs)
     with torch.enable_grad():
         y, state = path.optimizer.step(*(rebuild(part, leaves) for part in (y, g, state)))
         y = path.project(y) if path.project else y
-        outputs = [*flat(y), *flat(state)]
-        moving = [out for out in outputs if out.requires_grad]
+    pushed = iter(_push([*flat(y), *flat(state)], inputs, given))
+    return rebuild(y, pushed), rebuild(state, pushed)
+
+
+def _push(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+    """Tangents of outputs from those of inputs, by two reverse passes through their graph.
+
+    The pullback of a cotangent u is linear in u, and its derivative in u along the tangents is the
+    pushforward. (Forward mode itself would do, but leans on deprecated parts of torch.)
+    """
+    moving = [out for out in outputs if out.requires_grad]
+    if not moving:
+        return [torch.zeros_like(out) for out in outputs]
+    with torch.enable_grad():
         u = [torch.zeros_like(out, requires_grad=True) for out in moving]
         pulled = torch.autograd.grad(moving, inputs, u, create_graph=True, allow_unused=True)
-        used = [(p, t) for p, t in zip(pulled, given, strict=True) if p is not None]
+        used = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None]
         pushed = torch.autograd.grad([p for p, _ in used], u, [t for _, t in used])
     found = iter(pushed)
-    all_ = iter([next(found) if out.requires_grad else torch.zeros_like(out) for out in outputs])
-    return rebuild(y, all_), rebuild(state, all_)
+    return [next(found) if out.requires_grad else torch.zeros_like(out) for out in outputs]

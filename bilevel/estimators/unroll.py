@@ -19,18 +19,19 @@ from bilevel.calculus import gradients
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.recorded import along
-from bilevel.lower.replay import advance, replay, step
+from bilevel.lower.replay import advance, pull_start, replay, step
 from bilevel.nested import flat, rebuild, zeros
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Slot, Stats, component
 
 
 @component
 class Unroll:
-    """d/dx F(x, y_K(x)) through the K recorded lower steps, y_0 held fixed.
+    """d/dx F(x, y_K(x)) through the K recorded lower steps, and through y_0 where it depends on x.
 
     Exact for the function it differentiates; its distance to dΦ/dx falls with K as the lower
     iteration contracts. `last` differentiates the last steps only and holds what came before
-    fixed: the error falls at the contraction rate in `last` (Shaban et al. 2019, prop. 3.1).
+    fixed, the start included: the error falls at the contraction rate in `last` (Shaban et al.
+    2019, prop. 3.1).
     Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F; `recompute` and
     `checkpoint` add 1 and 2 gradients a step.
 
@@ -101,7 +102,7 @@ def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
 def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tensor, Params]:
     """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
     segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
-    starts = [replace(path, batches=segments[0])]
+    starts = [replace(advance(path, losses.lower, x, 0), batches=segments[0])]
     for done, following in zip(segments, [*segments[1:], ()], strict=True):
         end = advance(starts[-1], losses.lower, x, len(done))
         starts.append(replace(end, batches=following))
@@ -112,7 +113,7 @@ def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tenso
         for one in reversed(list(_iterates(start, losses, x))):
             part, adjoint = _back(one, losses, x, adjoint)
             total = tree.axpy_(total, 1.0, part)
-    return value, total
+    return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, adjoint[0]))
 
 
 def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:

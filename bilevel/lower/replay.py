@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bilevel import calculus
+from bilevel import calculus, tree
 from bilevel.types import Loss, Params, Path
 
 
@@ -28,12 +29,33 @@ def step(
         return (path.project(y) if path.project else y), state
 
 
+def begin(path: Path, x: Params) -> Params:
+    """y_0 with its graph: back to x where the path begins at a function of x."""
+    if path.restart is None:
+        return {
+            name: entry if entry.requires_grad else entry.detach().requires_grad_()
+            for name, entry in path.start.items()
+        }
+    with torch.enable_grad():
+        # copies: where y_0 is x itself, ∂G/∂y must still be told from ∂G/∂x
+        y = tree.map(torch.clone, path.restart(x))
+    return tree.map(lambda entry: entry if entry.requires_grad else entry.requires_grad_(), y)
+
+
+def pull_start(path: Path, loss: Loss, x: Params, cotangent: Params) -> Params:
+    """(∂y_0/∂x)ᵀ · cotangent, in the shapes of x: zero where the start is held fixed."""
+    if path.restart is None:
+        return tree.zeros_like(x)
+    x = tree.leaves(x)
+    with torch.enable_grad():
+        y = path.restart(x)
+        product = torch.stack([(y[name] * part).sum() for name, part in cotangent.items()]).sum()
+    return calculus.through(product, x, loss)
+
+
 def replay(path: Path, loss: Loss, x: Params) -> Params:
     """y_K with the graph of all its K steps back to x and y_0. K gradients, memory K graphs."""
-    y = {
-        name: entry if entry.requires_grad else entry.detach().requires_grad_()
-        for name, entry in path.start.items()
-    }
+    y = begin(path, x)
     state = path.state
     for batch in path.batches:
         y, state = step(path, loss, x, y, state, batch)
@@ -41,8 +63,10 @@ def replay(path: Path, loss: Loss, x: Params) -> Params:
 
 
 def advance(path: Path, loss: Loss, x: Params, steps: int) -> Path:
-    """The path with its first `steps` steps taken, without a graph. `steps` gradients."""
-    y, state = path.start, path.state
+    """The path with its first `steps` steps taken at x, without a graph. `steps` gradients."""
+    y, state = tree.detach(begin(path, x)), path.state
+    if not steps:
+        return replace(path, start=y)
     for batch in path.batches[:steps]:
         _, g = calculus.gradient_y(loss.on(batch), x, y)
         with torch.no_grad():
