@@ -121,6 +121,12 @@ def refuse_mismatch(setup: Setup) -> None:
             f"and those of {setup.lower!r} cannot be replayed; use lower: gradient with optimizer "
             "sgd, adam, adamw or rmsprop, or estimator: implicit"
         )
+    if setup.estimator.needs.pairs and not getattr(setup.lower, "gives_pairs", False):
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} reuses the curvature that a quasi-Newton "
+            f"lower solver met, and {setup.lower!r} keeps none; use lower: lbfgs, or "
+            "estimator: implicit"
+        )
     _refuse_unprojected(setup)
 
 
@@ -332,6 +338,7 @@ def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: 
         upper_batches=state.upper_batches,
         lower_batches=state.lower_batches,
         project=getattr(problem, "project_lower", None),
+        pairs=solution.pairs,
     )
 
 

@@ -25,6 +25,7 @@ from bilevel.types import (
     LowerSolution,
     LowerSolver,
     Optimizer,
+    Pairs,
     Params,
     Path,
     Point,
@@ -45,6 +46,7 @@ def hypergradient(
     upper_batches: Iterable[Any] | None = None,
     lower_batches: Iterable[Any] | None = None,
     project: Callable[[Params], Params] | None = None,
+    pairs: Pairs | None = None,
 ) -> Estimate:
     """Estimate dΦ/dx of Φ(x) = F(x, y*(x)), y*(x) ∈ argmin over y of G(x, y), at (x, y).
 
@@ -64,6 +66,7 @@ def hypergradient(
         upper_batches: where estimators that draw batches of their own take those for F from.
         lower_batches: the same for G.
         project: the projection onto the set that holds y, for estimators that know of it.
+        pairs: `LowerSolution.pairs` of a quasi-Newton lower solve, for estimators that reuse them.
 
     Returns:
         The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence.
@@ -79,7 +82,8 @@ def hypergradient(
     tree.require(x, "x")
     tree.require(y, "y")
     tied = _Ties(x), _Ties(y)
-    at = Point(tree.detach(tied[0].unique), tree.detach(tied[1].unique), path, project)
+    x, y = tree.detach(tied[0].unique), tree.detach(tied[1].unique)
+    at = Point(x, y, path, project, tied[1].restrict(pairs))
     losses = _drawing(
         _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied),
         upper_batches,
@@ -165,7 +169,8 @@ def solve_lower(
     start = solver.init(y) if state is None else state
     solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep)
     solution = started(solution, restart and tied[1].shrunk(tied[0], restart))
-    return replace(solution, y=tied[1].expand(solution.y))
+    pairs = tied[1].expand_pairs(solution.pairs)
+    return replace(solution, y=tied[1].expand(solution.y), pairs=pairs)
 
 
 def unroll(
@@ -240,6 +245,20 @@ class _Ties:
             return {home: full[home] for home in self.unique}
 
         return unique
+
+    def restrict(self, pairs: Pairs | None) -> Pairs | None:
+        """Pairs in the names of `unique`: one entry for each variable, however many its names."""
+        if pairs is None or self.trivial:
+            return pairs
+        return tuple(
+            ({n: s[n] for n in self.unique}, {n: c[n] for n in self.unique}) for s, c in pairs
+        )
+
+    def expand_pairs(self, pairs: Pairs | None) -> Pairs | None:
+        """The inverse of `restrict`."""
+        if pairs is None or self.trivial:
+            return pairs
+        return tuple((self.expand(s), self.expand(c)) for s, c in pairs)
 
     @property
     def trivial(self) -> bool:

@@ -425,4 +425,5 @@ def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
         upper_batches=itertools.repeat(scene.losses.upper.batch),
         lower_batches=itertools.repeat(scene.losses.lower.batch),
         project=getattr(scene.setup.problem, "project_lower", None),
+        pairs=scene.solved.pairs,
     )

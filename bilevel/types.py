@@ -125,6 +125,10 @@ class Path:
     """y_0 as a function of x, where it is one and the path begins there (MAML)."""
 
 
+Pairs = tuple[tuple[Params, Params], ...]
+"""(s, ∇y G(x, y + s) − ∇y G(x, y)), oldest first: what a lower solver learned of ∂²yy G."""
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a hypergradient is asked for: upper x, lower y, and how the lower level came there."""
@@ -134,6 +138,8 @@ class Point:
     path: Path | None = None
     project: Callable[[Params], Params] | None = None
     """The projection onto the set that holds y, where there is one."""
+    pairs: Pairs | None = None
+    """What a quasi-Newton lower solver learned on the way to y."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,8 @@ class Needs:
     """How many of the last lower steps must be recorded: 0, a number, or `math.inf` for all."""
     fresh: bool = False
     """Batches of its own, drawn by `Loss.fresh` while it estimates."""
+    pairs: bool = False
+    """The pairs of a quasi-Newton lower solver, as `Point.pairs`."""
     moves_lower: bool = False
     """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
 
@@ -279,11 +287,16 @@ class LowerSolution:
     batch: Any
     """The last batch used: Hessian products belong on the same one."""
     path: Path | None = None
+    pairs: Pairs | None = None
+    """From a quasi-Newton method: the steps that it took, and what they changed ∇y G by."""
 
 
 @runtime_checkable
 class LowerSolver(Protocol):
-    """Approximately solves min over y of G(x, y). `record` asks for the last steps as a `Path`."""
+    """Approximately solves min over y of G(x, y). `record` asks for the last steps as a `Path`.
+
+    One that returns `LowerSolution.pairs` sets `gives_pairs = True`.
+    """
 
     @property
     def records(self) -> bool: ...

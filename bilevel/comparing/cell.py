@@ -79,8 +79,8 @@ class _Stand:
         self.upper_batch = next(state.upper_batches)
         start = tree.to(truth.tight, setup.device, setup.dtype)
         again = solve(setup, state, start, repeat(self.solved.batch))
-        self.at_solution = Point(self.x, start, again.path)
-        self.in_run = Point(self.x, self.solved.y, self.solved.path)
+        self.at_solution = Point(self.x, start, again.path, pairs=self.solved.pairs)
+        self.in_run = Point(self.x, self.solved.y, self.solved.path, pairs=self.solved.pairs)
 
     def estimate(self, at: Point) -> Estimate:
         """A cold estimate, without the checks that a first call makes."""
@@ -97,6 +97,7 @@ class _Stand:
             upper_batches=self.state.upper_batches,
             lower_batches=self.state.lower_batches,
             project=getattr(self.setup.problem, "project_lower", None),
+            pairs=at.pairs,
         )
 
     def compare(self, estimate: Estimate) -> tuple[float | None, float | None]:

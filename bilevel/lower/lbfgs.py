@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -19,7 +20,11 @@ class LBFGS:
     """Full-batch L-BFGS until ‖∇y G‖ ≤ tolerance or `steps` iterations; for smooth deterministic G.
 
     About 1.25 gradients an iteration. Draws one batch a solve. No path: it cannot be unrolled.
+    Gives the last `history` pairs of steps and changes of gradient, for estimators that reuse
+    them; they take as much memory again as torch's own.
     """
+
+    gives_pairs: ClassVar[bool] = True
 
     steps: PositiveInt = 100
     tolerance: NonNegativeFloat = 1e-8
@@ -56,11 +61,13 @@ class LBFGS:
             line_search_fn="strong_wolfe",
         )
         best = (float("inf"), float("inf"), tree.clone(y))
+        seen = _Pairs(self.history)
 
         def closure() -> float:
             nonlocal taken, best
             value, g = calculus.gradient_y(loss, x, y)
             taken, norm = taken + 1, tree.norm(g)
+            seen.add(y, g)
             if norm < best[1]:
                 best = (float(value), norm, tree.clone(y))
             if norm <= self.tolerance:
@@ -73,7 +80,32 @@ class LBFGS:
             optimizer.step(closure)
         value, norm, y = best
         stats = LowerStats(taken, taken, value, norm, norm <= self.tolerance)
-        return LowerSolution(y, state, stats, batch)
+        return LowerSolution(y, state, stats, batch, pairs=tuple(seen.kept))
+
+
+class _Pairs:
+    """Differences between one evaluation and the next; torch keeps its own out of reach.
+
+    Trial points of the line search are among them: ∂²yy G maps their differences as it does those
+    of iterates. Only differences along which G curves up, by more than rounding, are kept.
+    """
+
+    def __init__(self, history: int) -> None:
+        self.kept: deque[tuple[Params, Params]] = deque(maxlen=history)
+        self._last: tuple[Params, Params] | None = None
+        self._largest = 0.0
+
+    def add(self, y: Params, g: Params) -> None:
+        y, g = tree.clone(y), tree.clone(g)
+        if self._last:
+            step, change = (tree.sub(new, old) for new, old in zip((y, g), self._last, strict=True))
+            size = tree.norm(change)
+            self._largest = max(self._largest, size)
+            rough = max(torch.finfo(entry.dtype).eps for entry in g.values()) ** 0.5
+            bends = tree.dot(step, change) > 1e-10 * tree.norm(step) * size
+            if bends and size > rough * self._largest:
+                self.kept.append((step, change))
+        self._last = y, g
 
 
 class _Converged(Exception):

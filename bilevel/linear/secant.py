@@ -1,0 +1,79 @@
+"""Inverse Hessians that pairs of steps and gradient changes determine, at no product.
+
+L-BFGS: Nocedal (1980), Math. Comp. 35(151); the two-loop recursion as in Nocedal and Wright
+(2006), algorithm 7.4. All pairs at once: the block BFGS update, Schnabel (1983), "Quasi-Newton
+methods using multiple secant equations".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.types import Matvec, Params
+
+Pair = tuple[Params, Params]
+"""(s, c) with c ≈ A s and ⟨s, c⟩ > 0; in a sequence, oldest first."""
+
+
+def bfgs(pairs: Sequence[Pair]) -> Matvec:
+    """b ↦ B⁻¹ b with the BFGS matrix B of the pairs; b itself without any.
+
+    Symmetric positive definite, and B s = c for the last pair; for all of them, and so B = A once
+    they span, only where the steps are conjugate. 4 dot products a pair.
+    """
+
+    def apply(b: Params) -> Params:
+        v, weights = tree.clone(b), []
+        for s, c in reversed(pairs):
+            weights.append(tree.dot(s, v) / tree.dot(s, c))
+            tree.axpy_(v, -weights[-1], c)
+        tree.scale_(v, _scale(pairs))
+        for (s, c), weight in zip(pairs, reversed(weights), strict=True):
+            tree.axpy_(v, weight - tree.dot(c, v) / tree.dot(s, c), s)
+        return v
+
+    return apply
+
+
+def block(pairs: Sequence[Pair]) -> Matvec:
+    """b ↦ B⁻¹ b with B s = c for all pairs at once, where A is symmetric; b itself without any.
+
+        B⁻¹ = S M⁻¹ Sᵀ + scale · (I − S M⁻¹ Cᵀ)(I − C M⁻¹ Sᵀ),    M = SᵀC made symmetric
+
+    Symmetric positive definite; equal to A⁻¹ once the steps span the space. Directions in which M
+    is below √eps of its largest eigenvalue are left to the second term: rounding fills them.
+    """
+    if not pairs:
+        return tree.clone
+    S, C = _matched(pairs)
+    scale = _scale(pairs)
+
+    def apply(b: Params) -> Params:
+        flat = tree.flatten(b).to(S)
+        known = S @ (S.T @ flat)
+        rest = scale * (flat - C @ (S.T @ flat))
+        return tree.cast(known + rest - S @ (C.T @ rest), b)
+
+    return apply
+
+
+def _matched(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Combinations of the pairs, as columns, such that SᵀC has the identity as symmetric part."""
+    S, C = (
+        torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[0]) for p in pairs], dim=1)
+        for side in (0, 1)
+    )
+    M = S.T @ C
+    values, vectors = torch.linalg.eigh((M + M.T) / 2)
+    kept = values > values[-1] * torch.finfo(values.dtype).eps ** 0.5
+    combine = vectors[:, kept] / values[kept].sqrt()
+    return S @ combine, C @ combine
+
+
+def _scale(pairs: Sequence[Pair]) -> float:
+    """1 / curvature along the last change: what B⁻¹ is where the pairs say nothing."""
+    return tree.dot(*pairs[-1]) / tree.dot(pairs[-1][1], pairs[-1][1]) if pairs else 1.0
