@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bilevel import hypergradient, tree
 from bilevel.rng import Streams
-from bilevel.types import Estimator, Params, Path
+from bilevel.types import Estimator, Pairs, Params, Path
 from bilevel_problems.quadratic import Quadratic
 
 problem = Quadratic(condition=10)
@@ -13,7 +13,10 @@ batch, truth = problem.constants, problem.hypergradient(x)
 
 
 def ask(
-    estimator: Estimator, y: Params | None = None, path: Path | None = None
+    estimator: Estimator,
+    y: Params | None = None,
+    path: Path | None = None,
+    pairs: Pairs | None = None,
 ) -> tuple[float, int, int, int]:
     """(relative error, gradients, HVPs, cross products), at y* where no y is given."""
     got = hypergradient(
@@ -25,6 +28,7 @@ def ask(
         upper_batch=batch,
         lower_batch=batch,
         path=path,
+        pairs=pairs,
     )
     off = tree.norm(tree.sub(got.hypergradient, truth)) / tree.norm(truth)
     cost = got.stats

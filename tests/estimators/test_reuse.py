@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from bilevel import calculus, engine, tree
+from bilevel import calculus, checkpoint, engine, tree
 from bilevel.engine import Setup
 from bilevel.errors import ProblemError
 from bilevel.estimators.shine import Shine
+from bilevel.events import Stepped
 from bilevel.functional import hypergradient, solve_lower
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import matrix
@@ -16,6 +17,7 @@ from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.types import Point
 from bilevel.upper import Upper
+from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 
 WELL = [0, 3, 4, 5]
@@ -255,3 +257,26 @@ def test_pairs_of_earlier_solves_are_kept_and_saved():
     assert len(short.state["steps"]) == 3
     assert relative(short.state["steps"][-1], solution.pairs[1][0]) == 0
     assert len(first.state["steps"]) == len(solution.pairs)  # what was given is not changed
+
+
+def test_a_run_uses_the_pairs_and_resumes_bit_for_bit(tmp_path):
+    problem = Quadratic(condition=10)
+    lower, shine = LBFGS(history=40), Shine(memory=40, update="block")
+    setup = Setup(problem, lower, Upper(steps=6), shine, dtype=torch.float64)
+    whole, x = engine.start(setup), None
+    for event in engine.run(setup, whole):
+        if isinstance(event, Stepped):
+            assert (event.estimate.hvps, event.estimate.cross_products) == (0, 1)
+            if x is not None:
+                truth = tree.norm(problem.hypergradient(x))
+                assert event.hypergradient_norm == pytest.approx(truth, rel=1e-4)
+            x = tree.clone(whole.x)
+    half = engine.start(setup)
+    for event in engine.run(setup, half):
+        if isinstance(event, Stepped) and event.step == 3:
+            break
+    checkpoint.save(tmp_path, half.save(), step=3)
+    again = engine.restore(setup, checkpoint.load(tmp_path / "step-00000003"))
+    list(engine.run(setup, again))
+    assert torch.equal(again.x["x"], whole.x["x"])
+    assert not torch.equal(half.x["x"], whole.x["x"])
