@@ -1,9 +1,4 @@
-"""Is a hypergradient right? `check` holds estimators to their claims on any problem.
-
-The reference is the problem's closed form where it has one; else central differences of Φ
-through a re-solved lower level; else a converged adjoint whose products are verified by first
-differences of ∇G. Everything is in float64.
-"""
+"""`check` holds estimators to their claims, a row each."""
 
 from __future__ import annotations
 
@@ -14,27 +9,25 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bilevel import calculus, rng, tree
-from bilevel.differences import Differences, central
-from bilevel.engine import Setup, State, prepare, start
+from bilevel.differences import central
+from bilevel.engine import Setup, prepare, start
 from bilevel.errors import BilevelError, ConvergenceError, ProblemError
 from bilevel.events import Event
 from bilevel.functional import hypergradient
-from bilevel.linear.cg import CG
-from bilevel.lower.lbfgs import LBFGS
-from bilevel.lower.newton import Newton
-from bilevel.lower.recorded import started
-from bilevel.problem import restart_of
+from bilevel.testing.reference import (
+    Reference,
+    Scene,
+    from_differences,
+    half_difference,
+    noise_like,
+    reference_at,
+    scene_at,
+)
 from bilevel.types import (
-    ALL_STEPS,
-    Counts,
     Estimate,
     Estimator,
-    Loss,
-    Losses,
-    LowerSolution,
     Params,
     Point,
     Stats,
@@ -42,9 +35,6 @@ from bilevel.types import (
 
 Verdict = Literal["exact", "as claimed", "approximate", "wrong", "untested"]
 """exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim."""
-
-STATIONARY = 1e-9
-"""‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
 
 
 @dataclass(frozen=True)
@@ -63,49 +53,6 @@ class CheckRow:
     verdict: Verdict
     note: str
     stats: Stats
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The truth about dΦ/dx, possibly in some directions only."""
-
-    name: str
-    truth: Tensor
-    tolerance: float
-    """Relative error above which an exact method is wrong."""
-    directions: Tensor | None = None
-    """[dim, k], orthonormal: where `truth` holds components along these alone."""
-
-    def measure(self, h: Params) -> Tensor:
-        """A hypergradient's components where the truth is known."""
-        flat = tree.flatten(h).to(self.truth)
-        return flat if self.directions is None else self.directions.T @ flat
-
-    def error(self, h: Params) -> float:
-        """Relative error; absolute where the truth is zero."""
-        size = float(self.truth.norm())
-        return float((self.measure(h) - self.truth).norm()) / (size or 1.0)
-
-    def cosine(self, h: Params) -> float | None:
-        got = self.measure(h)
-        sizes = float(got.norm() * self.truth.norm())
-        return float(got @ self.truth) / sizes if sizes else None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A problem at one x: the losses, the lower solve of the recipe, and the tight one.
-
-    Where `stationary` is false no tight solve was reached, and `tight` is as near as it came.
-    """
-
-    setup: Setup
-    losses: Losses
-    x: Params
-    solved: LowerSolution
-    tight: Params
-    stationary: bool
-    generator: torch.Generator
 
 
 def check(
@@ -139,150 +86,10 @@ def _scene(setup: Setup, perturb: float) -> Scene:
     if not state.x:
         raise ProblemError("x is empty: with one level only there is no hypergradient to check")
     generator = rng.stream(setup.seed, "check")
-    x = tree.map(lambda p: p + perturb * _noise(p, generator), state.x)
+    x = tree.map(lambda p: p + perturb * noise_like(p, generator), state.x)
     project = getattr(setup.problem, "project_upper", None)
     x = tree.clone(project(x)) if project else x
     return scene_at(setup, state, x, generator)
-
-
-def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) -> Scene:
-    """The scene at x, with the batches that a run in `state` draws next.
-
-    The lower level is solved from the state's y: once as the setup has it, once tightly.
-    """
-    constrain = getattr(setup.problem, "project_lower", None)
-    counts = Counts()
-    lower = Loss(setup.problem.lower_loss, None, counts, "lower")
-    restart = restart_of(setup.problem, state.y)
-    y = tree.detach(restart(x)) if restart else state.y
-    solved = setup.lower.solve(
-        lower,
-        x,
-        y,
-        batches=state.lower_batches,
-        state=setup.lower.init(y),
-        record=ALL_STEPS if setup.lower.records else 0,
-        project=constrain,
-    )
-    solved = started(solved, restart)
-    lower = lower.on(solved.batch)
-    upper = Loss(setup.problem.upper_loss, next(state.upper_batches), counts, "upper")
-    tight, stationary = _resolve(setup, lower, x, solved.y)
-    return Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
-def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
-    """(y, whether it is the lower solution): projected steps until they rest where y is held in a set."""
-    project = getattr(setup.problem, "project_lower", None)
-    if project is None or hasattr(setup.problem, "lower_solution"):
-        return solve_tightly(setup.problem, lower, x, y)
-    state = setup.lower.init(y)
-    for _ in range(1000):
-        before = y
-        solved = setup.lower.solve(
-            lower, x, y, batches=itertools.repeat(lower.batch), state=state, project=project
-        )
-        y, state = solved.y, solved.state
-        if tree.norm(tree.sub(y, before)) <= 1e-12 * (1 + tree.norm(y)):
-            return y, True
-    return y, False
-
-
-def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
-    """(y, whether ‖∇y G‖ is negligible there): closed form, Newton to 200 unknowns, else L-BFGS."""
-    closed = getattr(problem, "lower_solution", None)
-    if closed is not None:
-        return tree.detach(closed(x)), True
-    _, g = calculus.gradient_y(lower, x, y)
-    goal = STATIONARY * (1 + tree.norm(g))
-    small = tree.size(y) <= 200
-    solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
-    y = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={}).y
-    return _polish(lower, x, y, goal)
-
-
-def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, bool]:
-    """Newton steps by CG while ‖∇y G‖ falls: it can be driven far below what G itself resolves.
-
-    Whether the end is stationary is decided by the gradient alone, not by the products used.
-    """
-    at = calculus.linearize(lower, Point(x, y))
-    norm = tree.norm(at.gradient)
-    for _ in range(10):
-        if norm <= goal:
-            return y, True
-        step = CG(iterations=500, tolerance=1e-6).solve(at.hvp_yy, at.gradient, tree.zeros_like(y))
-        trial = tree.sub(y, step.solution)
-        at = calculus.linearize(lower, Point(x, trial))
-        if not tree.norm(at.gradient) < norm:
-            break
-        y, norm = trial, tree.norm(at.gradient)
-    return y, norm <= goal
-
-
-def reference_at(scene: Scene) -> Reference | None:
-    """dΦ/dx at the scene by the tightest means there is; None where there is none."""
-    problem, x = scene.setup.problem, scene.x
-    closed = getattr(problem, "hypergradient", None)
-    if closed is not None:
-        return Reference("closed form", tree.flatten(closed(x)).detach(), 1e-6)
-    if scene.stationary:
-        found = _differences_of_value(scene)
-        if found.error <= 1e-2:
-            return _from_differences("central differences", found)
-    if hasattr(problem, "project_lower"):
-        return None  # the adjoint equation does not know the set that holds y
-    return _verified_adjoint(scene)
-
-
-def _from_differences(name: str, found: Differences) -> Reference:
-    some = (
-        "" if len(found.slopes) == len(found.directions) else f" ({len(found.slopes)} directions)"
-    )
-    return Reference(name + some, found.slopes, max(1e-5, 10 * found.error), found.directions)
-
-
-def _differences_of_value(scene: Scene) -> Differences:
-    """Central differences of Φ, the lower level solved again at every x."""
-
-    def value(x: Params) -> Tensor:
-        y, _ = _resolve(scene.setup, scene.losses.lower, x, scene.tight)
-        return scene.losses.upper(x, y)
-
-    return central(value, scene.x, scene.generator, step=1e-3)
-
-
-def _verified_adjoint(scene: Scene) -> Reference | None:
-    """∇x F − (∇x G(y + εv) − ∇x G(y − εv)) / 2ε, v from CG and its equation verified by differences.
-
-    Independent of every second derivative but those in CG, whose result is accepted only if
-    first differences of ∇y G along v return ∇y F.
-    """
-    at, losses = Point(scene.x, scene.tight), scene.losses
-    _, F_x, F_y = calculus.gradients(losses.upper, at)
-    lower = calculus.linearize(losses.lower, at)
-    F_y = lower.restrict(F_y)
-    v = CG().tight(min(tree.size(at.y), 50)).solve(lower.hvp_yy, F_y, tree.zeros_like(F_y)).solution
-    size = tree.norm(v)
-    if size == 0:
-        return Reference("no adjoint: ∇y F = 0", tree.flatten(F_x), 1e-5)
-    h = 1e-4 / size
-    ends = [tree.axpy(s * h, v, at.y) for s in (1, -1)]
-    Hv = _half(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
-    off = tree.norm(tree.sub(Hv, F_y)) / tree.norm(F_y)
-    if not off <= 1e-3:
-        return None
-    cross = _half(h, *(calculus.gradient_x(losses.lower, at.x, y) for y in ends))
-    truth = tree.flatten(tree.sub(F_x, cross))
-    return Reference("converged adjoint", truth, max(1e-4, 100 * off))
-
-
-def _half(h: float, above: Params, below: Params) -> Params:
-    return tree.scale(1 / (2 * h), tree.sub(above, below))
 
 
 def _row(scene: Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
@@ -355,7 +162,7 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
     if found.error > 1e-2:
         note = f"its function is too rough for differences (error {found.error:.1e})"
         return replace(row, note=note)
-    truth = _from_differences("", found)
+    truth = from_differences("", found)
     return _verdict(row, truth.error(got.hypergradient), truth.tolerance, "as claimed")
 
 
@@ -400,13 +207,13 @@ def _bends_up(scene: Scene) -> bool:
     """Whether G has positive curvature along ∇y F and along noise, by first differences alone."""
     at, losses = Point(scene.x, scene.tight), scene.losses
     _, _, F_y = calculus.gradients(losses.upper, at)
-    for d in (F_y, tree.map(lambda p: _noise(p, scene.generator), at.y)):
+    for d in (F_y, tree.map(lambda p: noise_like(p, scene.generator), at.y)):
         size = tree.norm(d)
         if size == 0:
             continue
         h = 1e-4 / size
         ends = (tree.axpy(s * h, d, at.y) for s in (1, -1))
-        Hd = _half(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
+        Hd = half_difference(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
         if not tree.dot(Hd, d) > 0:
             return False
     return True

@@ -1,0 +1,31 @@
+"""Is a hypergradient right? `check` holds estimators to their claims on any problem.
+
+The reference is the problem's closed form where it has one; else central differences of Φ
+through a re-solved lower level; else a converged adjoint whose products are verified by first
+differences of ∇G. Everything is in float64.
+
+For authors: `check_problem` and `check_estimator` hold a problem and an estimator to the contract
+of their protocols, and raise `AssertionError` with all that is wrong.
+"""
+
+from bilevel.testing.reference import (
+    STATIONARY,
+    Reference,
+    Scene,
+    reference_at,
+    scene_at,
+    solve_tightly,
+)
+from bilevel.testing.verdicts import CheckRow, Verdict, check
+
+__all__ = [
+    "STATIONARY",
+    "CheckRow",
+    "Reference",
+    "Scene",
+    "Verdict",
+    "check",
+    "reference_at",
+    "scene_at",
+    "solve_tightly",
+]

@@ -1,0 +1,214 @@
+"""Where estimators are checked, and the truth about dΦ/dx there."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import calculus, tree
+from bilevel.differences import Differences, central
+from bilevel.engine import Setup, State
+from bilevel.linear.cg import CG
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.lower.recorded import started
+from bilevel.problem import restart_of
+from bilevel.types import (
+    ALL_STEPS,
+    Counts,
+    Loss,
+    Losses,
+    LowerSolution,
+    Params,
+    Point,
+)
+
+STATIONARY = 1e-9
+"""‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The truth about dΦ/dx, possibly in some directions only."""
+
+    name: str
+    truth: Tensor
+    tolerance: float
+    """Relative error above which an exact method is wrong."""
+    directions: Tensor | None = None
+    """[dim, k], orthonormal: where `truth` holds components along these alone."""
+
+    def measure(self, h: Params) -> Tensor:
+        """A hypergradient's components where the truth is known."""
+        flat = tree.flatten(h).to(self.truth)
+        return flat if self.directions is None else self.directions.T @ flat
+
+    def error(self, h: Params) -> float:
+        """Relative error; absolute where the truth is zero."""
+        size = float(self.truth.norm())
+        return float((self.measure(h) - self.truth).norm()) / (size or 1.0)
+
+    def cosine(self, h: Params) -> float | None:
+        got = self.measure(h)
+        sizes = float(got.norm() * self.truth.norm())
+        return float(got @ self.truth) / sizes if sizes else None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A problem at one x: the losses, the lower solve of the recipe, and the tight one.
+
+    Where `stationary` is false no tight solve was reached, and `tight` is as near as it came.
+    """
+
+    setup: Setup
+    losses: Losses
+    x: Params
+    solved: LowerSolution
+    tight: Params
+    stationary: bool
+    generator: torch.Generator
+
+
+def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) -> Scene:
+    """The scene at x, with the batches that a run in `state` draws next.
+
+    The lower level is solved from the state's y: once as the setup has it, once tightly.
+    """
+    constrain = getattr(setup.problem, "project_lower", None)
+    counts = Counts()
+    lower = Loss(setup.problem.lower_loss, None, counts, "lower")
+    restart = restart_of(setup.problem, state.y)
+    y = tree.detach(restart(x)) if restart else state.y
+    solved = setup.lower.solve(
+        lower,
+        x,
+        y,
+        batches=state.lower_batches,
+        state=setup.lower.init(y),
+        record=ALL_STEPS if setup.lower.records else 0,
+        project=constrain,
+    )
+    solved = started(solved, restart)
+    lower = lower.on(solved.batch)
+    upper = Loss(setup.problem.upper_loss, next(state.upper_batches), counts, "upper")
+    tight, stationary = _resolve(setup, lower, x, solved.y)
+    return Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
+
+
+def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
+    """(y, whether it is the lower solution): projected steps until they rest where y is held in a set."""
+    project = getattr(setup.problem, "project_lower", None)
+    if project is None or hasattr(setup.problem, "lower_solution"):
+        return solve_tightly(setup.problem, lower, x, y)
+    state = setup.lower.init(y)
+    for _ in range(1000):
+        before = y
+        solved = setup.lower.solve(
+            lower, x, y, batches=itertools.repeat(lower.batch), state=state, project=project
+        )
+        y, state = solved.y, solved.state
+        if tree.norm(tree.sub(y, before)) <= 1e-12 * (1 + tree.norm(y)):
+            return y, True
+    return y, False
+
+
+def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
+    """(y, whether ‖∇y G‖ is negligible there): closed form, Newton to 200 unknowns, else L-BFGS."""
+    closed = getattr(problem, "lower_solution", None)
+    if closed is not None:
+        return tree.detach(closed(x)), True
+    _, g = calculus.gradient_y(lower, x, y)
+    goal = STATIONARY * (1 + tree.norm(g))
+    small = tree.size(y) <= 200
+    solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
+    y = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={}).y
+    return _polish(lower, x, y, goal)
+
+
+def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, bool]:
+    """Newton steps by CG while ‖∇y G‖ falls: it can be driven far below what G itself resolves.
+
+    Whether the end is stationary is decided by the gradient alone, not by the products used.
+    """
+    at = calculus.linearize(lower, Point(x, y))
+    norm = tree.norm(at.gradient)
+    for _ in range(10):
+        if norm <= goal:
+            return y, True
+        step = CG(iterations=500, tolerance=1e-6).solve(at.hvp_yy, at.gradient, tree.zeros_like(y))
+        trial = tree.sub(y, step.solution)
+        at = calculus.linearize(lower, Point(x, trial))
+        if not tree.norm(at.gradient) < norm:
+            break
+        y, norm = trial, tree.norm(at.gradient)
+    return y, norm <= goal
+
+
+def reference_at(scene: Scene) -> Reference | None:
+    """dΦ/dx at the scene by the tightest means there is; None where there is none."""
+    problem, x = scene.setup.problem, scene.x
+    closed = getattr(problem, "hypergradient", None)
+    if closed is not None:
+        return Reference("closed form", tree.flatten(closed(x)).detach(), 1e-6)
+    if scene.stationary:
+        found = _differences_of_value(scene)
+        if found.error <= 1e-2:
+            return from_differences("central differences", found)
+    if hasattr(problem, "project_lower"):
+        return None  # the adjoint equation does not know the set that holds y
+    return _verified_adjoint(scene)
+
+
+def from_differences(name: str, found: Differences) -> Reference:
+    some = (
+        "" if len(found.slopes) == len(found.directions) else f" ({len(found.slopes)} directions)"
+    )
+    return Reference(name + some, found.slopes, max(1e-5, 10 * found.error), found.directions)
+
+
+def _differences_of_value(scene: Scene) -> Differences:
+    """Central differences of Φ, the lower level solved again at every x."""
+
+    def value(x: Params) -> Tensor:
+        y, _ = _resolve(scene.setup, scene.losses.lower, x, scene.tight)
+        return scene.losses.upper(x, y)
+
+    return central(value, scene.x, scene.generator, step=1e-3)
+
+
+def _verified_adjoint(scene: Scene) -> Reference | None:
+    """∇x F − (∇x G(y + εv) − ∇x G(y − εv)) / 2ε, v from CG and its equation verified by differences.
+
+    Independent of every second derivative but those in CG, whose result is accepted only if
+    first differences of ∇y G along v return ∇y F.
+    """
+    at, losses = Point(scene.x, scene.tight), scene.losses
+    _, F_x, F_y = calculus.gradients(losses.upper, at)
+    lower = calculus.linearize(losses.lower, at)
+    F_y = lower.restrict(F_y)
+    v = CG().tight(min(tree.size(at.y), 50)).solve(lower.hvp_yy, F_y, tree.zeros_like(F_y)).solution
+    size = tree.norm(v)
+    if size == 0:
+        return Reference("no adjoint: ∇y F = 0", tree.flatten(F_x), 1e-5)
+    h = 1e-4 / size
+    ends = [tree.axpy(s * h, v, at.y) for s in (1, -1)]
+    Hv = half_difference(h, *(calculus.gradient_y(losses.lower, at.x, y)[1] for y in ends))
+    off = tree.norm(tree.sub(Hv, F_y)) / tree.norm(F_y)
+    if not off <= 1e-3:
+        return None
+    cross = half_difference(h, *(calculus.gradient_x(losses.lower, at.x, y) for y in ends))
+    truth = tree.flatten(tree.sub(F_x, cross))
+    return Reference("converged adjoint", truth, max(1e-4, 100 * off))
+
+
+def half_difference(h: float, above: Params, below: Params) -> Params:
+    return tree.scale(1 / (2 * h), tree.sub(above, below))
