@@ -12,7 +12,7 @@ ORDER = [
     ["errors", "types"],
     ["tree", "rng", "events", "nested"],
     ["calculus", "problem", "differences", "modules"],
-    ["linear", "lower", "upper", "checkpoint", "samplers"],
+    ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],
     ["estimators"],
     ["functional"],
     ["engine"],

@@ -1,0 +1,183 @@
+"""The three directions of a single-loop method, evaluated at any point on any batches.
+
+lower ∇y G,    adjoint ∂²yy G v − ∇y F,    upper ∇x F − (∂²xy G)ᵀ v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.directions.blocks import block_of, every_block
+from bilevel.directions.draw import Draw, Parts
+from bilevel.types import Loss, Params, Point
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Where a single-loop method is: x, y and the adjoint v."""
+
+    x: Params
+    y: Params
+    v: Params
+
+    def save(self) -> dict[str, Params]:
+        """As plain data; x is copied, since the upper step may write into it."""
+        return {"x": tree.clone(self.x), "y": self.y, "v": self.v}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A truncated Neumann series for (∂²yy G)⁻¹, each factor I − scale ∂²yy G on a batch of its own."""
+
+    scale: float
+    weight: float
+    """Of the result: 1, or the number of terms where one term is drawn."""
+    summed: bool
+    """Whether the partial products are added up, or the last alone is taken."""
+
+    def apply(self, factors: list[list[Loss]], point: Point, b: Params) -> Params:
+        term = result = b
+        for losses in factors:
+            product = _mean(_rows(losses, point, term, ("hvp",)))["hvp"]
+            term = tree.axpy(-self.scale, product, term)
+            result = tree.add(result, term) if self.summed else term
+        return tree.scale(self.scale * self.weight, result)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The batches of one iteration. Each list is averaged over: one batch, or every block."""
+
+    lower: list[Loss]
+    upper: list[Loss]
+    factors: list[list[Loss]] = field(default_factory=list)
+    series: Series | None = None
+
+    def whole(self) -> Sample:
+        """The same on every block of data."""
+        lower = every_block(self.lower[0]) if self.lower else []
+        upper = every_block(self.upper[0]) if self.upper else []
+        return Sample(lower, upper, [lower] * len(self.factors), self.series)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Quantities by name, with the values of F and G met on the way."""
+
+    parts: dict[str, Parts]
+    G: Tensor
+    F: Tensor | None = None
+
+
+@dataclass
+class Oracle:
+    """The quantities in `wanted` on one sample; evaluated, and counted, once for each point asked for."""
+
+    sample: Sample
+    at: Iterate
+    previous: Iterate
+    wanted: tuple[str, ...]
+    upper_gradients: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """∇F by (loss, point): one batch of F serves all adjoint steps at a point."""
+
+    @cached_property
+    def now(self) -> Found:
+        return self._evaluate(self.sample, self.at)
+
+    @cached_property
+    def before(self) -> Found:
+        return self._evaluate(self.sample, self.previous)
+
+    @cached_property
+    def full(self) -> Found:
+        return self._evaluate(self.sample.whole(), self.at)
+
+    @property
+    def latest(self) -> Found:
+        """What was evaluated at the present point."""
+        return self.full if "full" in vars(self) else self.now
+
+    def draw(self, quantity: str) -> Draw:
+        return Draw(
+            now=lambda: self.now.parts[quantity],
+            before=lambda: self.before.parts[quantity],
+            full=lambda: self.full.parts[quantity],
+            block=lambda share: block_of(getattr(self.sample, share)[0]),
+        )
+
+    def _evaluate(self, sample: Sample, at: Iterate) -> Found:
+        point = Point(at.x, at.y)
+        if self.wanted == ("lower",):
+            row = _mean(_slopes(sample.lower, point))
+            return Found({"lower": {"lower": row["slope"]}}, row["value"]["G"])
+        upper = _mean(iter([self._gradients(loss, point) for loss in sample.upper]))
+        F, F_x, F_y = upper["value"]["F"], upper["x"], upper["y"]
+        if sample.series is None:
+            v, products = at.v, ("hvp", "cross")
+        else:
+            v, products = sample.series.apply(sample.factors, point, F_y), ("cross",)
+        products = tuple(p for p in products if _QUANTITY[p] in self.wanted)
+        lower = _mean(_rows(sample.lower, point, v, products, F_y))
+        parts: dict[str, Parts] = {"lower": {"lower": lower["slope"]}}
+        if "hvp" in lower:
+            parts["adjoint"] = {"lower": lower["hvp"], "upper": tree.scale(-1.0, lower["right"])}
+        if "cross" in lower:
+            parts["upper"] = {"lower": tree.scale(-1.0, lower["cross"]), "upper": F_x}
+        return Found(parts, lower["value"]["G"], F)
+
+    def _gradients(self, loss: Loss, point: Point) -> dict[str, Params]:
+        key = id(loss), id(point.y)
+        if key not in self.upper_gradients:
+            # the loss and y are kept with their gradients, so that their ids stay theirs
+            self.upper_gradients[key] = gradients(loss, point), loss, point.y
+        F, F_x, F_y = self.upper_gradients[key][0]
+        return {"value": {"F": F}, "x": F_x, "y": F_y}
+
+
+_QUANTITY = {"hvp": "adjoint", "cross": "upper"}
+
+
+def _slopes(losses: list[Loss], point: Point) -> Iterator[dict[str, Params]]:
+    for loss in losses:
+        G, slope = gradient_y(loss, point.x, point.y)
+        yield {"value": {"G": G}, "slope": slope}
+
+
+def _rows(
+    losses: list[Loss],
+    point: Point,
+    v: Params,
+    products: tuple[str, ...],
+    right: Params | None = None,
+) -> Iterator[dict[str, Params]]:
+    """∇y G and products with v for each batch; one graph at a time is in memory."""
+    for loss in losses:
+        lower = linearize(loss, point)
+        row = {"value": {"G": lower.value}, "slope": lower.gradient}
+        if "hvp" in products:
+            row["hvp"] = lower.hvp_yy(v)
+        if "cross" in products:
+            row["cross"] = lower.vjp_xy(v)
+        if right is not None:
+            row["right"] = lower.restrict(right)
+        yield row
+
+
+def _mean(rows: Iterator[dict[str, Params]]) -> dict[str, Params]:
+    mean, count = next(rows), 1
+    for row in rows:
+        if count == 1:
+            mean = {name: tree.scale(1.0, part) for name, part in mean.items()}
+        for name, part in row.items():
+            tree.axpy_(mean[name], 1.0, part)
+        count += 1
+    if count > 1:
+        mean = {name: tree.scale_(part, 1 / count) for name, part in mean.items()}
+    return mean

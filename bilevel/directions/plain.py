@@ -1,0 +1,24 @@
+"""The draw itself: stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.directions.draw import Draw, total
+from bilevel.types import Params, component
+
+
+@component
+class Plain:
+    """d_t = q(z_t; ξ_t). Unbiased; variance as one batch has it. 1 evaluation."""
+
+    @property
+    def looks_back(self) -> bool:
+        return False
+
+    @property
+    def passes(self) -> bool:
+        return False
+
+    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        return total(draw.now()), memory

@@ -1,0 +1,49 @@
+"""SAGA: a table of the last draw of each block. Defazio, Bach and Lacoste-Julien (2014), arXiv:1407.0202.
+
+In bilevel methods: SABA (Dagréou et al. 2022, arXiv:2201.13409).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel import tree
+from bilevel.directions.draw import Draw, total
+from bilevel.types import Params, component
+
+
+@component
+class Saga:
+    """d_t = q(z_t; i) − table_i + mean of the table, then table_i ← q(z_t; i); empty rows are 0.
+
+    The shares of the lower and of the upper batch have a table each. Unbiased where blocks are
+    drawn evenly; variance falls to zero as z settles. 1 evaluation. Memory: a copy of the
+    quantity for each block. Raises `ProblemError` where batches name no block.
+    """
+
+    @property
+    def looks_back(self) -> bool:
+        return False
+
+    @property
+    def passes(self) -> bool:
+        return False
+
+    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        corrected, kept = {}, {}
+        for share, now in draw.now().items():
+            block, blocks = draw.block(share)
+            corrected[share], kept[share] = _corrected(now, memory.get(share), block, blocks)
+        return total(corrected), kept
+
+
+def _corrected(
+    now: Params, memory: dict[str, Any] | None, block: int, blocks: int
+) -> tuple[Params, dict[str, Any]]:
+    memory = memory or {"mean": tree.zeros_like(now), "rows": {}}
+    row = memory["rows"].get(str(block))
+    off = now if row is None else tree.sub(now, row)
+    mean = tree.axpy(1 / blocks, off, memory["mean"])
+    # rows are shared with the state before, never written into: a step copies one row, not all
+    rows = {**memory["rows"], str(block): now}
+    return tree.add(off, memory["mean"]), {"mean": mean, "rows": rows}

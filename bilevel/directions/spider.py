@@ -1,0 +1,38 @@
+"""SPIDER (SARAH): differences added up from a full pass. Fang et al. (2018), arXiv:1807.01695.
+
+In bilevel methods: VRBO (arXiv:2106.04692), SRBA (arXiv:2302.08766).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import PositiveInt
+
+from bilevel import tree
+from bilevel.directions.draw import Draw, change, total
+from bilevel.types import Params, component
+
+
+@component
+class Spider:
+    """d_t = d_{t−1} + q(z_t; ξ_t) − q(z_{t−1}; ξ_t); every `period` times the full q(z_t) instead.
+
+    Exact at the full pass, and for as long as z does not move. 2 evaluations, and one for every
+    block of data at the full pass. Raises `ProblemError` where batches name no block.
+    """
+
+    period: PositiveInt = 64
+
+    @property
+    def looks_back(self) -> bool:
+        return self.period > 1
+
+    @property
+    def passes(self) -> bool:
+        return True
+
+    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        age = memory.get("age", 0)
+        d = tree.add(memory["direction"], change(draw)) if age else total(draw.full())
+        return d, {"direction": d, "age": (age + 1) % self.period}

@@ -1,0 +1,51 @@
+"""The simulated quadratic is what it says: closed forms, blocks, eigenvalues."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from bilevel import rng, tree
+from bilevel_problems.simulated_quadratic import SimulatedQuadratic
+from tests.cases import closed_form, relative
+
+
+def case():
+    return closed_form(lambda seed: SimulatedQuadratic(data_seed=seed), 1)
+
+
+def test_the_closed_forms_are_those_of_the_whole():
+    at = case()
+    x, y = tree.leaves(at.x), tree.leaves(at.y)
+    loss = at.problem.lower_loss(at.x, y, at.lower_batch)
+    assert float(torch.autograd.grad(loss, y["y"])[0].norm()) < 1e-12 * (1 + tree.norm(at.y))
+    value = at.problem.upper_loss(x, at.problem.lower_solution(x), at.upper_batch)
+    truth = {"x": torch.autograd.grad(value, x["x"])[0]}
+    assert relative(at.truth, truth) < 1e-10
+    assert relative(tree.scale(1.01, at.truth), truth) > 1e-3
+
+
+def test_the_losses_are_averages_over_the_blocks():
+    at, parts = case(), SimulatedQuadratic(data_seed=1, batch_size=64)
+    for level, blocks in (("upper", 8), ("lower", 64)):
+        draws = getattr(parts, f"{level}_batches")(rng.stream(0, level))
+        found = {}
+        while len(found) < blocks:
+            batch = next(draws)
+            assert batch["blocks"] == blocks
+            found[batch["block"]] = getattr(parts, f"{level}_loss")(at.x, at.y, batch)
+        whole = getattr(at.problem, f"{level}_loss")(at.x, at.y, getattr(at, f"{level}_batch"))
+        mean = torch.stack(list(found.values())).mean()
+        torch.testing.assert_close(mean, whole, rtol=1e-12, atol=1e-12)
+        assert float(torch.stack(list(found.values())).std()) > 0.01
+
+
+def test_eigenvalues_are_those_asked_for_up_to_sampling():
+    values = torch.linalg.eigvalsh(SimulatedQuadratic().lower["yy"][0])
+    assert values[0] == pytest.approx(0.1, rel=0.1)
+    assert values[-1] == pytest.approx(1.0, rel=0.1)
+    assert SimulatedQuadratic().lower["yy"].shape == (1, 20, 20)
+
+
+def test_blocks_must_be_equal():
+    with pytest.raises(ValidationError, match="must divide 512"):
+        SimulatedQuadratic(batch_size=100)
