@@ -31,7 +31,7 @@ from bilevel.functional import hypergradient
 from bilevel.lower.recorded import started
 from bilevel.problem import Problem, restart_of
 from bilevel.rng import Streams
-from bilevel.samplers import Sampler
+from bilevel.samplers import Draws, Sampler, paired
 from bilevel.types import (
     Counts,
     Estimate,
@@ -74,8 +74,8 @@ class State:
     upper: Any
     estimator: Any
     """None before the first estimate."""
-    upper_batches: Sampler
-    lower_batches: Sampler
+    upper_batches: Draws
+    lower_batches: Draws
     totals: Totals = field(default_factory=Totals)
     warned: list[str] = field(default_factory=list)
 
@@ -150,13 +150,7 @@ def start(setup: Setup) -> State:
     x, y = (
         tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
     )
-    upper_batches, lower_batches = (
-        Sampler(make, setup.seed, name, setup.device, setup.dtype)
-        for make, name in (
-            (setup.problem.upper_batches, "upper.batches"),
-            (setup.problem.lower_batches, "lower.batches"),
-        )
-    )
+    upper_batches, lower_batches = _draws(setup)
     return State(
         step=0,
         x=x,
@@ -166,6 +160,21 @@ def start(setup: Setup) -> State:
         estimator=None,
         upper_batches=upper_batches,
         lower_batches=lower_batches,
+    )
+
+
+def _draws(setup: Setup) -> tuple[Draws, Draws]:
+    """Where the (upper, lower) batches come from: one by one, or in pairs that belong together."""
+
+    def sampler(make: Any, name: str) -> Sampler:
+        return Sampler(make, setup.seed, name, setup.device, setup.dtype)
+
+    episodes = getattr(setup.problem, "episodes", None)
+    if episodes is not None:
+        return paired(sampler(episodes, "episodes"))
+    return (
+        sampler(setup.problem.upper_batches, "upper.batches"),
+        sampler(setup.problem.lower_batches, "lower.batches"),
     )
 
 
@@ -256,6 +265,8 @@ def _draw(setup: Setup, state: State) -> Iterator[Event]:
 def _advance(setup: Setup, state: State) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not."""
     began = time.perf_counter()
+    for draws in (state.upper_batches, state.lower_batches):
+        draws.renew()
     try:
         solution = _solve_lower(setup, state)
         upper_batch = next(state.upper_batches)

@@ -31,6 +31,8 @@ class Problem(Protocol):
       y; differentiable in x, where unrolling is to see that y_0 depends on x;
     - `lower_solution(x) -> y` and `hypergradient(x) -> dict`: closed forms, used by `bilevel check`;
     - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
+    - `episodes(stream) -> Iterator[(lower batch, upper batch)]`: batches that belong together, as
+      the two halves of a task do; a run then draws one pair an upper step and nothing else;
     - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step.
     """
 

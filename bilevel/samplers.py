@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from bilevel import rng, tree
 from bilevel.errors import CheckpointError, ProblemError
+
+
+class Draws(Protocol):
+    """Where a run takes the batches of one level from."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __next__(self) -> Any: ...
+    def renew(self) -> None:
+        """An upper step begins."""
+        ...
+
+    def save(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        ...
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go to where `save` was called; for fresh ones only."""
+        ...
 
 
 class Sampler:
@@ -29,7 +47,7 @@ class Sampler:
         self._name, self._device, self._dtype = name, device, dtype
         self._stream = rng.stream(seed, name)
         self._batches = iter(make(self._stream))
-        self._drawn = 0
+        self.drawn = 0
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -39,17 +57,20 @@ class Sampler:
             batch = next(self._batches)
         except StopIteration:
             raise ProblemError(
-                f"{self._name} ended after {self._drawn} batches; batch iterators must be "
+                f"{self._name} ended after {self.drawn} batches; batch iterators must be "
                 "infinite: itertools.repeat(batch) for one batch, a `while True:` for epochs"
             ) from None
-        self._drawn += 1
+        self.drawn += 1
         return tree.to(batch, self._device, self._dtype)
+
+    def renew(self) -> None:
+        """Nothing: each draw is a batch of its own."""
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
         position = getattr(self._batches, "state_dict", None)
         return {
-            "drawn": self._drawn,
+            "drawn": self.drawn,
             "stream": self._stream.get_state(),
             "position": position() if position else None,
         }
@@ -72,4 +93,38 @@ class Sampler:
                 "random stream elsewhere. Draw from the given stream only, or give the iterator "
                 "state_dict and load_state_dict"
             )
-        self._drawn = saved["drawn"]
+        self.drawn = saved["drawn"]
+
+
+class Paired:
+    """One half of the pairs of a sampler; the two halves give the same pair until `renew`."""
+
+    def __init__(self, pairs: Sampler, half: int, present: list[Any]) -> None:
+        self._pairs, self._half, self._present = pairs, half, present
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._present:
+            self._present.append(next(self._pairs))
+        return self._present[0][self._half]
+
+    def renew(self) -> None:
+        """The next draw is of the next pair."""
+        self._present.clear()
+
+    def save(self) -> dict[str, Any]:
+        """What `restore` needs; the present pair is not kept, an upper step begins with a new one."""
+        return self._pairs.save()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go to where `save` was called; the first half to be asked takes the other along."""
+        if not self._pairs.drawn:
+            self._pairs.restore(saved)
+
+
+def paired(episodes: Sampler) -> tuple[Draws, Draws]:
+    """The (upper, lower) halves of `episodes`, which yields (lower batch, upper batch)."""
+    present: list[Any] = []
+    return Paired(episodes, 1, present), Paired(episodes, 0, present)

@@ -179,7 +179,7 @@ def test_shipped_recipes_are_right(name):
     assert recipes.loads(recipe.dump()) == recipe
 
 
-@pytest.mark.parametrize("name", ["hyper_cleaning", "quadratic", "ridge"])
+@pytest.mark.parametrize("name", ["hyper_cleaning", "quadratic", "ridge", "sinusoid"])
 def test_shipped_recipes_run_for_two_steps_without_a_warning(name, runs):
     folder = run(runs, "upper.steps=2", recipe=name)
     kinds = [event["event"] for event in record.read(folder)]
