@@ -26,7 +26,7 @@ class RequirementError(BilevelError):
 
 
 class CheckError(BilevelError):
-    """An estimator does not return what it claims to return."""
+    """A component does not do what it claims, or what its protocol asks of it."""
 
     exit_code = 4
 

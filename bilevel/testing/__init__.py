@@ -5,9 +5,11 @@ through a re-solved lower level; else a converged adjoint whose products are ver
 differences of ∇G. Everything is in float64.
 
 For authors: `check_problem` and `check_estimator` hold a problem and an estimator to the contract
-of their protocols, and raise `AssertionError` with all that is wrong.
+of their protocols, and raise `CheckError` with all that is wrong.
 """
 
+from bilevel.testing.estimator import check_estimator
+from bilevel.testing.problem import check_problem
 from bilevel.testing.reference import (
     STATIONARY,
     Reference,
@@ -25,6 +27,8 @@ __all__ = [
     "Scene",
     "Verdict",
     "check",
+    "check_estimator",
+    "check_problem",
     "reference_at",
     "scene_at",
     "solve_tightly",

@@ -1,0 +1,231 @@
+"""`check_problem`: a problem held to the contract of `bilevel.problem.Problem`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import calculus, rng, tree
+from bilevel.engine import Setup, prepare, start
+from bilevel.estimators.alternating import Alternating
+from bilevel.lower.gradient import Gradient
+from bilevel.problem import Problem, restart_of
+from bilevel.rng import Streams
+from bilevel.samplers import Sampler
+from bilevel.testing.derivatives import (
+    Place,
+    first_derivatives,
+    form,
+    hypergradient,
+    second_derivatives,
+    solution,
+)
+from bilevel.testing.findings import difference, report
+from bilevel.testing.reference import noise_like
+from bilevel.types import Counts, Loss, Losses
+from bilevel.upper import Upper
+
+
+def check_problem(problem: Any, *, seed: int = 0, second_order: bool = True) -> None:
+    """Hold a problem to its contract, near its initial point, in float64 and then in float32.
+
+    - `init` gives the same x and y for the same seed; batches too, and they resume where they were;
+    - both losses are scalar, finite, of the dtype of x and y, and the same when asked again; they
+      write to nothing and draw no random number;
+    - every entry of x reaches a loss, and some of y the lower one;
+    - gradients agree with differences of the losses, second derivatives of G with differences of
+      its gradients, and ∂²yy G is symmetric;
+    - `lower_solution` is stationary, and `hypergradient` is the derivative of F(x, y*(x));
+    - projections rest where they have been, `lower_start` has the form of y, `evaluate` returns
+      finite numbers and writes to nothing.
+
+    A loss with kinks where it is differenced is not judged there. The problem is left placed on
+    the CPU in float32.
+
+    Args:
+        problem: the component, its data small.
+        seed: of its streams.
+        second_order: False for a problem whose lower loss has no second derivative.
+
+    Raises:
+        CheckError: with everything that is wrong.
+    """
+    name = type(problem).__name__
+    report(name, {"protocol": lambda: _protocol(problem)})
+    at = _at(problem, seed, torch.float64)
+    parts: dict[str, Callable[[], Iterator[str]]] = {
+        "init": lambda: _init(problem, seed),
+        "batches": lambda: _batches(at),
+        "losses": lambda: _losses(at),
+        "wiring": lambda: _wiring(at),
+        "gradients": lambda: first_derivatives(at),
+        "second derivatives": lambda: second_derivatives(at) if second_order else iter(()),
+        "lower_solution": lambda: solution(at),
+        "hypergradient": lambda: hypergradient(at),
+        "projections": lambda: _projections(at),
+        "lower_start": lambda: _start(at),
+        "evaluate": lambda: _evaluate(at),
+        "float32": lambda: _float32(at, seed),
+    }
+    report(name, parts)
+
+
+def _protocol(problem: Any) -> Iterator[str]:
+    if not isinstance(problem, Problem):
+        names = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
+        missing = [name for name in names if not callable(getattr(problem, name, None))]
+        yield f"is no Problem: it has no {', '.join(missing)}"
+
+
+def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
+    """Off the initial point, which may be symmetric, in the sets that hold x and y."""
+    setup = Setup(problem, Gradient(), Upper(), Alternating(), seed=seed, dtype=dtype)
+    for _ in prepare(setup):
+        pass
+    state, generator = start(setup), rng.stream(seed, "check problem")
+    x, y = (
+        tree.map(lambda p: p + 0.1 * noise_like(p, generator), side) for side in (state.x, state.y)
+    )
+    for name in ("project_upper", "project_lower"):
+        project = getattr(problem, name, None)
+        if project and name == "project_upper":
+            x = tree.detach(project(x))
+        elif project:
+            y = tree.detach(project(y))
+    counts = Counts()
+    upper = Loss(problem.upper_loss, next(state.upper_batches), counts, "upper")
+    lower = Loss(problem.lower_loss, next(state.lower_batches), counts, "lower")
+    return Place(setup, Losses(upper, lower), x, y, generator)
+
+
+def _init(problem: Any, seed: int) -> Iterator[str]:
+    first, second = problem.init(Streams(seed)), problem.init(Streams(seed))
+    for name, a, b in zip("xy", first, second, strict=True):
+        if said := difference(tree.detach(a), tree.detach(b)):
+            yield f"{name}: {said} from one call to the next with the same seed"
+
+
+def _batches(at: Place) -> Iterator[str]:
+    random = torch.random.get_rng_state()
+    for level in ("upper", "lower"):
+        one, other, later = (_sampler(at, level) for _ in range(3))
+        drawn = [next(one) for _ in range(3)]
+        if said := difference(drawn, [next(other) for _ in range(3)]):
+            yield f"{level}_batches are not a function of their stream: {said}"
+            continue
+        saved = one.save()
+        expected = [next(one) for _ in range(3)]
+        later.restore(saved)
+        if said := difference(expected, [next(later) for _ in range(3)]):
+            yield f"{level}_batches do not resume where they were: {said}"
+    if not torch.equal(random, torch.random.get_rng_state()):
+        yield "draws from the global random state; the stream that is given is there for it"
+
+
+def _sampler(at: Place, level: str) -> Sampler:
+    make, setup = getattr(at.problem, f"{level}_batches"), at.setup
+    return Sampler(make, setup.seed, f"{level}.batches", setup.device, setup.dtype)
+
+
+def _losses(at: Place) -> Iterator[str]:
+    for loss in at.both:
+        calculus.refuse_impure(loss, at.x, at.y)
+        random = torch.random.get_rng_state()
+        inputs = {"x": at.x, "y": at.y, "the batch": loss.batch}
+        kept = {name: _copy(part) for name, part in inputs.items()}
+        value, g_x, g_y = calculus.gradients(loss, at.point)
+        again, *others = calculus.gradients(loss, at.point)
+        if not torch.equal(value, again) or difference([g_x, g_y], others):
+            yield f"{loss.level}_loss: another value at the same x, y and batch"
+        if value.dtype != at.setup.dtype:
+            yield (
+                f"{loss.level}_loss is {value.dtype} where x, y and the batch are "
+                f"{at.setup.dtype}: a constant of another dtype; see `place`"
+            )
+        for name, part in inputs.items():
+            if said := difference(part, kept[name]):
+                yield f"{loss.level}_loss writes into {name}: {said}"
+        if not torch.equal(random, torch.random.get_rng_state()):
+            yield f"{loss.level}_loss draws random numbers; they belong in the batch"
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copy, value))
+    return type(value)(map(_copy, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _wiring(at: Place) -> Iterator[str]:
+    counts = Counts()
+    for loss in at.both:
+        calculus.gradients(replace(loss, counts=counts), at.point)
+    for name in sorted(at.x.keys() - counts.reached):
+        yield f"x[{name!r}] reaches neither loss, so its hypergradient is zero for ever"
+    _, g = calculus.gradient_y(at.losses.lower, at.x, at.y)
+    if tree.norm(g) == 0:
+        yield "∇y G = 0 off the initial point: y does not reach lower_loss"
+
+
+def _projections(at: Place) -> Iterator[str]:
+    for name, of in (("project_upper", at.x), ("project_lower", at.y)):
+        project = getattr(at.problem, name, None)
+        if project is None:
+            continue
+        far = tree.map(lambda p: p + 3 * noise_like(p, at.generator), of)
+        kept = tree.clone(far)
+        once = tree.detach(project(far))
+        if difference(far, kept):
+            yield f"{name} writes into what it is given"
+        yield from form(once, of, name)
+        off = tree.norm(tree.sub(project(once), once))
+        if not off <= 1e-9 * (1 + tree.norm(once)):
+            yield f"{name} moves what it has projected, by {off:.1e}"
+
+
+def _start(at: Place) -> Iterator[str]:
+    restart = restart_of(at.problem, at.y)
+    if restart:
+        yield from form(restart(at.x), at.y, "lower_start(x, y)")
+
+
+def _evaluate(at: Place) -> Iterator[str]:
+    measure = getattr(at.problem, "evaluate", None)
+    if measure is None:
+        return
+    kept = tree.clone(at.x), tree.clone(at.y)
+    metrics = measure(at.x, at.y)
+    if isinstance(metrics, Iterator):
+        metrics = _last(metrics)
+    for name, part, before in (("x", at.x, kept[0]), ("y", at.y, kept[1])):
+        if said := difference(part, before):
+            yield f"evaluate writes into {name}: {said}"
+    bad = {key: value for key, value in metrics.items() if not isinstance(value, (int, float))}
+    if bad:
+        yield f"evaluate must return numbers, got {bad}"
+
+
+def _last(steps: Iterator[Any]) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _float32(at: Place, seed: int) -> Iterator[str]:
+    values = [float(loss(at.x, at.y)) for loss in at.both]
+    narrow = _at(at.problem, seed, torch.float32)  # which places the problem's constants anew
+    for expected, loss in zip(values, narrow.both, strict=True):
+        value = calculus.value(loss, narrow.x, narrow.y)
+        if value.dtype != torch.float32:
+            yield f"{loss.level}_loss is {value.dtype} where x, y and the batch are float32"
+        if abs(float(value) - expected) > 1e-3 * (1 + abs(expected)):
+            yield f"{loss.level}_loss = {float(value):.6g} in float32, {expected:.6g} in float64"

@@ -1,0 +1,110 @@
+"""An estimator beside a problem with a closed form, and the answers it gives there."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from bilevel import rng, tree
+from bilevel.engine import Setup, start
+from bilevel.functional import hypergradient
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.optimizers import SGD
+from bilevel.rng import Streams
+from bilevel.testing.cases import ClosedForm
+from bilevel.testing.reference import Reference, Scene, scene_at
+from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point
+from bilevel.upper import Upper
+
+
+class Stand:
+    """An estimator beside a problem, with the lower solves that it needs."""
+
+    def __init__(self, estimator: Estimator, problem: ClosedForm, seed: int) -> None:
+        self.estimator, self.problem, self.seed = estimator, problem, seed
+        steps = Gradient(steps=25, optimizer=SGD(lr=0.2))
+        self.lower: LowerSolver = LBFGS() if estimator.needs.pairs else steps
+        self.setup = Setup(problem, self.lower, Upper(), estimator, seed=seed, dtype=torch.float64)
+
+    def x(self, number: int = 0) -> Params:
+        """The `number`-th x at which it is asked."""
+        x, _ = self.problem.init(Streams(self.seed))
+        stream = rng.stream(self.seed, f"x {number}")
+        noise = tree.map(lambda p: torch.randn(p.shape, generator=stream, dtype=p.dtype), x)
+        return tree.axpy(0.1, noise, x)
+
+    def scene(self, number: int = 0) -> Scene:
+        """The scene there, in float64."""
+        return scene_at(self.setup, start(self.setup), self.x(number), rng.stream(0, "scene"))
+
+    def ask(self, scene: Scene, state: Any, **options: Any) -> Estimate:
+        """Its answer at the lower solution; `wrap` is put around both losses."""
+        wrap = options.pop("wrap", lambda function: function)
+        upper, lower = scene.losses.upper, scene.losses.lower
+        draws: dict[str, Any] = {}
+        if self.estimator.needs.fresh:
+            draws["upper_batches"] = itertools.repeat(upper.batch)
+            draws["lower_batches"] = itertools.repeat(lower.batch)
+        return hypergradient(
+            wrap(upper.function),
+            wrap(lower.function),
+            scene.x,
+            options.pop("y", scene.tight),
+            estimator=options.pop("estimator", self.estimator),
+            upper_batch=upper.batch,
+            lower_batch=lower.batch,
+            state=state,
+            path=scene.solved.path,
+            pairs=scene.solved.pairs,
+            **draws,
+        )
+
+    def init(self, scene: Scene) -> Any:
+        return init(self.estimator, scene)
+
+    def truth(self, scene: Scene) -> Reference:
+        """dΦ/dx in closed form."""
+        truth = tree.flatten(self.problem.hypergradient(scene.x))
+        return Reference("closed form", truth.double(), 1e-6)
+
+    @property
+    def tight(self) -> Estimator:
+        tighten = getattr(self.estimator, "tight", None)
+        return tighten(self.problem.num_lower) if tighten else self.estimator
+
+
+def init(estimator: Estimator, scene: Scene) -> Any:
+    """The state before the first call at a scene."""
+    solved = scene.solved
+    return estimator.init(Point(scene.x, scene.tight, solved.path, pairs=solved.pairs))
+
+
+def in_float32(scene: Scene) -> Scene:
+    """The same scene with every number rounded, the lower steps and what they taught included."""
+    solved, losses = scene.solved, scene.losses
+    rounded = replace(
+        solved, y=_narrow(solved.y), path=_fields(solved.path), pairs=_narrow(solved.pairs)
+    )
+    upper, lower = (loss.on(_narrow(loss.batch)) for loss in (losses.upper, losses.lower))
+    return replace(
+        scene,
+        losses=Losses(upper, lower),
+        x=_narrow(scene.x),
+        solved=rounded,
+        tight=_narrow(scene.tight),
+    )
+
+
+def _narrow(value: Any) -> Any:
+    return tree.to(value, "cpu", torch.float32)
+
+
+def _fields(value: Any) -> Any:
+    """A frozen dataclass of tensors, rounded."""
+    if value is None:
+        return None
+    return replace(value, **{f.name: _narrow(getattr(value, f.name)) for f in fields(value)})
