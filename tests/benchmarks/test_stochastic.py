@@ -4,6 +4,7 @@ n = 4096 samples of G, m = 512 of F, dim(y) = 20, dim(x) = 5 (the published benc
 dimension below as well: 100 and 10), in blocks of 128.
 """
 
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def curve(name, steps=STEPS, seed=0, lr=0.2):
 
 def is_linear(values):
     """Four orders or more in every stretch, none twice as long as another: the log falls evenly."""
-    falls = [math.log10(a / b) for a, b in zip(values[:-1], values[1:], strict=True)]
+    falls = [math.log10(a / b) for a, b in itertools.pairwise(values)]
     return min(falls) > 4 and max(falls) < 2 * min(falls)
 
 
