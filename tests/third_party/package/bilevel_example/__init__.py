@@ -1,0 +1,1 @@
+"""Components for bilevel that live in a package of their own."""
