@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.errors import ProblemError
-from bilevel.types import Loss, LowerSolution, LowerStats, Params, component
+from bilevel.types import Loss, LowerSolution, LowerStats, Pairs, Params, component
 
 
 @component
@@ -61,15 +62,15 @@ class LBFGS:
             line_search_fn="strong_wolfe",
         )
         best = (float("inf"), float("inf"), tree.clone(y))
-        seen = _Pairs(self.history)
+        points: deque[tuple[Params, Params]] = deque(maxlen=self.history + 1)
 
         def closure() -> float:
             nonlocal taken, best
             value, g = calculus.gradient_y(loss, x, y)
             taken, norm = taken + 1, tree.norm(g)
-            seen.add(y, g)
+            points.append((tree.clone(y), g))
             if norm < best[1]:
-                best = (float(value), norm, tree.clone(y))
+                best = (float(value), norm, points[-1][0])
             if norm <= self.tolerance:
                 raise _Converged
             for name, entry in y.items():
@@ -80,32 +81,28 @@ class LBFGS:
             optimizer.step(closure)
         value, norm, y = best
         stats = LowerStats(taken, taken, value, norm, norm <= self.tolerance)
-        return LowerSolution(y, state, stats, batch, pairs=tuple(seen.kept))
+        return LowerSolution(y, state, stats, batch, pairs=_pairs(points))
 
 
-class _Pairs:
+def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:
     """Differences between one evaluation and the next; torch keeps its own out of reach.
 
     Trial points of the line search are among them: ∂²yy G maps their differences as it does those
     of iterates. Only differences along which G curves up, by more than rounding, are kept.
     """
+    pairs = [
+        (tree.sub(y, y_before), tree.sub(g, g_before))
+        for (y_before, g_before), (y, g) in itertools.pairwise(points)
+    ]
+    if not pairs:
+        return ()
+    rough = max(torch.finfo(entry.dtype).eps for entry in points[0][1].values()) ** 0.5
+    least = rough * max(tree.norm(change) for _, change in pairs)
+    return tuple((s, c) for s, c in pairs if tree.norm(c) > least and _bends_up(s, c))
 
-    def __init__(self, history: int) -> None:
-        self.kept: deque[tuple[Params, Params]] = deque(maxlen=history)
-        self._last: tuple[Params, Params] | None = None
-        self._largest = 0.0
 
-    def add(self, y: Params, g: Params) -> None:
-        y, g = tree.clone(y), tree.clone(g)
-        if self._last:
-            step, change = (tree.sub(new, old) for new, old in zip((y, g), self._last, strict=True))
-            size = tree.norm(change)
-            self._largest = max(self._largest, size)
-            rough = max(torch.finfo(entry.dtype).eps for entry in g.values()) ** 0.5
-            bends = tree.dot(step, change) > 1e-10 * tree.norm(step) * size
-            if bends and size > rough * self._largest:
-                self.kept.append((step, change))
-        self._last = y, g
+def _bends_up(step: Params, change: Params) -> bool:
+    return tree.dot(step, change) > 1e-10 * tree.norm(step) * tree.norm(change)
 
 
 class _Converged(Exception):
