@@ -16,19 +16,16 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.calculus import gradient_x, gradients
+from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.lbfgs import LBFGS
-from bilevel.lower.newton import Newton
 from bilevel.types import (
     Estimate,
-    Loss,
     Losses,
     LowerSolver,
     Needs,
     Params,
     Point,
     Slot,
-    Stats,
     component,
 )
 
@@ -59,34 +56,32 @@ class Penalty:
 
     def tight(self, dim: int) -> Penalty:
         """The same with the penalised problems solved to rounding."""
-        small = dim <= 200
-        return replace(self, solver=Newton() if small else LBFGS(steps=2000, tolerance=1e-9))
+        return replace(self, solver=exact(dim))
 
-    def init(self, at: Point) -> dict[str, Any]:
-        return {
-            sign: {"y": tree.clone(at.y), "solver": self.solver.init(at.y), "converged": None}
-            for sign in (("plus", "minus") if self.central else ("plus",))
-        }
+    def init(self, at: Point) -> dict[str, Auxiliary]:
+        signs = ("plus", "minus") if self.central else ("plus",)
+        return {sign: begin(self.solver, at.y) for sign in signs}
 
-    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
-        above, plus = self._solve(losses, at, state["plus"], 1 / self.strength)
-        value, F_x, _ = gradients(losses.upper, Point(at.x, above))
-        G_x = gradient_x(losses.lower, at.x, above)
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Auxiliary]) -> Estimate:
+        plus = self._solve(losses, at.x, state["plus"], 1 / self.strength)
+        value, F_x, _ = gradients(losses.upper, Point(at.x, plus["y"]))
+        G_x = gradient_x(losses.lower, at.x, plus["y"])
         if not self.central:
             gap = tree.sub(G_x, gradient_x(losses.lower, at.x, at.y))
             h = tree.axpy(self.strength, gap, F_x)
-            return Estimate(h, value, {"plus": plus}, _solved(plus))
-        below, minus = self._solve(losses, at, state["minus"], -1 / self.strength)
+            return Estimate(h, value, {"plus": plus}, evidence(plus))
+        minus = self._solve(losses, at.x, state["minus"], -1 / self.strength)
+        below = minus["y"]
         gap = tree.sub(G_x, gradient_x(losses.lower, at.x, below))
         F_sum = tree.add(F_x, gradient_x(losses.upper, at.x, below))
         h = tree.axpy(self.strength / 2, gap, tree.scale(0.5, F_sum))
-        return Estimate(h, value, {"plus": plus, "minus": minus}, _solved(plus, minus))
+        return Estimate(h, value, {"plus": plus, "minus": minus}, evidence(plus, minus))
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate."""
 
         def least(x: Params, sign: int) -> Tensor:
-            y, _ = self._solve(losses, Point(x, at.y), self.init(at)["plus"], sign / self.strength)
+            y = self._solve(losses, x, self.init(at)["plus"], sign / self.strength)["y"]
             return losses.lower(x, y) + sign / self.strength * losses.upper(x, y)
 
         def gap(x: Params) -> Tensor:
@@ -96,24 +91,10 @@ class Penalty:
 
         return gap
 
-    def _solve(
-        self, losses: Losses, at: Point, start: dict[str, Any], weight: float
-    ) -> tuple[Params, dict[str, Any]]:
-        """(argmin over y of G + weight · F, the state to go on from)."""
+    def _solve(self, losses: Losses, x: Params, start: Auxiliary, weight: float) -> Auxiliary:
+        """argmin over y of G + weight · F."""
 
         def penalised(x: Params, y: Params, batch: Any) -> Tensor:
             return losses.lower(x, y) + weight * losses.upper(x, y)
 
-        loss = Loss(penalised, None, losses.counts, "lower")
-        solved = self.solver.solve(
-            loss, at.x, start["y"], batches=itertools.repeat(None), state=start["solver"]
-        )
-        losses.counts.gradients += solved.stats.gradients  # each is one of G and one of F
-        converged = solved.stats.converged
-        return solved.y, {"y": solved.y, "solver": solved.state, "converged": converged}
-
-
-def _solved(*ends: dict[str, Any]) -> Stats:
-    """Whether the penalised problems were solved; None where the solver has no tolerance."""
-    known = [end["converged"] for end in ends if end["converged"] is not None]
-    return Stats(converged=all(known) if known else None)
+        return minimise(self.solver, penalised, losses, x, start, itertools.repeat(None), parts=2)

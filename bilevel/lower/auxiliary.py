@@ -1,0 +1,86 @@
+"""Minimisation problems beside the lower one: penalised, proximal, regularised.
+
+Estimators that take first derivatives alone compare G at two points, and find one of them by a
+lower solver of their own, which goes on from where the last call left it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from bilevel import tree
+from bilevel.lower.gradient import step
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.types import (
+    Function,
+    Loss,
+    Losses,
+    LowerSolver,
+    Moved,
+    Optimizer,
+    Params,
+    Point,
+    Stats,
+)
+
+Auxiliary = dict[str, Any]
+"""{"y", "solver", "steps", "converged"}: where a solve stands; part of an estimator's state."""
+
+
+def begin(solver: LowerSolver, y: Params) -> Auxiliary:
+    """An auxiliary solve that starts at y."""
+    return {"y": tree.clone(y), "solver": solver.init(y), "steps": 0, "converged": None}
+
+
+def minimise(
+    solver: LowerSolver,
+    function: Function,
+    losses: Losses,
+    x: Params,
+    at: Auxiliary,
+    batches: Iterator[Any],
+    parts: int = 1,
+) -> Auxiliary:
+    """Where `solver` comes from `at` on y ↦ function(x, y, batch).
+
+    A gradient of `function` is counted as `parts` gradients, one of each loss in it, and so is a
+    product with its Hessian.
+    """
+    loss = Loss(function, None, losses.counts, "lower")
+    solved = solver.solve(loss, x, at["y"], batches=batches, state=at["solver"])
+    losses.counts.gradients += (parts - 1) * solved.stats.gradients
+    losses.counts.hvps += (parts - 1) * solved.stats.hvps
+    stats = solved.stats
+    return {
+        "y": solved.y,
+        "solver": solved.state,
+        "steps": stats.steps,
+        "converged": stats.converged,
+    }
+
+
+def move(
+    optimizer: Optimizer, at: Point, along: Params, value: float, state: Any
+) -> tuple[Moved, Any]:
+    """One optimizer step from y along a gradient, and the optimizer's state after it."""
+    y, state = step(optimizer, at.y, along, state, at.project)
+    return Moved(y, value, tree.norm(along)), state
+
+
+def to_come(loss: Loss) -> Iterator[Any]:
+    """The batches that a loss draws; its present one again and again if it draws none."""
+    return itertools.repeat(loss.batch) if loss.draws is None else loss.draws
+
+
+def exact(dim: int) -> LowerSolver:
+    """The solver that reaches rounding in `dim` unknowns, for holding a method to its claim."""
+    return Newton() if dim <= 200 else LBFGS(steps=2000, tolerance=1e-9)
+
+
+def evidence(*ends: Auxiliary) -> Stats:
+    """Whether the auxiliary problems were solved; None where a solver has no tolerance."""
+    known = [end["converged"] for end in ends if end["converged"] is not None]
+    return Stats(converged=all(known) if known else None)
