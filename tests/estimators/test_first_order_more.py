@@ -449,9 +449,7 @@ def against_differences(estimator, objective_of, make):
     return error, found.error
 
 
-@pytest.mark.parametrize(
-    "make", [PROBLEMS[0], PROBLEMS[3]], ids=[NAMES[0], NAMES[3]]
-)
+@pytest.mark.parametrize("make", [PROBLEMS[0], PROBLEMS[3]], ids=[NAMES[0], NAMES[3]])
 @pytest.mark.parametrize("estimator", CLAIMING, ids=lambda e: type(e).__name__)
 def test_each_is_the_gradient_of_what_it_claims(estimator, make):
     error, rounding = against_differences(estimator, lambda e: e, make)
