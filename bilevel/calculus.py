@@ -226,6 +226,29 @@ def through(value_and_graph: Tensor, x: Params, loss: Loss) -> Params:
     return _filled(found, x)
 
 
+def vjp(
+    outputs: Params, inputs: Params, vector: Params, loss: Loss, *, upper: bool = False
+) -> Params:
+    """(∂outputs / ∂inputs)ᵀ · vector through a graph that is kept; zeros where nothing leads there.
+
+    `upper` says that the inputs are upper variables: those reached are noted. Counts nothing.
+    """
+    live = {name: output for name, output in outputs.items() if output.requires_grad}
+    if not live or not inputs:
+        return tree.zeros_like(inputs)
+    with second_order(loss):
+        found = torch.autograd.grad(
+            list(live.values()),
+            list(inputs.values()),
+            grad_outputs=[vector[name].to(output.dtype) for name, output in live.items()],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    if upper:
+        _note(loss, inputs, found)
+    return _filled(found, inputs, vector)
+
+
 @contextmanager
 def second_order(loss: Loss) -> Iterator[None]:
     """Turn torch's word for a missing second derivative into a `ProblemError` with the remedy."""

@@ -29,7 +29,7 @@ from bilevel.events import (
 )
 from bilevel.functional import hypergradient
 from bilevel.lower.recorded import started
-from bilevel.problem import Problem, restart_of
+from bilevel.problem import Problem, restart_of, structure_of
 from bilevel.rng import Streams
 from bilevel.samplers import Draws, Sampler, paired
 from bilevel.types import (
@@ -127,14 +127,28 @@ def refuse_mismatch(setup: Setup) -> None:
             f"lower solver met, and {setup.lower!r} keeps none; use lower: lbfgs, or "
             "estimator: implicit"
         )
-    _refuse_unprojected(setup)
+    _refuse_unheld(setup)
 
 
-def _refuse_unprojected(setup: Setup) -> None:
-    if setup.estimator.needs.moves_lower and hasattr(setup.problem, "project_lower"):
+def _refuse_unheld(setup: Setup) -> None:
+    """Nothing may move y that does not know what holds it."""
+    problem, needs = setup.problem, setup.estimator.needs
+    prox = hasattr(problem, "prox_lower")
+    for name in ("project_lower", "prox_lower"):
+        if hasattr(problem, name) and needs.moves_lower and name not in needs.knows:
+            raise ProblemError(
+                f"estimator {type(setup.estimator).__name__} moves y itself and knows no {name}, so y "
+                "would leave its set; use estimator: fixed_point, or unroll for a projection"
+            )
+    if prox and not getattr(setup.lower, "takes_prox", False):
         raise ProblemError(
-            f"estimator {type(setup.estimator).__name__} moves y itself and knows no project_lower, "
-            "so y would leave its set; use estimator: unroll, which projects after each step"
+            f"the problem has prox_lower, and {setup.lower!r} would ignore it; use lower: proximal"
+        )
+    held = prox or hasattr(problem, "project_lower")
+    if hasattr(problem, "lower_constraints") and not held:
+        raise ProblemError(
+            "the problem has lower_constraints and neither project_lower nor prox_lower, so that "
+            "no lower solver would keep y within them; add the projection"
         )
 
 
@@ -231,14 +245,27 @@ def _caution(setup: Setup, state: State) -> Iterator[Warned]:
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
         calculus.refuse_impure(loss.on(batch), state.x, state.y)
-    if setup.estimator.claim == "solution" and hasattr(problem, "project_lower"):
+    name = unknown_to(setup.estimator, problem)
+    if name and setup.estimator.claim in ("solution", "penalty"):
         state.warned.append("projection")
         yield Warned(
             0,
             "projection",
-            "project_lower holds y in a set, and implicit differentiation does not know it: the "
-            "hypergradient is wrong where the projection is active; estimator: unroll knows",
+            f"{name} shapes the lower solution, and {type(setup.estimator).__name__} does not know "
+            "it: the hypergradient is wrong where it is active; estimator: fixed_point knows, "
+            "unroll a projection, kkt what lower_constraints says",
         )
+
+
+def unknown_to(estimator: Estimator, problem: Any) -> str | None:
+    """What holds a problem's y that the estimator does not take into account, if anything."""
+    knows = estimator.needs.knows
+    if "lower_constraints" in knows and hasattr(problem, "lower_constraints"):
+        return None  # they say the same as the projection
+    for name in ("project_lower", "prox_lower"):
+        if hasattr(problem, name) and name not in knows:
+            return name
+    return None
 
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
@@ -319,7 +346,7 @@ def _solve_lower(setup: Setup, state: State) -> LowerSolution:
         untaken = LowerStats(0, 0, math.nan, math.nan)
         return LowerSolution(y, lower, untaken, next(state.lower_batches))
     solution = setup.lower.solve(
-        Loss(problem.lower_loss, None, Counts(), "lower"),
+        Loss(problem.lower_loss, None, Counts(), "lower", structure=structure_of(problem)),
         state.x,
         y,
         batches=state.lower_batches,
@@ -350,6 +377,7 @@ def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: 
         lower_batches=state.lower_batches,
         project=getattr(problem, "project_lower", None),
         pairs=solution.pairs,
+        structure=structure_of(problem),
     )
 
 
@@ -366,6 +394,12 @@ def _warnings(state: State, stats: Stats) -> Iterator[Warned]:
             f"the lower Hessian has curvature {stats.curvature:.3g} along a search direction: it "
             "is not positive definite here, so the adjoint is not reliable. Take more lower "
             "steps, or set estimator.damping above its size"
+        )
+    elif stats.degenerate:
+        found["degenerate"] = (
+            f"{stats.degenerate} of the lower level's kinks or active constraints are active only "
+            "just, or in doubt: the hypergradient is that of one side. Take more lower steps; if "
+            "it stays, Φ has no derivative here"
         )
     elif stats.converged is False and stats.residual is None:
         found["inner solve"] = (

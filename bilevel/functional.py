@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from bilevel import calculus, tree
+from bilevel import calculus, maps, tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
@@ -29,6 +29,7 @@ from bilevel.types import (
     Params,
     Path,
     Point,
+    Structure,
 )
 
 
@@ -47,6 +48,7 @@ def hypergradient(
     lower_batches: Iterable[Any] | None = None,
     project: Callable[[Params], Params] | None = None,
     pairs: Pairs | None = None,
+    structure: Structure | None = None,
 ) -> Estimate:
     """Estimate dΦ/dx of Φ(x) = F(x, y*(x)), y*(x) ∈ argmin over y of G(x, y), at (x, y).
 
@@ -67,6 +69,8 @@ def hypergradient(
         lower_batches: the same for G.
         project: the projection onto the set that holds y, for estimators that know of it.
         pairs: `LowerSolution.pairs` of a quasi-Newton lower solve, for estimators that reuse them.
+        structure: the proximal map, the constraints or the map T that y* answers to beside G, for
+            estimators that know of them (`Needs.knows`).
 
     Returns:
         The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence.
@@ -85,7 +89,7 @@ def hypergradient(
     x, y = tree.detach(tied[0].unique), tree.detach(tied[1].unique)
     at = Point(x, y, path, project, tied[1].restrict(pairs))
     losses = _drawing(
-        _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied),
+        _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure),
         upper_batches,
         lower_batches,
     )
@@ -130,6 +134,8 @@ def solve_lower(
     batches: Iterable[Any] | None = None,
     state: Any = None,
     record: float | bool = False,
+    project: Callable[[Params], Params] | None = None,
+    structure: Structure | None = None,
 ) -> LowerSolution:
     """Approximately solve min over y of G(x, y), from y.
 
@@ -143,9 +149,12 @@ def solve_lower(
         batches: one batch a step.
         state: `LowerSolution.state` of the previous call.
         record: True to record every step as `.path` for unrolling, or the number of last steps.
+        project: the projection onto the set that holds y, applied after each step.
+        structure: its `prox` is for `Proximal`, its `map` for `Iterate`.
 
     Raises:
-        ProblemError: `record` with a solver whose steps cannot be replayed.
+        ProblemError: `record` with a solver whose steps cannot be replayed; a proximal map with
+            a solver that would ignore it.
         ConvergenceError: G became NaN or infinite.
     """
     restart = None if isinstance(y, dict) else y
@@ -158,8 +167,10 @@ def solve_lower(
             f"{solver!r} takes no steps that can be replayed; "
             "use Gradient with sgd, adam, adamw or rmsprop"
         )
+    if structure and structure.prox and not getattr(solver, "takes_prox", False):
+        raise ProblemError(f"{solver!r} would ignore the proximal map; use Proximal")
     tied = _Ties(x), _Ties(y)
-    loss = _losses(lower_loss, lower_loss, batch, batch, tied).lower
+    loss = _losses(lower_loss, lower_loss, batch, batch, tied, structure).lower
     draws = _batches(batch, batches)
     x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
     if state is None:
@@ -167,7 +178,7 @@ def solve_lower(
         draws = itertools.chain([first], draws)
         calculus.refuse_impure(loss.on(first), x, y)
     start = solver.init(y) if state is None else state
-    solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep)
+    solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep, project=project)
     solution = started(solution, restart and tied[1].shrunk(tied[0], restart))
     pairs = tied[1].expand_pairs(solution.pairs)
     return replace(solution, y=tied[1].expand(solution.y), pairs=pairs)
@@ -266,13 +277,39 @@ class _Ties:
 
 
 def _losses(
-    upper: Function, lower: Function, upper_batch: Any, lower_batch: Any, tied: tuple[_Ties, _Ties]
+    upper: Function,
+    lower: Function,
+    upper_batch: Any,
+    lower_batch: Any,
+    tied: tuple[_Ties, _Ties],
+    structure: Structure | None = None,
 ) -> Losses:
+    structure = structure or Structure()
     if not all(ties.trivial for ties in tied):
         upper, lower = _expanding(upper, tied), _expanding(lower, tied)
+        structure = _tied(structure, tied)
     counts = Counts()
     return Losses(
-        Loss(upper, upper_batch, counts, "upper"), Loss(lower, lower_batch, counts, "lower")
+        Loss(upper, upper_batch, counts, "upper"),
+        Loss(lower, lower_batch, counts, "lower", structure=structure),
+    )
+
+
+def _tied(structure: Structure, tied: tuple[_Ties, _Ties]) -> Structure:
+    """The same for the variables without their second names."""
+    x_ties, y_ties = tied
+
+    def unique(function: Any, inward: bool) -> Any:
+        def call(x: Params, y: Params, third: Any) -> Params:
+            found = function(x_ties.expand(x), y_ties.expand(y), third)
+            return {home: found[home] for home in y_ties.unique} if inward else found
+
+        return function and call
+
+    return Structure(
+        prox=unique(structure.prox, True),
+        map=unique(structure.map, True),
+        constraints=unique(structure.constraints, False),
     )
 
 
@@ -295,7 +332,7 @@ def _require_reached(losses: Losses, at: Point) -> None:
     apart = Counts()
     for loss in (losses.upper, losses.lower):
         calculus.gradient_x(replace(loss, counts=apart), at.x, at.y)
-    missing = sorted(missing - apart.reached)
+    missing = sorted(missing - apart.reached - maps.reached(losses.lower, at))
     if missing:
         raise ProblemError(
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "

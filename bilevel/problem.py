@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from bilevel.rng import Streams
-from bilevel.types import Params
+from bilevel.types import Params, Structure
 
 
 @runtime_checkable
@@ -33,7 +33,13 @@ class Problem(Protocol):
     - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
     - `episodes(stream) -> Iterator[(lower batch, upper batch)]`: batches that belong together, as
       the two halves of a task do; a run then draws one pair an upper step and nothing else;
-    - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step.
+    - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step;
+    - `prox_lower(x, y, step) -> y`: the proximal map of step · R, where y* minimises G + R and
+      `lower_loss` is G alone; the projection onto a set that depends on x is one;
+    - `lower_map(x, y, batch) -> y`: a map whose fixed point y* is, where no G has y* as its
+      minimum; `lower_loss` is then a merit function, ½ ‖y − T(x, y)‖²;
+    - `lower_constraints(x, y, batch) -> {"equality": c, "inequality": d}`: y* minimises G over
+      c = 0, d ≤ 0; something else (`project_lower`, `prox_lower`) has to hold y there.
     """
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
@@ -61,3 +67,12 @@ def restart_of(problem: Any, y: Params) -> Callable[[Params], Params] | None:
     """`lower_start` as a function of x alone, y held fixed; None where the problem has none."""
     lower_start = getattr(problem, "lower_start", None)
     return None if lower_start is None else lambda x: lower_start(x, y)
+
+
+def structure_of(problem: Any) -> Structure:
+    """The optional methods of a problem that say what y* is beside the minimum of G."""
+    return Structure(
+        prox=getattr(problem, "prox_lower", None),
+        map=getattr(problem, "lower_map", None),
+        constraints=getattr(problem, "lower_constraints", None),
+    )

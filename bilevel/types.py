@@ -65,6 +65,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What is known of the lower level beside G; each where the problem has it."""
+
+    prox: Callable[[Params, Params, float], Params] | None = None
+    """(x, y, step) ↦ argmin over u of R(x, u) + ‖u − y‖² / 2 step: y* minimises G + R."""
+    map: Callable[[Params, Params, Any], Params] | None = None
+    """(x, y, batch) ↦ T(x, y), whose fixed point y* is."""
+    constraints: Callable[[Params, Params, Any], Params] | None = None
+    """(x, y, batch) ↦ {"equality": c, "inequality": d}: y* minimises G over c = 0, d ≤ 0."""
+
+
+@dataclass(frozen=True)
 class Loss:
     """One of the two objectives with its batch bound: `loss(x, y)` is a scalar tensor."""
 
@@ -74,6 +86,7 @@ class Loss:
     level: Literal["upper", "lower"]
     draws: Iterator[Any] | None = None
     """Where `fresh` takes batches from."""
+    structure: Structure = Structure()
 
     def __call__(self, x: Params, y: Params) -> Tensor:
         self.counts.losses += 1
@@ -162,6 +175,9 @@ class Stats:
     """Estimate (a lower bound) of the condition number of A, from Ritz values."""
     converged: bool | None = None
     """Whether the adjoint solve reached its tolerance."""
+    degenerate: int | None = None
+    """Kinks or constraints of the lower level that are active only just, or of a wrong sign: where
+    there are any, Φ may have no derivative, or y is not solved well enough to tell."""
     error_bound: float | None = None
     """A bound of ‖h − dΦ/dx‖ from what was seen at this point."""
     error_bound_from: str | None = None
@@ -208,6 +224,8 @@ class Needs:
     """The pairs of a quasi-Newton lower solver, as `Point.pairs`."""
     moves_lower: bool = False
     """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
+    knows: frozenset[str] = frozenset()
+    """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
 
 
 @runtime_checkable

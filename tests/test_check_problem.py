@@ -12,7 +12,9 @@ from bilevel import tree
 from bilevel.errors import CheckError
 from bilevel.testing import check_problem
 from bilevel.testing.cases import ClosedForm, cases
+from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.hyper_cleaning import HyperCleaning
+from bilevel_problems.lasso import Lasso
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
 
@@ -21,6 +23,8 @@ SHIPPED = [
     Quadratic(num_upper=7, num_lower=1),
     Quadratic(num_lower=40, condition=1e4),
     Ridge(),
+    Lasso(),
+    BoxQP(),
     Ridge(data="synthetic"),
     HyperCleaning(num_train=40, num_clean=30),
     *cases(1).values(),

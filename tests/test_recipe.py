@@ -16,7 +16,7 @@ from bilevel.yaml_source import override, parse, to_yaml
 FOLDER = Path(__file__).parents[1] / "recipes"
 loads: Any = recipes.loads
 load: Any = recipes.load
-OURS = ("quadratic", "ridge", "hyper_cleaning", "sinusoid")
+OURS = ("quadratic", "ridge", "hyper_cleaning", "sinusoid", "lasso", "box_qp")
 
 TEXT = """\
 version: 1

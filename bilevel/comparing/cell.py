@@ -30,7 +30,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
 from bilevel.functional import hypergradient
 from bilevel.lower.recorded import started
-from bilevel.problem import restart_of
+from bilevel.problem import restart_of, structure_of
 from bilevel.runfolder import environment
 from bilevel.testing import scene_at
 from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
@@ -98,6 +98,7 @@ class _Stand:
             lower_batches=self.state.lower_batches,
             project=getattr(self.setup.problem, "project_lower", None),
             pairs=at.pairs,
+            structure=structure_of(self.setup.problem),
         )
 
     def compare(self, estimate: Estimate) -> tuple[float | None, float | None]:
@@ -114,7 +115,7 @@ def solve(setup: Setup, state: State, y: Params, batches: Any) -> LowerSolution:
     restart = restart_of(problem, y) if y is state.y else None
     y = tree.detach(restart(state.x)) if restart else y
     solution = setup.lower.solve(
-        Loss(problem.lower_loss, None, Counts(), "lower"),
+        Loss(problem.lower_loss, None, Counts(), "lower", structure=structure_of(problem)),
         state.x,
         y,
         batches=batches,

@@ -13,6 +13,7 @@ from bilevel import calculus, tree
 from bilevel.differences import central
 from bilevel.engine import Setup
 from bilevel.errors import ProblemError
+from bilevel.maps import backward_of
 from bilevel.testing.reference import STATIONARY, half_difference, noise_like, solve_tightly
 from bilevel.types import Loss, Losses, Params, Point
 
@@ -99,10 +100,10 @@ def solution(at: Place) -> Iterator[str]:
         return
     y = tree.detach(closed(at.x))
     yield from form(y, at.y, "lower_solution(x)")
-    project = getattr(at.problem, "project_lower", None)
+    backward = backward_of(at.losses.lower, getattr(at.problem, "project_lower", None), 1.0)
     _, g = calculus.gradient_y(at.losses.lower, at.x, y)
-    if project:
-        g = tree.sub(y, project(tree.sub(y, g)))  # zero where a projected step rests
+    if backward:
+        g = tree.sub(y, backward(at.x, tree.sub(y, g)))  # zero where a proximal step rests
     _, far = calculus.gradient_y(at.losses.lower, at.x, at.y)
     if not tree.norm(g) <= STATIONARY * (1 + tree.norm(far)):
         yield (

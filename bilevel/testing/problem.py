@@ -13,7 +13,9 @@ from bilevel import calculus, rng, tree
 from bilevel.engine import Setup, prepare, start
 from bilevel.estimators.alternating import Alternating
 from bilevel.lower.gradient import Gradient
-from bilevel.problem import Problem, restart_of
+from bilevel.lower.proximal import Proximal
+from bilevel.maps import reached
+from bilevel.problem import Problem, restart_of, structure_of
 from bilevel.rng import Streams
 from bilevel.samplers import Sampler
 from bilevel.testing.derivatives import (
@@ -83,7 +85,8 @@ def _protocol(problem: Any) -> Iterator[str]:
 
 def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
     """Off the initial point, which may be symmetric, in the sets that hold x and y."""
-    setup = Setup(problem, Gradient(), Upper(), Alternating(), seed=seed, dtype=dtype)
+    lower = Proximal() if hasattr(problem, "prox_lower") else Gradient()
+    setup = Setup(problem, lower, Upper(), Alternating(), seed=seed, dtype=dtype)
     for _ in prepare(setup):
         pass
     state, generator = start(setup), rng.stream(seed, "check problem")
@@ -98,7 +101,8 @@ def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
             y = tree.detach(project(y))
     counts = Counts()
     upper = Loss(problem.upper_loss, next(state.upper_batches), counts, "upper")
-    lower = Loss(problem.lower_loss, next(state.lower_batches), counts, "lower")
+    batch, structure = next(state.lower_batches), structure_of(problem)
+    lower = Loss(problem.lower_loss, batch, counts, "lower", structure=structure)
     return Place(setup, Losses(upper, lower), x, y, generator)
 
 
@@ -167,7 +171,7 @@ def _wiring(at: Place) -> Iterator[str]:
     counts = Counts()
     for loss in at.both:
         calculus.gradients(replace(loss, counts=counts), at.point)
-    for name in sorted(at.x.keys() - counts.reached):
+    for name in sorted(at.x.keys() - counts.reached - reached(at.losses.lower, at.point)):
         yield f"x[{name!r}] reaches neither loss, so its hypergradient is zero for ever"
     _, g = calculus.gradient_y(at.losses.lower, at.x, at.y)
     if tree.norm(g) == 0:

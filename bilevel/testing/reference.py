@@ -16,7 +16,7 @@ from bilevel.linear.cg import CG
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.lower.recorded import started
-from bilevel.problem import restart_of
+from bilevel.problem import restart_of, structure_of
 from bilevel.types import (
     ALL_STEPS,
     Counts,
@@ -81,7 +81,8 @@ def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) 
     """
     constrain = getattr(setup.problem, "project_lower", None)
     counts = Counts()
-    lower = Loss(setup.problem.lower_loss, None, counts, "lower")
+    structure = structure_of(setup.problem)
+    lower = Loss(setup.problem.lower_loss, None, counts, "lower", structure=structure)
     restart = restart_of(setup.problem, state.y)
     y = tree.detach(restart(x)) if restart else state.y
     solved = setup.lower.solve(
@@ -105,9 +106,9 @@ def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
-    """(y, whether it is the lower solution): projected steps until they rest where y is held in a set."""
+    """(y, whether it is the lower solution): the setup's steps until they rest where G alone will not do."""
     project = getattr(setup.problem, "project_lower", None)
-    if project is None or hasattr(setup.problem, "lower_solution"):
+    if not _held(setup.problem) or hasattr(setup.problem, "lower_solution"):
         return solve_tightly(setup.problem, lower, x, y)
     state = setup.lower.init(y)
     for _ in range(1000):
@@ -119,6 +120,11 @@ def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, b
         if tree.norm(tree.sub(y, before)) <= 1e-12 * (1 + tree.norm(y)):
             return y, True
     return y, False
+
+
+def _held(problem: Any) -> bool:
+    """Whether y* is more than the minimum of G."""
+    return hasattr(problem, "project_lower") or hasattr(problem, "prox_lower")
 
 
 def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
@@ -163,7 +169,7 @@ def reference_at(scene: Scene) -> Reference | None:
         found = _differences_of_value(scene)
         if found.error <= 1e-2:
             return from_differences("central differences", found)
-    if hasattr(problem, "project_lower"):
+    if _held(problem):
         return None  # the adjoint equation does not know the set that holds y
     return _verified_adjoint(scene)
 

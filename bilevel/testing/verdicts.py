@@ -233,4 +233,5 @@ def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
         lower_batches=itertools.repeat(scene.losses.lower.batch),
         project=getattr(scene.setup.problem, "project_lower", None),
         pairs=scene.solved.pairs,
+        structure=scene.losses.lower.structure,
     )

@@ -1,0 +1,110 @@
+"""Proximal gradient with momentum. FISTA: Beck and Teboulle (2009), SIAM J. Imaging Sci. 2(1).
+
+Restarted by the gradient test of O'Donoghue and Candès (2015), arXiv:1204.3982.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from bilevel import calculus, tree
+from bilevel.errors import ConvergenceError
+from bilevel.maps import Backward, backward_of, require_like
+from bilevel.types import Loss, LowerSolution, LowerStats, Params, component
+
+
+@component
+class Proximal:
+    """y₊ = P(z − lr ∇y G(z)), P the problem's `prox_lower` or `project_lower`, z ahead of y by momentum.
+
+    Minimises G + R, or G over a set. `lr` is halved until G lies below its quadratic bound of
+    curvature 1 / lr, so that any start will do, and is kept from call to call. Momentum starts
+    again where it points uphill: linear convergence with no knowledge of the curvature; off with
+    `accelerate: false`. Stops at ‖z − y₊‖ / lr ≤ tolerance, which is ‖∇y G‖ where there is no P.
+    One gradient a step and one value of G a trial. Draws one batch a solve. No path.
+
+    Raises:
+        ConvergenceError: no `lr` down to 1e-20 of the first lies below the bound.
+    """
+
+    takes_prox: ClassVar[bool] = True
+    steps: PositiveInt = 100
+    lr: PositiveFloat = 1.0
+    tolerance: NonNegativeFloat = 1e-8
+    accelerate: bool = True
+
+    @property
+    def records(self) -> bool:
+        return False
+
+    def init(self, y: Params) -> dict[str, Any]:
+        return {"lr": self.lr}
+
+    def solve(
+        self,
+        loss: Loss,
+        x: Params,
+        y: Params,
+        *,
+        batches: Iterator[Any],
+        state: Any,
+        record: float = 0,
+        project: Callable[[Params], Params] | None = None,
+    ) -> LowerSolution:
+        batch = next(batches)
+        loss, lr, z, t, taken = loss.on(batch), state["lr"], y, 1.0, 0
+        value, shift, converged = float("nan"), float("nan"), False
+        while taken < self.steps and not converged:
+            at_z, g = calculus.gradient_y(loss, x, z)
+            value = float(at_z)
+            after, lr = self._step(loss, x, z, (value, g), lr, project)
+            taken, move = taken + 1, tree.sub(after, z)
+            shift = tree.norm(move) / lr
+            converged = shift <= self.tolerance
+            ahead = tree.sub(after, y)
+            uphill = tree.dot(move, ahead) < 0
+            t_next = 1.0 if uphill else (1 + (1 + 4 * t * t) ** 0.5) / 2
+            weight = 0.0 if uphill or not self.accelerate else (t - 1) / t_next
+            y, z, t = after, tree.axpy(weight, ahead, after), t_next
+        stats = LowerStats(taken, taken, value, shift, converged)
+        return LowerSolution(tree.clone(y), {"lr": lr}, stats, batch)
+
+    def _step(
+        self,
+        loss: Loss,
+        x: Params,
+        z: Params,
+        at_z: tuple[float, Params],
+        lr: float,
+        project: Callable[[Params], Params] | None,
+    ) -> tuple[Params, float]:
+        """(P(z − lr g), the lr that was short enough)."""
+        value, g = at_z
+        resolution = max(torch.finfo(p.dtype).eps for p in z.values()) ** 0.5 * abs(value)
+        while lr > 1e-20 * self.lr:
+            after = _moved(x, tree.axpy(-lr, g, z), backward_of(loss, project, lr))
+            move = tree.sub(after, z)
+            slope, bend = tree.dot(g, move), tree.dot(move, move) / (2 * lr)
+            if abs(slope) + bend <= resolution:
+                return after, lr  # rounding in G would decide; a step too long soon grows out of it
+            with torch.no_grad():
+                if float(loss(x, after)) <= value + slope + bend:
+                    return after, lr
+            lr /= 2
+        raise ConvergenceError(
+            f"proximal: no step down to lr = {lr:.1g} keeps lower_loss below its quadratic bound: "
+            "lower_loss has no gradient there that says how it falls (a kink belongs in prox_lower)"
+        )
+
+
+@torch.no_grad()
+def _moved(x: Params, z: Params, backward: Backward | None) -> Params:
+    if backward is None:
+        return z
+    after = backward(x, z)
+    require_like(after, z, "prox_lower or project_lower")
+    return after
