@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bilevel import calculus, maps, tree
+from bilevel.composed import Composed
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
@@ -321,6 +322,8 @@ def _drawing(losses: Losses, upper: Iterable[Any] | None, lower: Iterable[Any] |
 
 
 def _expanding(function: Function, tied: tuple[_Ties, _Ties]) -> Function:
+    if isinstance(function, Composed):
+        return function.through(lambda x, y: (tied[0].expand(x), tied[1].expand(y)))
     return lambda x, y, batch: function(tied[0].expand(x), tied[1].expand(y), batch)
 
 

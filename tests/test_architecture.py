@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["errors", "types"],
     ["tree", "rng", "events", "nested"],
-    ["calculus", "problem", "differences", "modules", "tasks", "maps"],
+    ["calculus", "composed", "problem", "differences", "modules", "tasks", "maps"],
     ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],
     ["estimators"],
     ["functional"],
