@@ -28,8 +28,8 @@ class Iterate:
     v: Params
 
     def save(self) -> dict[str, Params]:
-        """As plain data; x is copied, since the upper step may write into it."""
-        return {"x": tree.clone(self.x), "y": self.y, "v": self.v}
+        """As plain data; x and y are copied, since they are the caller's to write into."""
+        return {"x": tree.clone(self.x), "y": tree.clone(self.y), "v": self.v}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -78,5 +79,7 @@ class Walk:
         stats = Stats(iterations=steps)
         if self._tolerance and "adjoint" in self._left:
             settled = self.rests(*self._left)
-            stats = Stats(iterations=steps, residual=self._left["adjoint"], converged=settled)
-        return Estimate(hypergradient, self._value, state, stats, Moved(at.y, *self._lower, steps))
+            stats = replace(stats, residual=self._left["adjoint"], converged=settled)
+        # a copy: a memory may hold it, and who asked may clip it in place
+        own, moved = tree.clone(hypergradient), Moved(at.y, *self._lower, steps)
+        return Estimate(own, self._value, state, stats, moved)

@@ -45,8 +45,9 @@ class Stand:
         """Its answer at the lower solution; `wrap` is put around both losses."""
         wrap = options.pop("wrap", lambda function: function)
         upper, lower = scene.losses.upper, scene.losses.lower
+        estimator = options.pop("estimator", self.estimator)
         draws: dict[str, Any] = {}
-        if self.estimator.needs.fresh:
+        if estimator.needs.fresh:
             draws["upper_batches"] = itertools.repeat(upper.batch)
             draws["lower_batches"] = itertools.repeat(lower.batch)
         return hypergradient(
@@ -54,7 +55,7 @@ class Stand:
             wrap(lower.function),
             scene.x,
             options.pop("y", scene.tight),
-            estimator=options.pop("estimator", self.estimator),
+            estimator=estimator,
             upper_batch=upper.batch,
             lower_batch=lower.batch,
             state=state,

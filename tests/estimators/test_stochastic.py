@@ -21,7 +21,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
-from bilevel.testing import CheckRow, check
+from bilevel.testing import CheckRow, check, check_estimator
 from bilevel.types import Counts, Loss
 from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
@@ -391,6 +391,19 @@ def test_and_another_method_is_told_apart(name, wrong):
         agree(follow(wrong), by_hand(LOOPS[name][1]))
 
 
+@pytest.mark.parametrize("name", ["fsla", "srba", "saba", "ma_soba"])
+def test_what_is_written_into_x_y_and_the_answer_changes_nothing(name):
+    lower, upper = p.batches(LOWER, N), p.batches(UPPERS, M)
+    x, y, state = tree.clone(p.x), tree.clone(p.y), None
+    for _ in range(4):
+        got = ask(preset(name), x, y, state, lower, upper)
+        tree.axpy_(x, -UPPER, got.hypergradient)
+        tree.axpy_(y, 1.0, tree.sub(got.moved.y, y))
+        tree.scale_(got.hypergradient, 0.0)
+        state = got.state
+    agree((x["x"], y["y"], len(list(lower)), len(list(upper))), follow(preset(name)))
+
+
 # oracle calls ----------------------------------------------------------------------------------
 
 # gradients, HVPs, cross products: of the first call, of the second
@@ -710,6 +723,12 @@ def test_what_they_settle_at_is_the_hypergradient():
     whole = SimulatedQuadratic(num_lower=4, upper_samples=64, lower_samples=512)
     assert set(verdicts(whole, ["saba", "srba"], **long).values()) == {"exact"}
     assert set(verdicts(small, ["stocbio", "sustain"]).values()) == {"approximate"}
+
+
+@pytest.mark.parametrize("name", ["soba", "fsla", "mrbo"])
+def test_they_hold_the_contract_of_estimators(name):
+    estimator = build("estimators", {"name": name, "lower_lr": 0.3, "adjoint_lr": 0.3})
+    check_estimator(estimator, seeds=(0,))
 
 
 class Halved:
