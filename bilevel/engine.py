@@ -245,6 +245,10 @@ def _caution(setup: Setup, state: State) -> Iterator[Warned]:
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
         calculus.refuse_impure(loss.on(batch), state.x, state.y)
+    caution = getattr(setup.estimator, "caution", None)
+    if caution:
+        state.warned.append("estimator")
+        yield Warned(0, "estimator", caution)
     name = unknown_to(setup.estimator, problem)
     if name and setup.estimator.claim in ("solution", "penalty"):
         state.warned.append("projection")

@@ -239,6 +239,7 @@ class Estimator(Protocol):
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other
     settings for its claim to hold (iterations, no damping) has `tight(dim_y)`, itself with them.
+    One of which something is known to be wrong has `caution`, a sentence that a run warns with.
     """
 
     @property

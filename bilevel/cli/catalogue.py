@@ -69,6 +69,8 @@ def show(console: Console, reference: str) -> None:
         if name in presets.of(each):
             _preset(console, each, presets.of(each)[name])
             return
+    if group and registry.MODULE.match(name):
+        found = [(group, registry.Entry(name, "", name))]
     if not found:
         _show_recipe_or_refuse(console, reference, name, is_recipe)
         return

@@ -95,6 +95,14 @@ def _scene(setup: Setup, perturb: float) -> Scene:
 def _row(scene: Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
     known = reference.name if reference else "none: the lower level cannot be solved tightly"
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
+    row = _judge(scene, reference, row, estimator)
+    caution = getattr(estimator, "caution", None)
+    return replace(row, note="; ".join(filter(None, (row.note, caution))))
+
+
+def _judge(
+    scene: Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
+) -> CheckRow:
     try:
         row = _as_configured(scene, reference, row, estimator)
         if estimator.claim is None:
