@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2
 
-.PHONY: run test lint docs gpu-check clean
+.PHONY: run test lint docs gpu-check benchmark clean
 
 run: $(INSTALLED)
 	$(BIN)/bilevel run recipes/mllm_hft.yaml
@@ -32,5 +32,8 @@ docs: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs tests
 
+benchmark: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.run --page docs/benchmarks.md $(BENCHMARK_ARGS)
+
 clean:
-	rm -rf $(VENV) docs/_build build dist *.egg-info
+	rm -rf $(VENV) .benchmark docs/_build build dist *.egg-info

@@ -1,0 +1,88 @@
+"""What every library is held to: the formulas typed out, once for speed and once as the truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.tasks import SCALE, Params, Task
+
+
+def floor(task: Task) -> Params:
+    """The least that `work` reused products can cost: no solver, the graph of ∇y G built once."""
+    x, _y, (v, products, cross) = _linearized(task)
+    for _ in range(task.work):
+        v = products(v)
+    return _named(x, cross(v))
+
+
+def cg(task: Task) -> Params:
+    """Textbook conjugate gradient, `work` steps from zero, out of place."""
+    x, _, (b, products, cross) = _linearized(task)
+    v, r, p = [torch.zeros_like(part) for part in b], b, b
+    for _ in range(task.work):
+        Ap = products(p)
+        rr = _dot(r, r)
+        alpha = rr / _dot(p, Ap)
+        v = [a + alpha * c for a, c in zip(v, p, strict=True)]
+        r = [a - alpha * c for a, c in zip(r, Ap, strict=True)]
+        p = [a + _dot(r, r) / rr * c for a, c in zip(r, p, strict=True)]
+    return _named(x, cross(v))
+
+
+def neumann(task: Task) -> Params:
+    """SCALE · Σ_{k ≤ work} (I − SCALE · H)ᵏ ∇y F."""
+    x, _, (term, products, cross) = _linearized(task)
+    total = term
+    for _ in range(task.work):
+        term = [a - SCALE * c for a, c in zip(term, products(term), strict=True)]
+        total = [a + c for a, c in zip(total, term, strict=True)]
+    return _named(x, cross([SCALE * part for part in total]))
+
+
+def unroll(task: Task) -> Params:
+    """Every step's graph kept, one backward call."""
+    x, y = _leaves(task.x), _leaves(task.y)
+    for _ in range(task.work):
+        loss = task.lower(x, y, task.train)
+        found = torch.autograd.grad(loss, list(y.values()), create_graph=True)
+        y = {
+            name: entry - task.lr * part
+            for (name, entry), part in zip(y.items(), found, strict=True)
+        }
+    value = task.upper(x, y, task.held_out)
+    return _named(x, torch.autograd.grad(value, list(x.values())))
+
+
+METHODS = {
+    "floor": {"cg": floor, "neumann": floor},
+    "autograd, all graphs kept": {"unroll": unroll},
+}
+TRUTH = {"cg": cg, "neumann": neumann, "unroll": unroll}
+
+
+def _linearized(task):
+    x, y = _leaves(task.x), _leaves(task.y)
+    b = torch.autograd.grad(task.upper(x, y, task.held_out), list(y.values()))
+    loss = task.lower(x, y, task.train)
+    slope = torch.autograd.grad(loss, list(y.values()), create_graph=True)
+
+    def products(u):
+        return torch.autograd.grad(slope, list(y.values()), u, retain_graph=True)
+
+    def cross(v):
+        return [-part for part in torch.autograd.grad(slope, list(x.values()), v)]
+
+    return x, y, (b, products, cross)
+
+
+def _leaves(params: Params) -> Params:
+    return {name: entry.detach().clone().requires_grad_() for name, entry in params.items()}
+
+
+def _dot(a, b) -> Tensor:
+    return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
+
+
+def _named(x: Params, found) -> Params:
+    return dict(zip(x, found, strict=True))
