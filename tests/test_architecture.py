@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["errors", "types"],
     ["tree", "rng", "events", "nested"],
-    ["calculus", "composed", "problem", "differences", "modules", "tasks", "maps"],
+    ["calculus", "composed", "problem", "differences", "modules", "tasks", "learned_start", "maps"],
     ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],
     ["estimators"],
     ["functional"],

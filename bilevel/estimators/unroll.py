@@ -1,6 +1,7 @@
 """Reverse differentiation through the lower steps. Franceschi et al. (2017), arXiv:1703.01785.
 
-Truncated to the last steps: Shaban et al. (2019), arXiv:1810.10667.
+Truncated to the last steps: Shaban et al. (2019), arXiv:1810.10667. To the worst step, of a lower
+level that is not convex: IAPTT, Liu, Liu, Zeng and Zhang (2021), arXiv:2110.00455.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Unroll:
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
     one graph at a time; "checkpoint" keeps each √K-th iterate.
+    `pessimistic` ends the path at its step k of the largest F(x, y_k), and so differentiates
+    max over 1 ≤ k ≤ K of F(x, y_k(x)): for a lower level that is not convex, with the start
+    learned (`learned_start`). K gradients and K values of F more.
     `along`: the steps to take and differentiate, from y, where the point comes with no path.
 
     Raises:
@@ -45,6 +49,7 @@ class Unroll:
 
     last: PositiveInt | None = None
     memory: Literal["store", "recompute", "checkpoint"] = "store"
+    pessimistic: bool = False
     along: Annotated[Gradient | None, Slot("lower")] = None
 
     @property
@@ -59,7 +64,7 @@ class Unroll:
         return {}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
-        path = self.path(losses, at)
+        path = self._cut(self.path(losses, at), losses, at.x)
         K = len(path.batches)
         if self.memory == "store" or K == 0:
             value, hypergradient = _store(path, losses, at.x)
@@ -71,8 +76,9 @@ class Unroll:
         return Estimate(hypergradient, value, state, Stats(iterations=K))
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
-        """x ↦ F(x, y_K(x)), the function this estimator claims to differentiate."""
-        return along(self.path(losses, at), losses)
+        """x ↦ F(x, y_K(x)), or its maximum over the steps if `pessimistic`."""
+        path = self.path(losses, at)
+        return lambda x: along(self._cut(path, losses, x), losses)(x)
 
     def path(self, losses: Losses, at: Point) -> Path:
         """The steps that are differentiated, with those before `last` already taken."""
@@ -89,6 +95,17 @@ class Unroll:
             )
         surplus = len(path.batches) - (self.last or len(path.batches))
         return advance(path, losses.lower, at.x, max(0, surplus))
+
+    def _cut(self, path: Path, losses: Losses, x: Params) -> Path:
+        """The path up to its step of the largest F, if `pessimistic`; the first of equal ones."""
+        if not self.pessimistic or not path.batches:
+            return path
+        values, here = [], path
+        for _ in path.batches:
+            here = advance(here, losses.lower, x, 1)
+            with torch.no_grad():
+                values.append(float(calculus.value(losses.upper, x, here.start)))
+        return replace(path, batches=path.batches[: values.index(max(values)) + 1])
 
 
 def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:

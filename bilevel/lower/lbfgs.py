@@ -74,7 +74,7 @@ class LBFGS:
             if norm <= self.tolerance:
                 raise _Converged
             for name, entry in y.items():
-                entry.grad = g[name]
+                entry.grad = g[name].contiguous()  # it is viewed as a vector; vmap leaves strides
             return float(value)
 
         with suppress(_Converged):

@@ -50,9 +50,9 @@ class Slow:
 CASES = {
     "quadratic": ("upper.steps=12", "evaluate.every=4", "checkpoint.every=5"),
     "sinusoid": (
-        "upper.steps=6",
+        "upper.steps=12",
         "evaluate.every=4",
-        "checkpoint.every=2",
+        "checkpoint.every=4",
         "problem.num_tasks=3",
         "problem.problem.num_held_out=3",
         "runtime.device=cpu",

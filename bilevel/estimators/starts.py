@@ -1,0 +1,105 @@
+"""Learning where the lower level starts, by first derivatives alone: FOMAML and Reptile.
+
+FOMAML: Finn, Abbeel and Levine (2017), arXiv:1703.03400, sec. 5.2. Reptile: Nichol, Achiam and
+Schulman (2018), arXiv:1803.02999, alg. 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+
+from bilevel import calculus, tree
+from bilevel.errors import ProblemError
+from bilevel.lower.recorded import recorded
+from bilevel.lower.replay import advance, pull_start
+from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
+
+
+@component
+class FOMAML:
+    """∇x F(x, y_K) + (∂y_0/∂x)ᵀ ∇y F(x, y_K): MAML with the identity for ∂y_K/∂y_0.
+
+    Drops the Hessians of the lower steps, and how they depend on x but through the start: off the
+    derivative of F(x, y_K(x)) by O(lr · K). Costs 1 gradient.
+
+    Raises:
+        ProblemError: the lower level does not start at a function of x.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(second_order=False, path=math.inf)
+
+    @property
+    def claim(self) -> Literal["path"] | None:
+        return None
+
+    def init(self, at: Point) -> dict[str, Any]:
+        return {}
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
+        path = _starting(at, "fomaml")
+        value, F_x, F_y = calculus.gradients(losses.upper, at)
+        h = tree.axpy_(F_x, 1.0, pull_start(path, losses.lower, at.x, F_y))
+        return Estimate(h, value, state, Stats(iterations=len(path.batches)))
+
+
+@component
+class Reptile:
+    """x − y_K, the mean over the copies of x that y_0 consists of; 0 gradients.
+
+    A direction to descend along, the gradient of no function: to lowest orders in the step size
+    it mixes that of the loss with that of MAML (Nichol et al. 2018, sec. 5). F is evaluated once,
+    to be reported; G alone decides.
+
+    Raises:
+        ProblemError: the lower level does not start at copies of the whole of x.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(second_order=False, path=math.inf)
+
+    @property
+    def claim(self) -> Literal["path"] | None:
+        return None
+
+    def init(self, at: Point) -> dict[str, Any]:
+        return {}
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
+        path = _starting(at, "reptile")
+        y = advance(path, losses.lower, at.x, 0).start
+        copies, totals, moved = (
+            pull_start(path, losses.lower, at.x, cotangent)
+            for cotangent in (tree.map(torch.ones_like, y), y, tree.sub(y, at.y))
+        )
+        _require_copies(at.x, copies, totals)
+        with torch.no_grad():
+            value = calculus.value(losses.upper, at.x, at.y)
+        return Estimate(tree.div(moved, copies), value, state, Stats(iterations=len(path.batches)))
+
+
+def _starting(at: Point, name: str) -> Path:
+    path = recorded(at, name)
+    if path.restart is None:
+        raise ProblemError(
+            f"{name} learns where the lower level starts, and here that does not depend on x: "
+            "give the problem lower_start(x, y), or pass solve_lower a function of x to start "
+            "from and record all its steps"
+        )
+    return path
+
+
+def _require_copies(x: Params, copies: Params, totals: Params) -> None:
+    """Σ over the copies of x = their number times x, or the start is something else than copies."""
+    for name, entry in x.items():
+        count = copies[name]
+        if not (count > 0).all() or not torch.allclose(totals[name], count * entry, rtol=1e-3):
+            raise ProblemError(
+                f"reptile moves x towards y, so the lower level must start at copies of it; "
+                f"{name} is not copied into lower_start. Use estimator=fomaml or unroll"
+            )
