@@ -1,6 +1,7 @@
 """Linear solvers against direct solves, at tolerances derived from the conditioning."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -240,3 +241,33 @@ def test_neumann_reports_the_true_residual_and_the_smallest_curvature_met():
 def test_dense_reports_the_smallest_eigenvalue():
     matvec, _, b = system([-0.5, 1.0, 2.0], 0)
     assert Dense().solve(matvec, b, zero(b)).stats.curvature == pytest.approx(-0.5, rel=1e-9)
+
+
+def test_cg_reports_the_smallest_curvature_that_it_met():
+    """Against pᵀA p / pᵀp of the directions themselves; ‖p‖² is kept by recurrence."""
+    matvec, _, b = system(log_spectrum(9, 100.0), 0)
+    met = []
+
+    def watched(p):
+        product = matvec(p)
+        met.append(tree.dot(p, product) / tree.dot(p, p))
+        return product
+
+    stats = CG(iterations=6, tolerance=0.0).solve(watched, b, zero(b)).stats
+    assert min(met) < met[0] / 2  # the first direction, whose norm needs no recurrence, is not it
+    # r is orthogonal to the old direction up to rounding, times the condition number
+    assert stats.curvature == pytest.approx(min(met), rel=100 * 100 * 2.2e-16)
+
+
+def test_cg_holds_one_product_at_a_time():
+    matvec, _, b = system(log_spectrum(9, 100.0), 0)
+    last: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(p):
+        assert all(held() is None for held in last), "the product before this one is still held"
+        product = tree.clone(matvec(p))
+        last[:] = [weakref.ref(entry) for entry in product.values()]
+        return product
+
+    CG(iterations=5, tolerance=0.0).solve(watched, b, zero(b))
+    assert last

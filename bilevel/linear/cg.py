@@ -38,20 +38,23 @@ class CG:
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         v, r, products = residual(matvec, b, start)
         target, rr = self.tolerance * tree.norm(b), tree.dot(r, r)
-        p, ritz, curvature, steps = tree.clone(r), Tridiagonal(), math.inf, 0
+        p, pp, ritz, curvature, steps = tree.clone(r), rr, Tridiagonal(), math.inf, 0
         while steps < self.iterations and math.sqrt(rr) > target:
             Ap = matvec(p)
             products, steps = products + 1, steps + 1
-            pAp, pp = finite(tree.dot(p, Ap)), tree.dot(p, p)
+            pAp = finite(tree.dot(p, Ap))
             curvature = min(curvature, pAp / pp)
             if not pAp > 0:
                 break
             alpha = rr / pAp
             tree.axpy_(v, alpha, p)
             tree.axpy_(r, -alpha, Ap)
+            del Ap  # or the next product is computed beside it: one vector more at the peak
             rr, previous = tree.dot(r, r), rr
-            ritz.append(alpha, rr / previous)
-            tree.axpy_(tree.scale_(p, rr / previous), 1.0, r)
+            beta = rr / previous
+            ritz.append(alpha, beta)
+            tree.axpy_(tree.scale_(p, beta), 1.0, r)
+            pp = rr + beta**2 * pp  # ‖p‖²: r is orthogonal to the old direction
         relative = attained(math.sqrt(rr), v, b, ritz.largest)
         return Solve(
             v,
