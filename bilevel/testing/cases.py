@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,11 +78,11 @@ class ClosedForm:
         r = (lower.sinh() if self.is_bent else lower) - self._goal(x, batch)
         return 0.5 * r @ (batch["A"] @ r)
 
-    def upper_batches(self, stream: torch.Generator) -> Iterator[Params]:
-        return itertools.repeat(self.constants)
+    def upper_batches(self, stream: torch.Generator) -> Iterator[Any]:
+        return itertools.repeat(self._batch())
 
-    def lower_batches(self, stream: torch.Generator) -> Iterator[Params]:
-        return itertools.repeat(self.constants)
+    def lower_batches(self, stream: torch.Generator) -> Iterator[Any]:
+        return itertools.repeat(self._batch())
 
     def lower_solution(self, x: Params) -> Params:
         """s⁻¹(B x + c)."""
@@ -98,6 +99,10 @@ class ClosedForm:
             slope = 1 / y.cosh() if self.is_bent else torch.ones_like(y)
             h = h + k["D"].T @ y + k["B"].T @ (slope * (y - k["t"] + k["D"] @ at))
         return tree.cast(h, x)
+
+    def _batch(self) -> dict[str, Any]:
+        """The one block of data that there is, for methods that remember blocks."""
+        return {**self.constants, "block": 0, "blocks": 1}
 
     def _goal(self, x: Params, batch: Params) -> Tensor:
         return batch["B"] @ tree.flatten(x) + batch["c"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.testing.cases import ClosedForm, cases
-from bilevel.testing.findings import difference, report, through_a_checkpoint
+from bilevel.testing.findings import copied, difference, report, through_a_checkpoint
 from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
 from bilevel.testing.stand import Stand, in_float32, init
@@ -54,6 +54,13 @@ def check_estimator(
     """
     name = type(estimator).__name__
     report(name, {"protocol": lambda: _protocol(estimator)})
+    report(name, parts_of(estimator, seeds=seeds, within=within, average=average))
+
+
+def parts_of(
+    estimator: Estimator, *, seeds: tuple[int, ...], within: float | None, average: int
+) -> dict[str, Callable[[], Iterator[str]]]:
+    """The checks of an estimator by name; each yields what is wrong."""
     parts: dict[str, Callable[[], Iterator[str]]] = {}
     for seed in seeds:
         for case, problem in cases(seed).items():
@@ -71,7 +78,7 @@ def check_estimator(
         "counts": lambda: _counts(bent),
         "no adjoint": lambda: _blind(Stand(estimator, ClosedForm(is_blind=True), seeds[0])),
     }
-    report(name, parts)
+    return parts
 
 
 def _protocol(estimator: Estimator) -> Iterator[str]:
@@ -204,7 +211,7 @@ def _pure(stand: Stand) -> Iterator[str]:
     scene = stand.scene()
     random, before = torch.random.get_rng_state(), repr(stand.estimator)
     kept = {name: tree.clone(part) for name, part in _inputs(scene).items()}
-    batch = tree.clone(scene.losses.lower.batch)
+    batch = copied(scene.losses.lower.batch)
     stand.ask(scene, None)
     for name, part in _inputs(scene).items():
         if said := difference(part, kept[name]):

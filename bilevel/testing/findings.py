@@ -52,3 +52,14 @@ def through_a_checkpoint(state: Any) -> Any:
     """The state, written to disk and read again."""
     with tempfile.TemporaryDirectory() as folder:
         return checkpoint.load(checkpoint.save(Path(folder), {"state": state}, step=0))["state"]
+
+
+def copied(value: Any) -> Any:
+    """Nested containers with the tensors in memory of their own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copied, value))
+    return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel import calculus, rng, tree
 from bilevel.engine import Setup, prepare, start
@@ -26,7 +25,7 @@ from bilevel.testing.derivatives import (
     second_derivatives,
     solution,
 )
-from bilevel.testing.findings import difference, report
+from bilevel.testing.findings import copied, difference, report
 from bilevel.testing.reference import noise_like
 from bilevel.types import Counts, Loss, Losses
 from bilevel.upper import Upper
@@ -140,7 +139,7 @@ def _losses(at: Place) -> Iterator[str]:
         calculus.refuse_impure(loss, at.x, at.y)
         random = torch.random.get_rng_state()
         inputs = {"x": at.x, "y": at.y, "the batch": loss.batch}
-        kept = {name: _copy(part) for name, part in inputs.items()}
+        kept = {name: copied(part) for name, part in inputs.items()}
         value, g_x, g_y = calculus.gradients(loss, at.point)
         again, *others = calculus.gradients(loss, at.point)
         if not torch.equal(value, again) or difference([g_x, g_y], others):
@@ -155,16 +154,6 @@ def _losses(at: Place) -> Iterator[str]:
                 yield f"{loss.level}_loss writes into {name}: {said}"
         if not torch.equal(random, torch.random.get_rng_state()):
             yield f"{loss.level}_loss draws random numbers; they belong in the batch"
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_copy, value))
-    return type(value)(map(_copy, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _wiring(at: Place) -> Iterator[str]:

@@ -1,0 +1,100 @@
+"""Every estimator keeps the contract, and with a mistake in it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from bilevel import calculus, registry, tree
+from bilevel.build import build
+from tests.mutation.held import CLAIMS_NOTHING, LEFT_OUT, first_complaint
+
+NAMES = [name for name in registry.names("estimators") if name not in LEFT_OUT]
+DIRECT = "it has no implicit term"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An estimator with one mistake in what it returns."""
+
+    inner: Any
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    @property
+    def claim(self):
+        return self.inner.claim
+
+    def tight(self, dim):
+        tighten = getattr(self.inner, "tight", None)
+        return replace(self, inner=tighten(dim) if tighten else self.inner)
+
+    def init(self, at):
+        return self.inner.init(at)
+
+    def objective(self, losses, at):
+        return self.inner.objective(losses, at)
+
+    def estimate(self, losses, at, state):
+        got = self.inner.estimate(losses, at, state)
+        y = got.moved.y if got.moved else at.y
+        _, F_x, _ = calculus.gradients(losses.upper, replace(at, y=y))
+        return replace(got, hypergradient=self.mistake(got.hypergradient, F_x))
+
+    def mistake(self, h, F_x):
+        return h
+
+
+class Negated(Mutant):
+    """The sign of the implicit term."""
+
+    def mistake(self, h, F_x):
+        return tree.sub(tree.scale(2.0, F_x), h)
+
+
+class Indirect(Mutant):
+    """The direct term ∇x F dropped."""
+
+    def mistake(self, h, F_x):
+        return tree.sub(h, F_x)
+
+
+class Severed(Mutant):
+    """y does not depend on x: the cross product is zero."""
+
+    def mistake(self, h, F_x):
+        return F_x
+
+
+class Stale(Mutant):
+    """The answer of the call before."""
+
+    def init(self, at):
+        return {"inner": self.inner.init(at)}
+
+    def estimate(self, losses, at, state):
+        got = self.inner.estimate(losses, at, state["inner"])
+        kept = {"inner": got.state, "before": got.hypergradient}
+        h = state.get("before", got.hypergradient)
+        return replace(got, hypergradient=h, state=kept)
+
+
+EQUIVALENT = {("none", Negated): DIRECT, ("none", Severed): DIRECT}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_it_is_nothing_is_wrong(name):
+    estimator = build("estimators", name)
+    assert estimator.claim or name in CLAIMS_NOTHING, "say in held.py how near it comes"
+    assert first_complaint(name, estimator) is None
+
+
+@pytest.mark.parametrize("mutant", [Negated, Indirect, Severed, Stale], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mutant_is_killed(name, mutant):
+    estimator = mutant(build("estimators", name))
+    assert (first_complaint(name, estimator) is None) is ((name, mutant) in EQUIVALENT)
