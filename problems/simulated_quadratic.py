@@ -11,7 +11,7 @@ strongly convex, and the linear terms have a mean of order 1, so that nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Self
 
@@ -32,8 +32,8 @@ class SimulatedQuadratic:
     """F and G averages over random quadratics; a batch is one of the blocks of `batch_size` samples.
 
     Blocks are drawn evenly, with replacement, and carry "block" and "blocks". Without a
-    `batch_size` the whole is one block and the problem deterministic. The closed forms are those
-    of the whole. `batch_size` has to divide both numbers of samples.
+    `batch_size` the whole is one block and the problem deterministic, with closed forms.
+    `batch_size` has to divide both numbers of samples.
     """
 
     num_upper: PositiveInt = 5
@@ -99,12 +99,27 @@ class SimulatedQuadratic:
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         return _drawn(self.lower, stream)
 
-    def lower_solution(self, x: Params) -> Params:
+    @property
+    def lower_solution(self) -> Callable[[Params], Params]:
+        """x ↦ y*(x) of the whole; absent where there are batches, whose solutions are others."""
+        return self._of_the_whole(self._solution)
+
+    @property
+    def hypergradient(self) -> Callable[[Params], Params]:
+        """x ↦ dΦ/dx of the whole; absent where there are batches."""
+        return self._of_the_whole(self._slope)
+
+    def _of_the_whole(self, closed: Callable[[Params], Params]) -> Callable[[Params], Params]:
+        if self.batch_size:
+            raise AttributeError("the closed forms are those of the whole: batch_size: null")
+        return closed
+
+    def _solution(self, x: Params) -> Params:
         """−A⁻¹ (Cᵀ x + a) of the means."""
         G, at = _mean(self.lower, x), x["x"].double()
         return {"y": -torch.linalg.solve(G["yy"], at @ G["xy"] + G["y"]).to(x["x"].dtype)}
 
-    def hypergradient(self, x: Params) -> Params:
+    def _slope(self, x: Params) -> Params:
         """∇x F − C A⁻¹ ∇y F of the means at the lower solution."""
         F, G, at = _mean(self.upper, x), _mean(self.lower, x), x["x"].double()
         y = -torch.linalg.solve(G["yy"], at @ G["xy"] + G["y"])
@@ -113,8 +128,8 @@ class SimulatedQuadratic:
         return {"x": h.to(x["x"].dtype)}
 
     def evaluate(self, x: Params, y: Params) -> dict[str, float]:
-        h = self.hypergradient(x)["x"].double()
-        off = y["y"] - self.lower_solution(x)["y"]
+        """Of the whole, whatever the batches."""
+        h, off = self._slope(x)["x"].double(), y["y"] - self._solution(x)["y"]
         return {"squared hypergradient norm": float(h @ h), "distance to y*": float(off.norm())}
 
 

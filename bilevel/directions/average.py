@@ -26,7 +26,7 @@ class Average:
         return False
 
     @property
-    def passes(self) -> bool:
+    def by_block(self) -> bool:
         return False
 
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

@@ -31,14 +31,14 @@ class Draw:
 class Direction(Protocol):
     """Turns draws of a quantity into a direction. Frozen; what it remembers is `memory`.
 
-    `take` gets {} the first time; `looks_back` says whether it asks for `Draw.before`, and
-    `passes` whether it asks for `Draw.full`.
+    `take` gets {} the first time; `looks_back` says whether it asks for `Draw.before`, `by_block`
+    whether it asks for `Draw.full` or `Draw.block`, which a batch without a number has not.
     """
 
     @property
     def looks_back(self) -> bool: ...
     @property
-    def passes(self) -> bool: ...
+    def by_block(self) -> bool: ...
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]: ...
 
 

@@ -17,7 +17,7 @@ class Plain:
         return False
 
     @property
-    def passes(self) -> bool:
+    def by_block(self) -> bool:
         return False
 
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

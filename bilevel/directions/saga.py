@@ -26,8 +26,8 @@ class Saga:
         return False
 
     @property
-    def passes(self) -> bool:
-        return False
+    def by_block(self) -> bool:
+        return True
 
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         corrected, kept = {}, {}

@@ -29,7 +29,7 @@ class Spider:
         return self.period > 1
 
     @property
-    def passes(self) -> bool:
+    def by_block(self) -> bool:
         return True
 
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

@@ -29,7 +29,7 @@ class Storm:
         return self.momentum < 1
 
     @property
-    def passes(self) -> bool:
+    def by_block(self) -> bool:
         return False
 
     def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

@@ -86,18 +86,26 @@ class SingleLoop:
     @property
     def needs(self) -> Needs:
         one = self.order == "together" and self.lower_steps == 1 and self.adjoint == "steps"
-        passes = any(direction.passes for direction in self._directions.values())
-        return Needs(fresh=not one or passes, moves_lower=True)
+        by_block = any(direction.by_block for direction in self._directions.values())
+        return Needs(fresh=not one or by_block, moves_lower=True)
 
     @property
     def claim(self) -> Literal["solution"] | None:
         return "solution" if self.adjoint == "steps" else None
 
     def tight(self, dim: int) -> SingleLoop:
-        """The same with y and v settled at x, where its claim can be tested."""
-        if self.order == "together":
-            return replace(self, lower_steps=TIGHT, tolerance=1e-9)
-        return replace(self, lower_steps=TIGHT, adjoint_steps=TIGHT, tolerance=1e-9)
+        """The same with y and v settled at x, where its claim can be tested.
+
+        There is one batch then, and `plain` in the place of what takes it for one of many.
+        """
+        directions = {
+            f"{name}_direction": Plain() if direction.by_block else direction
+            for name, direction in self._directions.items()
+        }
+        steps = {"lower_steps": TIGHT, "tolerance": 1e-9}
+        if self.order == "sequential":
+            steps["adjoint_steps"] = TIGHT
+        return replace(self, **directions, **steps)
 
     @property
     def _directions(self) -> dict[str, Direction]:

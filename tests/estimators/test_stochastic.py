@@ -722,7 +722,31 @@ def test_what_they_settle_at_is_the_hypergradient():
     assert set(found.values()) == {"exact"}
     whole = SimulatedQuadratic(num_lower=4, upper_samples=64, lower_samples=512)
     assert set(verdicts(whole, ["saba", "srba"], **long).values()) == {"exact"}
+    kept = {"lower_steps": 400, "tolerance": 1e-9}  # their own directions, which tight replaces
+    for name in ("saba", "srba"):
+        estimator = build("estimators", {"name": name, **long, **kept})
+        assert at_rest(estimator, whole) < 1e-7
     assert set(verdicts(small, ["stocbio", "sustain"]).values()) == {"approximate"}
+
+
+def at_rest(estimator, problem):
+    """The relative error after all steps of one call at y*."""
+    x = tree.map(lambda e: e + 1.0, problem.init(rng.Streams(0))[0])
+    batch = next(problem.lower_batches(rng.stream(0, "")))
+    other = next(problem.upper_batches(rng.stream(0, "")))
+    got = hypergradient(
+        problem.upper_loss,
+        problem.lower_loss,
+        x,
+        problem.lower_solution(x),
+        estimator=estimator,
+        upper_batch=other,
+        lower_batch=batch,
+        upper_batches=itertools.repeat(other),
+        lower_batches=itertools.repeat(batch),
+    )
+    truth = problem.hypergradient(x)
+    return tree.norm(tree.sub(got.hypergradient, truth)) / tree.norm(truth)
 
 
 @pytest.mark.parametrize("name", ["soba", "fsla", "mrbo"])
@@ -759,6 +783,33 @@ def test_and_a_wrong_one_is_told():
         if isinstance(r, CheckRow)
     ]
     assert rows[0].verdict == "wrong"
+
+
+def test_a_series_over_many_steps_draws_a_number_for_each():
+    def body(h, kept):
+        for step in range(3):
+            i, j = next(h.lower), next(h.upper)
+            factors = [next(h.lower) for _ in range(power(h, step))]
+            F_x, F_y = p.F_xy(j, h.x, h.y)
+            d = F_x - p.J(i, h.x, h.y, drawn(factors, F_y, h.x, h.y))
+            h.y = h.y - LR * p.G_y(i, h.x, h.y)
+        h.x = h.x - UPPER * d
+
+    options = {"adjoint": "random_series", "adjoint_steps": 3, "lower_steps": 3}
+    agree(follow(SingleLoop(**COMMON, **options)), by_hand(body))
+
+
+def test_the_steps_of_the_adjoint_end_at_the_tolerance():
+    """From an adjoint at rest one product is enough to see it."""
+    options = {"order": "sequential", "adjoint_steps": 400, "lower_steps": 9, "tolerance": 1e-6}
+    estimator = SingleLoop(lower_lr=0.3, adjoint_lr=0.3, **options)
+    lower, upper = p.batches([0] * 1300, N), p.batches([0] * 3, M)
+    y, state, got = p.y, None, None
+    for _ in range(3):
+        got = ask(estimator, p.x, y, state, lower, upper)
+        y, state = got.moved.y, got.state
+    assert got.stats.hvps < 100
+    assert got.stats.residual <= 1e-6
 
 
 def test_one_that_has_not_settled_says_so():

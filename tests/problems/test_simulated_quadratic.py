@@ -5,6 +5,13 @@ import torch
 from pydantic import ValidationError
 
 from bilevel import rng, tree
+from bilevel.build import build
+from bilevel.engine import Setup
+from bilevel.estimators.implicit import Implicit
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.optimizers import SGD
+from bilevel.testing import CheckRow, check
+from bilevel.upper import Upper
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.cases import closed_form, relative
 
@@ -49,3 +56,23 @@ def test_eigenvalues_are_those_asked_for_up_to_sampling():
 def test_blocks_must_be_equal():
     with pytest.raises(ValidationError, match="must divide 512"):
         SimulatedQuadratic(batch_size=100)
+
+
+def test_with_batches_check_asks_about_the_batch_that_is_drawn():
+    """The closed form of the whole would call every method wrong that is right on its batch."""
+    problem = SimulatedQuadratic(num_lower=4, batch_size=128)
+    assert not hasattr(problem, "hypergradient")
+    assert not hasattr(problem, "lower_solution")
+    assert problem.evaluate(*case_of(problem))["squared hypergradient norm"] > 0
+    lower = Gradient(steps=50, optimizer=SGD(lr=0.5))
+    setup = Setup(problem, lower, Upper(), Implicit(), dtype=torch.float64)
+    options = {"lower_lr": 0.5, "adjoint_lr": 0.5}
+    asked = {n: build("estimators", {"name": n, **options}) for n in ("soba", "saba", "srba")}
+    rows = [r for r in check(setup, {"implicit": Implicit(), **asked}) if isinstance(r, CheckRow)]
+    found = {row.name: row.verdict for row in rows}
+    assert found == dict.fromkeys(("implicit", "soba", "saba"), "exact") | {"srba": "untested"}
+    assert "met 1 of 32 blocks" in rows[-1].note
+
+
+def case_of(problem):
+    return problem.init(rng.Streams(0))
