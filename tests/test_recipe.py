@@ -16,7 +16,15 @@ from bilevel.yaml_source import override, parse, to_yaml
 FOLDER = Path(__file__).parents[1] / "recipes"
 loads: Any = recipes.loads
 load: Any = recipes.load
-OURS = ("quadratic", "ridge", "hyper_cleaning", "sinusoid", "lasso", "box_qp")
+OURS = (
+    "quadratic",
+    "ridge",
+    "hyper_cleaning",
+    "sinusoid",
+    "lasso",
+    "box_qp",
+    "simulated_quadratic",
+)
 
 TEXT = """\
 version: 1

@@ -10,6 +10,7 @@ from bilevel.engine import Setup, prepare, run, start
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
@@ -33,6 +34,7 @@ ESTIMATORS = {
     "recompute": Unroll(memory="recompute"),
     "one step": OneStep(),
     "none": Alternating(),
+    "single loop": SingleLoop(),
 }
 
 
