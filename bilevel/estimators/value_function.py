@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from bilevel import tree
@@ -57,6 +57,15 @@ class ValueFunction:
     decay: NonNegativeFloat = 0.0
     solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=LBFGS)
 
+    @model_validator(mode="after")
+    def _turns_back_at_the_edge(self) -> Self:
+        if self.penalty == "log" and isinstance(self.solver, LBFGS):
+            raise ValueError(
+                "lbfgs steps across the edge of penalty 'log', where it is not defined; use "
+                "solver: newton, or gradient with a small lr"
+            )
+        return self
+
     @property
     def needs(self) -> Needs:
         return Needs(second_order=False, moves_lower=True)
@@ -67,8 +76,11 @@ class ValueFunction:
 
     def tight(self, dim: int) -> ValueFunction:
         """The same with both problems solved to rounding, and a barrier that Newton gets along."""
-        sigma = self.sigma if self.penalty == "quadratic" else max(self.sigma, 1.0)
-        return replace(self, solver=exact(dim), sigma=sigma)
+        if self.penalty == "quadratic":
+            return replace(self, solver=exact(dim))
+        if dim > 200:
+            raise ProblemError("the barrier is held to its claim up to 200 lower variables only")
+        return replace(self, solver=exact(dim), sigma=max(self.sigma, 1.0))
 
     def init(self, at: Point) -> dict[str, Any]:
         return {"calls": 0, "value": begin(self.solver, at.y), "upper": begin(self.solver, at.y)}
