@@ -1,4 +1,4 @@
-"""SAGA: a table of the last draw of each block. Defazio, Bach and Lacoste-Julien (2014), arXiv:1407.0202.
+"""SAGA: a table of the last draw of each block. Defazio, Bach and Lacoste-Julien (2014), NIPS.
 
 In bilevel methods: SABA (Dagréou et al. 2022, arXiv:2201.13409).
 """

@@ -1,4 +1,4 @@
-"""SPIDER (SARAH): differences added up from a full pass. Fang et al. (2018), arXiv:1807.01695.
+"""SPIDER (SARAH): differences added up from a full pass. Fang, Li, Lin and Zhang (2018), NeurIPS.
 
 In bilevel methods: VRBO (arXiv:2106.04692), SRBA (arXiv:2302.08766).
 """
