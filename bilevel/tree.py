@@ -30,6 +30,13 @@ def _pair(a: Params, b: Params) -> tuple[list[Tensor], list[Tensor]]:
     return list(a.values()), [b[name] for name in a]
 
 
+def _recorded(*trees: Params) -> bool:
+    """Whether autograd records. It keeps the inputs of a foreach sum, and none of torch.add."""
+    return torch.is_grad_enabled() and any(
+        entry.requires_grad for params in trees for entry in params.values()
+    )
+
+
 def map(function: Callable[[Tensor], Tensor], a: Params) -> Params:
     """function applied to every entry."""
     return {name: function(value) for name, value in a.items()}
@@ -57,16 +64,18 @@ def detach(a: Params) -> Params:
 
 def add(a: Params, b: Params) -> Params:
     """a + b."""
-    return _like(a, torch._foreach_add(*_pair(a, b))) if a else {}
+    return axpy(1.0, b, a)
 
 
 def sub(a: Params, b: Params) -> Params:
     """a − b."""
-    return _like(a, torch._foreach_sub(*_pair(a, b))) if a else {}
+    return axpy(-1.0, b, a)
 
 
 def scale(alpha: float, a: Params) -> Params:
     """alpha · a."""
+    if _recorded(a):
+        return map(lambda entry: entry * alpha, a)
     return _like(a, torch._foreach_mul(list(a.values()), alpha)) if a else {}
 
 
@@ -74,6 +83,9 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
     """alpha · a + b; b itself when alpha = 0."""
     if alpha == 0 or not a:
         return b
+    if _recorded(a, b):
+        pairs = zip(*_pair(b, a), strict=True)
+        return _like(b, (torch.add(q, p, alpha=alpha) for q, p in pairs))
     return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
 
 
