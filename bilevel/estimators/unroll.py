@@ -119,11 +119,11 @@ def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
 def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tensor, Params]:
     """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
     segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
-    starts = [replace(advance(path, losses.lower, x, 0), batches=segments[0])]
-    for done, following in zip(segments, [*segments[1:], ()], strict=True):
-        end = advance(starts[-1], losses.lower, x, len(done))
-        starts.append(replace(end, batches=following))
-    final = starts.pop()
+    rows = tree.map(lambda y: y.new_empty((len(segments), *y.shape)), path.start)
+    starts, final = [], advance(path, losses.lower, x, 0)
+    for k, segment in enumerate(segments):
+        starts.append(_kept(replace(final, batches=segment), rows, k))
+        final = advance(starts[-1], losses.lower, x, len(segment))
     value, total, F_y = gradients(losses.upper, Point(x, final.start))
     adjoint = (F_y, zeros(final.state))
     for start in reversed(starts):
@@ -131,6 +131,16 @@ def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tenso
             part, adjoint = _back(one, losses, x, adjoint)
             total = tree.axpy_(total, 1.0, part)
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, adjoint[0]))
+
+
+@torch.no_grad()
+def _kept(path: Path, rows: Params, k: int) -> Path:
+    """The path with its start in row k.
+
+    Iterates allocated between the temporaries of the steps would leave holes that the process
+    holds on to: 120 MB resident where 71 are in use.
+    """
+    return replace(path, start={n: rows[n][k].copy_(y) for n, y in path.start.items()})
 
 
 def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:

@@ -11,6 +11,7 @@ from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.unroll import Unroll
+from bilevel.functional import hypergradient
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
@@ -329,3 +330,28 @@ def test_alternating_is_the_direct_gradient():
     got = case.estimate(Alternating())
     assert_close(got.hypergradient, {"x": direct}, rtol=1e-13)
     assert (got.stats.gradients, got.stats.hvps, got.stats.cross_products) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("memory", "one"), [("recompute", True), ("store", False)])
+def test_recomputing_keeps_its_iterates_in_one_piece_of_memory(memory, one):
+    """Between the temporaries of the steps they would leave holes; `store` is the control."""
+    case = closed_form(PROBLEMS[0], 0)
+    path = case.record(8, 0.1, offset(case.y, 1.0)).path
+    seen = set()
+
+    def lower(x, y, batch):
+        seen.add(y["y"].untyped_storage().data_ptr())
+        return case.problem.lower_loss(x, y, batch)
+
+    hypergradient(
+        case.problem.upper_loss,
+        lower,
+        case.x,
+        case.y,
+        estimator=Unroll(memory=memory),
+        upper_batch=case.upper_batch,
+        lower_batch=case.lower_batch,
+        path=path,
+        state={},
+    )
+    assert (len(seen) == 1) is one
