@@ -22,7 +22,7 @@ import torch
 from tests.benchmarks.environments import PEERS, ROOT, python_of
 from tests.benchmarks.peers import by_hand
 from tests.benchmarks.table import Row, table, write
-from tests.benchmarks.tasks import TASKS
+from tests.benchmarks.tasks import TASKS, kind
 
 AGAINST = {"cg": "floor", "neumann": "floor", "unroll": "autograd, all graphs kept"}
 ROWS = {
@@ -85,7 +85,7 @@ def worker(row: str, task: str, size: str, cache: Path) -> Iterator[Worker]:
 def measure(task: str, names: list[str], size: str, rounds: int, cache: Path) -> list[Row]:
     """Every row on one task."""
     made = TASKS[task](toy=size == "toy")
-    truth = by_hand.TRUTH[task](made.to(torch.float64))
+    truth = by_hand.TRUTH[kind(task)](made.to(torch.float64))
     expected = torch.cat([part.flatten() for part in truth.values()])
     memory, errors = {}, {}
     for name in names:
@@ -113,8 +113,8 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     for task in given.tasks:
-        rows = measure(task, ROWS[task], given.size, given.rounds, given.cache)
-        text = table(rows, AGAINST[task])
+        rows = measure(task, ROWS[kind(task)], given.size, given.rounds, given.cache)
+        text = table(rows, AGAINST[kind(task)])
         print(f"{task}, {given.rounds} rounds, torch {torch.__version__}\n{text}\n", flush=True)
         if given.page:
             write(given.page, task, text)

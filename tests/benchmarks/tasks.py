@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,12 +137,12 @@ def mlp(toy: bool = False) -> Task:
     return Task(y, x, *batches, MLP(), steps)
 
 
-def transformer(toy: bool = False) -> Task:
+def transformer(toy: bool = False, size: int = 4) -> Task:
     """Implicit differentiation: 10 products, a transformer with 5.05 million parameters.
 
     The decay makes the Hessian positive definite, as conjugate gradient needs.
     """
-    width, depth, vocabulary, size, length = (8, 1, 7, 2, 3) if toy else (256, 6, 640, 4, 32)
+    width, depth, vocabulary, length = (8, 1, 7, 3) if toy else (256, 6, 640, 32)
     draw = torch.Generator().manual_seed(0)
     shapes = {"embed": (vocabulary, width), "place": (length, width), "head": (vocabulary, width)}
     for k in range(depth):
@@ -163,6 +164,18 @@ def transformer(toy: bool = False) -> Task:
     return Task(y, x, *batches, Transformer(), 4 if toy else 10, decay=3.0)
 
 
-TASKS = {"unroll": mlp, "cg": transformer, "neumann": transformer}
+TASKS = {
+    "cg": transformer,
+    "cg, larger batch": partial(transformer, size=16),
+    "neumann": transformer,
+    "unroll": mlp,
+}
+
+
+def kind(name: str) -> str:
+    """What a task asks for, its size apart: a key of METHODS."""
+    return name.split(",")[0]
+
+
 SCALE = 0.1
 """The step of the Neumann series: below 2 / largest eigenvalue of the transformer's Hessian."""

@@ -7,7 +7,7 @@ from tests.benchmarks.environments import PEERS, ROOT
 from tests.benchmarks.peers import by_hand, ours
 from tests.benchmarks.run import AGAINST, ROWS, measure
 from tests.benchmarks.table import Row, table, write
-from tests.benchmarks.tasks import TASKS, mlp, transformer
+from tests.benchmarks.tasks import TASKS, kind, mlp, transformer
 from tests.benchmarks.worker import answer
 
 CASES = [(row, task) for row, methods in ours.METHODS.items() for task in methods]
@@ -44,6 +44,7 @@ def test_the_sizes_that_the_page_speaks_of():
 
 def test_every_row_has_a_method():
     known = ours.METHODS.keys() | by_hand.METHODS.keys() | PEERS.keys()
+    assert {kind(task) for task in TASKS} == ROWS.keys()
     for task, rows in ROWS.items():
         assert set(rows) <= known
         assert AGAINST[task] in rows

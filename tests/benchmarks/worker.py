@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bilevel.comparing.memory import peak
-from tests.benchmarks.tasks import TASKS, Params, Task
+from tests.benchmarks.tasks import TASKS, Params, Task, kind
 
 Method = Callable[[Task], Params]
 
@@ -25,7 +25,7 @@ Method = Callable[[Task], Params]
 def main(module: str, row: str, name: str, size: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # what a peer's code is warned of is no concern of ours
-    method = importlib.import_module(f"tests.benchmarks.peers.{module}").METHODS[row][name]
+    method = importlib.import_module(f"tests.benchmarks.peers.{module}").METHODS[row][kind(name)]
     method(TASKS[name](toy=True))  # what is loaded at the first call is neither time nor memory
     task = TASKS[name](toy=size == "toy")
     for line in sys.stdin:
