@@ -134,6 +134,11 @@ def _refuse_unheld(setup: Setup) -> None:
     """Nothing may move y that does not know what holds it."""
     problem, needs = setup.problem, setup.estimator.needs
     prox = hasattr(problem, "prox_lower")
+    if needs.moves_upper and hasattr(problem, "project_upper"):
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} moves x itself and knows no project_upper, "
+            "so what it accepts is not where x would be; use estimator: implicit"
+        )
     for name in ("project_lower", "prox_lower"):
         if hasattr(problem, name) and needs.moves_lower and name not in needs.knows:
             raise ProblemError(
@@ -307,7 +312,10 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
     if estimate.moved:
         solution = _moved(solution, estimate.moved)
     with torch.no_grad():
-        x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
+        if estimate.step is None:
+            x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
+        else:
+            x, upper = tree.axpy(-estimate.step, estimate.hypergradient, state.x), state.upper
         project = getattr(setup.problem, "project_upper", None)
         x = project(x) if project else x
     for level, after in (("upper", x), ("lower", solution.y)):

@@ -208,6 +208,8 @@ class Estimate:
     stats: Stats
     moved: Moved | None = None
     """For a method whose `needs` say that it moves y itself."""
+    step: float | None = None
+    """How far x is to go along −hypergradient, for one whose `needs` say that it moves x."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ class Needs:
     """The pairs of a quasi-Newton lower solver, as `Point.pairs`."""
     moves_lower: bool = False
     """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
+    moves_upper: bool = False
+    """It returns `Estimate.step`: the run's upper optimizer is not used."""
     knows: frozenset[str] = frozenset()
     """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
 

@@ -1,0 +1,252 @@
+"""Adaptive accuracy with a line search on x: the method of adaptive inexact descent, MAID.
+
+Salehi, Mukherjee, Roberts and Ehrhardt (2023), arXiv:2308.10098. The constants in its error bound
+are estimated here as it goes; the paper's come from bounds known beforehand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from bilevel import tree
+from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.linear.cg import CG
+from bilevel.lower.proximal import Proximal
+from bilevel.types import (
+    Estimate,
+    LinearSolver,
+    Losses,
+    LowerSolver,
+    Moved,
+    Needs,
+    Params,
+    Point,
+    Slot,
+    Stats,
+    component,
+)
+
+
+@component
+class MAID:
+    """Implicit differentiation at an accuracy that is as coarse as a descent step of x allows.
+
+    y is solved to ‖∇y G‖ ≤ ε and the adjoint to a relative residual ε, until the error bound
+
+        ω = ‖B‖ ‖r‖ / μ + L ‖∇y G‖ / μ ≤ (1 − descent) ‖h‖,    B = ∂²xy G, r the adjoint's residual
+
+    so that −h is a descent direction. x then moves by `step` along −h, halved until Φ has fallen
+    by descent · step · ‖h‖² whatever the errors of both values, ‖∇y F‖ e + e², e = ‖∇y G‖ / μ,
+    may be. If no step is certified ε is multiplied by `tighten`; after one, ε by `loosen` and the
+    step by `grow`. Below `finest` nothing is certified any more and x stays.
+
+    μ is the smallest curvature the adjoint solves have met, ‖B‖ is taken along the adjoint, L is
+    the largest slope of h in y seen while ε was tightened, at least `slope`: `error_bound` is an
+    estimate. h is exact in the limit ε → 0. Losses have to be deterministic. Moves y and x: the
+    run's lower solver and upper optimizer are not used. A trial step costs what `solver` takes
+    and 3 gradients; an attempt at h what `solver` takes, 3 gradients, the adjoint's HVPs and 1
+    cross product.
+
+    Raises:
+        ConvergenceError: the lower Hessian is not positive definite.
+        ProblemError: a solver has no `tolerance`.
+    """
+
+    accuracy: PositiveFloat = 0.1
+    step: PositiveFloat = 1.0
+    descent: float = Field(default=0.1, gt=0, lt=1)
+    tighten: float = Field(default=0.25, gt=0, lt=1)
+    loosen: float = Field(default=1.5, ge=1)
+    grow: float = Field(default=1.5, ge=1)
+    slope: NonNegativeFloat = 0.1
+    finest: PositiveFloat = 1e-10
+    backtracks: PositiveInt = 8
+    solver: Annotated[LowerSolver, Slot("lower")] = Field(
+        default_factory=lambda: Proximal(steps=5000)
+    )
+    adjoint: Annotated[LinearSolver, Slot("linear")] = Field(
+        default_factory=lambda: CG(iterations=200)
+    )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(moves_lower=True, moves_upper=True)
+
+    @property
+    def claim(self) -> Literal["solution"]:
+        return "solution"
+
+    def tight(self, dim: int) -> MAID:
+        """The same method as fine as it goes from the start."""
+        return replace(self, accuracy=self.finest, adjoint=CG().tight(dim))
+
+    def init(self, at: Point) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy,
+            "step": self.step,
+            "adjoint": tree.zeros_like(at.y),
+            "curvature": math.inf,
+            "slope": self.slope,
+            "solver": self.solver.init(at.y),
+        }
+
+    def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
+        state, y, before = dict(state), at.y, None
+        while True:
+            found = self._attempt(losses, at.x, y, state)
+            state |= {"adjoint": found.adjoint, "curvature": found.curvature}
+            state["slope"] = max(state["slope"], _slope(before, found))
+            bound = found.bound(state["slope"])
+            taken = (
+                self._search(losses, at.x, found, state) if self._descends(found, bound) else None
+            )
+            if taken:
+                break
+            if state["accuracy"] <= self.finest:
+                taken = _Trial(found.y, 0.0, found.lower, found.norm)
+                break
+            tighter = max(self.tighten * state["accuracy"], self.finest)
+            state, y, before = state | {"accuracy": tighter}, found.y, found
+        step = taken.step or state["step"] / self.grow
+        after = state | {
+            "accuracy": min(self.loosen * state["accuracy"], self.accuracy),
+            "step": self.grow * step,
+        }
+        moved = Moved(taken.y, taken.lower, taken.norm)
+        stats = replace(found.stats, error_bound=bound, error_bound_from="estimated")
+        return Estimate(found.h, found.value, after, stats, moved, taken.step)
+
+    def _descends(self, found: _Found, bound: float) -> bool:
+        return bound <= (1 - self.descent) * tree.norm(found.h)
+
+    def _solve(self, losses: Losses, x: Params, y: Params, state: dict[str, Any]) -> Params:
+        """y with ‖∇y G‖ ≤ ε, as far as `solver` gets; itself where it is so already."""
+        _, g = gradient_y(losses.lower, x, y)
+        if tree.norm(g) <= state["accuracy"]:
+            return y
+        solver, batch = _to(self.solver, state["accuracy"]), losses.lower.batch
+        solved = solver.solve(
+            losses.lower,
+            x,
+            y,
+            batches=itertools.repeat(batch),
+            state=state["solver"],
+        )
+        state["solver"] = solved.state
+        return solved.y
+
+    def _attempt(self, losses: Losses, x: Params, y: Params, state: dict[str, Any]) -> _Found:
+        """The hypergradient at accuracy ε."""
+        y = self._solve(losses, x, y, state)
+        at = Point(x, y)
+        value, F_x, F_y = gradients(losses.upper, at)
+        lower = linearize(losses.lower, at)
+        b = lower.restrict(F_y)
+        solve = _to(self.adjoint, min(state["accuracy"], 0.5)).solve(
+            lower.hvp_yy, b, state["adjoint"]
+        )
+        v, stats = solve.solution, solve.stats
+        met = stats.curvature if stats.curvature is not None else math.inf
+        if met <= 0:
+            raise ConvergenceError(
+                f"the lower Hessian has curvature {met:.3g}: maid certifies its steps by strong "
+                "convexity; use estimator: implicit with damping, or unroll"
+            )
+        cross = lower.vjp_xy(v)
+        curvature = min(met, state["curvature"])
+        left = (stats.residual or 0.0) * tree.norm(b)
+        size = tree.norm(v)
+        return _Found(
+            h=tree.sub(F_x, cross),
+            value=value,
+            y=y,
+            lower=float(lower.value),
+            norm=tree.norm(lower.gradient),
+            slope_F=tree.norm(F_y),
+            adjoint=v,
+            curvature=curvature,
+            coupled=tree.norm(cross) / size * left if size else 0.0,
+            stats=stats,
+        )
+
+    def _search(
+        self, losses: Losses, x: Params, found: _Found, state: dict[str, Any]
+    ) -> _Trial | None:
+        """The longest step of the sequence whose descent is certain; None if there is none."""
+        step, size = state["step"], tree.norm(found.h)
+        here = float(found.value) - found.doubt(found.norm, found.slope_F)
+        for _ in range(self.backtracks):
+            there = tree.axpy(-step, found.h, x)
+            y = self._solve(losses, there, found.y, state)
+            lower, g = gradient_y(losses.lower, there, y)
+            value, F_y = gradient_y(losses.upper, there, y)
+            norm = tree.norm(g)
+            worst = float(value) + found.doubt(norm, tree.norm(F_y))
+            if worst - here <= -self.descent * step * size**2:
+                return _Trial(y, step, float(lower), norm)
+            step /= 2
+        return None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A hypergradient at some accuracy, with what bounds its error."""
+
+    h: Params
+    value: Any
+    y: Params
+    lower: float
+    norm: float
+    """‖∇y G‖."""
+    slope_F: float
+    """‖∇y F‖."""
+    adjoint: Params
+    curvature: float
+    coupled: float
+    """‖B‖ ‖r‖."""
+    stats: Stats
+
+    def bound(self, slope: float) -> float:
+        """ω: how far h may be from dΦ/dx."""
+        if math.isinf(self.curvature):  # ∇y F = 0: there was nothing to solve
+            return slope * self.norm
+        return (self.coupled + slope * self.norm) / self.curvature
+
+    def doubt(self, norm: float, slope_F: float) -> float:
+        """How far F may be from Φ at a y of this ‖∇y G‖."""
+        off = 0.0 if math.isinf(self.curvature) else norm / self.curvature
+        return slope_F * off + off * off
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Where a step led."""
+
+    y: Params
+    step: float
+    lower: float
+    norm: float
+
+
+def _slope(before: _Found | None, after: _Found) -> float:
+    """‖h − h'‖ / ‖y − y'‖ between two accuracies at one x."""
+    if before is None:
+        return 0.0
+    moved = tree.norm(tree.sub(after.y, before.y))
+    return tree.norm(tree.sub(after.h, before.h)) / moved if moved else 0.0
+
+
+def _to(solver: Any, tolerance: float) -> Any:
+    """The solver, stopping at a tolerance."""
+    if "tolerance" not in {field.name for field in fields(solver)}:
+        raise ProblemError(
+            f"maid sets the tolerance of its solvers, and {solver!r} has none; use gradient, "
+            "proximal, lbfgs or newton below, and cg or minres for the adjoint"
+        )
+    return replace(solver, tolerance=tolerance)

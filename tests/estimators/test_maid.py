@@ -1,0 +1,190 @@
+"""Adaptive accuracy: what it certifies is true, and it costs fewer products than a fixed one."""
+
+import itertools
+
+import pytest
+import torch
+
+from bilevel import engine, tree
+from bilevel.engine import Setup
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.estimators.maid import MAID
+from bilevel.events import Stepped
+from bilevel.linear.dense import Dense
+from bilevel.lower.gradient import Gradient
+from bilevel.testing import check_estimator
+from bilevel.types import Point
+from bilevel.upper import Upper
+from bilevel_problems.quadratic import Quadratic
+from tests.cases import assert_close, closed_form, offset, relative
+
+FIXED = {accuracy: MAID(accuracy=accuracy, loosen=1.0) for accuracy in (1e-4, 1e-6, 1e-8)}
+
+
+def value(problem, x):
+    """Φ(x) in closed form."""
+    return float(problem.upper_loss(x, problem.lower_solution(x), problem.constants))
+
+
+def trace(problem, estimator, steps=20):
+    """(x, Φ, HVPs so far, event) before the first step and after each."""
+    made = Setup(problem, Gradient(), Upper(steps=steps), estimator, dtype=torch.float64)
+    state = engine.start(made)
+    rows = [(state.x, value(problem, state.x), 0, None)]
+    for event in engine.run(made, state):
+        if isinstance(event, Stepped):
+            rows.append((state.x, value(problem, state.x), state.totals.hvps, event))
+    return rows
+
+
+def test_it_keeps_its_claim_and_the_contract():
+    check_estimator(MAID(), seeds=(0,))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_descent_is_certified_and_the_bound_holds(seed):
+    problem = Quadratic(data_seed=seed)
+    k = problem.constants
+    inverse = torch.linalg.inv(k["A"])
+    # h(y) − dΦ/dx = (Dᵀ + Bᵀ A⁻¹) (y − y*): its largest slope in y
+    slope = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2))
+    rows = trace(problem, MAID(slope=slope))
+    for (x, before, _, _), (after_x, after, _, event) in itertools.pairwise(rows):
+        assert event.estimate.error_bound_from == "estimated"
+        h = event.hypergradient_norm
+        step = float((after_x["x"] - x["x"]).norm()) / h
+        assert step > 0
+        assert before - after >= 0.1 * step * h**2 * (1 - 1e-9)
+        truth = float(problem.hypergradient(x)["x"].norm())
+        assert abs(h - truth) <= event.estimate.error_bound <= 0.9 * h
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_is_within_its_bound_from_any_start(seed):
+    case = closed_form(lambda s: Quadratic(data_seed=s), seed)
+    k = case.problem.constants
+    inverse = torch.linalg.inv(k["A"])
+    slope = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2))
+    for accuracy in (0.1, 1e-3):
+        got = case.estimate(MAID(accuracy=accuracy, slope=slope), offset(case.y, 5.0, seed))
+        error = tree.norm(tree.sub(got.hypergradient, case.truth))
+        assert 0 < error <= got.stats.error_bound
+
+
+def test_a_step_that_is_not_searched_for_rises():
+    """Negative control: the first step of length 1 along −h, with nothing to certify it."""
+    problem = Quadratic()
+    x, before, _, _ = trace(problem, MAID(), steps=1)[0]
+    assert value(problem, tree.axpy(-1.0, problem.hypergradient(x), x)) > before
+
+
+def test_fewer_products_than_at_a_fixed_accuracy():
+    problem = Quadratic()
+    runs = {None: trace(problem, MAID(), 40)}
+    runs |= {accuracy: trace(problem, fixed, 40) for accuracy, fixed in FIXED.items()}
+    start, ends = runs[None][0][1], [rows[-1][1] for rows in runs.values()]
+    least = min(ends)
+    assert ends[0] - least <= 2e-4 * (start - least), "no worse in the end"
+    for fraction, saved in ((1e-1, 0.7), (1e-2, 0.7)):
+        needed = {
+            name: next(r[2] for r in rows if r[1] - least <= fraction * (start - least))
+            for name, rows in runs.items()
+        }
+        for accuracy in FIXED:
+            assert needed[None] < saved * needed[accuracy], (fraction, needed)
+
+
+def test_the_accuracy_follows_what_is_needed():
+    problem = Quadratic()
+    at = []
+    made = Setup(problem, Gradient(), Upper(steps=30), MAID(), dtype=torch.float64)
+    state = engine.start(made)
+    for event in engine.run(made, state):
+        if isinstance(event, Stepped):
+            at.append(state.estimator["accuracy"])
+    assert at[0] == 0.1
+    assert at[-1] < 1e-2
+    assert any(b > a for a, b in itertools.pairwise(at)), "it loosens again"
+
+
+def test_the_run_takes_the_step_and_no_other():
+    case = closed_form(lambda seed: Quadratic(data_seed=seed), 0)
+    estimator = MAID()
+    got = case.estimate(estimator, offset(case.y, 3.0))
+    assert got.step is not None
+    assert got.step > 0
+    assert got.moved is not None
+    # y is where the accepted step ended: near y* of the new x, not of the old one
+    there = case.problem.lower_solution(tree.axpy(-got.step, got.hypergradient, case.x))
+    assert tree.norm(tree.sub(got.moved.y, there)) <= 0.1 / 0.1 + 1e-9
+    assert tree.norm(tree.sub(got.moved.y, there)) < tree.norm(tree.sub(got.moved.y, case.y))
+
+
+def test_as_fine_as_it_goes_it_is_exact():
+    case = closed_form(lambda seed: Quadratic(data_seed=seed), 1)
+    got = case.estimate(MAID().tight(10), offset(case.y, 3.0))
+    assert_close(got.hypergradient, case.truth, rtol=1e-8)
+    coarse = case.estimate(MAID(), offset(case.y, 3.0))
+    assert relative(coarse.hypergradient, case.truth) > 1e-6
+
+
+def test_where_nothing_can_be_certified_x_stays():
+    """At the minimum of Φ no step is a descent."""
+    problem = Quadratic(num_upper=1)
+    x = {"x": torch.zeros(1, dtype=torch.float64)}
+    h0, h1 = (float(problem.hypergradient({"x": x["x"] + s})["x"]) for s in (0.0, 1.0))
+    best = {"x": x["x"] - h0 / (h1 - h0)}
+    case = closed_form(lambda seed: problem, 0)
+    at = type(case)(
+        problem,
+        best,
+        problem.lower_solution(best),
+        problem.hypergradient(best),
+        case.upper_batch,
+        case.lower_batch,
+    )
+    got = at.estimate(MAID())
+    assert got.step == 0.0
+    assert got.state["accuracy"] < 1e-9
+
+
+def test_an_indefinite_lower_level_is_refused():
+    problem = Quadratic()
+    problem.constants["A"].sub_(0.5 * torch.eye(10, dtype=torch.float64))
+    case = closed_form(lambda seed: Quadratic(), 0)
+    wrong = type(case)(
+        problem,
+        case.x,
+        problem.lower_solution(case.x),
+        case.truth,
+        problem.constants,
+        problem.constants,
+    )
+    with pytest.raises(ConvergenceError, match="strong convexity"):
+        wrong.estimate(MAID())
+
+
+def test_a_solver_without_a_tolerance_is_refused():
+    case = closed_form(lambda seed: Quadratic(), 0)
+    with pytest.raises(ProblemError, match="sets the tolerance"):
+        case.estimate(MAID(adjoint=Dense()))
+
+
+class Held(Quadratic):
+    def project_upper(self, x):
+        return x
+
+
+def test_a_projection_of_x_is_refused():
+    with pytest.raises(ProblemError, match="project_upper"):
+        engine.refuse_mismatch(Setup(Held(), Gradient(), Upper(), MAID()))
+
+
+def test_the_state_given_is_not_changed():
+    case = closed_form(lambda seed: Quadratic(), 0)
+    estimator = MAID()
+    state = estimator.init(Point(case.x, case.y))
+    kept = {name: part for name, part in state.items() if name != "adjoint"}
+    estimator.estimate(case.losses(), Point(case.x, offset(case.y, 1.0)), state)
+    assert {name: part for name, part in state.items() if name != "adjoint"} == kept
+    assert tree.norm(state["adjoint"]) == 0
