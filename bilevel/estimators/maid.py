@@ -46,7 +46,7 @@ class MAID:
     may be. If no step is certified ε is multiplied by `tighten`; after one, ε by `loosen` and the
     step by `grow`. Below `finest` nothing is certified any more and x stays.
 
-    μ is the smallest curvature the adjoint solves have met, ‖B‖ is taken along the adjoint, L is
+    μ is `convexity`, or the smallest curvature the adjoint solves have met, ‖B‖ is taken along the adjoint, L is
     the largest slope of h in y seen while ε was tightened, at least `slope`: `error_bound` is an
     estimate. h is exact in the limit ε → 0. Losses have to be deterministic. Moves y and x: the
     run's lower solver and upper optimizer are not used. A trial step costs what `solver` takes
@@ -65,6 +65,7 @@ class MAID:
     loosen: float = Field(default=1.5, ge=1)
     grow: float = Field(default=1.5, ge=1)
     slope: NonNegativeFloat = 0.1
+    convexity: PositiveFloat | None = None
     finest: PositiveFloat = 1e-10
     backtracks: PositiveInt = 8
     solver: Annotated[LowerSolver, Slot("lower")] = Field(
@@ -91,7 +92,7 @@ class MAID:
             "accuracy": self.accuracy,
             "step": self.step,
             "adjoint": tree.zeros_like(at.y),
-            "curvature": math.inf,
+            "curvature": self.convexity or math.inf,
             "slope": self.slope,
             "solver": self.solver.init(at.y),
         }

@@ -66,7 +66,9 @@ def test_the_error_is_within_its_bound_from_any_start(seed):
     inverse = torch.linalg.inv(k["A"])
     slope = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2))
     for accuracy in (0.1, 1e-3):
-        got = case.estimate(MAID(accuracy=accuracy, slope=slope), offset(case.y, 5.0, seed))
+        got = case.estimate(
+            MAID(accuracy=accuracy, slope=slope, convexity=0.1), offset(case.y, 5.0, seed)
+        )
         error = tree.norm(tree.sub(got.hypergradient, case.truth))
         assert 0 < error <= got.stats.error_bound
 
