@@ -93,6 +93,20 @@ def test_a_converged_solve_has_no_error_and_a_cut_off_one_has(quadratic, points,
     assert min(errors["cut"]) > 1e-3  # negative control
 
 
+def test_a_warm_start_is_measured_and_helps_a_solve_that_is_cut_off(quadratic, points, tmp_path):
+    """Two CG steps go on where those of the point before ended; without its state they cannot."""
+    cut = {"name": "implicit", "solver": {"name": "cg", "iterations": 2}}
+    made = variant(quadratic, warm=cut, cold={**cut, "warm_start": False}, none="none")
+    along = {label: measure(points, recipe, tmp_path)["along"] for label, recipe in made.items()}
+    assert not [key for key in along["warm"][0] if "warm" in key]  # nothing came before
+    for point in along["warm"][1:]:
+        assert point["error_again"] < 0.9 * point["error_warm"] < 0.8 * point["error"]
+        assert point["hvps_warm"] == 3  # one more, for the residual of a start that is not zero
+    for label in ("cold", "none"):  # negative control: a state that is not used changes nothing
+        for point in along[label][1:]:
+            assert point["error_again"] == point["error_warm"] == point["error"]
+
+
 def test_counts_are_those_of_the_estimator(quadratic, points, tmp_path):
     found = measure(points, variant(quadratic, none="none")["none"], tmp_path)
     got = [found["estimate"][name] for name in ("gradients", "hvps", "cross_products")]
@@ -170,6 +184,7 @@ def test_rows_are_ranked_by_error_then_by_hvps():
         ("unknown", None),
     ]
     assert [r.label for r in table.rows(results, 0.0)][:2] == ["dear", "cheap"]
+    assert [r.warm for r in rows] == [None] * 4  # cells of before this was measured
     assert {r.label for r in rows if r.is_front} == {"bad", "cheap", "dear"}
 
 

@@ -156,7 +156,7 @@ def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budge
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     shown.add_column("#", justify="right", no_wrap=True)
     shown.add_column("estimator", overflow="fold")
-    for head in ("error", "trained", "cosine", "in run", "ms", "MB", "g+H+c", "F reached"):
+    for head in ("error", "trained", "warm", "cosine", "in run", "ms", "MB", "g+H+c", "F reached"):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in found:
         shown.add_row(*_cells(row))
@@ -176,6 +176,7 @@ def _cells(row: Row) -> list[str | Text]:
         Text(row.label, style="green" if row.is_front else ""),
         _number(row.error, ".1e"),
         _number(row.trained, ".1e"),
+        _number(row.warm, ".1e"),
         _number(row.cosine, ".3f"),
         _number(row.in_run, ".1e"),
         _number(row.seconds and 1e3 * row.seconds, ".3g"),
@@ -190,7 +191,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 _LEGEND = (
-    "error: relative, along the recipe's run, lower level solved. trained: at its end. in run: "
-    "after its own lower solves. g+H+c: gradients, HVPs, cross products of one estimate. "
-    "F reached: with the budget of such calls. Medians."
+    "error: relative, along the recipe's run, lower level solved. trained: at its end. warm: "
+    "with the state of the point before. in run: after its own lower solves. g+H+c: gradients, "
+    "HVPs, cross products of one estimate. F reached: with the budget of such calls. Medians."
 )

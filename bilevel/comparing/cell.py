@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import repeat
 from pathlib import Path
@@ -64,7 +65,7 @@ def measure(recipe: Path, folder: Path, budget: int | None, found: dict[str, Any
     truths = list(scene.load(folder))
     trained = _Stand(setup, truths[-1])
     found["estimate"] = _cost(trained)
-    found["along"] = [_along(_Stand(setup, truth)) for truth in truths]
+    found["along"] = list(_along(setup, truths))
     found["run"] = _run(setup, budget or read(folder / scene.INDEX)["budget"], truths[-1])
 
 
@@ -82,8 +83,8 @@ class _Stand:
         self.at_solution = Point(self.x, start, again.path, pairs=self.solved.pairs)
         self.in_run = Point(self.x, self.solved.y, self.solved.path, pairs=self.solved.pairs)
 
-    def estimate(self, at: Point) -> Estimate:
-        """A cold estimate, without the checks that a first call makes."""
+    def estimate(self, at: Point, state: Any = None) -> Estimate:
+        """An estimate without the checks that a first call makes; cold without a state."""
         return hypergradient(
             self.setup.problem.upper_loss,
             self.setup.problem.lower_loss,
@@ -92,7 +93,7 @@ class _Stand:
             estimator=self.setup.estimator,
             upper_batch=self.upper_batch,
             lower_batch=self.solved.batch,
-            state=self.setup.estimator.init(at),
+            state=self.setup.estimator.init(at) if state is None else state,
             path=at.path,
             upper_batches=self.state.upper_batches,
             lower_batches=self.state.lower_batches,
@@ -159,15 +160,34 @@ def _warm_up(setup: Setup) -> None:
     )
 
 
-def _along(stand: _Stand) -> dict[str, Any]:
-    error, cosine = stand.compare(stand.estimate(stand.at_solution))
-    in_run, cosine_in_run = stand.compare(stand.estimate(stand.in_run))
+def _along(setup: Setup, truths: Sequence[Truth]) -> Iterator[dict[str, Any]]:
+    """Errors at every point: cold, with the state of the point before, and after a lower solve."""
+    before = None
+    for truth in truths:
+        stand = _Stand(setup, truth)
+        cold = stand.estimate(stand.at_solution)
+        error, cosine = stand.compare(cold)
+        in_run, cosine_in_run = stand.compare(stand.estimate(stand.in_run))
+        yield {
+            "step": truth.step,
+            "error": error,
+            "cosine": cosine,
+            "error_in_run": in_run,
+            "cosine_in_run": cosine_in_run,
+            **(_warm(stand, before) if before is not None else {}),
+        }
+        before = cold.state
+
+
+def _warm(stand: _Stand, before: Any) -> dict[str, Any]:
+    """With the state that the estimator left at the point before, and with its own here."""
+    warm = stand.estimate(stand.at_solution, before)
+    again = stand.estimate(stand.at_solution, warm.state)
     return {
-        "step": stand.truth.step,
-        "error": error,
-        "cosine": cosine,
-        "error_in_run": in_run,
-        "cosine_in_run": cosine_in_run,
+        "error_warm": stand.compare(warm)[0],
+        "hvps_warm": warm.stats.hvps,
+        "error_again": stand.compare(again)[0],
+        "hvps_again": again.stats.hvps,
     }
 
 

@@ -22,6 +22,8 @@ class Row:
     """The same at the trained point alone."""
     in_run: float | None
     """Relative error after the recipe's own lower solve, along the run."""
+    warm: float | None
+    """As `error`, with the state that it left at the point before; the first point is left out."""
     seconds: float | None
     memory: float | None
     """Bytes."""
@@ -104,6 +106,7 @@ def _row(label: str, found: Sequence[tuple[int, Mapping[str, Any]]], tolerance: 
         cosine=_median(point["cosine"] for point in points),
         trained=_median(run[-1]["error"] for run in along),
         in_run=_median(point["error_in_run"] for point in points),
+        warm=_median(point.get("error_warm") for point in points),
         seconds=_median(part["seconds"] for part in cost),
         memory=_median(part["memory"] for part in cost),
         gradients=_median(part["gradients"] for part in cost),
