@@ -156,7 +156,7 @@ def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budge
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     shown.add_column("#", justify="right", no_wrap=True)
     shown.add_column("estimator", overflow="fold")
-    for head in ("error", "trained", "warm", "cosine", "in run", "ms", "MB", "g+H+c", "F reached"):
+    for head in ("error", "trained", "warm", "cos", "in run", "ms", "MB", "g+H+c", "F end"):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in found:
         shown.add_row(*_cells(row))
@@ -193,5 +193,5 @@ def _number(value: float | None, form: str) -> str:
 _LEGEND = (
     "error: relative, along the recipe's run, lower level solved. trained: at its end. warm: "
     "with the state of the point before. in run: after its own lower solves. g+H+c: gradients, "
-    "HVPs, cross products of one estimate. F reached: with the budget of such calls. Medians."
+    "HVPs, cross products of one estimate. F end: with the budget of such calls. Medians."
 )
