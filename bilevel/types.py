@@ -238,7 +238,8 @@ class Estimator(Protocol):
 
     `claim` names the function of x whose exact gradient `estimate` returns once its inner solve
     has converged: "solution" Φ(x) = F(x, y*(x)); "path" F(x, y_K(x)) with y_K the replayed path;
-    "step" F(x, y − lr ∇y G(x, y)); "penalty" λ (min over y of (G + F / λ) − G(x, y)); "direct"
+    "step" F(x, y − lr ∇y G(x, y)), or that to first order; "penalty" a penalty function that it
+    states, such as λ (min over y of (G + F / λ) − G(x, y)), at fixed y where it moves y; "direct"
     F(x, y) at fixed y; None for no such function.
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other

@@ -258,6 +258,17 @@ def test_a_barrier_is_refused_a_solver_that_would_cross_it():
         ValueFunction(penalty="log", solver=Newton()).tight(201)
 
 
+def test_a_start_outside_the_barrier_begins_at_the_regularised_minimum(here):
+    """The problem is convex, so where it starts makes no difference to where it ends."""
+    case, start, at = here
+    estimator = ValueFunction(penalty="log", sigma=1.0, mu=0.1, solver=Newton())
+    outside = offset(case.y, 60.0)
+    got, near = case.estimate(estimator, outside), case.estimate(estimator, start)
+    z = near.state["value"]["y"]["y"]
+    assert at.G(outside["y"]) > at.G(z) + 0.05 * z @ z
+    assert_close(got.hypergradient, near.hypergradient, rtol=1e-8)
+
+
 def test_a_barrier_without_an_inside_has_a_remedy(here):
     case, _, _ = here
     with pytest.raises(ProblemError, match=r"raise mu, or use penalty: quadratic"):
