@@ -1,0 +1,8 @@
+"""The benchmark of batched tasks runs, at toy size; the ratio itself is no test."""
+
+from bilevel.estimators.unroll import Unroll
+from tests.benchmarks.tasks import ratio
+
+
+def test_it_measures():
+    assert ratio(2, Unroll(), repetitions=1) > 0
