@@ -8,7 +8,7 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.linear.cg import CG
+from bilevel.linear.cg import CG, Tridiagonal
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
 
@@ -271,3 +271,17 @@ def test_cg_holds_one_product_at_a_time():
 
     CG(iterations=5, tolerance=0.0).solve(watched, b, zero(b))
     assert last
+
+
+def test_ritz_values_are_found_once_and_anew_after_a_step(monkeypatch):
+    calls = []
+    plain = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: (calls.append(1), plain(a))[1])
+    matvec, _, b = system(log_spectrum(9, 100.0), 0)
+    CG(iterations=5, tolerance=0.0).solve(matvec, b, zero(b))
+    assert len(calls) == 1
+    lanczos = Tridiagonal()
+    lanczos.append(0.5, 0.0)
+    assert lanczos.largest == 2.0
+    lanczos.append(0.25, 0.0)
+    assert lanczos.largest == 4.0

@@ -105,6 +105,7 @@ class Tridiagonal:
     diagonal: list[float] = field(default_factory=list)
     off: list[float] = field(default_factory=list)
     _last: tuple[float, float] = (math.inf, 0.0)
+    _values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def append(self, alpha: float, beta: float) -> None:
         """Add one step: its length alpha and the ratio beta of squared residuals after and before."""
@@ -114,10 +115,13 @@ class Tridiagonal:
         self._last = (alpha, beta)
 
     def ritz(self) -> torch.Tensor:
-        """Ritz values in ascending order, float64."""
+        """Ritz values in ascending order, float64. Cubic in the steps, so found once for them all."""
+        if len(self._values) == len(self.diagonal):
+            return self._values
         off = torch.tensor(self.off[:-1], dtype=torch.float64)
         main = torch.tensor(self.diagonal, dtype=torch.float64)
-        return torch.linalg.eigvalsh(main.diag() + off.diag(1) + off.diag(-1))
+        self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) + off.diag(-1))
+        return self._values
 
     @property
     def largest(self) -> float:
