@@ -661,3 +661,22 @@ def test_float32(dtype):
     truth = tree.to(p.hypergradient(x), "cpu", dtype)
     assert_close(got.hypergradient, truth, rtol=1e-4)
     assert math.isfinite(got.stats.residual)
+
+
+def test_a_curved_constraint():
+    """−(c + x d)ᵀy on the unit sphere: y* = u / ‖u‖, u = c + x d, and μ = ‖u‖ / 2 bends L."""
+    s = stream(0, "sphere")
+    c, d, t = (torch.randn(4, generator=s, dtype=torch.float64) for _ in range(3))
+    x = torch.tensor([0.6], dtype=torch.float64)
+    u = c + x * d
+    y = u / u.norm()
+    got = hypergradient(
+        lambda x, y, b: 0.5 * ((y["y"] - t) ** 2).sum(),
+        lambda x, y, b: -(c + x["x"] * d) @ y["y"],
+        {"x": x},
+        {"y": y},
+        estimator=KKT(solver=Dense()),
+        structure=Structure(constraints=lambda x, y, b: {"equality": (y["y"] @ y["y"])[None] - 1}),
+    )
+    response = (d - y * (y @ d)) / u.norm()
+    assert_close(got.hypergradient, {"x": ((y - t) @ response)[None]}, rtol=1e-12)

@@ -190,3 +190,12 @@ def test_the_state_given_is_not_changed():
     estimator.estimate(case.losses(), Point(case.x, offset(case.y, 1.0)), state)
     assert {name: part for name, part in state.items() if name != "adjoint"} == kept
     assert tree.norm(state["adjoint"]) == 0
+
+
+def test_what_is_no_certain_descent_is_solved_further():
+    """A slope so large that F is long certain where h is not yet."""
+    case = closed_form(lambda seed: Quadratic(), 0)
+    got = case.estimate(MAID(slope=1e5, convexity=0.1), offset(case.y, 5.0))
+    assert got.step is not None
+    assert got.step > 0
+    assert got.stats.error_bound <= 0.9 * tree.norm(got.hypergradient)
