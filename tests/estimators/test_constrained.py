@@ -24,7 +24,7 @@ from bilevel.lower.optimizers import SGD
 from bilevel.lower.proximal import Proximal
 from bilevel.problem import structure_of
 from bilevel.rng import Streams, stream
-from bilevel.types import Structure
+from bilevel.types import Solve, Stats, Structure
 from bilevel.upper import Upper
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
@@ -680,3 +680,19 @@ def test_a_curved_constraint():
     )
     response = (d - y * (y @ d)) / u.norm()
     assert_close(got.hypergradient, {"x": ((y - t) @ response)[None]}, rtol=1e-12)
+
+
+class Boasts:
+    """Returns b and says that it has solved."""
+
+    tolerance = 1e-6
+
+    def solve(self, matvec, b, start):
+        return Solve(b, Stats(residual=0.0, converged=True))
+
+
+def test_a_solver_that_only_says_it_has_converged_is_found_out():
+    p = Recurrent(0)
+    got = ask(p, p.x, p.solved(), FixedPoint(solver=Boasts()))
+    assert got.stats.converged is False
+    assert got.stats.residual > 0.1
