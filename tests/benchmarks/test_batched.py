@@ -1,7 +1,7 @@
 """The benchmark of batched tasks runs, at toy size; the ratio itself is no test."""
 
 from bilevel.estimators.unroll import Unroll
-from tests.benchmarks.tasks import ratio
+from tests.benchmarks.batched import ratio
 
 
 def test_it_measures():
