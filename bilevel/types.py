@@ -277,6 +277,31 @@ class LinearSolver(Protocol):
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve: ...
 
 
+@dataclass(frozen=True)
+class System:
+    """The adjoint system (∂²yy G + damping · I) v = b at a point, as a preconditioner sees it."""
+
+    matvec: Matvec
+    """v ↦ (∂²yy G + damping · I) v; every call is one HVP and is counted."""
+    b: Params
+    losses: Losses
+    at: Point
+    damping: float
+    spent: int | None
+    """Iterations that the last solve took; None before the first."""
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """Gives M⁻¹ of some M ≈ A, symmetric positive definite, or None where it does not pay (yet).
+
+    What it builds goes into the state: nested dicts of tensors and numbers, never written into.
+    """
+
+    def init(self, at: Point) -> Any: ...
+    def prepare(self, system: System, state: Any) -> tuple[Matvec | None, Any]: ...
+
+
 @runtime_checkable
 class Optimizer(Protocol):
     """A step that autograd can differentiate: pure, out of place. State is a dict of tensors."""

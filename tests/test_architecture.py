@@ -13,6 +13,7 @@ ORDER = [
     ["tree", "rng", "events", "nested"],
     ["calculus", "composed", "problem", "differences", "modules", "tasks", "learned_start", "maps"],
     ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],
+    ["preconditioners", "adjoint"],
     ["estimators"],
     ["functional"],
     ["engine"],

@@ -294,7 +294,7 @@ def test_the_state_warm_starts_the_adjoint():
     warm = case.estimate(estimator, state=cold.state)
     assert cold.stats.iterations > 20
     assert warm.stats.iterations == 0
-    unwarmed = Implicit(solver=estimator.solver, warm_start=False)
+    unwarmed = Implicit(solver=estimator.solver, start="cold")
     assert case.estimate(unwarmed, state=cold.state).stats.iterations == cold.stats.iterations
 
 

@@ -7,6 +7,7 @@ use the old one, which is not conjugate gradient and does not converge.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,26 +37,56 @@ class CG:
         return CG(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        v, r, products = residual(matvec, b, start)
-        target, rr = self.tolerance * tree.norm(b), tree.dot(r, r)
-        p, pp, ritz, curvature, steps = tree.clone(r), rr, Tridiagonal(), math.inf, 0
+        return self.run(matvec, b, start)
+
+    def run(
+        self,
+        matvec: Matvec,
+        b: Params,
+        start: Params,
+        *,
+        r: Params | None = None,
+        precondition: Matvec | None = None,
+        enough: Callable[[Progress], bool] | None = None,
+        keep: Sample | None = None,
+    ) -> Solve:
+        """`solve` with what a caller knows beside the system.
+
+        `r` is b − A · start where that is known already, and is written into. `precondition` is
+        r ↦ M⁻¹ r with M symmetric positive definite: the condition estimate is then that of M⁻¹A.
+        `enough` may stop the solve; it is asked before every step. `keep` is given the pairs
+        (p, A p).
+        """
+        v, r = residual(matvec, b, start)[:2] if r is None else (tree.clone(start), r)
+        z = precondition(r) if precondition else r
+        rr, rz = tree.dot(r, r), tree.dot(r, z)
+        target, p, pp = self.tolerance * tree.norm(b), tree.clone(z), tree.dot(z, z)
+        ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
         while steps < self.iterations and math.sqrt(rr) > target:
-            Ap = matvec(p)
-            products, steps = products + 1, steps + 1
-            pAp = finite(tree.dot(p, Ap))
-            curvature = min(curvature, pAp / pp)
-            if not pAp > 0:
+            if enough and enough(Progress(steps, v, rz, ritz)):
+                stopped = True
                 break
-            alpha = rr / pAp
+            Ap = matvec(p)
+            steps += 1
+            pAp = finite(tree.dot(p, Ap))
+            curvature, largest = min(curvature, pAp / pp), max(largest, pAp / pp)
+            if not (pAp > 0 and rz > 0):
+                break
+            alpha = rz / pAp
             tree.axpy_(v, alpha, p)
             tree.axpy_(r, -alpha, Ap)
+            if keep is not None:
+                keep.offer(p, Ap)
             del Ap  # or the next product is computed beside it: one vector more at the peak
-            rr, previous = tree.dot(r, r), rr
-            beta = rr / previous
-            ritz.append(alpha, beta)
-            tree.axpy_(tree.scale_(p, beta), 1.0, r)
-            pp = rr + beta**2 * pp  # ‖p‖²: r is orthogonal to the old direction
-        relative = attained(math.sqrt(rr), v, b, ritz.largest)
+            z = precondition(r) if precondition else r
+            rr, previous = tree.dot(r, r), rz
+            rz = tree.dot(r, z) if precondition else rr
+            beta = rz / previous
+            ritz.append(alpha, max(beta, 0.0), previous)
+            tree.axpy_(tree.scale_(p, beta), 1.0, z)
+            # ‖p‖²: r is orthogonal to the old direction, M⁻¹ r is not
+            pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
+        relative = attained(math.sqrt(rr), v, b, largest if precondition else ritz.largest)
         return Solve(
             v,
             Stats(
@@ -63,7 +94,7 @@ class CG:
                 residual=relative,
                 curvature=None if math.isinf(curvature) else curvature,
                 condition=ritz.condition,
-                converged=relative <= self.tolerance,
+                converged=stopped or relative <= self.tolerance,
             ),
         )
 
@@ -104,11 +135,14 @@ class Tridiagonal:
 
     diagonal: list[float] = field(default_factory=list)
     off: list[float] = field(default_factory=list)
+    energies: list[float] = field(default_factory=list)
+    """What each step took from ‖v − A⁻¹b‖² in the norm of A."""
     _last: tuple[float, float] = (math.inf, 0.0)
     _values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def append(self, alpha: float, beta: float) -> None:
-        """Add one step: its length alpha and the ratio beta of squared residuals after and before."""
+    def append(self, alpha: float, beta: float, rz: float = 0.0) -> None:
+        """Add one step: its length alpha, the ratio beta of ⟨r, M⁻¹ r⟩ after and before, that before."""
+        self.energies.append(alpha * rz)
         previous_alpha, previous_beta = self._last
         self.diagonal.append(1 / alpha + previous_beta / previous_alpha)
         self.off.append(math.sqrt(beta) / alpha)
@@ -135,3 +169,44 @@ class Tridiagonal:
             return None
         values = self.ritz()
         return float(values[-1] / values[0]) if values[0] > 0 else None
+
+    @property
+    def smallest(self) -> float | None:
+        """The smallest Ritz value, an upper bound of the smallest eigenvalue."""
+        return float(self.ritz()[0]) if self.diagonal else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a solve has come, for whoever decides whether it is far enough."""
+
+    steps: int
+    v: Params
+    """The iterate, which the solve goes on writing into."""
+    rz: float
+    """⟨r, M⁻¹ r⟩ with r = b − A v."""
+    ritz: Tridiagonal
+
+    def energy(self, since: int) -> float:
+        """‖v − v_since‖² in the norm of A: the sum of α ⟨r, M⁻¹ r⟩ over the steps between.
+
+        Hestenes and Stiefel (1952), theorem 6:1.
+        """
+        return sum(self.ritz.energies[since : self.steps])
+
+
+class Sample:
+    """An even selection of at most `room` of the pairs (p, A p) of a solve, however long it is."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._stride, self._seen = max(1, room), 1, 0
+        self.pairs: list[tuple[Params, Params]] = []
+
+    def offer(self, p: Params, Ap: Params) -> None:
+        """Keep the pair if its turn has come; half of those kept make room for it."""
+        if self._seen % self._stride == 0:
+            if len(self.pairs) == self._room:
+                self.pairs, self._stride = self.pairs[::2], 2 * self._stride
+            if self._seen % self._stride == 0:
+                self.pairs.append((tree.clone(p), Ap))
+        self._seen += 1

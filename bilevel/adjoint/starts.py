@@ -1,0 +1,61 @@
+"""Where an adjoint solve starts, from the adjoints of past upper steps.
+
+Galerkin projection onto past solutions: Fischer (1998), Comput. Methods Appl. Mech. Engrg. 163.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+
+from bilevel import tree
+from bilevel.types import Matvec, Params
+
+Start = Literal["cold", "warm", "linear", "galerkin"]
+DEPTH: dict[Start, int] = {"cold": 0, "warm": 1, "linear": 2, "galerkin": 3}
+"""How many past adjoints each start looks at."""
+
+
+def begin(
+    start: Start, matvec: Matvec, b: Params, past: list[Params]
+) -> tuple[Params, Params | None]:
+    """(v_0, b − A v_0 where it is known) from the past adjoints, the newest last.
+
+    cold: 0. warm: v⁻¹. linear: 2 v⁻¹ − v⁻². No product; the residual costs the solver one.
+    galerkin: the v in the span of the past ones that is nearest to A⁻¹ b in the norm of A, by one
+    product each and no other; never further off in that norm than cold, warm or linear.
+    """
+    if not past or start == "cold":
+        return tree.zeros_like(b), None
+    if start == "warm" or len(past) == 1:
+        return past[-1], None
+    if start == "linear":
+        return tree.sub(tree.scale(2.0, past[-1]), past[-2]), None
+    return _galerkin(matvec, b, past)
+
+
+def _galerkin(matvec: Matvec, b: Params, past: list[Params]) -> tuple[Params, Params]:
+    basis = _differences(past)
+    images = [matvec(d) for d in basis]
+    gram = torch.tensor([[tree.dot(d, Ad) for Ad in images] for d in basis], dtype=torch.float64)
+    right = torch.tensor([[tree.dot(d, b)] for d in basis], dtype=torch.float64)
+    gram = (gram + gram.T) / 2
+    weights = torch.linalg.lstsq(gram, right, driver="gelsd").solution[:, 0].tolist()
+    v, r = tree.zeros_like(b), tree.clone(b)
+    for weight, d, Ad in zip(weights, basis, images, strict=True):
+        tree.axpy_(v, weight, d)
+        tree.axpy_(r, -weight, Ad)
+    return v, r
+
+
+def _differences(past: list[Params]) -> list[Params]:
+    """v⁻¹ and its first and second differences, of length 1: the same span, far from parallel."""
+    newest, rows = list(reversed(past)), []
+    while newest:
+        size = tree.norm(newest[0])
+        if size > 0:
+            rows.append(tree.scale(1 / size, newest[0]))
+        newest = [tree.sub(a, b) for a, b in itertools.pairwise(newest)]
+    return rows
