@@ -34,6 +34,7 @@ gpu-check: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.run --page docs/benchmarks.md $(BENCHMARK_ARGS)
+	$(BIN)/python -m tests.benchmarks.products --page docs/estimators/fewer_products.md
 
 clean:
 	rm -rf $(VENV) .benchmark docs/_build build dist *.egg-info

@@ -33,6 +33,7 @@ NOT_RUN = {
     "make test": "runs this file",
     "make lint": "the gate runs it",
     "make docs": "the gate builds the site",
+    "python -m tests.benchmarks": "measures for minutes",
     "pip install": "changes the environment",
     "bilevel run recipes/mllm_hft.yaml": "takes minutes; tests/problems shortens it",
     "bilevel run mllm_hft": "takes minutes; tests/problems shortens it",

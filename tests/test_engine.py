@@ -81,6 +81,8 @@ def same(a, b):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
     return a == b
 
 

@@ -27,7 +27,8 @@ def begin(
     galerkin: the v in the span of the past ones that is nearest to A⁻¹ b in the norm of A, by one
     product each and no other; never further off in that norm than cold, warm or linear.
     """
-    if not past or start == "cold":
+    past = [v for v in past if tree.norm(v) > 0]
+    if not past or start == "cold" or tree.norm(b) == 0:
         return tree.zeros_like(b), None
     if start == "warm" or len(past) == 1:
         return past[-1], None

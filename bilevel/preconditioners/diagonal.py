@@ -64,7 +64,7 @@ class Hutchinson:
 
     `probes` products when it is built, and again when the iterations spent beyond the fewest since
     then exceed what building costs. The estimate is unbiased; entry i has variance
-    2 Σ_{j ≠ i} A_ij² / probes, exact for diagonal A.
+    Σ_{j ≠ i} A_ij² / probes, exact for diagonal A.
     """
 
     probes: PositiveInt = 10

@@ -160,7 +160,7 @@ def along(estimator, seed, steps=24, size=0.003):
 
 def test_fewer_products_than_cold_cg_for_the_same_error():
     """Medians over 3 seeds; cold CG has as many products a step as stated."""
-    cold = Implicit(solver=CG(iterations=7, tolerance=1e-12), warm_start=False)
+    cold = Implicit(solver=CG(iterations=7, tolerance=1e-12), start="cold")
     medians = {}
     for name, estimator in {
         "lancbio": LancBiO(),

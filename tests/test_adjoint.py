@@ -1,0 +1,479 @@
+"""Fewer products: preconditioners, starts, the stopping rule, the bound of the error."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pydantic
+import pytest
+import torch
+
+from bilevel import hypergradient, tree
+from bilevel.adjoint.starts import begin
+from bilevel.errors import ProblemError
+from bilevel.estimators.implicit import Implicit
+from bilevel.linear.cg import CG, Sample
+from bilevel.linear.dense import Dense
+from bilevel.preconditioners.diagonal import Diagonal, Hutchinson, Patience
+from bilevel.preconditioners.none import Nothing
+from bilevel.preconditioners.nystrom import NystromPreconditioner
+from bilevel.preconditioners.recycled import Recycled
+from bilevel.rng import stream
+from bilevel.types import Counts, Loss, Losses, Point, System
+from bilevel_problems.logistic import Logistic
+from bilevel_problems.quadratic import Quadratic
+from bilevel_problems.ridge import Ridge
+from tests.benchmarks.products import cold_products, run_of, walk
+from tests.cases import PROBLEMS, assert_close, closed_form, relative
+from tests.test_linear import log_spectrum, system, zero
+
+# conjugate gradient with what a caller knows -----------------------------------------------------
+
+
+def inverse_of(A, like):
+    return lambda r: tree.unflatten(torch.linalg.solve(A, tree.flatten(r)), like)
+
+
+def test_the_true_inverse_leaves_one_step():
+    matvec, A, b = system(log_spectrum(30, 1e6), 0)
+    exact = CG(iterations=50, tolerance=1e-10).run(
+        matvec, b, zero(b), precondition=inverse_of(A, b)
+    )
+    assert exact.stats.iterations == 1
+    assert exact.stats.converged
+    assert CG(iterations=50, tolerance=1e-10).solve(matvec, b, zero(b)).stats.iterations > 30
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_preconditioner_changes_the_way_and_not_the_end(seed):
+    matvec, A, b = system(log_spectrum(40, 1e4), seed)
+    truth = torch.linalg.solve(A, tree.flatten(b))
+    d = tree.unflatten(A.diagonal(), b)
+    got = CG(iterations=500, tolerance=1e-11).run(
+        matvec, b, zero(b), precondition=lambda r: tree.div(r, d)
+    )
+    error = float((tree.flatten(got.solution) - truth).norm() / truth.norm())
+    assert error <= 1e4 * 1e-11
+    scaled = A / torch.outer(A.diagonal(), A.diagonal()).sqrt()
+    values = torch.linalg.eigvalsh(scaled)
+    assert got.stats.condition == pytest.approx(float(values[-1] / values[0]), rel=0.02)
+
+
+def test_an_indefinite_matrix_is_seen_through_a_preconditioner():
+    matvec, _, b = system([-0.5, *log_spectrum(20, 10)], 0)
+    d = tree.map(lambda p: torch.full_like(p, 2.0), b)
+    got = CG(iterations=100).run(matvec, b, zero(b), precondition=lambda r: tree.div(r, d))
+    assert got.stats.curvature <= 0
+    assert got.stats.converged is False
+    assert tree.is_finite(got.solution)
+
+
+def test_the_energy_of_the_steps_is_the_distance_they_went():
+    """Hestenes and Stiefel (1952), thm. 6:1: ‖v_k − v_j‖² in the norm of A, at no product."""
+    matvec, _, b = system(log_spectrum(20, 100), 1)
+    seen = []
+
+    def look(progress):
+        if progress.steps in (3, 9):
+            seen.append((tree.clone(progress.v), progress))
+        if progress.steps == 9:
+            move = tree.sub(seen[1][0], seen[0][0])
+            true = tree.dot(move, matvec(move))
+            assert progress.energy(3) == pytest.approx(true, rel=1e-9)
+            assert progress.energy(4) != pytest.approx(true, rel=1e-2)
+        return progress.steps == 9
+
+    CG(iterations=50, tolerance=0.0).run(matvec, b, zero(b), enough=look)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("steps", [3, 16, 50])
+def test_a_sample_is_even_and_no_larger_than_its_room(steps):
+    kept = Sample(8)
+    for k in range(steps):
+        kept.offer({"p": torch.tensor([float(k)])}, {"p": torch.zeros(1)})
+    chosen = [int(p["p"]) for p, _ in kept.pairs]
+    assert len(chosen) <= 8
+    gaps = {b - a for a, b in itertools.pairwise(chosen)}
+    assert gaps <= {max(1, 2 ** math.ceil(math.log2(steps / 8)))}, chosen
+    assert chosen[0] == 0
+
+
+# starts ------------------------------------------------------------------------------------------
+
+
+def past_of(b, count, seed=0):
+    generator = stream(seed, "past")
+    v = tree.map(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), b)
+    moves = tree.map(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), b)
+    return [tree.axpy(0.1 * k + 0.01 * k * k, moves, v) for k in range(count)]
+
+
+def test_starts_are_their_formulas():
+    matvec, _, b = system(log_spectrum(12, 10), 0)
+    past = past_of(b, 3)
+    v, r = begin("cold", matvec, b, past)
+    assert tree.norm(v) == 0
+    assert r is None
+    assert begin("warm", matvec, b, past)[0] is past[-1]
+    assert_close(
+        begin("linear", matvec, b, past)[0],
+        tree.axpy(-1.0, past[1], tree.scale(2.0, past[2])),
+        1e-14,
+    )
+    for kind in ("warm", "linear", "galerkin"):
+        assert tree.norm(begin(kind, matvec, b, [])[0]) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_galerkin_is_nearest_of_all_in_the_norm_of_the_matrix(seed):
+    matvec, A, b = system(log_spectrum(12, 1e3), seed)
+    truth = tree.unflatten(torch.linalg.solve(A, tree.flatten(b)), b)
+    past = past_of(b, 3, seed)
+
+    def far(v):
+        off = tree.sub(v, truth)
+        return tree.dot(off, matvec(off))
+
+    v, r = begin("galerkin", matvec, b, past)
+    assert_close(r, tree.sub(b, matvec(v)), rtol=1e-9)
+    V = torch.stack([tree.flatten(p) for p in past], dim=1)
+    best = V @ torch.linalg.solve(V.T @ A @ V, V.T @ tree.flatten(b))
+    assert_close(v, tree.unflatten(best, b), rtol=1e-6)
+    others = [zero(b), past[-1], begin("linear", matvec, b, past)[0]]
+    assert all(far(v) <= far(other) * (1 + 1e-9) for other in others)
+
+
+def test_galerkin_finds_what_lies_in_the_span():
+    matvec, A, b = system(log_spectrum(12, 1e3), 0)
+    truth = tree.unflatten(torch.linalg.solve(A, tree.flatten(b)), b)
+    first, second = past_of(b, 2)
+    third = tree.axpy(0.3, first, tree.axpy(-1.7, second, truth))
+    v, _ = begin("galerkin", matvec, b, [first, second, third])
+    assert_close(v, truth, rtol=1e-8)
+
+
+# preconditioners ---------------------------------------------------------------------------------
+
+
+def seen_by(case, spent=None, damping=0.0):
+    losses, at = case.losses(), Point(case.x, case.y)
+    A = case.hessian() + damping * torch.eye(tree.size(case.y))
+    b = tree.map(torch.ones_like, case.y)
+    made = System(lambda v: tree.unflatten(A @ tree.flatten(v), b), b, losses, at, damping, spent)
+    return made, A
+
+
+def matrix_of(inverse, like):
+    eye = torch.eye(tree.size(like), dtype=torch.float64)
+    return torch.stack([tree.flatten(inverse(tree.unflatten(e, like))) for e in eye], dim=1)
+
+
+def test_a_known_diagonal_is_that_and_the_damping():
+    case = closed_form(PROBLEMS[0], 0)
+    made, _ = seen_by(case, damping=0.5)
+    known = Diagonal(function=lambda x, y, batch: tree.map(lambda p: p.abs() + 1, y))
+    inverse, _ = known.prepare(made, known.init(made.at))
+    expected = 1 / (case.y["y"].abs() + 1.5)
+    torch.testing.assert_close(inverse(made.b)["y"], expected, rtol=1e-14, atol=0)
+
+
+def test_the_problem_may_know_its_diagonal():
+    problem = Logistic(data="synthetic", num_features=12)
+    x, y = problem.init(None)
+    y = {"w": y["w"] + 0.3}
+    batch = problem.splits["lower"]
+    got = problem.lower_diagonal(x, y, batch)["w"]
+    losses = Losses(
+        Loss(problem.upper_loss, batch, Counts(), "upper"),
+        Loss(problem.lower_loss, batch, Counts(), "lower"),
+    )
+    from bilevel.calculus import linearize
+    from bilevel.linear.dense import matrix
+
+    H = matrix(linearize(losses.lower, Point(x, y)).hvp_yy, y)
+    torch.testing.assert_close(got, H.diagonal(), rtol=1e-12, atol=0)
+    made = System(lambda v: v, y, losses, Point(x, y), 0.0, None)
+    inverse, _ = Diagonal().prepare(made, {})
+    torch.testing.assert_close(inverse(y)["w"], y["w"] / got, rtol=1e-12, atol=0)
+
+
+def test_a_diagonal_nobody_knows_or_that_is_wrong_is_refused():
+    case = closed_form(PROBLEMS[0], 0)
+    made, _ = seen_by(case)
+    with pytest.raises(ProblemError, match="hutchinson"):
+        Diagonal().prepare(made, {})
+    with pytest.raises(ProblemError, match="not positive"):
+        Diagonal(function=lambda x, y, b: tree.zeros_like(y)).prepare(made, {})
+    with pytest.raises(ProblemError, match="shapes"):
+        Diagonal(function=lambda x, y, b: {"y": torch.ones(3)}).prepare(made, {})
+
+
+FRESH = Hutchinson().init(Point({}, {}))
+
+
+def test_hutchinson_is_unbiased_for_the_diagonal():
+    """Within four standard errors over 400 seeds; the variance is the one that is documented."""
+    case = closed_form(PROBLEMS[0], 0)
+    made, A = seen_by(case, damping=4.0)  # no estimate is negative, so its absolute value is itself
+    draws = torch.stack(
+        [
+            1 / Hutchinson(probes=1, seed=seed).prepare(made, FRESH)[0](made.b)["y"]
+            for seed in range(400)
+        ]
+    )
+    off = A - A.diagonal().diag()
+    spread = off.square().sum(1).sqrt()
+    torch.testing.assert_close(draws.std(0), spread, rtol=0.2, atol=0)
+    assert bool(((draws.mean(0) - A.diagonal()).abs() < 4 * spread / 400**0.5).all())
+    assert bool(((draws.mean(0) - 1.1 * A.diagonal()).abs() > 4 * spread / 400**0.5).any())
+
+
+def test_hutchinson_is_exact_for_a_diagonal_matrix():
+    d = torch.tensor([3.0, 0.5, 7.0], dtype=torch.float64)
+    b = {"y": torch.ones(3, dtype=torch.float64)}
+    made = System(lambda v: {"y": d * v["y"]}, b, None, None, 0.0, None)
+    inverse, _ = Hutchinson(probes=1).prepare(made, FRESH)
+    torch.testing.assert_close(inverse(b)["y"], 1 / d, rtol=1e-14, atol=0)
+
+
+def test_patience_is_that_of_ski_rental():
+    patience = Patience()
+    for spent in (9, 4, 6, 5):
+        patience = patience.after(spent)
+    assert (patience.fewest, patience.excess) == (4, 0 + 0 + 2 + 1)
+    assert Patience(0, 0).after(7).excess == 7
+    assert patience.after(None) is patience
+
+
+def test_nystrom_is_built_when_it_would_have_paid_and_is_exact_at_full_rank():
+    case = closed_form(PROBLEMS[1], 0)
+    made, A = seen_by(case)
+    n = tree.size(case.y)
+    chosen = NystromPreconditioner(rank=n)
+    state = chosen.init(made.at)
+    inverse, state = chosen.prepare(made, state)
+    assert inverse is None, "nothing spent so far"
+    inverse, state = chosen.prepare(replace(made, spent=n), state)
+    assert inverse is None, "as much as it costs"
+    before = dict(state)
+    inverse, state = chosen.prepare(replace(made, spent=1), state)
+    assert inverse is not None
+    assert before["built"] == 0
+    M = matrix_of(inverse, made.b)
+    values = torch.linalg.eigvalsh((M @ A + (M @ A).T) / 2)
+    # rounding of the sketch, relative to ‖A‖, times the condition number
+    assert float(values[-1] / values[0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_nystrom_keeps_to_its_memory_and_leaves_indefinite_matrices_alone():
+    case = closed_form(PROBLEMS[1], 0)
+    made, _ = seen_by(case, spent=1000)
+    few = NystromPreconditioner(memory=8.0 * 40 * 5)
+    assert few.prepare(made, few.init(made.at))[1]["U"].shape == (40, 5)
+    upside = replace(made, matvec=lambda v: tree.scale(-1.0, made.matvec(v)))
+    chosen = NystromPreconditioner(rank=10)
+    inverse, state = chosen.prepare(upside, chosen.init(made.at))
+    assert inverse is None
+    assert state["refused"] == 1
+
+
+def pairs_of(A, b, solver):
+    kept = Sample(1000)
+    solver.run(lambda v: tree.unflatten(A @ tree.flatten(v), b), b, zero(b), keep=kept)
+    return kept.pairs
+
+
+def test_recycled_pairs_are_mapped_back_and_leave_little_to_do():
+    matvec, A, b = system(log_spectrum(30, 1e4), 0)
+    pairs = pairs_of(A, b, CG(iterations=8, tolerance=0.0))
+    state = Recycled().learn({}, pairs)
+    made = System(matvec, b, None, None, 0.0, 8)
+    inverse, same = Recycled().prepare(made, state)
+    assert same is state
+    for p, Ap in pairs:
+        assert relative(inverse(Ap), p) < 1e-6
+    M = matrix_of(inverse, b)
+    assert float((M - M.T).norm() / M.norm()) < 1e-10
+    assert float(torch.linalg.eigvalsh((M + M.T) / 2)[0]) > 0
+    for other in pairs_of(A, tree.map(torch.ones_like, b), CG(iterations=1, tolerance=0.0)):
+        assert relative(inverse(other[1]), other[0]) > 1e-3, "not what was never seen"
+
+
+def test_recycled_pairs_age_out_at_the_room_there_is():
+    _, A, b = system(log_spectrum(30, 10), 0)
+    chosen = Recycled(pairs=10)
+    state = chosen.learn({}, pairs_of(A, b, CG(iterations=7, tolerance=0.0)))
+    oldest = state["S"][:, :4].clone()
+    kept = {name: part.clone() for name, part in state.items()}
+    more = chosen.learn(
+        state, pairs_of(A, tree.map(torch.ones_like, b), CG(iterations=7, tolerance=0))
+    )
+    assert more["S"].shape == (30, 10)
+    torch.testing.assert_close(more["S"][:, :3], state["S"][:, 4:], rtol=0, atol=0)
+    torch.testing.assert_close(more["M"], more["S"].T @ more["C"], rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(kept[name], state[name]) for name in kept), "the state was written into"
+    assert oldest.shape == (30, 4)
+    assert chosen.learn(state, []) is state
+    assert Recycled(memory=2 * 8.0 * 30 * 6).room(b) == 6
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_recycled_directions_without_curvature_are_left_out(factor):
+    b = {"y": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    first = {"y": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+    second = {"y": torch.tensor([0.0, 1.0], dtype=torch.float64)}
+    state = Recycled().learn({}, [(second, tree.scale(factor, second)), (first, first)])
+    inverse, _ = Recycled().prepare(System(lambda v: v, b, None, None, 0.0, None), state)
+    M = matrix_of(inverse, b)
+    assert bool(torch.isfinite(M).all())
+    assert float(torch.linalg.eigvalsh((M + M.T) / 2)[0]) > 0
+
+
+PRECONDITIONERS = [Nothing(), Hutchinson(), NystromPreconditioner(rank=20), Recycled()]
+
+
+@pytest.mark.parametrize("chosen", PRECONDITIONERS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "make", PROBLEMS, ids=["q", "ill", "1 lower", "1 upper", "ridge", "scaled"]
+)
+def test_each_leads_to_the_closed_form_along_a_run(chosen, make):
+    case = closed_form(make, 0)
+    values = torch.linalg.eigvalsh(case.hessian())
+    condition = float(values[-1] / values[0])
+    estimator = Implicit(solver=CG(iterations=3000, tolerance=1e-11), preconditioner=chosen)
+    state = None
+    for _ in range(5):
+        got = case.estimate(estimator, state=state)
+        state = got.state
+        assert_close(got.hypergradient, case.truth, rtol=max(1e-9, condition * 1e-10))
+
+
+@pytest.mark.parametrize("chosen", PRECONDITIONERS, ids=lambda p: type(p).__name__)
+def test_a_zero_right_hand_side_has_adjoint_zero(chosen):
+    case = closed_form(PROBLEMS[0], 0)
+
+    def flat(x, y, batch):
+        return (x["x"] ** 2).sum() + 0 * y["y"].sum()
+
+    for error in (None, 1e-3):
+        estimator, state = Implicit(preconditioner=chosen, error=error), None
+        for _ in range(3):
+            got = hypergradient(
+                flat,
+                case.problem.lower_loss,
+                case.x,
+                case.y,
+                estimator=estimator,
+                lower_batch=case.lower_batch,
+                state=state,
+            )
+            state = got.state
+            torch.testing.assert_close(got.hypergradient["x"], 2 * case.x["x"], rtol=1e-14, atol=0)
+            assert got.stats.converged
+
+
+# the asked error ---------------------------------------------------------------------------------
+
+
+def worst(make, estimator, seeds=range(4)):
+    return max(error for seed in seeds for error, _ in walk(make(seed), estimator, 6, 0.2, seed))
+
+
+CHANGING = {
+    "cond 10": lambda seed: Quadratic(num_upper=8, num_lower=60, condition=10, data_seed=seed),
+    "cond 1e3": lambda seed: Quadratic(num_upper=8, num_lower=60, condition=1e3, data_seed=seed),
+    "cond 1e5": lambda seed: Quadratic(num_upper=8, num_lower=60, condition=1e5, data_seed=seed),
+    "diabetes": lambda seed: Ridge(data_seed=seed),
+    "badly scaled": lambda seed: Ridge(data="synthetic", data_seed=seed),
+}
+
+
+@pytest.mark.parametrize("make", CHANGING.values(), ids=CHANGING)
+@pytest.mark.parametrize("start", ["cold", "warm", "linear", "galerkin"])
+def test_the_asked_error_is_held(make, start):
+    assert worst(make, Implicit(error=1e-3, start=start)) <= 1e-3
+
+
+def test_a_relative_residual_of_that_size_does_not_hold_it():
+    """Negative control: on one of the problems above it is five times too large."""
+    plain = Implicit(solver=CG(iterations=5000, tolerance=1e-3), start="cold")
+    assert max(worst(make, plain) for make in CHANGING.values()) > 5e-3
+
+
+def test_a_smaller_error_takes_more_products_and_a_larger_one_fewer():
+    spent = [
+        sum(hvps for _, hvps in walk(CHANGING["cond 1e3"](0), Implicit(error=e), 6, 0.2, 0))
+        for e in (1e-1, 1e-3, 1e-6)
+    ]
+    assert spent[0] < spent[1] < spent[2]
+
+
+def test_an_error_that_is_not_reached_is_said():
+    case = closed_form(PROBLEMS[1], 0)
+    short = Implicit(error=1e-3, solver=CG(iterations=6))
+    got = case.estimate(short)
+    assert relative(got.hypergradient, case.truth) > 1e-3
+    assert got.stats.converged is False
+
+
+def test_only_cg_takes_them():
+    for options in ({"error": 1e-3}, {"preconditioner": Recycled()}):
+        with pytest.raises(pydantic.ValidationError, match="solver: cg"):
+            Implicit(solver=Dense(), **options)
+    with pytest.raises(pydantic.ValidationError, match="together"):
+        Implicit(strong_convexity=1.0)
+
+
+# the bound ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_known_constants_the_bound_is_one(seed):
+    case = closed_form(PROBLEMS[1], seed)
+    k = case.problem.constants
+    mu, cross = float(torch.linalg.eigvalsh(k["A"])[0]), float(torch.linalg.matrix_norm(k["B"], 2))
+    # h(y) − h(y*) = (Dᵀ + Bᵀ A⁻¹)(y − y*), typed out
+    lipschitz = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ torch.linalg.inv(k["A"]), 2))
+    known = Implicit(strong_convexity=mu, cross_norm=cross, sensitivity=lipschitz)
+    for steps in (1, 5, 20, 80):
+        for off in (0.0, 1e-3, 1.0):
+            y = {"y": case.y["y"] + off * torch.linspace(-1, 1, 40)}
+            got = case.estimate(replace(known, solver=CG(iterations=steps, tolerance=1e-13)), y)
+            true = tree.norm(tree.sub(got.hypergradient, case.truth))
+            assert true <= got.stats.error_bound * (1 + 1e-6)
+            assert got.stats.error_bound_from == "known constants"
+    wrong = replace(known, strong_convexity=1e4 * mu, solver=CG(iterations=5))
+    got = case.estimate(wrong)
+    assert tree.norm(tree.sub(got.hypergradient, case.truth)) > got.stats.error_bound
+
+
+def test_the_estimated_bound_says_where_it_comes_from():
+    case = closed_form(PROBLEMS[1], 0)
+    got = case.estimate(Implicit(error=1e-3))
+    assert got.stats.error_bound_from == "Ritz values"
+    assert tree.norm(tree.sub(got.hypergradient, case.truth)) <= got.stats.error_bound
+    assert case.estimate(Implicit()).stats.error_bound is None
+
+
+# products ----------------------------------------------------------------------------------------
+
+
+def test_an_eighth_of_the_products_of_cold_conjugate_gradient():
+    """Cold CG stopped by the truth itself; ours by what it can know, all it spends counted."""
+    problem = Logistic(data="synthetic", num_features=60, spread=300.0, initial_log_penalty=-12.0)
+    points = run_of(problem, 25)
+    conditions = [point.condition for point in points]
+    assert min(conditions) > 1e4
+    errors, spent = run_with(points, Implicit(error=1e-3))
+    assert max(errors) <= 1e-3
+    assert 8 * spent <= cold_products(points, 1e-3)
+    errors, warm = run_with(points, Implicit(error=1e-3, start="cold", preconditioner=Nothing()))
+    assert 8 * warm > cold_products(points, 1e-3), "negative control: without them it is not"
+
+
+def run_with(points, estimator):
+    from tests.benchmarks.products import along
+
+    found = along(points, estimator)
+    return [error for error, _ in found], sum(spent for _, spent in found)
