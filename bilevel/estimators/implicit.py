@@ -82,7 +82,7 @@ class Implicit:
 
     @property
     def needs(self) -> Needs:
-        return Needs()
+        return Needs(pairs=getattr(self._preconditioner, "needs_pairs", False))
 
     @property
     def claim(self) -> Literal["solution"] | None:

@@ -14,13 +14,12 @@ from pydantic import NonNegativeFloat, PositiveInt
 from bilevel import tree
 from bilevel.calculus import gradients, linearize
 from bilevel.errors import ProblemError
-from bilevel.linear.secant import bfgs, block
+from bilevel.linear.secant import NO_PAIRS, bfgs, block, newest
 from bilevel.types import (
     Estimate,
     LinearSolver,
     Losses,
     Needs,
-    Pairs,
     Point,
     Slot,
     Solve,
@@ -69,10 +68,16 @@ class Shine:
         return replace(self, refine=tighten(dim)) if tighten else self
 
     def init(self, at: Point) -> dict[str, Any]:
-        return {"steps": [], "changes": []}
+        return NO_PAIRS
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
-        pairs = self._last(at, state)
+        if at.pairs is None:
+            raise ProblemError(
+                "shine reuses the pairs of a quasi-Newton lower solver and there are none; use "
+                "lower: lbfgs in a recipe, or hypergradient(..., pairs=solve_lower(..., "
+                "solver=LBFGS()).pairs)"
+            )
+        pairs, kept = newest(state, at.pairs, self.memory)
         value, F_x, F_y = gradients(losses.upper, at)
         lower = linearize(losses.lower, at)
         b = lower.restrict(F_y)
@@ -82,16 +87,4 @@ class Shine:
         if self.refine:
             solve = self.refine.solve(lambda u: tree.axpy(self.damping, u, lower.hvp_yy(u)), b, v)
         h = tree.sub(F_x, lower.vjp_xy(solve.solution))
-        kept = {"steps": [s for s, _ in pairs], "changes": [c for _, c in pairs]}
         return Estimate(h, value, kept, solve.stats)
-
-    def _last(self, at: Point, state: dict[str, Any]) -> Pairs:
-        """The newest `memory` pairs, those of this lower solve after those of earlier ones."""
-        if at.pairs is None:
-            raise ProblemError(
-                "shine reuses the pairs of a quasi-Newton lower solver and there are none; use "
-                "lower: lbfgs in a recipe, or hypergradient(..., pairs=solve_lower(..., "
-                "solver=LBFGS()).pairs)"
-            )
-        earlier = zip(state["steps"], state["changes"], strict=True)
-        return (*earlier, *at.pairs)[-self.memory :]

@@ -8,6 +8,7 @@ methods using multiple secant equations".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ from bilevel.types import Matvec, Params
 
 Pair = tuple[Params, Params]
 """(s, c) with c ≈ A s and ⟨s, c⟩ > 0; in a sequence, oldest first."""
+
+
+def newest(
+    state: dict[str, Any], pairs: Sequence[Pair], memory: int
+) -> tuple[list[Pair], dict[str, Any]]:
+    """The last `memory` pairs, those given after those of earlier calls; and the state to keep."""
+    earlier = zip(state["steps"], state["changes"], strict=True)
+    kept = [*earlier, *pairs][-memory:]
+    return kept, {"steps": [s for s, _ in kept], "changes": [c for _, c in kept]}
+
+
+NO_PAIRS: dict[str, Any] = {"steps": [], "changes": []}
+"""The state of `newest` before the first call."""
 
 
 def bfgs(pairs: Sequence[Pair]) -> Matvec:
