@@ -136,11 +136,10 @@ def test_a_state_that_is_written_to():
     class Writes(Around):
         def estimate(self, losses, at, state):
             got = super().estimate(losses, at, state)
-            return replace(got, state=tree.axpy_(state, 1.0, got.state))
+            state["stopping"]["calls"] = 1.0
+            return replace(got, state=state)
 
-    assert "writes into the state that it is given: ['weight'] differs" in complaint(
-        Writes(Implicit())
-    )
+    assert "writes into the state that it is given: ['stopping']" in complaint(Writes(Implicit()))
 
 
 def test_a_state_that_no_checkpoint_holds():
