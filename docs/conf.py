@@ -33,7 +33,9 @@ python_maximum_signature_line_length = 80
 # Types of other packages: an inventory of theirs would have to be fetched from the network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|pathlib|pydantic|annotated_types)\..*"),
-    (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str"),  # pydantic's, by their short names
+    # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
+    (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
+    (r"py:.*", r"Start|Params|Direction"),
     (r"py:.*", r"bilevel\.(types\.C|recipe\._device)"),  # a type variable, a validator
 ]
 
@@ -63,9 +65,12 @@ def _code(line: str) -> str:
     """`x` as literal text, also where a letter follows it, as in `x`s."""
     if line.lstrip().startswith((">>>", "...")):
         return line
-    return re.sub(
+    line = re.sub(
         r"(?<!`)`([^`]+)`(\w?)", lambda m: f"``{m[1]}``" + (rf"\ {m[2]}" if m[2] else ""), line
     )
+    # |y| outside of code would be a substitution
+    parts = re.split(r"(``.+?``)", line)
+    return "".join(p if p.startswith("``") else p.replace("|", r"\|") for p in parts)
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
