@@ -1,148 +1,147 @@
-"""Source-level mutants of every estimator: `python -m tests.mutation.run [module …]`.
+"""Mutants of the sources, and the tests that kill them: `python -m tests.mutation.run [file …]`.
 
-Takes the file of each estimator, changes one sign, operator or constant at a time, and asks
-`check_estimator`'s checks about every component and preset that lives in it. Not part of the suite: it
-takes minutes. Prints a table, and the mutants that nothing here kills.
+Takes the files of `table.EVIDENCE`, makes one change at a time, and runs the tests that the table
+names until the first that fails. Not part of the suite: it takes an hour. Prints the table in
+docs/checking.md, and on stderr who killed whom and the mutants that nothing kills.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
-import importlib
+import argparse
+import functools
+import importlib.machinery
 import multiprocessing
+import os
 import sys
-import types
-from collections.abc import Iterator
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from bilevel import presets, registry
-from bilevel.build import build
-from bilevel.errors import RequirementError
-from tests.mutation.held import LEFT_OUT, first_complaint
+import hypothesis
+import pydantic
+import pytest
+import torch
 
-ROOM = Path(importlib.import_module("bilevel.estimators").__file__ or "").parent
-SECONDS = 60
-"""A mutant that does not end is a mutant killed."""
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-CALLS = {"add": "sub", "sub": "add"}
+from tests.mutation.sites import Mutant, mutated, sample
+from tests.mutation.table import EQUIVALENT, EVIDENCE
 
-
-def sites(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(number of the node, what is done to it)."""
-    for number, node in enumerate(ast.walk(tree)):
-        if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-            yield number, f"{type(node.op).__name__} → {SWAPS[type(node.op)].__name__}"
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            yield number, "−a → a"
-        elif _is_tree_call(node, CALLS):
-            yield number, f"tree.{node.func.attr} → tree.{CALLS[node.func.attr]}"  # pyright: ignore
-        elif _is_tree_call(node, {"axpy": "", "axpy_": "", "scale": "", "scale_": ""}):
-            yield number, f"sign in tree.{node.func.attr}"  # pyright: ignore
+ROOM = Path(__file__).parents[2] / "bilevel"
+READY = (hypothesis, pydantic, torch)
+"""Imported once here, so that the process of a mutant need not; nothing of bilevel may be."""
+OPTIONS = [
+    *("-x", "-q", "--no-header"),
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
+]
 
 
-def _is_tree_call(node: ast.AST, names: dict[str, str]) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "tree"
-        and node.func.attr in names
-    )
+class FirstFailure:
+    """A pytest plugin that remembers it."""
+
+    name: str | None = None
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and self.name is None:
+            self.name = f"{report.nodeid} (import)"
 
 
-def mutate(tree: ast.Module, number: int) -> tuple[ast.Module, int]:
-    """(the tree with one node changed, its line)."""
-    tree = copy.deepcopy(tree)
-    node = list(ast.walk(tree))[number]
-    if isinstance(node, ast.BinOp):
-        node.op = SWAPS[type(node.op)]()
-    elif isinstance(node, ast.UnaryOp):
-        node.op = ast.UAdd()
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        if node.func.attr in CALLS:
-            node.func.attr = CALLS[node.func.attr]
-        else:
-            place = 1 if node.func.attr == "axpy_" or node.func.attr == "scale_" else 0
-            node.args[place] = ast.UnaryOp(ast.USub(), node.args[place])
-    return ast.fix_missing_locations(tree), getattr(node, "lineno", 0)
+def plant(mutant: Mutant) -> None:
+    """Let the next import of the mutant's module find the changed source."""
+    right = importlib.machinery.SourceFileLoader.get_code
+    path = ROOM / mutant.file
+
+    def get_code(self: Any, fullname: str) -> Any:
+        if Path(self.path) != path:
+            return right(self, fullname)
+        tree = mutated(path.read_text(encoding="utf-8"), mutant)
+        return compile(tree, str(path), "exec", dont_inherit=True)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
 
 
-def methods(module: str) -> dict[str, tuple[str, dict[str, object]]]:
-    """What is built from a module: name → (class, options)."""
-    found = {}
-    specs = {name: {"name": name} for name in registry.names("estimators")}
-    specs |= {name: dict(p.spec) for name, p in presets.of("estimators").items()}
-    for name, spec in specs.items():
-        cls = registry.find("estimators", spec["name"])
-        if cls.__module__ == module and name not in LEFT_OUT:
-            found[name] = (cls.__name__, spec)
-    return found
+def judge(mutant: Mutant | None, tests: tuple[str, ...], reply: Connection) -> None:
+    """Send (exit code of pytest, first test that failed); in a process of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    if mutant is not None:
+        plant(mutant)
+    first = FirstFailure()
+    code = pytest.main([*OPTIONS, *tests], plugins=[first])
+    reply.send((int(code), first.name))
+    reply.close()
 
 
-def judge(module: str, number: int, queue: multiprocessing.Queue) -> None:
-    """Put what the checks say of one mutant into the queue; None where it survives."""
-    import torch
-
-    torch.set_num_threads(1)
-    path = Path(importlib.import_module(module).__file__ or "")
-    tree, _ = mutate(ast.parse(path.read_text(encoding="utf-8")), number)
-    broken = types.ModuleType(f"{module}_mutant")
-    sys.modules[broken.__name__] = broken
-    try:
-        exec(compile(tree, str(path), "exec"), broken.__dict__)
-        for name, (cls, spec) in methods(module).items():
-            right = build("estimators", spec)
-            options = {f: getattr(right, f) for f in right.__dataclass_fields__}
-            said = first_complaint(name, getattr(broken, cls)(**options))
-            if said:
-                queue.put(f"{name}, {said}")
-                return
-    except Exception as error:
-        queue.put(f"raised {type(error).__name__}: {error}")
-        return
-    queue.put(None)
-
-
-def verdict(module: str, number: int) -> str | None:
-    """What killed a mutant, in a process of its own."""
+def verdict(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> str | None:
+    """What kills a mutant; None where it survives. No mutant: the tests as they are."""
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=judge, args=(module, number, queue))
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=judge, args=(mutant, tests, theirs))
     process.start()
+    theirs.close()
     try:
-        return queue.get(timeout=SECONDS)
-    except Exception:
-        return f"not done after {SECONDS} s"
+        if not mine.poll(seconds):
+            return f"not done after {seconds:.0f} s"
+        code, name = mine.recv()
+    except EOFError:
+        return "the process died"
     finally:
         process.kill()
         process.join()
+    return None if code == 0 else name or f"pytest exits {code}"
 
 
-def main(asked: list[str]) -> None:
-    print("| file | mutants | killed | survivors |\n|---|---|---|---|")
-    said: list[str] = []
-    for path in sorted(ROOM.glob("*.py")):
-        module = f"bilevel.estimators.{path.stem}"
-        if path.stem == "__init__" or (asked and path.stem not in asked):
-            continue
-        try:
-            if not methods(module):
-                continue
-            [build("estimators", spec) for _, spec in methods(module).values()]
-        except RequirementError:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        alive = []
-        count = 0
-        for number, what in sites(tree):
-            count += 1
-            if verdict(module, number) is None:
-                alive.append(f"{mutate(tree, number)[1]} ({what})")
-        print(f"| `{path.stem}` | {count} | {count - len(alive)} | {len(alive)} |", flush=True)
-        said += [f"{path.stem}.py:{line}" for line in alive]
-    print("\nalive:", *said, sep="\n")
+@functools.cache
+def unharmed(test: str) -> float:
+    """Seconds that one entry of the table takes without a mutant; it has to pass."""
+    start = time.monotonic()
+    broken = verdict(None, (test,), 600.0)
+    if broken:
+        raise SystemExit(f"without a mutant: {broken}")
+    return time.monotonic() - start
+
+
+def examine(file: str, most: int) -> tuple[str, list[str]]:
+    """(the row of a file, its survivors)."""
+    tests = EVIDENCE[file]
+    seconds = 20 + 5 * sum(unharmed(test) for test in tests)
+    mutants = sample(file, (ROOM / file).read_text(encoding="utf-8"), most)
+    alive, equal = [], 0
+    for mutant in mutants:
+        killer = verdict(mutant, tests, seconds)
+        name = f"{file}:{mutant.line} {mutant.kind}: {mutant.change}"
+        print(f"{name}  [{killer or 'ALIVE'}]", file=sys.stderr, flush=True)
+        if killer is None and (file, mutant.change) in EQUIVALENT:
+            equal += 1
+        elif killer is None:
+            alive.append(name)
+    killed = len(mutants) - equal - len(alive)
+    return f"| `{file}` | {len(mutants)} | {killed} | {equal} |", alive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", help="such as linear/cg.py; all by default")
+    parser.add_argument("--most", type=int, default=12, help="mutants a file")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| file | mutants | killed | equivalent |\n|---|---|---|---|")
+    alive: list[str] = []
+    with ThreadPoolExecutor(options.processes) as pool:
+        files = options.files or EVIDENCE
+        for row, survivors in pool.map(lambda file: examine(file, options.most), files):
+            print(row, flush=True)
+            alive += survivors
+    print("\nalive:", *alive, sep="\n", file=sys.stderr)
+    sys.exit(bool(alive))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

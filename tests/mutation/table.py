@@ -1,0 +1,96 @@
+"""Which tests are to notice a mistake in which file, and mutants that are no mistake."""
+
+from __future__ import annotations
+
+CHECK = "tests/mutation/test_mutants.py::test_as_it_is_nothing_is_wrong"
+FIRST_ORDER = "tests/estimators/test_first_order_more.py"
+STOCHASTIC = "tests/estimators/test_stochastic.py"
+LINEAR = ("tests/test_linear.py", "tests/test_linear_more.py")
+SOLVERS = ("tests/lower", "tests/test_functional.py")
+
+EVIDENCE: dict[str, tuple[str, ...]] = {
+    "estimators/aggregation.py": (FIRST_ORDER, f"{CHECK}[aggregation]"),
+    "estimators/alternating.py": ("tests/estimators/test_estimators.py", f"{CHECK}[none]"),
+    "estimators/bome.py": (FIRST_ORDER, f"{CHECK}[bome]"),
+    "estimators/fixed_point.py": (
+        "tests/estimators/test_constrained.py",
+        f"{CHECK}[fixed_point]",
+    ),
+    "estimators/forward.py": (
+        "tests/estimators/test_first_order_and_forward.py",
+        "tests/estimators/test_meta.py",
+        f"{CHECK}[forward]",
+        f"{CHECK}[fg2u]",
+    ),
+    "estimators/gradient_gap.py": (FIRST_ORDER, f"{CHECK}[gradient_gap]"),
+    "estimators/implicit.py": (
+        "tests/estimators/test_estimators.py",
+        "tests/test_composed.py",
+        f"{CHECK}[implicit]",
+    ),
+    "estimators/joint.py": (FIRST_ORDER, f"{CHECK}[joint]"),
+    "estimators/kkt.py": ("tests/estimators/test_constrained.py",),
+    "estimators/lancbio.py": ("tests/estimators/test_lancbio.py", f"{CHECK}[lancbio]"),
+    "estimators/maid.py": ("tests/estimators/test_maid.py", f"{CHECK}[maid]"),
+    "estimators/moreau.py": (FIRST_ORDER, f"{CHECK}[moreau]"),
+    "estimators/one_step.py": (
+        "tests/estimators/test_estimators.py",
+        f"{CHECK}[one_step]",
+        f"{CHECK}[darts]",
+    ),
+    "estimators/penalty.py": (
+        "tests/estimators/test_first_order_and_forward.py",
+        f"{CHECK}[penalty]",
+        f"{CHECK}[f2sa_p]",
+    ),
+    "estimators/regularised_gap.py": (FIRST_ORDER, f"{CHECK}[regularised_gap]"),
+    "estimators/sama.py": (FIRST_ORDER, f"{CHECK}[sama]"),
+    "estimators/shine.py": ("tests/estimators/test_reuse.py", f"{CHECK}[shine]"),
+    "estimators/single_loop.py": (STOCHASTIC, f"{CHECK}[soba]", f"{CHECK}[stocbio]"),
+    "estimators/starts.py": ("tests/estimators/test_meta.py",),
+    "estimators/unroll.py": (
+        "tests/estimators/test_estimators.py",
+        "tests/estimators/test_meta.py",
+        f"{CHECK}[unroll]",
+    ),
+    "estimators/value_function.py": (FIRST_ORDER, f"{CHECK}[value_function]"),
+    "estimators/value_gap.py": (FIRST_ORDER, f"{CHECK}[value_gap]"),
+    "estimators/zeroth.py": (
+        "tests/estimators/test_first_order_and_forward.py",
+        "tests/estimators/test_meta.py",
+        f"{CHECK}[zeroth_order]",
+    ),
+    "linear/cg.py": (*LINEAR, "tests/estimators/test_estimators.py"),
+    "linear/dense.py": LINEAR,
+    "linear/gmres.py": LINEAR,
+    "linear/identity.py": LINEAR,
+    "linear/minres.py": LINEAR,
+    "linear/neumann.py": LINEAR,
+    "linear/normal_cg.py": LINEAR,
+    "linear/nystrom.py": LINEAR,
+    "linear/secant.py": ("tests/estimators/test_reuse.py",),
+    "directions/average.py": (STOCHASTIC,),
+    "directions/blocks.py": (STOCHASTIC,),
+    "directions/draw.py": (STOCHASTIC,),
+    "directions/oracles.py": (STOCHASTIC,),
+    "directions/plain.py": (STOCHASTIC,),
+    "directions/saga.py": (STOCHASTIC,),
+    "directions/spider.py": (STOCHASTIC,),
+    "directions/storm.py": (STOCHASTIC,),
+    "directions/walk.py": (STOCHASTIC,),
+    "maps.py": ("tests/estimators/test_constrained.py",),
+    "lower/auxiliary.py": (FIRST_ORDER,),
+    "lower/gradient.py": SOLVERS,
+    "lower/iterate.py": ("tests/estimators/test_constrained.py",),
+    "lower/lbfgs.py": (*SOLVERS, "tests/estimators/test_reuse.py"),
+    "lower/newton.py": SOLVERS,
+    "lower/optimizers.py": SOLVERS,
+    "lower/proximal.py": ("tests/estimators/test_constrained.py",),
+    "lower/recorded.py": ("tests/estimators/test_meta.py", *SOLVERS),
+    "lower/replay.py": SOLVERS,
+    "lower/torch_optim.py": SOLVERS,
+}
+"""In the order in which they are asked; the first that fails ends it."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""(file, change): why no test could notice."""
