@@ -9,6 +9,13 @@ LINEAR = ("tests/test_linear.py", "tests/test_linear_more.py")
 SOLVERS = ("tests/lower", "tests/test_functional.py")
 
 EVIDENCE: dict[str, tuple[str, ...]] = {
+    "adjoint/starts.py": ("tests/test_adjoint.py",),
+    "adjoint/stopping.py": ("tests/test_adjoint.py",),
+    "preconditioners/diagonal.py": ("tests/test_adjoint.py",),
+    "preconditioners/kfac.py": ("tests/test_kfac.py",),
+    "preconditioners/nystrom.py": ("tests/test_adjoint.py",),
+    "preconditioners/pairs.py": ("tests/estimators/test_reuse.py",),
+    "preconditioners/recycled.py": ("tests/test_adjoint.py",),
     "estimators/aggregation.py": (FIRST_ORDER, f"{CHECK}[aggregation]"),
     "estimators/alternating.py": ("tests/estimators/test_estimators.py", f"{CHECK}[none]"),
     "estimators/bome.py": (FIRST_ORDER, f"{CHECK}[bome]"),
@@ -25,6 +32,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "estimators/gradient_gap.py": (FIRST_ORDER, f"{CHECK}[gradient_gap]"),
     "estimators/implicit.py": (
         "tests/estimators/test_estimators.py",
+        "tests/test_adjoint.py",
         "tests/test_composed.py",
         f"{CHECK}[implicit]",
     ),
@@ -60,7 +68,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
         "tests/estimators/test_meta.py",
         f"{CHECK}[zeroth_order]",
     ),
-    "linear/cg.py": (*LINEAR, "tests/estimators/test_estimators.py"),
+    "linear/cg.py": (*LINEAR, "tests/test_adjoint.py"),
     "linear/dense.py": LINEAR,
     "linear/gmres.py": LINEAR,
     "linear/identity.py": LINEAR,
