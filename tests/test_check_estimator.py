@@ -143,6 +143,36 @@ def test_a_state_that_is_written_to():
     assert "writes into the state that it is given: ['past'" in complaint(Writes(Implicit()))
 
 
+def test_a_state_that_whoever_asks_may_write_into():
+    class Shares(Around):
+        kept = "hypergradient"
+
+        def init(self, at):
+            return {"inner": self.inner.init(at)}
+
+        def estimate(self, losses, at, state):
+            got = self.inner.estimate(losses, at, state["inner"])
+            shared = {"hypergradient": got.hypergradient, "x": at.x, "y": at.y}[self.kept]
+            return replace(got, state={"inner": got.state, "shared": [shared]})
+
+    assert "shares memory with hypergradient" in complaint(Shares(Implicit()))
+    for name in ("x", "y"):
+        Shares.kept = name
+        assert f"shares memory with {name}," in complaint(Shares(Implicit()))
+
+
+def test_a_state_that_holds_where_y_was_moved_to():
+    class Moves(Around):
+        needs = Needs(second_order=False, moves_lower=True)
+
+        def estimate(self, losses, at, state):
+            got = super().estimate(losses, at, state)
+            moved = Moved(tree.clone(at.y), 0.0, 0.0)
+            return replace(got, moved=moved, state=moved.y)
+
+    assert "shares memory with moved.y" in complaint(Moves(Alternating()))
+
+
 def test_a_state_that_no_checkpoint_holds():
     class Odd(Around):
         def estimate(self, losses, at, state):

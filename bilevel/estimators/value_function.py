@@ -43,8 +43,9 @@ class ValueFunction:
     with one lower solution the quadratic penalty's distance to dΦ/dx is O(sigma^(1/3)) at
     mu = theta = 0, the barrier's O(√mu) as sigma falls. Each call divides mu, theta and sigma by
     (call + 1)^decay. P is steep, hence a `solver` with a line search; for "log" take newton, whose
-    search turns back at the edge, or gradient with steps too short to cross it. No second derivative is taken but by a `solver` that uses them (newton).
-    Costs 4 gradients, those of `solver` for z, and two for each one of `solver` for y.
+    search turns back at the edge, or gradient with steps too short to cross it. No second
+    derivative is taken but by a `solver` that uses them (newton). Costs 4 gradients, those of
+    `solver` for z, and two for each one of `solver` for y.
 
     Raises:
         ProblemError: the barrier has no inside to start from.
@@ -97,7 +98,7 @@ class ValueFunction:
         h = tree.axpy(weight, tree.sub(G_x, gradient_x(losses.lower, at.x, z["y"])), F_x)
         left = tree.axpy(now.theta, here.y, tree.axpy(weight, G_y, F_y))
         value = float(F) + weight * float(G)
-        moved = Moved(here.y, value, tree.norm(left), upper["steps"])
+        moved = Moved(tree.clone(here.y), value, tree.norm(left), upper["steps"])
         state = {"calls": state["calls"] + 1, "value": z, "upper": upper}
         return Estimate(h, F, state, evidence(z, upper), moved)
 

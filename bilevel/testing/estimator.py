@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
 from bilevel.testing.stand import Stand, in_float32, init
 from bilevel.testing.verdicts import CheckRow, check
-from bilevel.types import Counts, Estimator, Losses, Params, Point
+from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
 
 CLAIMS = ("solution", "path", "step", "penalty", "direct", None)
 LOOSE = 0.05
@@ -199,12 +200,31 @@ def _state(stand: Stand) -> Iterator[str]:
     first = stand.ask(there, state)
     if said := difference(state, kept):
         yield f"writes into the state that it is given: {said}; it belongs to the caller"
+    yield from _apart(first, there)
     again, resumed = stand.ask(there, kept), stand.ask(there, through_a_checkpoint(kept))
     for other, how in ((again, "asked again"), (resumed, "resumed from a checkpoint")):
         if difference(first.hypergradient, other.hypergradient):
             yield f"{how}, with the same state, it answers otherwise"
         elif difference(first.state, other.state):
             yield f"{how}, with the same state, it leaves another state"
+
+
+def _apart(got: Estimate, scene: Scene) -> Iterator[str]:
+    """Whoever gets an answer may write into it, and may move x and y in place."""
+    moved = got.moved.y if got.moved else {}
+    others = {"hypergradient": got.hypergradient, "moved.y": moved, **_inputs(scene)}
+    kept = set(_memories(got.state))
+    for name, params in others.items():
+        if kept & set(_memories(params)):
+            yield f"its state shares memory with {name}, which the caller may write into; copy it"
+
+
+def _memories(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor) and value.numel():
+        yield value.untyped_storage().data_ptr()
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _memories(item)
 
 
 def _pure(stand: Stand) -> Iterator[str]:

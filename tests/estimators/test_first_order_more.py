@@ -440,6 +440,14 @@ def test_aggregation_solves_the_counter_example_that_unrolling_does_not():
     assert 0 < off[3] < 2e-6
 
 
+def test_value_function_keeps_its_y_apart_from_the_one_it_hands_back(here):
+    case, start, _ = here
+    got = case.estimate(ValueFunction(), start)
+    kept = copy.deepcopy(got.state)
+    got.moved.y["y"].fill_(math.nan)
+    assert torch.equal(got.state["upper"]["y"]["y"], kept["upper"]["y"]["y"])
+
+
 # claims ----------------------------------------------------------------------------------------
 
 CLAIMING = [
