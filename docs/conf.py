@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|pathlib|pydantic|annotated_types)\..*"),
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
-    (r"py:.*", r"Start|Params|Direction"),
+    (r"py:.*", r"Start|Params|Direction|tuple\[.*"),
     (r"py:.*", r"bilevel\.(types\.C|recipe\._device)"),  # a type variable, a validator
 ]
 
