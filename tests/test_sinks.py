@@ -294,3 +294,18 @@ def test_a_terminal_shows_a_bar_and_leaves_the_table():
     assert "6/6" in text
     assert "F 1.000e+00" in text
     assert re.search(r"accuracy +0.5 +1\n", text)
+
+
+def test_the_error_stands_where_the_residual_would_if_there_is_a_bound(capsys):
+    bounded = Stats(hvps=2, residual=0.3, error_bound=5e-4)
+    event = stepped(1)
+    event = Stepped(**{**vars(event), "estimate": bounded})
+    receiver = ConsoleReceiver(Console(width=80))
+    for each in (STARTED, event):
+        receiver.receive(each)
+    receiver.close()
+    shown = capsys.readouterr().out
+    assert "error" in shown
+    assert "residual" not in shown
+    assert "2.0e-03" in shown, "5e-4 of a hypergradient of length 0.25"
+    assert all(len(line) <= 80 for line in shown.splitlines())

@@ -42,6 +42,11 @@ def charts(history: History) -> list[Chart]:
             {"residual": one("residual")},
         ),
         (
+            "Error of the hypergradient",
+            "its bound, or the estimate of one, in the units of dΦ/dx",
+            {"error": one("error_bound")},
+        ),
+        (
             "Condition of the lower Hessian",
             "a lower bound, from Ritz values",
             {"condition": one("condition")},

@@ -21,6 +21,7 @@ _COLUMNS = {
     "residual": ("estimate", "residual"),
     "condition": ("estimate", "condition"),
     "curvature": ("estimate", "curvature"),
+    "error_bound": ("estimate", "error_bound"),
     "gradients": ("totals", "gradients"),
     "hvps": ("totals", "hvps"),
     "cross_products": ("totals", "cross_products"),
@@ -93,5 +94,5 @@ def _add_step(history: History, event: Mapping[str, Any]) -> None:
     for column, path in _COLUMNS.items():
         value: Any = event
         for key in path:
-            value = value[key]
+            value = value.get(key)  # a record of an older version may lack a statistic
         history.columns[column].append(record.number(value))

@@ -146,7 +146,7 @@ class _Plain:
         self._console = console
         self._clock = _Clock()
         self._stages: set[tuple[str, bool]] = set()
-        self._has_head = False
+        self._has_head = self._is_bounded = False
         self._said = time.monotonic()
 
     def receive(self, event: Event) -> None:
@@ -177,9 +177,11 @@ class _Plain:
     def _row(self, event: Stepped) -> None:
         if not self._has_head:
             self._has_head = True
-            self._say("   step  upper loss  lower loss   |hypergr.|  residual     HVPs     left")
-        residual = event.estimate.residual
-        shown = "       -" if residual is None else f"{residual:8.1e}"
+            self._is_bounded = event.estimate.error_bound is not None
+            column = "   error" if self._is_bounded else "residual"
+            self._say(f"   step  upper loss  lower loss   |hypergr.|  {column}     HVPs     left")
+        evidence = _relative_bound(event) if self._is_bounded else event.estimate.residual
+        shown = "       -" if evidence is None else f"{evidence:8.1e}"
         self._say(
             f"{event.step:7d}  {event.upper_loss:10.4e}  {event.lower_loss:10.4e}   "
             f"{event.hypergradient_norm:10.4e}  {shown}  {event.totals.hvps:7d}  "
@@ -192,6 +194,12 @@ class _Plain:
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _relative_bound(event: Stepped) -> float | None:
+    """The bound of the error, or the estimate of one, relative to the hypergradient."""
+    bound, size = event.estimate.error_bound, event.hypergradient_norm
+    return None if bound is None or not size else bound / size
 
 
 class _Clock:
