@@ -9,19 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from bilevel import calculus, maps, tree
-from bilevel.composed import Composed
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.recorded import started
 from bilevel.lower.replay import replay
+from bilevel.ties import Ties, bind
 from bilevel.types import (
     ALL_STEPS,
     Counts,
     Estimate,
     Estimator,
     Function,
-    Loss,
     Losses,
     LowerSolution,
     LowerSolver,
@@ -86,11 +85,11 @@ def hypergradient(
     began = time.perf_counter()
     tree.require(x, "x")
     tree.require(y, "y")
-    tied = _Ties(x), _Ties(y)
+    tied = Ties(x), Ties(y)
     x, y = tree.detach(tied[0].unique), tree.detach(tied[1].unique)
     at = Point(x, y, path, project, tied[1].restrict(pairs))
     losses = _drawing(
-        _losses(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure),
+        bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure),
         upper_batches,
         lower_batches,
     )
@@ -170,8 +169,8 @@ def solve_lower(
         )
     if structure and structure.prox and not getattr(solver, "takes_prox", False):
         raise ProblemError(f"{solver!r} would ignore the proximal map; use Proximal")
-    tied = _Ties(x), _Ties(y)
-    loss = _losses(lower_loss, lower_loss, batch, batch, tied, structure).lower
+    tied = Ties(x), Ties(y)
+    loss = bind(lower_loss, lower_loss, batch, batch, tied, structure).lower
     draws = _batches(batch, batches)
     x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
     if state is None:
@@ -210,8 +209,8 @@ def unroll(
             f"{optimizer!r} writes in place and cannot be differentiated; "
             "use SGD, Adam, AdamW or RMSprop of bilevel.lower.optimizers"
         )
-    tied = _Ties(x), _Ties(y)
-    loss = _losses(lower_loss, lower_loss, batch, batch, tied).lower
+    tied = Ties(x), Ties(y)
+    loss = bind(lower_loss, lower_loss, batch, batch, tied).lower
     draws = tuple(itertools.islice(_batches(batch, batches), steps))
     start = tied[1].unique
     path = Path(optimizer, start, optimizer.init(start), draws)
@@ -236,95 +235,11 @@ def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> N
         )
 
 
-class _Ties:
-    """Names that stand for one and the same tensor, and the way there and back."""
-
-    def __init__(self, params: Params) -> None:
-        first: dict[int, str] = {}
-        self._home = {name: first.setdefault(id(entry), name) for name, entry in params.items()}
-        self.unique = {home: params[home] for home in first.values()}
-
-    def expand(self, unique: Params) -> Params:
-        return {name: unique[home] for name, home in self._home.items()}
-
-    def shrunk(
-        self, given: _Ties, function: Callable[[Params], Params]
-    ) -> Callable[[Params], Params]:
-        """A function from and to dicts with every name, as one of the unique entries alone."""
-
-        def unique(params: Params) -> Params:
-            full = function(given.expand(params))
-            return {home: full[home] for home in self.unique}
-
-        return unique
-
-    def restrict(self, pairs: Pairs | None) -> Pairs | None:
-        """Pairs in the names of `unique`: one entry for each variable, however many its names."""
-        if pairs is None or self.trivial:
-            return pairs
-        return tuple(
-            ({n: s[n] for n in self.unique}, {n: c[n] for n in self.unique}) for s, c in pairs
-        )
-
-    def expand_pairs(self, pairs: Pairs | None) -> Pairs | None:
-        """The inverse of `restrict`."""
-        if pairs is None or self.trivial:
-            return pairs
-        return tuple((self.expand(s), self.expand(c)) for s, c in pairs)
-
-    @property
-    def trivial(self) -> bool:
-        return len(self.unique) == len(self._home)
-
-
-def _losses(
-    upper: Function,
-    lower: Function,
-    upper_batch: Any,
-    lower_batch: Any,
-    tied: tuple[_Ties, _Ties],
-    structure: Structure | None = None,
-) -> Losses:
-    structure = structure or Structure()
-    if not all(ties.trivial for ties in tied):
-        upper, lower = _expanding(upper, tied), _expanding(lower, tied)
-        structure = _tied(structure, tied)
-    counts = Counts()
-    return Losses(
-        Loss(upper, upper_batch, counts, "upper"),
-        Loss(lower, lower_batch, counts, "lower", structure=structure),
-    )
-
-
-def _tied(structure: Structure, tied: tuple[_Ties, _Ties]) -> Structure:
-    """The same for the variables without their second names."""
-    x_ties, y_ties = tied
-
-    def unique(function: Any, inward: bool) -> Any:
-        def call(x: Params, y: Params, third: Any) -> Params:
-            found = function(x_ties.expand(x), y_ties.expand(y), third)
-            return {home: found[home] for home in y_ties.unique} if inward else found
-
-        return function and call
-
-    return Structure(
-        prox=unique(structure.prox, True),
-        map=unique(structure.map, True),
-        constraints=unique(structure.constraints, False),
-    )
-
-
 def _drawing(losses: Losses, upper: Iterable[Any] | None, lower: Iterable[Any] | None) -> Losses:
     return Losses(
         replace(losses.upper, draws=None if upper is None else iter(upper)),
         replace(losses.lower, draws=None if lower is None else iter(lower)),
     )
-
-
-def _expanding(function: Function, tied: tuple[_Ties, _Ties]) -> Function:
-    if isinstance(function, Composed):
-        return function.through(lambda x, y: (tied[0].expand(x), tied[1].expand(y)))
-    return lambda x, y, batch: function(tied[0].expand(x), tied[1].expand(y), batch)
 
 
 def _require_reached(losses: Losses, at: Point) -> None:

@@ -1,0 +1,102 @@
+"""Combinations of problem, solver and estimator that cannot work, or are known to go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bilevel import calculus, rng, tree
+from bilevel.errors import ProblemError
+from bilevel.events import Warned
+from bilevel.state import Setup, State
+from bilevel.types import Counts, Estimator, Loss
+
+
+def refuse_mismatch(setup: Setup) -> None:
+    """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
+    required = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
+    missing = [name for name in required if not callable(getattr(setup.problem, name, None))]
+    if missing:
+        raise ProblemError(
+            f"{type(setup.problem).__name__} is no problem: it has no {', '.join(missing)}; "
+            "see bilevel.problem.Problem"
+        )
+    if setup.estimator.needs.path and not setup.lower.records:
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} differentiates through the lower steps, "
+            f"and those of {setup.lower!r} cannot be replayed; use lower: gradient with optimizer "
+            "sgd, adam, adamw or rmsprop, or estimator: implicit"
+        )
+    if setup.estimator.needs.pairs and not getattr(setup.lower, "gives_pairs", False):
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} reuses the curvature that a quasi-Newton "
+            f"lower solver met, and {setup.lower!r} keeps none; use lower: lbfgs, or "
+            "estimator: implicit"
+        )
+    _refuse_unheld(setup)
+
+
+def _refuse_unheld(setup: Setup) -> None:
+    """Nothing may move y that does not know what holds it."""
+    problem, needs = setup.problem, setup.estimator.needs
+    prox = hasattr(problem, "prox_lower")
+    if needs.moves_upper and hasattr(problem, "project_upper"):
+        raise ProblemError(
+            f"estimator {type(setup.estimator).__name__} moves x itself and knows no project_upper, "
+            "so what it accepts is not where x would be; use estimator: implicit"
+        )
+    for name in ("project_lower", "prox_lower"):
+        if hasattr(problem, name) and needs.moves_lower and name not in needs.knows:
+            raise ProblemError(
+                f"estimator {type(setup.estimator).__name__} moves y itself and knows no {name}, so y "
+                "would leave its set; use estimator: fixed_point, or unroll for a projection"
+            )
+    if prox and not getattr(setup.lower, "takes_prox", False):
+        raise ProblemError(
+            f"the problem has prox_lower, and {setup.lower!r} would ignore it; use lower: proximal"
+        )
+    held = prox or hasattr(problem, "project_lower")
+    if hasattr(problem, "lower_constraints") and not held:
+        raise ProblemError(
+            "the problem has lower_constraints and neither project_lower nor prox_lower, so that "
+            "no lower solver would keep y within them; add the projection"
+        )
+
+
+def caution(setup: Setup, state: State) -> Iterator[Warned]:
+    """What is known to go wrong before the first step; raises where it cannot go right."""
+    if state.step:
+        return
+    problem, stream = setup.problem, rng.stream(setup.seed, "inspection")
+    counts = Counts()
+    for loss, make in (
+        (Loss(problem.upper_loss, None, counts, "upper"), problem.upper_batches),
+        (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
+    ):
+        batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
+        calculus.refuse_impure(loss.on(batch), state.x, state.y)
+    known = getattr(setup.estimator, "caution", None)
+    if known:
+        state.warned.append("estimator")
+        yield Warned(0, "estimator", known)
+    name = unknown_to(setup.estimator, problem)
+    if name and setup.estimator.claim in ("solution", "penalty"):
+        state.warned.append("projection")
+        yield Warned(
+            0,
+            "projection",
+            f"{name} shapes the lower solution, and {type(setup.estimator).__name__} does not know "
+            "it: the hypergradient is wrong where it is active; estimator: fixed_point knows, "
+            "unroll a projection, kkt what lower_constraints says",
+        )
+
+
+def unknown_to(estimator: Estimator, problem: Any) -> str | None:
+    """What holds a problem's y that the estimator does not take into account, if anything."""
+    knows = estimator.needs.knows
+    if "lower_constraints" in knows and hasattr(problem, "lower_constraints"):
+        return None  # they say the same as the projection
+    for name in ("project_lower", "prox_lower"):
+        if hasattr(problem, name) and name not in knows:
+            return name
+    return None
