@@ -95,6 +95,7 @@ def test_a_task_without_a_right_hand_side_stays_at_zero_from_any_start():
     for start in (tree.zeros_like(b), tree.map(torch.ones_like, b)):
         solve = TaskCG(iterations=100).solve(matvec, b, start)
         assert solve.stats.converged
+        assert solve.stats.curvature > 0
         assert tree.norm(at(solve.solution, 2)) == 0
         assert tree.norm(at(solve.solution, 3)) > 0
     nothing = tree.zeros_like(b)

@@ -77,6 +77,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "linear/normal_cg.py": LINEAR,
     "linear/nystrom.py": LINEAR,
     "linear/secant.py": ("tests/estimators/test_reuse.py",),
+    "linear/task_cg.py": ("tests/test_task_cg.py",),
     "directions/average.py": (STOCHASTIC,),
     "directions/blocks.py": (STOCHASTIC,),
     "directions/draw.py": (STOCHASTIC,),
