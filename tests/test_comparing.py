@@ -96,7 +96,7 @@ def test_a_converged_solve_has_no_error_and_a_cut_off_one_has(quadratic, points,
 def test_a_warm_start_is_measured_and_helps_a_solve_that_is_cut_off(quadratic, points, tmp_path):
     """Two CG steps go on where those of the point before ended; without its state they cannot."""
     cut = {"name": "implicit", "solver": {"name": "cg", "iterations": 2}}
-    made = variant(quadratic, warm=cut, cold={**cut, "warm_start": False}, none="none")
+    made = variant(quadratic, warm=cut, cold={**cut, "start": "cold"}, none="none")
     along = {label: measure(points, recipe, tmp_path)["along"] for label, recipe in made.items()}
     assert not [key for key in along["warm"][0] if "warm" in key]  # nothing came before
     for point in along["warm"][1:]:
