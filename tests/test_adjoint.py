@@ -395,6 +395,71 @@ def test_the_asked_error_is_held(make, start):
     assert worst(make, Implicit(error=1e-3, start=start)) <= 1e-3
 
 
+def along(upper, lower, truth, solution, estimator, x, steps, lr):
+    """(relative error, stats) of every call of a run that follows the truth."""
+    state, found = None, []
+    for _ in range(steps):
+        got = hypergradient(upper, lower, x, solution(x), estimator=estimator, state=state)
+        h, state = truth(x), got.state
+        error = tree.norm(tree.sub(got.hypergradient, h)) / tree.norm(h)
+        found.append((error, got.stats))
+        x = tree.axpy(-lr, h, x)
+    return found
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1])
+def test_the_asked_error_is_held_over_many_calls_that_need_no_step(lr):
+    """Long runs of calls that the start alone satisfies: nothing new is seen, A and b drift."""
+    generator, dim = torch.Generator().manual_seed(0), 60
+    Q = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    c = torch.randn(dim, generator=generator, dtype=torch.float64)
+    K = Q @ torch.diag(torch.logspace(0, 4, dim, dtype=torch.float64)) @ Q.T
+
+    def lower(x, y, batch):
+        bent = y["y"] @ (K @ y["y"]) + (x["x"].exp() * y["y"].square()).sum()
+        return bent / 2 - (K @ c) @ y["y"]
+
+    def upper(x, y, batch):
+        return (y["y"] - 1).square().sum() / 2
+
+    def solution(x):
+        return {"y": torch.linalg.solve(K + torch.diag(x["x"].exp()), K @ c)}
+
+    def truth(x):
+        y = solution(x)["y"]
+        v = torch.linalg.solve(K + torch.diag(x["x"].exp()), y - 1)
+        return {"x": -x["x"].exp() * y * v}
+
+    start = {"x": torch.zeros(dim, dtype=torch.float64)}
+    found = along(upper, lower, truth, solution, Implicit(error=1e-2), start, 120, lr)
+    assert all(stats.converged for _, stats in found)
+    assert sum(stats.iterations == 0 for _, stats in found) >= 5
+    assert max(error for error, _ in found) <= 1e-2
+
+
+def test_a_coupling_that_was_zero_is_not_taken_for_zero_ever_after():
+    c = torch.linspace(-3.0, 2.0, 30, dtype=torch.float64)
+    A = torch.diag(torch.logspace(0, 3, 30, dtype=torch.float64)) + 0.1 * torch.outer(c, c)
+
+    def lower(x, y, batch):
+        return y["y"] @ (A @ y["y"]) / 2 - 10 * (x["x"].square() * c) @ y["y"]
+
+    def upper(x, y, batch):
+        return (y["y"] - c).square().sum() / 2 + 0.1 * (x["x"] - 1).square().sum()
+
+    def solution(x):
+        return {"y": torch.linalg.solve(A, 10 * x["x"].square() * c)}
+
+    def truth(x):
+        v = torch.linalg.solve(A, solution(x)["y"] - c)
+        return {"x": 0.2 * (x["x"] - 1) + 20 * x["x"] * c * v}
+
+    start = {"x": torch.zeros(30, dtype=torch.float64)}
+    found = along(upper, lower, truth, solution, Implicit(error=1e-2), start, 6, 0.05)
+    assert max(error for error, _ in found) <= 1e-2
+    assert found[0][1].error_bound is None  # nothing was seen that could say
+
+
 def test_a_relative_residual_of_that_size_does_not_hold_it():
     """Negative control: on one of the problems above it is five times too large."""
     plain = Implicit(solver=CG(iterations=5000, tolerance=1e-3), start="cold")

@@ -15,36 +15,38 @@ from bilevel.linear.cg import Progress
 from bilevel.types import Params
 
 Memory = dict[str, float]
-"""What is remembered from call to call: `ratio`, `smallest` and `size`, where they are known."""
+"""What is remembered from call to call: `ratio`, `smallest` and `size`, or nothing."""
 
 MARGIN = 2.5
 """The estimate is one-sided, so it has to be this much below what is asked."""
 
 FADES = 0.9
-"""The ratio of earlier solves counts for this much of itself after each new one."""
+"""The ratio of earlier solves counts for this much of itself after one that saw another, and for
+as much more after one that saw none: what was long not seen is trusted less."""
 
 GROWS = 2.0
-"""The smallest Ritz value of earlier solves counts for this much more after each new one."""
+"""The smallest Ritz value of earlier solves counts for this much more after one that met others."""
 
 
 class HoldsError:
-    """Stops once the estimate of ‖h_k − h‖ is at most `error` ‖h_k‖, with h_k = ∇x F − (∂²xy G)ᵀ v_k.
+    """Stops once the estimate of ‖h_k − h‖ is at most `error` ‖h_k‖, with h_k = ∇x F − Bᵀ v_k, B = ∂²xy G.
 
         ‖h_k − h‖ ≤ ratio · ‖v_k − A⁻¹b‖_A ≤ ratio · √(⟨r, M⁻¹ r⟩ / smallest), times MARGIN
 
     `smallest` is the smallest Ritz value of M⁻¹A seen, in this solve or before. `ratio` is the
-    largest ‖(∂²xy G)ᵀ (v_k − v_j)‖ / ‖v_k − v_j‖_A seen between two looks, whose denominator conjugate
+    largest ‖Bᵀ (v_k − v_j)‖ / ‖v_k − v_j‖_A seen between two looks, whose denominator conjugate
     gradient gives at no product (Hestenes and Stiefel 1952, thm. 6:1). Both are estimates from one
-    side: what lies in directions never met is not counted. A look costs 1 cross product; the last
-    one is the hypergradient itself. Looks come at 4 steps and half as many again each time, and
-    where the figures of the last look say that it is enough.
+    side: what lies in directions never met is not counted, nor how much B has grown since `ratio`
+    was seen; a B that was not met at all is not believed to be zero. A look costs 1 cross product;
+    the last one is the hypergradient itself. Looks come at 4 steps and half as many again each
+    time, and where the figures of the last look say that it is enough.
     """
 
     def __init__(
         self, error: float, F_x: Params, cross: Callable[[Params], Params], memory: Memory
     ) -> None:
         self._error, self._F_x, self._cross = error, F_x, cross
-        self._ratio, self._seen = memory.get("ratio", math.inf), 0.0
+        self._ratio, self._seen = memory.get("ratio", 0.0), 0.0
         self._smallest, self._met = memory.get("smallest", math.inf), math.inf
         self._size = memory.get("size", 0.0)
         self._step, self._at_step = 0, None
@@ -54,38 +56,34 @@ class HoldsError:
         self.estimate = math.inf
 
     def __call__(self, progress: Progress) -> bool:
-        due = progress.steps >= self._next if not self._known else False
-        if not (due or (progress.steps >= self._next and self._bound(progress) <= self._goal)):
+        if progress.steps < self._next:
             return False
-        return self._look(progress)
+        known = math.isfinite(self._bound(progress))
+        return (not known or self._bound(progress) <= self._goal) and self._look(progress)
 
     @property
     def memory(self) -> Memory:
         """For the next solve, with the same preconditioner."""
-        ratio = max(self._seen, FADES * self._ratio) if self._seen else self._ratio
-        smallest = min(self._met, GROWS * self._smallest)
-        if not (math.isfinite(ratio) and math.isfinite(smallest)):
+        ratio = max(self._seen, FADES * self._ratio) if self._seen else self._ratio / FADES
+        met = math.isfinite(self._met)
+        smallest = min(self._met, GROWS * self._smallest) if met else self._smallest
+        if not (ratio > 0 and math.isfinite(ratio) and math.isfinite(smallest)):
             return {}
         return {"ratio": ratio, "smallest": smallest, "size": self._size}
-
-    @property
-    def _known(self) -> bool:
-        return math.isfinite(self._ratio)
 
     @property
     def _goal(self) -> float:
         return self._error * self._size
 
     def _bound(self, progress: Progress) -> float:
-        return (
-            MARGIN
-            * max(self._ratio, self._seen)
-            * math.sqrt(max(progress.rz, 0.0) / self._smallest)
-        )
+        """The estimate at the present iterate; infinite as long as a part of it is unknown."""
+        ratio = max(self._ratio, self._seen)
+        if ratio == 0 or not 0 < self._smallest < math.inf:
+            return math.inf
+        return MARGIN * ratio * math.sqrt(max(progress.rz, 0.0) / self._smallest)
 
     def _look(self, progress: Progress) -> bool:
-        g = self._cross(progress.v)
-        h = tree.sub(self._F_x, g)
+        h = tree.sub(self._F_x, self._cross(progress.v))
         self._size = tree.norm(h)
         if progress.steps:
             self._met = min(self._met, progress.ritz.smallest or math.inf)
@@ -94,14 +92,12 @@ class HoldsError:
         if self._at_step is not None and moved > 0:
             seen = tree.norm(tree.sub(h, self._at_step)) / math.sqrt(moved)
             self._seen = max(self._seen, seen)
-            self._ratio = self._ratio if self._known else 0.0
         self._step, self._at_step = progress.steps, h
         self._next = progress.steps + max(1, progress.steps // 2)
-        if math.isfinite(self._ratio) and self._smallest > 0:
-            self.estimate = self._bound(progress)
-            if self.estimate <= self._goal:
-                self.h = h
-                return True
+        self.estimate = self._bound(progress)
+        if self.estimate <= self._goal:
+            self.h = h
+            return True
         return False
 
 
