@@ -33,6 +33,12 @@ def refuse_mismatch(setup: Setup) -> None:
             f"lower solver met, and {setup.lower!r} keeps none; use lower: lbfgs, or "
             "estimator: implicit"
         )
+    for name in sorted(setup.estimator.needs.requires):
+        if getattr(setup.problem, name, None) is None:
+            raise ProblemError(
+                f"estimator {type(setup.estimator).__name__} is for problems that have {name}, and "
+                f"{type(setup.problem).__name__} has none; add it, or use estimator: implicit"
+            )
     _refuse_unheld(setup)
 
 

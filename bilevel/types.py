@@ -228,6 +228,8 @@ class Needs:
     """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
     moves_upper: bool = False
     """It returns `Estimate.step`: the run's upper optimizer is not used."""
+    requires: frozenset[str] = frozenset()
+    """Optional methods of a problem that it can do nothing without, such as lower_start."""
     knows: frozenset[str] = frozenset()
     """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
 

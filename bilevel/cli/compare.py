@@ -44,7 +44,8 @@ def compare(
     labels, known = None, plan.read_labels(given) if given else {}
     if estimators is not None:
         labels = [part.strip() for part in estimators.split(",") if part.strip()]
-        known = {name: plan.anchored(name, Path()) for name in labels} | known
+        if labels != ["all"]:
+            known = {name: plan.anchored(name, Path()) for name in labels} | known
     made = plan.make(
         recipe,
         labels=labels,

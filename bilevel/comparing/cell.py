@@ -35,6 +35,7 @@ from bilevel.problem import restart_of, structure_of
 from bilevel.runfolder import environment
 from bilevel.testing import scene_at
 from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
+from bilevel.types import Path as Steps
 
 REPETITIONS = 5
 """Timed estimates, after one that is not timed."""
@@ -78,10 +79,17 @@ class _Stand:
         self.x, self.state = state.x, state
         self.solved = solve(setup, state, state.y, state.lower_batches)
         self.upper_batch = next(state.upper_batches)
-        start = tree.to(truth.tight, setup.device, setup.dtype)
-        again = solve(setup, state, start, repeat(self.solved.batch))
-        self.at_solution = Point(self.x, start, again.path, pairs=self.solved.pairs)
+        tight = tree.to(truth.tight, setup.device, setup.dtype)
+        path = self._path(state, tight)
+        self.at_solution = Point(self.x, tight, path, pairs=self.solved.pairs)
         self.in_run = Point(self.x, self.solved.y, self.solved.path, pairs=self.solved.pairs)
+
+    def _path(self, state: State, tight: Params) -> Steps | None:
+        """Steps to follow at the solution: from there on, or the run's where they begin at x."""
+        path = self.solved.path
+        if path is None or restart_of(self.setup.problem, tight):
+            return path
+        return solve(self.setup, state, tight, repeat(self.solved.batch)).path
 
     def estimate(self, at: Point, state: Any = None) -> Estimate:
         """An estimate without the checks that a first call makes; cold without a state."""

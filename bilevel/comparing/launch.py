@@ -44,12 +44,16 @@ def launch(plan: Plan, folder: Path) -> Iterator[Done]:
         prepared = _step(f"points of seed {seed}", seed, recipe, folder, here, None)
         yield prepared
         for cell in (cell for cell in plan.cells if cell.seed == seed):
-            if prepared.result["status"] == "ok":
+            if cell.refused:
+                yield _failed(cell, cell.refused)
+            elif prepared.result["status"] == "ok":
                 yield _step(cell.label, seed, cell.recipe, folder, here, cell)
             else:
-                reason = f"the recipe's own run: {prepared.result['reason']}"
-                failed = {"status": "failed", "reason": reason}
-                yield Done(cell.label, seed, failed, False, 0.0, cell)
+                yield _failed(cell, f"the recipe's own run: {prepared.result['reason']}")
+
+
+def _failed(cell: Cell, reason: str) -> Done:
+    return Done(cell.label, cell.seed, {"status": "failed", "reason": reason}, False, 0.0, cell)
 
 
 def _step(

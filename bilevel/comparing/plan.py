@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel import engine, registry, yaml_source
+from bilevel import engine, presets, registry, yaml_source
 from bilevel import recipe as recipes
 from bilevel.assemble import assemble
 from bilevel.errors import ProblemError, RecipeError, RequirementError
@@ -28,6 +28,8 @@ class Cell:
     recipe: Recipe
     budget: int | None
     """Oracle calls of its run; None for as many as the recipe's own estimator uses."""
+    refused: str | None = None
+    """Why it cannot work with the recipe: it is shown as failed, and not started."""
 
     @property
     def stem(self) -> str:
@@ -65,10 +67,11 @@ def make(
     """The plan for `labels`: names, file.py:Class, or labels in `given` (label → specification).
 
     The recipe's own estimator comes first, with its options. Without `labels` these are all in
-    `given`, or else all that are registered and can work with the recipe.
+    `given`, or else all that are registered and can work with the recipe; `["all"]` adds the
+    presets. One asked for by name that cannot work with the recipe is a cell that says why.
 
     Raises `RecipeError` for a wrong estimator, `RequirementError` where one or the recipe needs
-    what is missing.
+    what is missing, `ProblemError` where none of those asked for by name can work.
     """
     engine.refuse_mismatch(assemble(recipe))
     given = dict(given or {})
@@ -77,8 +80,15 @@ def make(
         raise RecipeError(
             f"label {own!r} is taken: it stands for the recipe's own estimator. Choose another"
         )
-    everything = labels is None and not given
-    asked = labels if labels is not None else list(given or registry.names("estimators"))
+    every = labels == ["all"]
+    everything = every or (labels is None and not given)
+    asked = labels if labels is not None and not every else list(given)
+    if everything:
+        asked = [
+            *registry.names("estimators"),
+            *(presets.of("estimators") if every else ()),
+            *given,
+        ]
     specifications = {own: recipe.content["estimator"]}
     specifications |= {label: given.get(label, label) for label in asked if label != own}
     left_out: dict[str, str] = {}
@@ -86,14 +96,17 @@ def make(
     for label, specification in specifications.items():
         try:
             made = {seed: _variant(recipe, specification, seed, label) for seed in seeds}
-            if everything and label != own:
-                engine.refuse_mismatch(assemble(made[seeds[0]]))
-        except (RequirementError, ProblemError) as error:
+        except RequirementError as error:
             if not everything or label == own:
                 raise
             left_out[label] = str(error)
             continue
-        cells += [Cell(label, seed, variant, budget) for seed, variant in made.items()]
+        refused = _mismatch(made[seeds[0]])
+        if refused and everything:
+            left_out[label] = refused
+            continue
+        cells += [Cell(label, seed, variant, budget, refused) for seed, variant in made.items()]
+    _refuse_if_all_are(cells, own)
     scenes = {cell.seed: cell.recipe for cell in cells if cell.label == own}
     return Plan(recipe, tuple(seeds), scenes, tuple(cells), left_out)
 
@@ -103,6 +116,20 @@ def own_label(recipe: Recipe) -> str:
     name = recipe.content["estimator"]["name"]
     match = registry.FILE.match(name)
     return match["name"] if match else name
+
+
+def _mismatch(recipe: Recipe) -> str | None:
+    try:
+        engine.refuse_mismatch(assemble(recipe))
+    except ProblemError as error:
+        return str(error)
+    return None
+
+
+def _refuse_if_all_are(cells: Sequence[Cell], own: str) -> None:
+    asked = {cell.label: cell.refused for cell in cells if cell.label != own}
+    if asked and all(asked.values()):
+        raise ProblemError("; ".join(f"{label}: {reason}" for label, reason in asked.items()))
 
 
 def _variant(recipe: Recipe, specification: Any, seed: int, label: str) -> Recipe:

@@ -60,7 +60,8 @@ class KKT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(knows=frozenset({"lower_constraints"}))
+        constraints = frozenset({"lower_constraints"})
+        return Needs(requires=constraints, knows=constraints)
 
     @property
     def claim(self) -> Literal["solution"] | None:

@@ -31,7 +31,8 @@ class FOMAML:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, path=math.inf)
+        start = frozenset({"lower_start"})
+        return Needs(second_order=False, path=math.inf, requires=start)
 
     @property
     def claim(self) -> Literal["path"] | None:
@@ -61,7 +62,8 @@ class Reptile:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, path=math.inf)
+        start = frozenset({"lower_start"})
+        return Needs(second_order=False, path=math.inf, requires=start)
 
     @property
     def claim(self) -> Literal["path"] | None:
