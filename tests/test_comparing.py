@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bilevel import presets, registry
 from bilevel import recipe as recipes
 from bilevel.cli.names import shipped
 from bilevel.comparing import cell, figure, files, plan, scene, table
 from bilevel.comparing.memory import peak
-from bilevel.errors import RecipeError
+from bilevel.errors import ProblemError, RecipeError
 
 SHORT = ["upper.steps=4", "evaluate.every=0"]
 TIGHT = {"name": "implicit", "solver": {"name": "cg", "iterations": 100, "tolerance": 1e-12}}
@@ -232,6 +234,52 @@ def test_without_labels_what_cannot_work_is_left_out():
     made = plan.make(recipes.load(shipped()["ridge"]))
     assert "cannot be replayed" in made.left_out["unroll"]
     assert {"implicit", "none"} <= {c.label for c in made.cells}
+
+
+def test_one_named_that_cannot_work_is_a_cell_that_says_why():
+    ridge = recipes.load(shipped()["ridge"])
+    made = plan.make(ridge, labels=["unroll", "kkt", "none"])
+    refused = {c.label: c.refused for c in made.cells}
+    assert refused["implicit"] is refused["none"] is None
+    assert "cannot be replayed" in (refused["unroll"] or "")
+    assert "lower_constraints" in (refused["kkt"] or "")
+    assert not made.left_out
+    with pytest.raises(ProblemError, match=r"unroll: .* kkt: .*lower_constraints"):
+        plan.make(ridge, labels=["unroll", "kkt"])
+
+
+def test_all_are_the_presets_too(quadratic):
+    made = plan.make(quadratic, labels=["all"], given={"cut": "none"})
+    labels = {c.label for c in made.cells}
+    assert labels | set(made.left_out) >= {
+        *registry.names("estimators"),
+        *presets.of("estimators"),
+        "cut",
+    }
+    assert {"darts", "soba", "cut"} <= labels
+    assert {"fomaml", "kkt", "shine"} <= set(made.left_out)
+    assert (
+        presets.of("estimators").keys().isdisjoint(c.label for c in plan.make(quadratic).cells)
+    )  # without labels: components alone
+
+
+def test_labels_become_names_of_files(quadratic):
+    made = plan.Cell("betty:neumann", 0, quadratic, None)
+    assert re.fullmatch(r"betty_neumann-seed0-\w{12}", made.stem)
+
+
+def test_paths_begin_at_x_where_the_problem_says_so(tmp_path):
+    """At the solution too: FOMAML and Reptile learn from nothing else."""
+    tiny = ["problem.num_tasks=2", "problem.problem.num_held_out=2", "problem.problem.width=3"]
+    recipe = recipes.load(
+        shipped()["sinusoid"], [*tiny, "upper.steps=2", "evaluate.every=0", "sinks=[]"]
+    )
+    (tmp_path / "own.yaml").write_text(recipe.dump())
+    scene.make(tmp_path / "own.yaml", tmp_path / "scene")
+    for label, made in variant(recipe, fomaml="fomaml", reptile="reptile", maml="maml").items():
+        found = measure(tmp_path / "scene", made, tmp_path)
+        assert found["status"] == "ok", (label, found["reason"])
+        assert found["run"]["steps"] >= 1
 
 
 def test_wrong_labels_are_refused(quadratic, tmp_path):

@@ -16,6 +16,7 @@ from bilevel.estimators.maid import MAID
 from bilevel.estimators.regularised_gap import RegularisedGap
 from bilevel.estimators.shine import Shine
 from bilevel.estimators.single_loop import SingleLoop
+from bilevel.estimators.starts import FOMAML
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
@@ -53,6 +54,11 @@ REFUSED = {
         {"lower": Gradient()},
     ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
+    "no start to learn": (
+        made(estimator=FOMAML()),
+        "for problems that have lower_start",
+        {"problem": With("lower_start")},
+    ),
     "x moved past its projection": (
         made(With("project_upper"), MAID()),
         "use estimator: implicit",

@@ -162,7 +162,7 @@ def compare(
     estimators: Annotated[
         str | None,
         typer.Option(
-            "--estimators", metavar="A,B", help="Names, file.py:Class, or labels of --with."
+            "--estimators", metavar="A,B", help="Names, file.py:Class, labels of --with, or all."
         ),
     ] = None,
     with_: Annotated[

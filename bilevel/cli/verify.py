@@ -87,7 +87,7 @@ def _estimators(recipe: Recipe, asked: Sequence[str] | None) -> dict[str, Estima
         except RequirementError as error:
             if asked:
                 raise
-            complain(str(error), kind="left out: ")
+            complain(f"{name}: {error}", kind="left out: ")
     return chosen
 
 

@@ -99,6 +99,18 @@ def test_a_failed_cell_is_shown_and_the_others_stand(tmp_path, started, monkeypa
     assert not {"points", "implicit"} & set(started)
 
 
+def test_what_cannot_work_is_shown_and_not_started(tmp_path, started):
+    result = invoke(tmp_path, "quadratic", *SHORT, "--estimators", "kkt,none", code=6)
+    assert started == ["points", "implicit", "none"]
+    assert re.search(r"^- +kkt .* failed$", result.output, re.MULTILINE)
+    assert "have lower_constraints" in result.output.replace("\n", " ")
+    started.clear()
+    result = invoke(tmp_path, "quadratic", *SHORT, "--estimators", "kkt,fomaml", code=2)
+    assert "lower_constraints" in result.stderr
+    assert "lower_start" in result.stderr
+    assert not started
+
+
 def test_a_cell_in_a_process_of_its_own(tmp_path, started):
     labels = tmp_path / "labels.json"
     labels.write_text('{"isolated": {"name": "implicit", "damping": 0.1}}')
