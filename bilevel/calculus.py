@@ -31,15 +31,21 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
         ProblemError: it is no scalar floating-point tensor.
         ConvergenceError: it is NaN or infinite.
     """
-    result = loss(x, y)
-    if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
-        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
-        raise ProblemError(f"{loss.level}_loss must return a scalar tensor, got {got}")
+    result = scalar(loss, x, y)
     if not torch.isfinite(result):
         raise ConvergenceError(
             f"{loss.level}_loss = {result.item()}; a smaller step (lower.optimizer.lr, "
             "upper.optimizer.lr) or damping keeps it finite"
         )
+    return result
+
+
+def scalar(loss: Loss, x: Params, y: Params) -> Tensor:
+    """`value` for a point where the loss is known to be finite, or where it is being traced."""
+    result = loss(x, y)
+    if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
+        raise ProblemError(f"{loss.level}_loss must return a scalar tensor, got {got}")
     return result.reshape(())
 
 

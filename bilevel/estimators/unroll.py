@@ -21,8 +21,9 @@ from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.recorded import along
 from bilevel.lower.replay import advance, pull_start, replay, step
+from bilevel.lower.traced import Pull, traced
 from bilevel.nested import flat, rebuild, zeros
-from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Slot, Stats, component
+from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Slot, Stats, component
 
 
 @component
@@ -33,22 +34,23 @@ class Unroll:
     iteration contracts. `last` differentiates the last steps only and holds what came before
     fixed, the start included: the error falls at the contraction rate in `last` (Shaban et al.
     2019, prop. 3.1).
-    Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F; `recompute` and
-    `checkpoint` add 1 and 2 gradients a step.
+    Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F; `recompute`, `traced`
+    and `checkpoint` add 1, 1 and 2 gradients a step.
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
-    one graph at a time; "checkpoint" keeps each √K-th iterate.
+    one graph at a time; "traced" does that from a trace of one step, kept between calls and
+    checked in each (`bilevel.lower.traced`); "checkpoint" keeps each √K-th iterate.
     `pessimistic` ends the path at its step k of the largest F(x, y_k), and so differentiates
     max over 1 ≤ k ≤ K of F(x, y_k(x)): for a lower level that is not convex, with the start
     learned (`learned_start`). K gradients and K values of F more.
     `along`: the steps to take and differentiate, from y, where the point comes with no path.
 
     Raises:
-        ProblemError: no path, and no `along`.
+        ProblemError: no path, and no `along`; with "traced", a step that cannot be traced.
     """
 
     last: PositiveInt | None = None
-    memory: Literal["store", "recompute", "checkpoint"] = "store"
+    memory: Literal["store", "recompute", "checkpoint", "traced"] = "store"
     pessimistic: bool = False
     along: Annotated[Gradient | None, Slot("lower")] = None
 
@@ -69,8 +71,9 @@ class Unroll:
         if self.memory == "store" or K == 0:
             value, hypergradient = _store(path, losses, at.x)
         else:
-            every = 1 if self.memory == "recompute" else math.isqrt(K - 1) + 1
-            value, hypergradient = _recompute(path, losses, at.x, every)
+            every = math.isqrt(K - 1) + 1 if self.memory == "checkpoint" else 1
+            pull = traced(_back) if self.memory == "traced" else _back
+            value, hypergradient = _recompute(path, losses, at.x, every, pull)
         losses.counts.hvps += K
         losses.counts.cross_products += K
         return Estimate(hypergradient, value, state, Stats(iterations=K))
@@ -116,7 +119,9 @@ def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
     return value.detach(), calculus.through(value, x, losses.lower)
 
 
-def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tensor, Params]:
+def _recompute(
+    path: Path, losses: Losses, x: Params, every: int, pull: Pull
+) -> tuple[Tensor, Params]:
     """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
     segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
     rows = tree.map(lambda y: y.new_empty((len(segments), *y.shape)), path.start)
@@ -128,7 +133,7 @@ def _recompute(path: Path, losses: Losses, x: Params, every: int) -> tuple[Tenso
     adjoint = (F_y, zeros(final.state))
     for start in reversed(starts):
         for one in reversed(list(_iterates(start, losses, x))):
-            part, adjoint = _back(one, losses, x, adjoint)
+            part, adjoint = pull(one, losses.lower, x, adjoint)
             total = tree.axpy_(total, 1.0, part)
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, adjoint[0]))
 
@@ -153,13 +158,14 @@ def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:
 
 
 def _back(
-    one: Path, losses: Losses, x: Params, adjoint: tuple[Params, Any]
+    one: Path, loss: Loss, x: Params, adjoint: tuple[Params, Any]
 ) -> tuple[Params, tuple[Params, Any]]:
     """(contribution to the hypergradient, adjoint before the step) of one step."""
     x, y = tree.leaves(x), tree.leaves(one.start)
     inputs = [leaf.detach().requires_grad_() for leaf in flat(one.state)]
     state = rebuild(one.state, iter(inputs))
-    y_next, state_next = step(one, losses.lower, x, y, state, one.batches[0])
+    # finite: the step was taken on the way here
+    y_next, state_next = step(one, loss, x, y, state, one.batches[0], evaluate=calculus.scalar)
     pairs = [
         (out, grad)
         for out, grad in zip(
@@ -169,7 +175,7 @@ def _back(
         )
         if out.requires_grad
     ]
-    with calculus.second_order(losses.lower):
+    with calculus.second_order(loss):
         # one call for all: fetching y and x apart was 20 % slower
         found = torch.autograd.grad(
             [out for out, _ in pairs],

@@ -52,7 +52,7 @@ class CG:
     ) -> Solve:
         """`solve` with what a caller knows beside the system.
 
-        `r` is b − A · start where that is known already, and is written into. `precondition` is
+        `r` is b − A · start where that is known already. `precondition` is
         r ↦ M⁻¹ r with M symmetric positive definite: the condition estimate is then that of M⁻¹A.
         `enough` may stop the solve; it is asked before every step. `keep` is given the pairs
         (p, A p).
@@ -74,7 +74,8 @@ class CG:
                 break
             alpha = rz / pAp
             tree.axpy_(v, alpha, p)
-            tree.axpy_(r, -alpha, Ap)
+            # out of place: with only Ap freed, the allocator returned 60 MB a step to the system
+            r = tree.axpy(-alpha, Ap, r)
             if keep is not None:
                 keep.offer(p, Ap)
             del Ap  # or the next product is computed beside it: one vector more at the peak

@@ -125,15 +125,19 @@ def _adam_direction(
     step = state["step"] + 1
     mean = _average(options.beta1, state["mean"], g)
     square = _average(options.beta2, state["square"], tree.mul(g, g))
-    count = float(step.detach())
-    corrected = tree.scale(1 / (1 - options.beta2**count), square)
+    count = step.detach().double()  # as a tensor: a trace must not freeze it
+    corrected = _times(1 / (1 - options.beta2**count), square)
     d = tree.div(mean, _root(corrected, options.eps))
-    direction = tree.scale(1 / (1 - options.beta1**count), d)
+    direction = _times(1 / (1 - options.beta1**count), d)
     return direction, {"step": step, "mean": mean, "square": square}
 
 
 def _average(beta: float, old: Params, new: Params) -> Params:
     return tree.axpy(1 - beta, new, tree.scale(beta, old))
+
+
+def _times(factor: Tensor, values: Params) -> Params:
+    return tree.map(lambda entry: entry * factor, values)
 
 
 def _root(square: Params, eps: float) -> Params:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.types import Loss, Params, Path
 
 
 def step(
-    path: Path, loss: Loss, x: Params, y: Params, state: Any, batch: Any
+    path: Path,
+    loss: Loss,
+    x: Params,
+    y: Params,
+    state: Any,
+    batch: Any,
+    *,
+    evaluate: Callable[[Loss, Params, Params], Tensor] = calculus.value,
 ) -> tuple[Params, Any]:
     """One step of the path with its graph from (x, y, state) kept. 1 gradient."""
     loss = loss.on(batch)
     with torch.enable_grad(), calculus.second_order(loss):
-        value = calculus.value(loss, x, y)
+        value = evaluate(loss, x, y)
         loss.counts.gradients += 1
         found = torch.autograd.grad(value, list(y.values()), create_graph=True, allow_unused=True)
         calculus.require_graph(loss, found)

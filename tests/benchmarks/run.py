@@ -32,6 +32,7 @@ ROWS = {
         "autograd, all graphs kept",
         "bilevel, store",
         "bilevel, recompute",
+        "bilevel, traced",
         "bilevel, checkpoint",
         "higher",
         "torchopt",

@@ -47,5 +47,6 @@ METHODS = {
     "bilevel": {"cg": cg, "neumann": neumann},
     "bilevel, store": {"unroll": unroll()},
     "bilevel, recompute": {"unroll": unroll(memory="recompute")},
+    "bilevel, traced": {"unroll": unroll(memory="traced")},
     "bilevel, checkpoint": {"unroll": unroll(memory="checkpoint")},
 }
