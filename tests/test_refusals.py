@@ -53,6 +53,11 @@ REFUSED = {
         "use lower: gradient",
         {"lower": Gradient()},
     ),
+    "a problem without what the method is for": (
+        made(estimator=KKT()),
+        "add it, or use estimator: implicit",
+        {"estimator": Implicit()},
+    ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
     "no start to learn": (
         made(estimator=FOMAML()),
