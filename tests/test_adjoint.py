@@ -513,6 +513,25 @@ def test_with_known_constants_the_bound_is_one(seed):
     assert tree.norm(tree.sub(got.hypergradient, case.truth)) > got.stats.error_bound
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
+def test_with_known_constants_the_bound_counts_the_damping(damping):
+    case = closed_form(PROBLEMS[1], 0)
+    k = case.problem.constants
+    mu, cross = float(torch.linalg.eigvalsh(k["A"])[0]), float(torch.linalg.matrix_norm(k["B"], 2))
+    known = Implicit(damping=damping, strong_convexity=mu, cross_norm=cross)
+    for steps in (5, 500):
+        got = case.estimate(replace(known, solver=CG(iterations=steps, tolerance=1e-12)))
+        true = tree.norm(tree.sub(got.hypergradient, case.truth))
+        assert 0 < true <= got.stats.error_bound
+        # the constant that says how far an unsolved y leads off was not given
+        assert got.stats.error_bound_from == "known constants, y taken as solved"
+
+
+def test_known_constants_say_nothing_of_gauss_newton():
+    with pytest.raises(ValueError, match="bounds nothing with curvature: gauss_newton"):
+        Implicit(curvature="gauss_newton", strong_convexity=1.0, cross_norm=1.0)
+
+
 def test_the_estimated_bound_says_where_it_comes_from():
     case = closed_form(PROBLEMS[1], 0)
     got = case.estimate(Implicit(error=1e-3))

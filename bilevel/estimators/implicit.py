@@ -53,12 +53,14 @@ class Implicit:
     `bilevel.composed.Composed` lower loss are linear in y.
     `strong_convexity`, `cross_norm`: a lower bound of the eigenvalues of ∂²yy G, damping left out,
     and an upper bound of ‖∂²xy G‖; `sensitivity`: a Lipschitz constant in y of the estimate. With
-    them `Stats.error_bound` is cross_norm ‖r‖ / strong_convexity + sensitivity ‖∇y G‖ /
-    strong_convexity, the second term where it is given (Ghadimi and Wang 2018, arXiv:1802.02246,
-    lemma 2.2); without, an estimate of the error of the solve alone, from the Ritz values.
+    them `Stats.error_bound` is cross_norm (‖r‖ + damping ‖v‖) / strong_convexity + sensitivity
+    ‖∇y G‖ / strong_convexity, the second term where it is given (Ghadimi and Wang 2018,
+    arXiv:1802.02246, lemma 2.2); without, an estimate of the error of the solve alone, from the
+    Ritz values, in which damping and an unsolved y are left out.
 
     Raises:
-        ValidationError: `error` or `preconditioner` with a solver other than cg.
+        ValidationError: `error` or `preconditioner` with a solver other than cg; constants with
+            curvature other than hessian.
         ProblemError: `curvature` is gauss_newton and the lower loss is no `Composed`.
     """
 
@@ -78,6 +80,11 @@ class Implicit:
             raise ValueError("error and preconditioner need solver: cg")
         if (self.strong_convexity is None) != (self.cross_norm is None):
             raise ValueError("strong_convexity and cross_norm are of use together only")
+        if self.strong_convexity is not None and self.curvature != "hessian":
+            raise ValueError(
+                "strong_convexity bounds nothing with curvature: gauss_newton, which solves another "
+                "system; leave it and cross_norm out, or use curvature: hessian"
+            )
         return self
 
     @property
@@ -180,10 +187,13 @@ class Implicit:
         if stats.residual is None:
             return stats
         if self.strong_convexity is not None and self.cross_norm is not None:
-            bound = self.cross_norm * left / (self.strong_convexity + self.damping)
+            # A v = b − r − damping · v, and what is bounded is the error against A v = b
+            left += self.damping * tree.norm(solve.solution)
+            bound = self.cross_norm * left / self.strong_convexity
             if self.sensitivity is not None:
                 bound += self.sensitivity * tree.norm(lower.gradient) / self.strong_convexity
-            return replace(stats, error_bound=bound, error_bound_from="known constants")
+            off = "" if self.sensitivity is not None else ", y taken as solved"
+            return replace(stats, error_bound=bound, error_bound_from=f"known constants{off}")
         if rule and math.isfinite(rule.estimate):
             return replace(stats, error_bound=rule.estimate, error_bound_from="Ritz values")
         return stats
