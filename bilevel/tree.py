@@ -113,6 +113,40 @@ def scale_(y: Params, alpha: float) -> Params:
     return y
 
 
+def less_(r: Params, alpha: float, Ap: Params) -> float:
+    """r ← r − alpha · Ap; returns ‖r‖².
+
+    The entries of r are replaced by new ones: written into, with nothing but Ap freed, they made
+    the allocator return 60 MB to the system at every step, and take them again. On the CPU each
+    is summed up while it is in the cache.
+    """
+    if not _on_cpu(r):
+        r.update(axpy(-alpha, Ap, r))
+        return dot(r, r)
+    parts = []
+    for name, entry in r.items():
+        r[name] = torch.add(entry, Ap[name], alpha=-alpha)
+        flat = wide(r[name]).reshape(-1)
+        parts.append(torch.dot(flat, flat).double())
+    return float(torch.stack(parts).sum())
+
+
+def turn_(v: Params, alpha: float, p: Params, beta: float, z: Params) -> None:
+    """v ← v + alpha · p, then p ← z + beta · p; on the CPU an entry at a time, as in `less_`."""
+    if not _on_cpu(v):
+        axpy_(v, alpha, p)
+        axpy_(scale_(p, beta), 1.0, z)
+        return
+    for name, entry in v.items():
+        entry.add_(p[name], alpha=alpha)
+        torch.add(z[name], p[name], alpha=beta, out=p[name])
+
+
+def _on_cpu(a: Params) -> bool:
+    """Whether foreach functions are but a loop over the entries, and so a pass over memory each."""
+    return bool(a) and all(entry.is_cpu for entry in a.values())
+
+
 def wide(value: Tensor) -> Tensor:
     """The value in float32 where it is narrower: sums and factorisations want that."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

@@ -1,5 +1,6 @@
 """Fewer products: preconditioners, starts, the stopping rule, the bound of the error."""
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -8,12 +9,13 @@ import pydantic
 import pytest
 import torch
 
-from bilevel import hypergradient, tree
+from bilevel import calculus, hypergradient, tree
 from bilevel.adjoint.starts import begin
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG, Sample
 from bilevel.linear.dense import Dense
+from bilevel.linear.gmres import GMRES
 from bilevel.preconditioners.diagonal import Diagonal, Hutchinson, Patience
 from bilevel.preconditioners.none import Nothing
 from bilevel.preconditioners.nystrom import NystromPreconditioner
@@ -25,7 +27,7 @@ from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
 from tests.benchmarks.products import cold_products, run_of, walk
 from tests.cases import PROBLEMS, assert_close, closed_form, relative
-from tests.test_linear import log_spectrum, system, zero
+from tests.test_linear import log_spectrum, run_cg, system, zero
 
 # conjugate gradient with what a caller knows -----------------------------------------------------
 
@@ -36,9 +38,7 @@ def inverse_of(A, like):
 
 def test_the_true_inverse_leaves_one_step():
     matvec, A, b = system(log_spectrum(30, 1e6), 0)
-    exact = CG(iterations=50, tolerance=1e-10).run(
-        matvec, b, zero(b), precondition=inverse_of(A, b)
-    )
+    exact = run_cg(CG(iterations=50, tolerance=1e-10), matvec, b, precondition=inverse_of(A, b))
     assert exact.stats.iterations == 1
     assert exact.stats.converged
     assert CG(iterations=50, tolerance=1e-10).solve(matvec, b, zero(b)).stats.iterations > 30
@@ -49,8 +49,8 @@ def test_a_preconditioner_changes_the_way_and_not_the_end(seed):
     matvec, A, b = system(log_spectrum(40, 1e4), seed)
     truth = torch.linalg.solve(A, tree.flatten(b))
     d = tree.unflatten(A.diagonal(), b)
-    got = CG(iterations=500, tolerance=1e-11).run(
-        matvec, b, zero(b), precondition=lambda r: tree.div(r, d)
+    got = run_cg(
+        CG(iterations=500, tolerance=1e-11), matvec, b, precondition=lambda r: tree.div(r, d)
     )
     error = float((tree.flatten(got.solution) - truth).norm() / truth.norm())
     assert error <= 1e4 * 1e-11
@@ -62,7 +62,7 @@ def test_a_preconditioner_changes_the_way_and_not_the_end(seed):
 def test_an_indefinite_matrix_is_seen_through_a_preconditioner():
     matvec, _, b = system([-0.5, *log_spectrum(20, 10)], 0)
     d = tree.map(lambda p: torch.full_like(p, 2.0), b)
-    got = CG(iterations=100).run(matvec, b, zero(b), precondition=lambda r: tree.div(r, d))
+    got = run_cg(CG(iterations=100), matvec, b, precondition=lambda r: tree.div(r, d))
     assert got.stats.curvature <= 0
     assert got.stats.converged is False
     assert tree.is_finite(got.solution)
@@ -83,7 +83,7 @@ def test_the_energy_of_the_steps_is_the_distance_they_went():
             assert progress.energy(4) != pytest.approx(true, rel=1e-2)
         return progress.steps == 9
 
-    CG(iterations=50, tolerance=0.0).run(matvec, b, zero(b), enough=look)
+    run_cg(CG(iterations=50, tolerance=0.0), matvec, b, enough=look)
     assert len(seen) == 2
 
 
@@ -280,7 +280,7 @@ def test_nystrom_keeps_to_its_memory_and_leaves_indefinite_matrices_alone():
 
 def pairs_of(A, b, solver):
     kept = Sample(1000)
-    solver.run(lambda v: tree.unflatten(A @ tree.flatten(v), b), b, zero(b), keep=kept)
+    run_cg(solver, lambda v: tree.unflatten(A @ tree.flatten(v), b), b, keep=kept)
     return kept.pairs
 
 
@@ -561,3 +561,52 @@ def run_with(points, estimator):
 
     found = along(points, estimator)
     return [error for error, _ in found], sum(spent for _, spent in found)
+
+
+# memory ------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """How many vectors of the size of y are alive in Python at each product."""
+
+    SIZE = 1009
+
+    def __init__(self, product):
+        self.product, self.alive = product, []
+
+    def __call__(self, linearization, vector):
+        gc.collect()
+        storages = {
+            found.untyped_storage().data_ptr()
+            for found in gc.get_objects()
+            if type(found) is torch.Tensor and found.numel() == self.SIZE
+        }
+        self.alive.append(len(storages))
+        return self.product(linearization, vector)
+
+
+def kept_by(solver, monkeypatch):
+    """Vectors alive at the product where there are most, with those of the problem left out."""
+    counted = Counted(calculus.Linearization.hvp_yy)
+    monkeypatch.setattr(calculus.Linearization, "hvp_yy", lambda self, v: counted(self, v))
+    d = torch.linspace(1, 50, Counted.SIZE, dtype=torch.float64)
+
+    def upper_loss(x, y, batch):
+        return y["y"].square().sum()
+
+    def lower_loss(x, y, batch):
+        return 0.5 * (d * y["y"].square()).sum() - x["x"] * y["y"].sum()
+
+    x, y = {"x": torch.tensor(2.0, dtype=torch.float64)}, {"y": 1 / d}
+    hypergradient(upper_loss, lower_loss, x, y, estimator=Implicit(solver=solver))
+    assert len(counted.alive) == 6
+    return max(counted.alive) - 2  # d and y
+
+
+def test_conjugate_gradient_keeps_three_vectors_and_the_gradient(monkeypatch):
+    """v, r and p; neither the right-hand side nor the start, nor the last product."""
+    assert kept_by(CG(iterations=6, tolerance=0.0), monkeypatch) == 3 + 1
+
+
+def test_gmres_keeps_its_basis(monkeypatch):
+    assert kept_by(GMRES(iterations=6), monkeypatch) > 6

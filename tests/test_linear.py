@@ -33,6 +33,11 @@ def zero(b):
     return tree.zeros_like(b)
 
 
+def run_cg(solver, matvec, b, **known):
+    """Conjugate gradient from zero, with what a caller knows; b is copied, since it is taken over."""
+    return solver.run(matvec, zero(b), tree.clone(b), tree.norm(b), **known)
+
+
 def log_spectrum(n, condition):
     return torch.logspace(0, -math.log10(condition), n).tolist()
 

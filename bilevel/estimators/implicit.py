@@ -114,6 +114,7 @@ class Implicit:
         value, F_x, F_y = gradients(losses.upper, at)
         lower = linearize(losses.lower, at)
         b = lower.restrict(F_y)
+        size = tree.norm(b)
 
         exact = self.curvature == "hessian"
         product = lower.hvp_yy if exact else gauss_newton(losses.lower, at)
@@ -127,7 +128,7 @@ class Implicit:
         start, r = begin(self._start, matvec, b, state["past"])
         rule = HoldsError(self.error, F_x, lower.vjp_xy, state["stopping"]) if self.error else None
         sample = Sample(chosen.room(b)) if isinstance(chosen, Recycled) else None
-        solve = self._solve(matvec, b, start, r, inverse, rule, sample)
+        solve = self._solve(matvec, b, size, start, r, inverse, rule, sample)
         if sample and isinstance(chosen, Recycled):
             kept = chosen.learn(kept, sample.pairs)
         h = rule.h if rule else None
@@ -140,7 +141,7 @@ class Implicit:
             "preconditioner": kept,
             "stopping": rule.memory if rule else {},
         }
-        stats = self._bounded(solve, rule, b, lower, tree.norm(tree.sub(h, F_x)))
+        stats = self._bounded(solve, rule, size, lower, tree.norm(tree.sub(h, F_x)))
         return Estimate(h, value, state, stats)
 
     @property
@@ -155,6 +156,7 @@ class Implicit:
         self,
         matvec: Matvec,
         b: Params,
+        size: float,
         start: Params,
         r: Params | None,
         inverse: Matvec | None,
@@ -163,13 +165,19 @@ class Implicit:
     ) -> Solve:
         if not isinstance(self.solver, CG):
             return self.solver.solve(matvec, b, start)
+        if r is None:
+            # b becomes the residual: nobody looks at it again, and it is one vector less
+            if tree.norm(start) == 0:
+                r = b
+            else:
+                start, r = tree.clone(start), tree.axpy_(b, -1.0, matvec(start))
         if rule is None:
-            return self.solver.run(matvec, b, start, r=r, precondition=inverse, keep=keep)
+            return self.solver.run(matvec, start, r, size, precondition=inverse, keep=keep)
         solver = self.solver
         if solver == CG():
             solver = CG(iterations=min(10 * tree.size(b) + 100, 5000))
         solver = replace(solver, tolerance=rounding(b))
-        solve = solver.run(matvec, b, start, r=r, precondition=inverse, enough=rule, keep=keep)
+        solve = solver.run(matvec, start, r, size, precondition=inverse, enough=rule, keep=keep)
         bends = solve.stats.curvature is None or solve.stats.curvature > 0
         done = rule.h is not None or (bends and solve.stats.iterations < solver.iterations)
         return replace(solve, stats=replace(solve.stats, converged=done))
@@ -178,12 +186,12 @@ class Implicit:
         self,
         solve: Solve,
         rule: HoldsError | None,
-        b: Params,
+        size: float,
         lower: Linearization,
         implicit: float,
     ) -> Stats:
         """The statistics with a bound of the error; `implicit` is the length of (∂²xy G)ᵀ v."""
-        stats, left = solve.stats, (solve.stats.residual or 0.0) * tree.norm(b)
+        stats, left = solve.stats, (solve.stats.residual or 0.0) * size
         if stats.residual is None:
             return stats
         if self.strong_convexity is not None and self.cross_norm is not None:

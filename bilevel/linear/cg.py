@@ -37,30 +37,31 @@ class CG:
         return CG(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        return self.run(matvec, b, start)
+        v, r, _ = residual(matvec, b, start)
+        return self.run(matvec, v, r, tree.norm(b))
 
     def run(
         self,
         matvec: Matvec,
-        b: Params,
-        start: Params,
+        v: Params,
+        r: Params,
+        size: float,
         *,
-        r: Params | None = None,
         precondition: Matvec | None = None,
         enough: Callable[[Progress], bool] | None = None,
         keep: Sample | None = None,
     ) -> Solve:
-        """`solve` with what a caller knows beside the system.
+        """`solve` from v, with what a caller knows beside the system.
 
-        `r` is b − A · start where that is known already. `precondition` is
+        `r` is b − A v and `size` ‖b‖. Both v and r are the solve's from now on, to write into:
+        with nothing copied it holds v, r and p beside a product. `precondition` is
         r ↦ M⁻¹ r with M symmetric positive definite: the condition estimate is then that of M⁻¹A.
         `enough` may stop the solve; it is asked before every step. `keep` is given the pairs
         (p, A p).
         """
-        v, r = residual(matvec, b, start)[:2] if r is None else (tree.clone(start), r)
         z = precondition(r) if precondition else r
         rr, rz = tree.dot(r, r), tree.dot(r, z)
-        target, p, pp = self.tolerance * tree.norm(b), tree.clone(z), tree.dot(z, z)
+        target, p, pp = self.tolerance * size, tree.clone(z), tree.dot(z, z)
         ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
         while steps < self.iterations and math.sqrt(rr) > target:
             if enough and enough(Progress(steps, v, rz, ritz)):
@@ -73,21 +74,19 @@ class CG:
             if not (pAp > 0 and rz > 0):
                 break
             alpha = rz / pAp
-            tree.axpy_(v, alpha, p)
-            # out of place: with only Ap freed, the allocator returned 60 MB a step to the system
-            r = tree.axpy(-alpha, Ap, r)
+            rr = tree.less_(r, alpha, Ap)
             if keep is not None:
                 keep.offer(p, Ap)
             del Ap  # or the next product is computed beside it: one vector more at the peak
             z = precondition(r) if precondition else r
-            rr, previous = tree.dot(r, r), rz
+            previous = rz
             rz = tree.dot(r, z) if precondition else rr
             beta = rz / previous
             ritz.append(alpha, max(beta, 0.0), previous)
-            tree.axpy_(tree.scale_(p, beta), 1.0, z)
+            tree.turn_(v, alpha, p, beta, z)
             # ‖p‖²: r is orthogonal to the old direction, M⁻¹ r is not
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
-        relative = attained(math.sqrt(rr), v, b, largest if precondition else ritz.largest)
+        relative = attained(math.sqrt(rr), v, size, largest if precondition else ritz.largest)
         return Solve(
             v,
             Stats(
@@ -117,15 +116,14 @@ def finite(product: float) -> float:
     return product
 
 
-def attained(recursive: float, v: Params, b: Params, largest: float) -> float:
-    """‖b − A v‖ / ‖b‖ from a recursive residual, no better than rounding allows.
+def attained(recursive: float, v: Params, size: float, largest: float) -> float:
+    """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
 
     The recursion goes on falling after b − A v itself has stalled near eps (‖A‖ ‖v‖ + ‖b‖).
     """
-    size = tree.norm(b)
     if size == 0:
         return 0.0
-    eps = max(torch.finfo(entry.dtype).eps for entry in b.values())
+    eps = max(torch.finfo(entry.dtype).eps for entry in v.values())
     floor = 0.5 * eps * (largest * tree.norm(v) / size + 1)
     return max(recursive / size, floor if recursive > 0 else 0.0)
 

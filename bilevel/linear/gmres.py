@@ -46,7 +46,7 @@ class GMRES:
             norm = tree.norm(r)
             if norm > 0.999999 * previous:
                 break
-        relative = attained(norm, v, b, largest)
+        relative = attained(norm, v, size, largest)
         return Solve(
             v,
             Stats(iterations=steps, residual=relative, converged=relative <= self.tolerance),

@@ -57,7 +57,7 @@ class MINRES:
             eta, beta = -sines[1] * eta, after
             if after:
                 q_old, q = q, tree.scale_(Aq, 1 / after)
-        relative = attained(abs(eta), v, b, largest)
+        relative = attained(abs(eta), v, size, largest)
         return Solve(
             v,
             Stats(

@@ -39,15 +39,15 @@ class Neumann:
             return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
         warm = tree.norm(start) > 0
         v = tree.clone(start) if warm else tree.zeros_like(b)
-        r = tree.sub(b, matvec(start)) if warm else tree.clone(b)
+        r = tree.sub(b, matvec(start)) if warm else dict(b)
         lowest, growth, steps, norm = math.inf, 0, 0, tree.norm(r)
         while steps < self.iterations and norm > self.tolerance * size:
             tree.axpy_(v, self.scale, r)
             Ar = matvec(r)
             steps, previous = steps + 1, norm
             lowest = min(lowest, tree.dot(r, Ar) / norm**2)
-            tree.axpy_(r, -self.scale, Ar)
-            norm = tree.norm(r)
+            norm = math.sqrt(tree.less_(r, self.scale, Ar))
+            del Ar  # or the next product is computed beside it: one vector more at the peak
             growth = growth + 1 if norm > previous else 0
             if growth == 3 or not math.isfinite(norm):
                 self._refuse(steps, norm / previous)

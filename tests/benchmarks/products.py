@@ -100,7 +100,7 @@ def cold_products(points: list[At], error: float) -> int:
             return point.error(tree.sub(F_x, graph.vjp_xy(progress.v))) <= error
 
         solver = CG(iterations=100_000, tolerance=1e-15)
-        solve = solver.run(graph.hvp_yy, F_y, tree.zeros_like(F_y), enough=reached)
+        solve = solver.run(graph.hvp_yy, tree.zeros_like(F_y), F_y, tree.norm(F_y), enough=reached)
         total += solve.stats.iterations
     return total
 
