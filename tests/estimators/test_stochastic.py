@@ -157,8 +157,9 @@ def soba(h, kept):
 
 def ma_soba(h, kept):
     d = three(h, next(h.lower), next(h.upper), h.x, h.y, h.v)
-    kept["h"] = d[2] if h.call == 0 else 0.7 * kept["h"] + 0.3 * d[2]
+    kept.setdefault("h", d[2])
     h.y, h.v, h.x = h.y - LR * d[0], h.v - ADJOINT * d[1], h.x - UPPER * kept["h"]
+    kept["h"] = 0.7 * kept["h"] + 0.3 * d[2]
 
 
 def saba(h, kept):
@@ -340,7 +341,7 @@ LOOPS = {
     "soba": ({}, soba),
     "saba": ({}, saba),
     "srba": ({f"{q}_direction": SPIDER for q in ("lower", "adjoint", "upper")}, srba),
-    "ma_soba": ({"upper_direction": {"name": "average", "weight": 0.3}}, ma_soba),
+    "ma_soba": ({"upper_direction": {"name": "average", "weight": 0.3, "lagged": True}}, ma_soba),
     "sustain": (
         {"lower_direction": STORM, "upper_direction": STORM} | THREE,
         storms(drawn, power),
@@ -379,6 +380,7 @@ def test_each_preset_is_its_loop_written_out(name):
         ("soba", replace(preset("soba"), order="sequential")),
         ("fsla", replace(preset("fsla"), order="together")),
         ("saba", replace(preset("saba"), adjoint_direction=Plain())),
+        ("ma_soba", replace(preset("ma_soba"), upper_direction=Average(weight=0.3))),
         ("srba", replace(preset("srba"), upper_direction=Spider(period=3))),
         ("mrbo", replace(preset("mrbo"), adjoint="random_series")),
         ("amigo", replace(preset("amigo"), adjoint="series")),
@@ -628,10 +630,24 @@ def test_saga_writes_into_no_state_it_was_given():
     assert memory["lower"]["rows"]["0"] == vector(1.0)
 
 
+LAGGED = build("estimators", "ma_soba").upper_direction
+
+
 def test_average_forgets_at_its_weight():
     _, memory = Average(weight=0.25).take(made(vector(4.0)), {})
     d, _ = Average(weight=0.25).take(made(vector(8.0)), memory)
     assert d == vector(0.75 * 4.0 + 0.25 * 8.0)
+
+
+def test_a_lagged_average_has_every_draw_but_the_present():
+    draws, plain, lagged = (4.0, 8.0, -2.0, 7.0), [], []
+    for direction, taken in ((Average(weight=0.25), plain), (replace(LAGGED, weight=0.25), lagged)):
+        memory = {}
+        for value in draws:
+            d, memory = direction.take(made(vector(value)), memory)
+            taken.append(d)
+    assert lagged == [vector(4.0), *plain[:-1]]
+    assert LAGGED.lagged  # what ma_soba moves along
 
 
 def loss_over(orders):
