@@ -31,7 +31,8 @@ class LancBiO:
     the error stays at what A and ∇y F change by within `dimension` calls. At fixed losses it is
     exact after dim(y) products in one basis.
 
-    `residual` reports ‖∇y F − A v‖ / ‖∇y F‖ for one more HVP. `Stats.curvature` is the smallest
+    `residual` reports ‖∇y F − A v‖ / ‖∇y F‖ for one more HVP, and as `converged` whether it is at
+    most `tolerance`; without it nothing is said of either. `Stats.curvature` is the smallest
     eigenvalue of T. Keeps `dimension` + 4 vectors of the size of y.
     """
 
@@ -39,6 +40,7 @@ class LancBiO:
     products: PositiveInt = 1
     damping: NonNegativeFloat = 0.0
     residual: bool = False
+    tolerance: NonNegativeFloat = 1e-6
 
     @property
     def needs(self) -> Needs:
@@ -51,7 +53,7 @@ class LancBiO:
     def tight(self, dim: int) -> LancBiO:
         """Whole bases in one call, as far as that is affordable, where its claim can be tested."""
         dim = min(dim, 100)
-        return replace(self, dimension=dim, products=3 * dim, residual=True)
+        return replace(self, dimension=dim, products=3 * dim, residual=True, tolerance=1e-8)
 
     def init(self, at: Point) -> dict[str, Any]:
         return _restart(tree.zeros_like(at.y), tree.zeros_like(at.y))
@@ -75,7 +77,7 @@ class LancBiO:
         stats = Stats(iterations=added, curvature=min(ritz, default=None))
         if self.residual:
             off = tree.norm(tree.sub(b, matvec(v))) / (tree.norm(b) or 1.0)
-            stats = replace(stats, residual=off, converged=off <= 1e-8)
+            stats = replace(stats, residual=off, converged=off <= self.tolerance)
         return Estimate(hypergradient, value, state, stats)
 
     def _grown(self, matvec: Matvec, b: Params, state: dict[str, Any]) -> dict[str, Any] | None:

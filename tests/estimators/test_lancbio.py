@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_a_full_basis_restarts_from_its_solution():
     at_once = case.estimate(LancBiO(dimension=3, products=5))
     assert_close(at_once.hypergradient, two.hypergradient, rtol=1e-8)
     assert at_once.stats.hvps == 6
+
+
+def test_converged_is_a_residual_within_the_tolerance():
+    """Each of a falling row of residuals, called converged from itself on and not just below."""
+    case = closed_form(PROBLEMS[0], 0)
+    m = tree.size(case.y)
+    for products in (m // 3, m // 2, m):
+        estimator = LancBiO(dimension=m, products=products, residual=True)
+        left = case.estimate(estimator).stats.residual
+        for tolerance, reached in ((left, True), (0.999 * left, False)):
+            stats = case.estimate(replace(estimator, tolerance=tolerance)).stats
+            assert (stats.residual, stats.converged) == (left, reached)
+    silent = case.estimate(LancBiO(dimension=m, products=m)).stats
+    assert (silent.residual, silent.converged) == (None, None)
 
 
 def test_damping_and_residual():
