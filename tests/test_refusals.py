@@ -9,6 +9,7 @@ import pytest
 from bilevel import refusals
 from bilevel.engine import Setup, refuse_mismatch
 from bilevel.errors import ProblemError
+from bilevel.estimators.aggregation import Aggregation
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
@@ -113,7 +114,10 @@ def test_each_refusal_has_a_case():
 
 
 def test_what_knows_of_the_set_may_move_y():
-    refuse_mismatch(made(With("project_lower"), RegularisedGap()))
+    for knows in (RegularisedGap(), Aggregation()):
+        refuse_mismatch(made(With("project_lower"), knows))
+        with pytest.raises(ProblemError, match="knows no prox_lower"):
+            refuse_mismatch(made(With("project_lower", "prox_lower"), knows, Proximal()))
 
 
 def test_what_is_not_known_is_named():

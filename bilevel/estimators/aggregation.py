@@ -31,7 +31,8 @@ class Aggregation:
     As K grows, y_K(x) tends to that minimum no faster than α_K falls: O(1/K). With one minimum
     plain unrolling is better. Costs K + 1 gradients of F and of G, K HVPs and K cross products of
     each, and the memory of 2K graphs; the last gradient of G is for the log. A problem with `lower_start`
-    begins every call there, as published; another one where the last call ended.
+    begins every call there, as published; another one where the last call ended. With
+    `project_lower` each step ends in the projection, and is differentiated through it.
     """
 
     steps: PositiveInt = 20
@@ -41,7 +42,7 @@ class Aggregation:
 
     @property
     def needs(self) -> Needs:
-        return Needs(moves_lower=True)
+        return Needs(moves_lower=True, knows=frozenset({"project_lower"}))
 
     @property
     def claim(self) -> Literal["path"]:

@@ -165,7 +165,8 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
     if objective is None:
         return replace(row, note=f"claims {row.claim!r} but has no `objective` to differentiate")
     got = _ask(scene, tight, scene.solved.y)
-    at = Point(scene.x, scene.solved.y, scene.solved.path)
+    project = getattr(scene.setup.problem, "project_lower", None)
+    at = Point(scene.x, scene.solved.y, scene.solved.path, project, scene.solved.pairs)
     found = central(objective(scene.losses, at), scene.x, scene.generator)
     if found.error > 1e-2:
         note = f"its function is too rough for differences (error {found.error:.1e})"

@@ -15,6 +15,7 @@ from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.aggregation import Aggregation
 from bilevel.estimators.bome import Bome
 from bilevel.estimators.gradient_gap import GradientGap
+from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.joint import Joint
 from bilevel.estimators.moreau import Moreau
 from bilevel.estimators.regularised_gap import RegularisedGap
@@ -22,13 +23,16 @@ from bilevel.estimators.sama import Sama
 from bilevel.estimators.unroll import Unroll
 from bilevel.estimators.value_function import ValueFunction
 from bilevel.estimators.value_gap import ValueGap
+from bilevel.events import Stepped
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD, Adam, RMSprop
 from bilevel.rng import stream
+from bilevel.testing import CheckRow, check
 from bilevel.types import Counts, Loss, Losses, Path, Point, Structure
 from bilevel.upper import Upper
+from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.test_estimators import _OnceOnly
@@ -397,6 +401,44 @@ def test_aggregation_equals_autograd_through_a_loop(here):
     )
     other = case.estimate(replace(estimator, steps=6), start)
     assert relative(other.hypergradient, {"x": h}) > 1e-3  # control
+
+
+def test_aggregation_projects_after_each_step_and_differentiates_through_it():
+    problem, K = BoxQP(), 6
+    estimator = Aggregation(steps=K, alpha=0.4, upper_lr=0.3, lower_lr=0.9)
+    made = Setup(
+        problem, Gradient(), Upper(steps=3, optimizer=SGD(lr=0.05)), estimator, dtype=torch.float64
+    )
+    state, k = engine.start(made), problem.constants
+    x, y = state.x["x"].clone(), state.y["y"].clone()
+    held = []
+    for event in engine.run(made, state):
+        if not isinstance(event, Stepped):
+            continue
+        x.requires_grad_()
+        for step in range(K):
+            alpha = 0.4 / (step + 1)
+            F_y, G_y = y - k["t"], k["A"] @ y - k["B"] @ x - k["c"]
+            y = (y - alpha * 0.3 * F_y - (1 - alpha) * 0.9 * G_y).clamp(-1.0, 1.0)
+        F = 0.5 * (y - k["t"]).square().sum() + 0.05 * (x - k["s"]).square().sum()
+        (h,) = torch.autograd.grad(F, x)
+        held.append(int((y.detach().abs() == 1.0).sum()))
+        x, y = (x - 0.05 * h).detach(), y.detach()
+        assert event.upper_loss == pytest.approx(float(F.detach()), rel=1e-12)
+        assert event.hypergradient_norm == pytest.approx(float(h.norm()), rel=1e-12)
+        assert_close(state.x, {"x": x}, rtol=1e-12)
+        assert_close(state.y, {"y": y}, rtol=1e-12)
+    assert len(held) == 3
+    assert all(0 < count < 10 for count in held)  # some of y on a bound, some free
+
+
+def test_aggregation_in_a_box_is_what_it_claims():
+    rows = check(
+        Setup(BoxQP(), Gradient(), Upper(steps=1), Implicit(), dtype=torch.float64),
+        {"aggregation": Aggregation(lower_lr=0.9)},
+    )
+    (row,) = [row for row in rows if isinstance(row, CheckRow)]
+    assert (row.verdict, row.claim) == ("as claimed", "path")
 
 
 class TwoMinima:
