@@ -10,18 +10,22 @@ import pytest
 import torch
 
 from bilevel import calculus, hypergradient, tree
-from bilevel.adjoint.starts import begin
+from bilevel.adjoint.starts import begin, known
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG, Sample
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.minres import MINRES
+from bilevel.linear.neumann import Neumann
+from bilevel.linear.normal_cg import NormalCG
+from bilevel.linear.task_cg import TaskCG
 from bilevel.preconditioners.diagonal import Diagonal, Hutchinson, Patience
 from bilevel.preconditioners.none import Nothing
 from bilevel.preconditioners.nystrom import NystromPreconditioner
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.rng import stream
-from bilevel.types import Counts, Loss, Losses, Point, System
+from bilevel.types import Counts, Loss, Losses, Point, Solve, Stats, System
 from bilevel_problems.logistic import Logistic
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
@@ -153,6 +157,82 @@ def test_galerkin_finds_what_lies_in_the_span():
     assert_close(v, truth, rtol=1e-8)
 
 
+class Elsewhere:
+    """A solver written against the protocol alone: three Richardson steps."""
+
+    in_place = False
+
+    def solve(self, matvec, b, start):
+        v = start
+        if self.in_place:  # what is told is the product at the start as it was
+            tree.axpy_(v, 0.3, b)
+        for _ in range(3):
+            v = tree.axpy(0.05, tree.sub(b, matvec(v)), v)
+        return Solve(v, Stats(iterations=3))
+
+
+class InPlace(Elsewhere):
+    in_place = True
+
+
+# products that a solve takes beyond its iterations, where the start is not zero
+BEYOND = [
+    (MINRES(iterations=3, tolerance=0.0), 1),
+    (GMRES(iterations=3, tolerance=0.0), 1),
+    (Neumann(iterations=3, scale=0.05), 1),
+    (NormalCG(iterations=3, tolerance=0.0), 3 + 1 + 2 + 1),  # A² a step, A b, A² v, b − A v
+    (TaskCG(iterations=3, tolerance=0.0), 1 + 1),
+    (Elsewhere(), 0),
+]
+
+
+def started_at(start, solver, count=3):
+    """An estimate with three adjoints of the past, which span nothing of the present one."""
+    case = closed_form(PROBLEMS[0], 0)
+    estimator = Implicit(solver=solver, start=start)
+    state = estimator.init(Point(case.x, case.y)) | {"past": past_of(case.y, count)}
+    return case.estimate(estimator, state=state), case
+
+
+@pytest.mark.parametrize(("solver", "beyond"), BEYOND, ids=lambda value: type(value).__name__)
+def test_a_galerkin_start_costs_one_product_for_each_adjoint_and_no_other(solver, beyond):
+    warm, _ = started_at("warm", solver)
+    assert warm.stats.hvps == 3 + beyond
+    galerkin, _ = started_at("galerkin", solver)
+    assert galerkin.stats.hvps == 3 + beyond - 1 + 3
+
+
+@pytest.mark.parametrize(
+    "solver", [*(s for s, _ in BEYOND), InPlace()], ids=lambda s: type(s).__name__
+)
+def test_what_a_solver_is_told_is_the_product_it_would_have_taken(solver):
+    got, case = started_at("galerkin", solver)
+    A, b = case.hessian(), case.y
+    F_y = calculus.gradients(case.losses().upper, Point(case.x, case.y))[2]
+
+    def matvec(v):
+        return tree.unflatten(A @ tree.flatten(v), v)
+
+    start, _ = begin("galerkin", matvec, F_y, past_of(b, 3))
+    expected = solver.solve(matvec, F_y, start).solution
+    assert_close(got.state["past"][-1], expected, rtol=1e-10)
+
+
+def test_a_product_is_told_for_the_very_tensors_only():
+    matvec, _, b = system(log_spectrum(12, 10), 0)
+    v, asked = tree.clone(b), []
+    told = known(lambda u: asked.append(u) or matvec(u), v, tree.scale(7.0, b))
+    first = told(v)
+    assert_close(first, tree.scale(7.0, b), 1e-15)
+    tree.scale_(first, 0.0)  # the caller's own
+    assert_close(told(v), tree.scale(7.0, b), 1e-15)
+    assert not asked
+    told(tree.clone(v))
+    tree.axpy_(v, 1.0, b)
+    assert_close(told(v), matvec(v), 1e-15)
+    assert len(asked) == 2
+
+
 # preconditioners ---------------------------------------------------------------------------------
 
 
@@ -172,8 +252,8 @@ def matrix_of(inverse, like):
 def test_a_known_diagonal_is_that_and_the_damping():
     case = closed_form(PROBLEMS[0], 0)
     made, _ = seen_by(case, damping=0.5)
-    known = Diagonal(function=lambda x, y, batch: tree.map(lambda p: p.abs() + 1, y))
-    inverse, _ = known.prepare(made, known.init(made.at))
+    given = Diagonal(function=lambda x, y, batch: tree.map(lambda p: p.abs() + 1, y))
+    inverse, _ = given.prepare(made, given.init(made.at))
     expected = 1 / (case.y["y"].abs() + 1.5)
     torch.testing.assert_close(inverse(made.b)["y"], expected, rtol=1e-14, atol=0)
 

@@ -37,6 +37,22 @@ def begin(
     return _galerkin(matvec, b, past)
 
 
+def known(matvec: Matvec, at: Params, product: Params) -> Matvec:
+    """`matvec`, with the product at `at` told instead of computed.
+
+    For solvers that know nothing but a product and begin with that of their start. Told only for
+    these very tensors, and as long as nobody has written into them; anew at each call, since the
+    caller may write into what it is given.
+    """
+    versions = {name: entry._version for name, entry in at.items()}
+
+    def told(v: Params) -> Params:
+        same = all(v[n] is entry and entry._version == versions[n] for n, entry in at.items())
+        return tree.clone(product) if same else matvec(v)
+
+    return told
+
+
 def _galerkin(matvec: Matvec, b: Params, past: list[Params]) -> tuple[Params, Params]:
     basis = _differences(past)
     images = [matvec(d) for d in basis]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from bilevel import tree
-from bilevel.adjoint.starts import DEPTH, Start, begin
+from bilevel.adjoint.starts import DEPTH, Start, begin, known
 from bilevel.adjoint.stopping import HoldsError, rounding
 from bilevel.calculus import Linearization, gradients, linearize
 from bilevel.composed import gauss_newton
@@ -164,6 +164,8 @@ class Implicit:
         keep: Sample | None,
     ) -> Solve:
         if not isinstance(self.solver, CG):
+            if r is not None:
+                matvec = known(matvec, start, tree.sub(b, r))
             return self.solver.solve(matvec, b, start)
         if r is None:
             # b becomes the residual: nobody looks at it again, and it is one vector less

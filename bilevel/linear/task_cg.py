@@ -41,7 +41,9 @@ class TaskCG:
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         _require_tasks(b)
         size = _dots(b, b).sqrt()
-        v, r, _ = residual(matvec, b, _times((size > 0).double(), start))
+        # itself where it may be: the product at the very start may be known to who asks
+        begin = start if bool((size > 0).all()) else _times((size > 0).double(), start)
+        v, r, _ = residual(matvec, b, begin)
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
         active = rr.sqrt() > self.tolerance * size
         while steps < self.iterations and bool(active.any()):
