@@ -19,7 +19,7 @@ from bilevel.cli.boundary import Stopped, complain, requiring
 from bilevel.cli.names import locate
 from bilevel.cli.signals import Signals
 from bilevel.engine import Setup, State
-from bilevel.errors import BilevelError, ProblemError, RecipeError
+from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, RecipeError
 from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
 from bilevel.recipe import Recipe
 from bilevel.runfolder import RunFolder
@@ -91,9 +91,12 @@ class _Run:
                 raise
             try:
                 self._drive(state, early, None)
-            except ProblemError:
-                if state.step == 0 and self.saved is None:
-                    self._discard()  # refused at the first step: there is nothing to go on from
+            except Exception as error:
+                # A divergence is a result and a full disk may pass; after any other error before
+                # the first step is done there is nothing to go on from, nor to read.
+                lasting = not isinstance(error, (ConvergenceError, CheckpointError, OSError))
+                if lasting and state.step == 0 and self.saved is None:
+                    self._discard()
                 raise
 
     def go_on(self, found: checkpoint.Found | None) -> None:

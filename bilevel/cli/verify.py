@@ -13,7 +13,7 @@ from bilevel import presets, registry, testing
 from bilevel import recipe as recipes
 from bilevel.assemble import assemble
 from bilevel.build import build
-from bilevel.cli.boundary import complain
+from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
 from bilevel.errors import CheckError, RequirementError
 from bilevel.events import Progress
@@ -53,13 +53,15 @@ def check(
     chosen = _estimators(recipe, asked)
     shown = ConsoleReceiver(console)
     rows: list[CheckRow] = []
+    setup = assemble(recipe)
     try:
-        for event in testing.check(assemble(recipe), chosen):
-            if isinstance(event, CheckRow):
-                rows.append(event)
-                shown.receive(Progress("checking", len(rows), len(chosen), event.name))
-            else:
-                shown.receive(event)
+        with requiring(f"problem {type(setup.problem).__name__}"):
+            for event in testing.check(setup, chosen):
+                if isinstance(event, CheckRow):
+                    rows.append(event)
+                    shown.receive(Progress("checking", len(rows), len(chosen), event.name))
+                else:
+                    shown.receive(event)
     finally:
         shown.close()
     _print(console, recipe, rows)

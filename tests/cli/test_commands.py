@@ -461,10 +461,53 @@ def test_what_a_problem_misses_is_one_message(where, line, message, tmp_path: Pa
     RUNNER.invoke(app, ["ls", "sinks"])
 
 
-def test_another_error_of_a_problem_keeps_its_traceback(tmp_path: Path, runs):
+@pytest.mark.parametrize("where", ["init", "prepare"])
+def test_check_says_what_a_problem_misses_as_run_does(where, tmp_path: Path, runs):
+    recipe = _mine(tmp_path, **{where: "import no_such.module"})
+    asked = ["check", recipe, "--estimators", "implicit"]
+    checked, ran = (
+        invoke(*command, code=3) for command in (asked, ["run", recipe, "--runs-dir", runs])
+    )
+    assert checked.stderr == ran.stderr
+    assert "pip install no_such" in checked.stderr
+    invoke("check", _mine(tmp_path), "--estimators", "implicit")  # negative control
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_another_error_of_a_problem_keeps_its_traceback(command, tmp_path: Path, runs):
     recipe = _mine(tmp_path, init="raise ZeroDivisionError('mine')")
-    result = RUNNER.invoke(app, ["run", str(recipe), "--runs-dir", str(runs)])
+    where = ["--runs-dir", str(runs)] if command == "run" else []
+    result = RUNNER.invoke(app, [command, str(recipe), *where])
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("step", "raised", "kept"),
+    [
+        (1, "ZeroDivisionError('mine')", False),  # there is nothing to go on from
+        (1, "__import__('bilevel').errors.ConvergenceError('diverged')", True),  # a result
+        (1, "OSError('disk')", True),  # the machine's, and may pass
+        (2, "ZeroDivisionError('mine')", True),  # a step is on record
+    ],
+)
+def test_an_error_before_the_first_step_is_done_leaves_no_folder(
+    step, raised, kept, tmp_path: Path, runs
+):
+    recipe, path = _mine(tmp_path), tmp_path / "mine.py"
+    text = path.read_text().replace(
+        "upper_batches(self, stream): return itertools.repeat(None)", BATCHES
+    )
+    fails = f"if int(batch) == {step}: raise {raised}"
+    path.write_text(text.replace("batch): return y", f"batch):\n        {fails}\n        return y"))
+    result = RUNNER.invoke(app, ["run", str(recipe), "--runs-dir", str(runs)])
+    assert result.exit_code
+    folders = list(runs.glob("*/*"))
+    assert bool(folders) is kept
+    if step == 2:
+        assert [e["step"] for e in record.read(folders[0]) if e["event"] == "stepped"] == [1]
+
+
+BATCHES = "upper_batches(self, stream): return map(torch.tensor, itertools.count(1))"
 
 
 def test_a_run_that_is_going_on_is_not_resumed(runs):
