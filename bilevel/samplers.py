@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.errors import CheckpointError, ProblemError
@@ -33,7 +34,8 @@ class Sampler:
     """A problem's batch iterator with its random stream, counted.
 
     An iterator with `state_dict` and `load_state_dict` is resumed by them. Any other is drawn
-    from again as often as it had been, and must leave its stream where it was.
+    from again as often as it had been, must leave its stream where it was, and must end at the
+    batch it ended at: one that draws from a global random state does not.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Sampler:
         self._stream = rng.stream(seed, name)
         self._batches = iter(make(self._stream))
         self.drawn = 0
+        self._last: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -60,7 +63,7 @@ class Sampler:
                 f"{self._name} ended after {self.drawn} batches; batch iterators must be "
                 "infinite: itertools.repeat(batch) for one batch, a `while True:` for epochs"
             ) from None
-        self.drawn += 1
+        self.drawn, self._last = self.drawn + 1, batch
         return tree.to(batch, self._device, self._dtype)
 
     def renew(self) -> None:
@@ -73,20 +76,22 @@ class Sampler:
             "drawn": self.drawn,
             "stream": self._stream.get_state(),
             "position": position() if position else None,
+            "last": glimpse(self._last),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go to where `save` was called; for a fresh sampler only.
 
         Raises:
-            CheckpointError: drawing again did not lead to the same random state.
+            CheckpointError: drawing again did not lead to the same random state and batch.
         """
         if saved["position"] is not None:
             self._batches.load_state_dict(saved["position"])  # pyright: ignore[reportAttributeAccessIssue]
             self._stream.set_state(saved["stream"])
         else:
             for _ in range(saved["drawn"]):
-                next(self._batches)
+                self._last = next(self._batches)
+            self._require_same(saved)
         if not torch.equal(self._stream.get_state(), saved["stream"]):
             raise CheckpointError(
                 f"{self._name} cannot be resumed: drawing {saved['drawn']} batches again left its "
@@ -94,6 +99,37 @@ class Sampler:
                 "state_dict and load_state_dict"
             )
         self.drawn = saved["drawn"]
+
+    def _require_same(self, saved: dict[str, Any]) -> None:
+        now = glimpse(self._last)
+        before = saved.get("last", now)
+        if before.shape == now.shape and torch.isclose(before, now, RTOL, 0.0, True).all():
+            return
+        raise CheckpointError(
+            f"{self._name} cannot be resumed: drawing {saved['drawn']} batches again ended at "
+            "another batch. Draw from the given stream, not from the global random state of torch, "
+            "numpy or random (a DataLoader that shuffles takes generator=stream), or give the "
+            "iterator state_dict and load_state_dict; and leave the data as they were"
+        )
+
+
+RTOL = 0.02
+"""Batches may have been moved to another dtype; bfloat16 rounds by 0.4 %."""
+
+
+def glimpse(batch: Any, most: int = 64) -> Tensor:
+    """Up to `most` numbers of each tensor of a batch, evenly spread: enough to tell two apart."""
+    if isinstance(batch, Mapping):
+        parts = [glimpse(batch[key], most) for key in sorted(batch, key=str)]
+    elif isinstance(batch, (list, tuple)):
+        parts = [glimpse(part, most) for part in batch]
+    else:
+        try:
+            flat = torch.as_tensor(batch).detach().reshape(-1)
+            parts = [flat[:: max(1, len(flat) // most)][:most].cpu().double()]
+        except (TypeError, ValueError, RuntimeError):  # text, or an object of the problem's own
+            parts = []
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 class Paired:

@@ -1,10 +1,13 @@
 """The engine: events, equality with a hand-written loop, and resuming byte for byte."""
 
 import itertools
+import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
 from bilevel import engine, tree
@@ -20,6 +23,7 @@ from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.optimizers import SGD, Adam
 from bilevel.lower.torch_optim import TorchOptimizer
 from bilevel.rng import Streams, stream
+from bilevel.samplers import RTOL, Sampler, glimpse
 from bilevel.upper import Upper
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
@@ -221,6 +225,83 @@ def test_a_sampler_that_cannot_be_repeated_is_refused():
             break
     with pytest.raises(CheckpointError, match=r"lower.batches cannot be resumed.*state_dict"):
         restore(s, state.save())
+
+
+def _from_torch(generator):
+    while True:
+        yield torch.randn(6, 3)
+
+
+def _from_numpy(generator):
+    while True:
+        yield {"rows": [np.random.randn(6, 3)], "name": "text"}
+
+
+def _from_random(generator):
+    while True:
+        yield (torch.tensor([[random.random() for _ in range(3)] for _ in range(6)]), None)
+
+
+def _shuffled_by_nobody(generator):
+    while True:
+        yield from (rows for (rows,) in DataLoader(TensorDataset(DATA), 6, shuffle=True))
+
+
+def _shuffled_by_the_stream(generator):
+    loader = DataLoader(TensorDataset(DATA), 6, shuffle=True, generator=generator)
+    while True:
+        yield from (rows for (rows,) in loader)
+
+
+def _in_order(generator):
+    """Takes a seed from the global state for workers that it has not, and gives the same batches."""
+    while True:
+        yield from (rows for (rows,) in DataLoader(TensorDataset(DATA), 6))
+
+
+DATA = torch.randn(20, 3, generator=stream(0, "data"))
+
+
+@pytest.mark.parametrize(
+    ("make", "repeats"),
+    [
+        (_from_torch, False),
+        (_from_numpy, False),
+        (_from_random, False),
+        (_shuffled_by_nobody, False),
+        (_shuffled_by_the_stream, True),
+        (_in_order, True),
+    ],
+)
+def test_batches_from_a_global_random_state_are_not_resumed(make, repeats):
+    def sampler(dtype=torch.float32):
+        return Sampler(make, 0, "lower.batches", torch.device("cpu"), dtype)
+
+    first = sampler()
+    for _ in range(5):
+        next(first)
+    saved = first.save()
+    if not repeats:
+        with pytest.raises(CheckpointError, match=r"another batch.*generator=stream"):
+            sampler().restore(saved)
+        return
+    again = sampler()
+    again.restore(saved)
+    assert same(again.save(), saved)
+    for _ in range(5):
+        assert torch.equal(next(again), next(first))
+
+
+def test_a_batch_is_known_again_in_another_dtype():
+    """A problem may place its data in the dtype of the run that goes on from a state."""
+    batch = {"a": torch.randn(200, 7), "b": [torch.arange(5), 3.5]}
+    seen = glimpse(batch)
+    assert len(seen) == 64 + 5 + 1
+    for dtype in (torch.float64, torch.bfloat16):
+        moved = glimpse(tree.to(batch, torch.device("cpu"), dtype))
+        assert torch.allclose(moved, seen, rtol=RTOL, atol=0)
+    other = {"a": batch["a"].flip(0), "b": batch["b"]}
+    assert not torch.allclose(glimpse(other), seen, rtol=RTOL, atol=0)
 
 
 def test_an_iterator_with_a_position_resumes_by_it():
