@@ -1,7 +1,8 @@
 """Adaptive accuracy with a line search on x: the method of adaptive inexact descent, MAID.
 
-Salehi, Mukherjee, Roberts and Ehrhardt (2023), arXiv:2308.10098. The constants in its error bound
-are estimated here as it goes; the paper's come from bounds known beforehand.
+Salehi, Mukherjee, Roberts and Ehrhardt (2023), arXiv:2308.10098. The paper's constants are known
+beforehand; here those that are not given are estimated as it goes, and what is then certified is
+an estimate too.
 """
 
 from __future__ import annotations
@@ -42,13 +43,22 @@ class MAID:
         ω = ‖B‖ ‖r‖ / μ + L ‖∇y G‖ / μ ≤ (1 − descent) ‖h‖,    B = ∂²xy G, r the adjoint's residual
 
     so that −h is a descent direction. x then moves by `step` along −h, halved until Φ has fallen
-    by descent · step · ‖h‖² whatever the errors of both values, ‖∇y F‖ e + e², e = ‖∇y G‖ / μ,
-    may be. If no step is certified ε is multiplied by `tighten`; after one, ε by `loosen` and the
-    step by `grow`. Below `finest` nothing is certified any more and x stays.
+    by descent · step · ‖h‖² whatever the errors of both values may be, ‖∇y F‖ e + S e² / 2 with
+    e = ‖∇y G‖ / μ; a step at which a loss overflows is halved as well. If no step is certified ε
+    is multiplied by `tighten`; after one, ε by `loosen` and the step by `grow`. Below `finest`
+    nothing is certified any more and x stays.
 
-    μ is `convexity`, or the smallest curvature the adjoint solves have met, ‖B‖ is taken along the adjoint, L is
-    the largest slope of h in y seen while ε was tightened, at least `slope`: `error_bound` is an
-    estimate. h is exact in the limit ε → 0. Losses have to be deterministic. Moves y and x: the
+    With a lower bound μ of the eigenvalues of ∂²yy G (`convexity`), an upper bound of ‖∂²xy G‖
+    (`cross_norm`), a Lipschitz constant in y of ∇x F − Bᵀ(∂²yy G)⁻¹ ∇y F (`slope`) and one of ∇y F
+    (`upper_smoothness`, S), ω bounds ‖h − dΦ/dx‖ (Ghadimi and Wang 2018, arXiv:1802.02246, lemma
+    2.2), and each step lowers Φ by what is said, in exact arithmetic. Else nothing of this is
+    guaranteed: μ is the smallest curvature that the adjoint solves have met, which is too large
+    until they meet the smallest; ‖B‖ is ‖Bᵀ v‖ / ‖v‖, which is too small in general; L is the
+    largest slope of h seen while ε was tightened, at least `slope`; S is 2 unless given. Each errs
+    towards certifying too much. `error_bound_from` says which it is, `slope` counting as known
+    where both others are given.
+
+    h is exact in the limit ε → 0. Losses have to be deterministic. Moves y and x: the
     run's lower solver and upper optimizer are not used. A trial step costs what `solver` takes
     and 3 gradients; an attempt at h what `solver` takes, 3 gradients, the adjoint's HVPs and 1
     cross product.
@@ -66,6 +76,8 @@ class MAID:
     grow: float = Field(default=1.5, ge=1)
     slope: NonNegativeFloat = 0.1
     convexity: PositiveFloat | None = None
+    cross_norm: PositiveFloat | None = None
+    upper_smoothness: PositiveFloat = 2.0
     finest: PositiveFloat = 1e-10
     backtracks: PositiveInt = 8
     solver: Annotated[LowerSolver, Slot("lower")] = Field(
@@ -120,7 +132,9 @@ class MAID:
             "step": self.grow * step,
         }
         moved = Moved(taken.y, taken.lower, taken.norm)
-        stats = replace(found.stats, error_bound=bound, error_bound_from="estimated")
+        known = self.convexity is not None and self.cross_norm is not None
+        source = "known constants" if known else "estimated"
+        stats = replace(found.stats, error_bound=bound, error_bound_from=source)
         return Estimate(found.h, found.value, after, stats, moved, taken.step)
 
     def _descends(self, found: _Found, bound: float) -> bool:
@@ -163,6 +177,7 @@ class MAID:
         curvature = min(met, state["curvature"])
         left = (stats.residual or 0.0) * tree.norm(b)
         size = tree.norm(v)
+        coupling = self.cross_norm or (tree.norm(cross) / size if size else 0.0)
         return _Found(
             h=tree.sub(F_x, cross),
             value=value,
@@ -172,7 +187,8 @@ class MAID:
             slope_F=tree.norm(F_y),
             adjoint=v,
             curvature=curvature,
-            coupled=tree.norm(cross) / size * left if size else 0.0,
+            coupled=coupling * left,
+            smoothness=self.upper_smoothness,
             stats=stats,
         )
 
@@ -183,16 +199,27 @@ class MAID:
         step, size = state["step"], tree.norm(found.h)
         here = float(found.value) - found.doubt(found.norm, found.slope_F)
         for _ in range(self.backtracks):
-            there = tree.axpy(-step, found.h, x)
-            y = self._solve(losses, there, found.y, state)
-            lower, g = gradient_y(losses.lower, there, y)
-            value, F_y = gradient_y(losses.upper, there, y)
-            norm = tree.norm(g)
-            worst = float(value) + found.doubt(norm, tree.norm(F_y))
-            if worst - here <= -self.descent * step * size**2:
-                return _Trial(y, step, float(lower), norm)
+            tried = self._try(losses, tree.axpy(-step, found.h, x), found, state)
+            if tried and tried[0] - here <= -self.descent * step * size**2:
+                return replace(tried[1], step=step)
             step /= 2
         return None
+
+    def _try(
+        self, losses: Losses, x: Params, found: _Found, state: dict[str, Any]
+    ) -> tuple[float, _Trial] | None:
+        """The most that Φ may be at x, and where y is there; None where a loss overflows."""
+        kept = dict(state)
+        try:
+            y = self._solve(losses, x, found.y, state)
+            lower, g = gradient_y(losses.lower, x, y)
+            value, F_y = gradient_y(losses.upper, x, y)
+        except ConvergenceError:  # too long a step is a reason to halve it
+            state |= kept
+            return None
+        norm = tree.norm(g)
+        worst = float(value) + found.doubt(norm, tree.norm(F_y))
+        return worst, _Trial(y, 0.0, float(lower), norm)
 
 
 @dataclass(frozen=True)
@@ -211,6 +238,8 @@ class _Found:
     curvature: float
     coupled: float
     """‖B‖ ‖r‖."""
+    smoothness: float
+    """S."""
     stats: Stats
 
     def bound(self, slope: float) -> float:
@@ -222,7 +251,7 @@ class _Found:
     def doubt(self, norm: float, slope_F: float) -> float:
         """How far F may be from Φ at a y of this ‖∇y G‖."""
         off = 0.0 if math.isinf(self.curvature) else norm / self.curvature
-        return slope_F * off + off * off
+        return slope_F * off + self.smoothness / 2 * off * off
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Adaptive accuracy: what it certifies is true, and it costs fewer products than a fixed one."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -71,6 +72,84 @@ def test_the_error_is_within_its_bound_from_any_start(seed):
         )
         error = tree.norm(tree.sub(got.hypergradient, case.truth))
         assert 0 < error <= got.stats.error_bound
+
+
+def known(k):
+    """The constants of a quadratic problem: of A, of B, of h in y, and of ∇y F."""
+    inverse = torch.linalg.inv(k["A"])
+    return {
+        "convexity": float(torch.linalg.eigvalsh(k["A"])[0]) * (1 - 1e-12),
+        "cross_norm": float(torch.linalg.matrix_norm(k["B"], 2)),
+        "slope": float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2)),
+        "upper_smoothness": 1.0,
+    }
+
+
+@pytest.mark.parametrize("accuracy", [0.3, 0.1, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_known_constants_the_error_is_within_its_bound(seed, accuracy):
+    case = closed_form(lambda s: Quadratic(data_seed=s), seed)
+    got = case.estimate(
+        MAID(accuracy=accuracy, **known(case.problem.constants)), offset(case.y, 5.0, seed)
+    )
+    assert got.stats.error_bound_from == "known constants"
+    assert 0 < tree.norm(tree.sub(got.hypergradient, case.truth)) <= got.stats.error_bound
+
+
+def test_with_estimated_constants_it_need_not_be():
+    """Negative control, and why the page promises nothing there."""
+    case = closed_form(lambda s: Quadratic(data_seed=s), 0)
+    constants = known(case.problem.constants)
+    ratios = []
+    for given in ({}, {"slope": constants["slope"]}, {"convexity": constants["convexity"]}):
+        got = case.estimate(MAID(**given), offset(case.y, 5.0))
+        assert got.stats.error_bound_from == "estimated"
+        off = tree.norm(tree.sub(got.hypergradient, case.truth))
+        ratios.append(off / got.stats.error_bound)
+    assert ratios[0] > 1.5
+    assert ratios[1] < ratios[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_known_constants_every_step_lowers_the_value_as_it_says(seed):
+    problem = Quadratic(data_seed=seed)
+    rows = trace(problem, MAID(accuracy=1.0, **known(problem.constants)))
+    for (x, before, _, _), (after_x, after, _, event) in itertools.pairwise(rows):
+        h = event.hypergradient_norm
+        step = float((after_x["x"] - x["x"]).norm()) / h
+        assert before - after >= 0.1 * step * h**2 * (1 - 1e-9)
+        assert event.estimate.error_bound <= 0.9 * h
+
+
+def test_the_smoothness_of_F_is_in_the_doubt():
+    """‖∇y F‖ e + S e² / 2: with S a million times larger y has to be a thousand times nearer."""
+    case = closed_form(lambda s: Quadratic(data_seed=s), 0)
+    constants = known(case.problem.constants)
+    ends = []
+    for S in (1.0, 1e6):
+        got = case.estimate(MAID(**constants | {"upper_smoothness": S}), offset(case.y, 5.0))
+        ends.append(got.state["accuracy"])
+    assert ends[1] < 0.1 * ends[0]
+
+
+class Walled(Quadratic):
+    """F overflows outside a ball, as exp or float16 do."""
+
+    def upper_loss(self, x, y, batch):
+        inside = super().upper_loss(x, y, batch)
+        return inside if x["x"].detach().norm() < 1e3 else inside * math.inf
+
+
+def test_a_trial_step_that_overflows_is_halved():
+    ends = []
+    for problem in (Walled(), Quadratic()):
+        case = closed_form(lambda s, problem=problem: problem, 0)
+        got = case.estimate(MAID(step=64.0, backtracks=20), offset(case.y, 1.0))
+        ends.append(got.step)
+        there = tree.axpy(-64.0, got.hypergradient, case.x)
+        finite = bool(problem.upper_loss(there, case.y, case.upper_batch).isfinite())
+        assert finite is not isinstance(problem, Walled)
+    assert ends[0] == ends[1] > 0
 
 
 def test_a_step_that_is_not_searched_for_rises():
