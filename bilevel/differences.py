@@ -1,4 +1,4 @@
-"""Central differences of a scalar function of a tree, with an estimate of their own error."""
+"""Central differences: of a function of x with an estimate of their error, and of ∇x G along y."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.types import Params
+from bilevel.calculus import gradient_x
+from bilevel.resolution import require_step
+from bilevel.types import Loss, Params, Point
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,19 @@ def central(
     size = float(slopes.norm())
     error = float((wide - narrow).norm()) / size if size else 0.0
     return Differences(directions, slopes.to(flat.device), error)
+
+
+def cross_difference(name: str, loss: Loss, at: Point, v: Params, epsilon: float) -> Params:
+    """(∂²xy G)ᵀ v from ∇x G at y ± h v, h = epsilon / ‖v‖: error O(epsilon²). 2 gradients.
+
+    `name` is the estimator's, for the error. Raises `ProblemError` where y is of a dtype too
+    coarse for the step.
+    """
+    size = tree.norm(v)
+    if size == 0:
+        return tree.zeros_like(at.x)
+    require_step(name, epsilon, at.y)
+    h = epsilon / size
+    above = gradient_x(loss, at.x, tree.axpy(h, v, at.y))
+    below = gradient_x(loss, at.x, tree.axpy(-h, v, at.y))
+    return tree.scale(1 / (2 * h), tree.sub(above, below))

@@ -14,6 +14,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.recorded import started
 from bilevel.lower.replay import replay
+from bilevel.resolution import require_resolved
 from bilevel.ties import Ties, bind
 from bilevel.types import (
     ALL_STEPS,
@@ -79,7 +80,8 @@ def hypergradient(
 
     Raises:
         ProblemError: a loss is no scalar, has no second derivative, or changes buffers; or an
-            upper variable reaches neither loss.
+            upper variable reaches neither loss; or x or y is of a dtype too coarse for the
+            differences that the estimator takes.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
     """
     began = time.perf_counter()
@@ -94,6 +96,7 @@ def hypergradient(
         lower_batches,
     )
     first = state is None
+    require_resolved(estimator, {entry.dtype for params in (x, y) for entry in params.values()})
     if first:
         for loss in (losses.upper, losses.lower):
             calculus.refuse_impure(loss, at.x, at.y)

@@ -8,6 +8,7 @@ from typing import Any
 from bilevel import calculus, rng, tree
 from bilevel.errors import ProblemError
 from bilevel.events import Warned
+from bilevel.resolution import require_resolved
 from bilevel.state import Setup, State
 from bilevel.types import Counts, Estimator, Loss
 
@@ -39,6 +40,7 @@ def refuse_mismatch(setup: Setup) -> None:
                 f"estimator {type(setup.estimator).__name__} is for problems that have {name}, and "
                 f"{type(setup.problem).__name__} has none; add it, or use estimator: implicit"
             )
+    require_resolved(setup.estimator, [setup.dtype])
     _refuse_unheld(setup)
 
 

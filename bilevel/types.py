@@ -232,6 +232,11 @@ class Needs:
     """Optional methods of a problem that it can do nothing without, such as lower_start."""
     knows: frozenset[str] = frozenset()
     """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
+    magnifies: float = 1.0
+    """How many times the rounding of a gradient comes back in a difference that it takes; a dtype
+    that is too coarse for that is refused."""
+    milder: str = "an option that makes the difference larger"
+    """What magnifies less, for the refusal: "a smaller strength"."""
 
 
 @runtime_checkable

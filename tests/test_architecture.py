@@ -11,7 +11,17 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["errors", "types"],
     ["tree", "rng", "events", "nested"],
-    ["calculus", "composed", "problem", "differences", "modules", "tasks", "learned_start", "maps"],
+    [
+        "calculus",
+        "composed",
+        "problem",
+        "differences",
+        "modules",
+        "tasks",
+        "learned_start",
+        "maps",
+        "resolution",
+    ],
     ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],
     ["preconditioners", "adjoint"],
     ["estimators"],

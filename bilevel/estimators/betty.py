@@ -20,6 +20,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus import gradient_x, value
 from bilevel.errors import ProblemError, RequirementError
+from bilevel.resolution import require_step
 from bilevel.types import Counts, Estimate, Loss, Losses, Needs, Params, Point, Stats, component
 
 VERSION = "0.2.1"
@@ -79,6 +80,8 @@ class Betty:
         x, y = tree.leaves(at.x), tree.map(Tensor.requires_grad_, tree.clone(at.y))
         upper, lower = _Node(x), _Node(y, functools.partial(losses.lower, x, y))
         lower.config = self._config()
+        if not self._is_second_order:
+            require_step(f"betty:{self.method}", self.epsilon, at.y)
         with torch.enable_grad():
             F = value(losses.upper, at.x, y)
             if not F.requires_grad:  # betty would be asked for the derivative of a constant

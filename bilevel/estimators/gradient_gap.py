@@ -44,7 +44,8 @@ class GradientGap:
 
     @property
     def needs(self) -> Needs:
-        return Needs(moves_lower=True)
+        magnifies = 2 * self.strength
+        return Needs(moves_lower=True, magnifies=magnifies, milder="a smaller strength")
 
     @property
     def claim(self) -> Literal["penalty"]:

@@ -57,7 +57,12 @@ class Moreau:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, moves_lower=True)
+        return Needs(
+            second_order=False,
+            moves_lower=True,
+            magnifies=self.strength,
+            milder="a smaller strength",
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, gradient_y, gradients, linearize
+from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.differences import cross_difference
 from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
 
 
@@ -25,6 +26,9 @@ class OneStep:
     lr · ∂²yy G approaches the identity. Costs 2 gradients and 1 cross product. With
     `finite_difference` no second derivative is taken: the product is the central difference of
     ∇x G at y ± ε ∇y F with ε = epsilon / ‖∇y F‖ (DARTS, eq. 8), error O(ε²), 4 gradients.
+
+    Raises:
+        ProblemError: y is of a dtype too coarse for `epsilon`.
     """
 
     lr: PositiveFloat = 0.1
@@ -50,7 +54,7 @@ class OneStep:
         if self.finite_difference:
             _, G_y = gradient_y(losses.lower, at.x, at.y)
             value, F_x, F_y = gradients(losses.upper, self._stepped(at, G_y))
-            cross = self._difference(losses, at, F_y)
+            cross = cross_difference("one_step", losses.lower, at, F_y, self.epsilon)
         else:
             lower = linearize(losses.lower, at)
             value, F_x, F_y = gradients(losses.upper, self._stepped(at, lower.gradient))
@@ -68,12 +72,3 @@ class OneStep:
 
     def _stepped(self, at: Point, G_y: Params) -> Point:
         return Point(at.x, tree.axpy(-self.lr, G_y, at.y))
-
-    def _difference(self, losses: Losses, at: Point, direction: Params) -> Params:
-        size = tree.norm(direction)
-        if size == 0:
-            return tree.zeros_like(at.x)
-        h = self.epsilon / size
-        above = gradient_x(losses.lower, at.x, tree.axpy(h, direction, at.y))
-        below = gradient_x(losses.lower, at.x, tree.axpy(-h, direction, at.y))
-        return tree.scale(1 / (2 * h), tree.sub(above, below))

@@ -48,7 +48,7 @@ class Penalty:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False)
+        return Needs(second_order=False, magnifies=self.strength, milder="a smaller strength")
 
     @property
     def claim(self) -> Literal["penalty"]:

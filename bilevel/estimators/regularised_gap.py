@@ -64,7 +64,13 @@ class RegularisedGap:
     @property
     def needs(self) -> Needs:
         knows = frozenset({"lower_constraints", "project_lower"})
-        return Needs(second_order=False, moves_lower=True, knows=knows)
+        return Needs(
+            second_order=False,
+            moves_lower=True,
+            knows=knows,
+            magnifies=self.strength,
+            milder="a smaller strength",
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:

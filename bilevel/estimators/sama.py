@@ -14,7 +14,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, gradient_y, gradients
+from bilevel.calculus import gradient_y, gradients
+from bilevel.differences import cross_difference
 from bilevel.lower.recorded import recorded
 from bilevel.lower.replay import advance
 from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
@@ -32,7 +33,7 @@ class Sama:
     after the step is not seen. Costs 4 gradients, and those of the recorded steps before the last.
 
     Raises:
-        ProblemError: no lower step was recorded.
+        ProblemError: no lower step was recorded; y is of a dtype too coarse for `epsilon`.
     """
 
     epsilon: PositiveFloat = 1e-2
@@ -54,7 +55,8 @@ class Sama:
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         value, F_x, F_y = gradients(losses.upper, at)
-        cross = self._difference(losses, at, _adapted(losses, at, F_y))
+        v = _adapted(losses, at, F_y)
+        cross = cross_difference("sama", losses.lower, at, v, self.epsilon)
         return Estimate(tree.sub(F_x, cross), value, state, Stats(iterations=1))
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
@@ -67,16 +69,6 @@ class Sama:
             return losses.upper(x, at.y) - torch.as_tensor(tree.dot(v, G_y), dtype=torch.float64)
 
         return expanded
-
-    def _difference(self, losses: Losses, at: Point, v: Params) -> Params:
-        """(∂²xy G)ᵀ v by central differences of ∇x G."""
-        size = tree.norm(v)
-        if size == 0:
-            return tree.zeros_like(at.x)
-        h = self.epsilon / size
-        above = gradient_x(losses.lower, at.x, tree.axpy(h, v, at.y))
-        below = gradient_x(losses.lower, at.x, tree.axpy(-h, v, at.y))
-        return tree.scale(1 / (2 * h), tree.sub(above, below))
 
 
 def _adapted(losses: Losses, at: Point, vector: Params) -> Params:

@@ -69,7 +69,11 @@ class ValueFunction:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, moves_lower=True)
+        # of values, as in zeroth_order
+        magnifies = 3 / self.sigma
+        return Needs(
+            second_order=False, moves_lower=True, magnifies=magnifies, milder="a larger sigma"
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:

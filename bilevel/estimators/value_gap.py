@@ -48,7 +48,12 @@ class ValueGap:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, moves_lower=True)
+        return Needs(
+            second_order=False,
+            moves_lower=True,
+            magnifies=self.strength,
+            milder="a smaller strength",
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:

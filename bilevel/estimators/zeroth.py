@@ -37,7 +37,11 @@ class ZerothOrder:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, path=float("inf"))
+        # the values at both ends, and the steps that lead there, are rounded: about three times
+        # what one gradient is, by measurement
+        magnifies = 3 / self.smoothing
+        milder = "a larger smoothing"
+        return Needs(second_order=False, path=float("inf"), magnifies=magnifies, milder=milder)
 
     @property
     def claim(self) -> Literal["path"] | None:
