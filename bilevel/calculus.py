@@ -7,19 +7,17 @@ rebuilding it for each product, and faster than forward-over-reverse.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.types import Counts, Loss, Params, Point
+from bilevel.types import Loss, Params, Point
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "does not support", "not differentiable twice")
 
@@ -272,44 +270,3 @@ def second_order(loss: Loss) -> Iterator[None]:
             "torch.backends.cudnn.flags(enabled=False); or an estimator that takes no second "
             "derivative (estimator=none, one_step with finite_difference)."
         ) from error
-
-
-def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
-    """Raise `ProblemError` if the loss runs a normalisation that would update its buffers.
-
-    In training mode every evaluation changes the running statistics, so that a loss is no longer
-    a function of (x, y, batch). It is stopped before it changes them. Costs one evaluation of the
-    loss; random states are put back.
-    """
-    apart = replace(loss, counts=Counts())
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoStatistics(loss.level):
-        value(apart, tree.detach(x), tree.detach(y))
-
-
-class _NoStatistics(TorchFunctionMode):
-    """Refuses batch and instance normalisation that keep running statistics of this very input."""
-
-    def __init__(self, level: str) -> None:
-        super().__init__()
-        self._level = level
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        flag = _UPDATES.get(func)
-        if flag:
-            given = inspect.signature(func).bind(*args, **(kwargs or {}))
-            given.apply_defaults()
-            if given.arguments[flag] and given.arguments["running_mean"] is not None:
-                raise ProblemError(
-                    f"{self._level}_loss runs BatchNorm in training mode, which changes its "
-                    "buffers at every evaluation; call module.eval(), or build it with "
-                    "track_running_stats=False, or use GroupNorm"
-                )
-        return func(*args, **(kwargs or {}))
-
-
-_UPDATES = {
-    torch.nn.functional.batch_norm: "training",
-    torch.nn.functional.instance_norm: "use_input_stats",
-}

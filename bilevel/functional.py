@@ -14,6 +14,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.recorded import started
 from bilevel.lower.replay import replay
+from bilevel.purity import refuse_impure
 from bilevel.resolution import require_resolved
 from bilevel.ties import Ties, bind
 from bilevel.types import (
@@ -99,7 +100,7 @@ def hypergradient(
     require_resolved(estimator, {entry.dtype for params in (x, y) for entry in params.values()})
     if first:
         for loss in (losses.upper, losses.lower):
-            calculus.refuse_impure(loss, at.x, at.y)
+            refuse_impure(loss, at.x, at.y)
         state = estimator.init(at)
     estimate = estimator.estimate(losses, at, state)
     _require_shapes(estimator, estimate.hypergradient, at.x)
@@ -179,7 +180,7 @@ def solve_lower(
     if state is None:
         first = next(draws)
         draws = itertools.chain([first], draws)
-        calculus.refuse_impure(loss.on(first), x, y)
+        refuse_impure(loss.on(first), x, y)
     start = solver.init(y) if state is None else state
     solution = solver.solve(loss, x, y, batches=draws, state=start, record=keep, project=project)
     solution = started(solution, restart and tied[1].shrunk(tied[0], restart))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bilevel import calculus, rng, tree
+from bilevel import rng, tree
 from bilevel.errors import ProblemError
 from bilevel.events import Warned
+from bilevel.purity import refuse_impure
 from bilevel.resolution import require_resolved
 from bilevel.state import Setup, State
 from bilevel.types import Counts, Estimator, Loss
@@ -82,7 +83,7 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
-        calculus.refuse_impure(loss.on(batch), state.x, state.y)
+        refuse_impure(loss.on(batch), state.x, state.y)
     known = getattr(setup.estimator, "caution", None)
     if known:
         state.warned.append("estimator")

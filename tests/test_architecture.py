@@ -20,6 +20,7 @@ ORDER = [
         "tasks",
         "learned_start",
         "maps",
+        "purity",
         "resolution",
     ],
     ["linear", "lower", "upper", "checkpoint", "samplers", "directions"],

@@ -7,6 +7,7 @@ from torch.func import functional_call, jacrev
 
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.purity import refuse_impure
 from bilevel.types import Counts, Loss, Point
 
 
@@ -146,6 +147,6 @@ def test_batch_norm_in_training_mode_is_refused(module, refused):
     loss = loss_of(lower, batch=data)
     if refused:
         with pytest.raises(ProblemError, match=r"BatchNorm in training mode.*eval"):
-            calculus.refuse_impure(loss, {"w": torch.zeros(())}, y)
+            refuse_impure(loss, {"w": torch.zeros(())}, y)
     else:
-        calculus.refuse_impure(loss, {"w": torch.zeros(())}, y)
+        refuse_impure(loss, {"w": torch.zeros(())}, y)

@@ -15,6 +15,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
 from bilevel.maps import reached
 from bilevel.problem import Problem, restart_of, structure_of
+from bilevel.purity import refuse_impure
 from bilevel.rng import Streams
 from bilevel.samplers import Sampler
 from bilevel.testing.derivatives import (
@@ -136,7 +137,7 @@ def _sampler(at: Place, level: str) -> Sampler:
 
 def _losses(at: Place) -> Iterator[str]:
     for loss in at.both:
-        calculus.refuse_impure(loss, at.x, at.y)
+        refuse_impure(loss, at.x, at.y)
         random = torch.random.get_rng_state()
         inputs = {"x": at.x, "y": at.y, "the batch": loss.batch}
         kept = {name: copied(part) for name, part in inputs.items()}
