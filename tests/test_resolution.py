@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel import engine, presets, registry, resolution, tree
+from bilevel import engine, hypergradient, presets, registry, resolution, rng, tree
 from bilevel.build import build
 from bilevel.engine import Setup
 from bilevel.errors import BilevelError, ProblemError
+from bilevel.estimators.implicit import Implicit
 from bilevel.lower.gradient import Gradient
 from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
@@ -106,6 +107,34 @@ def test_a_run_is_refused_before_its_first_step():
     engine.refuse_mismatch(made)
     with pytest.raises(ProblemError, match=r"use a smaller strength by a factor of 7\.9"):
         engine.refuse_mismatch(replace(made, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "held"),
+    [
+        (1e-3, torch.bfloat16, False),
+        (1e-5, torch.float16, False),
+        (0.2, torch.bfloat16, True),
+        (1e-3, torch.float32, True),
+    ],
+)
+def test_an_error_below_what_the_dtype_leaves_is_not_said_to_be_held(asked, dtype, held):
+    problem = Quadratic()
+    x, _ = problem.init(rng.Streams(0))
+    y, truth = problem.lower_solution(x), problem.hypergradient(x)
+    x, y, batch = (tree.to(part, "cpu", dtype) for part in (x, y, problem.constants))
+    got = hypergradient(
+        problem.upper_loss,
+        problem.lower_loss,
+        x,
+        y,
+        estimator=Implicit(error=asked),
+        upper_batch=batch,
+        lower_batch=batch,
+    )
+    h = tree.to(got.hypergradient, "cpu", torch.float64)
+    assert (tree.norm(tree.sub(h, truth)) <= asked * tree.norm(truth)) is held
+    assert got.stats.converged is held
 
 
 @pytest.mark.parametrize("size", [1.0, 1000.0])

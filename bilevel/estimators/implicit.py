@@ -181,7 +181,9 @@ class Implicit:
         solver = replace(solver, tolerance=rounding(b))
         solve = solver.run(matvec, start, r, size, precondition=inverse, enough=rule, keep=keep)
         bends = solve.stats.curvature is None or solve.stats.curvature > 0
-        done = rule.h is not None or (bends and solve.stats.iterations < solver.iterations)
+        # a solve that ended at rounding holds what was asked only where rounding is less than that
+        solved = bends and solve.stats.iterations < solver.iterations
+        done = rule.h is not None or (solved and rounding(b) <= (self.error or 0.0))
         return replace(solve, stats=replace(solve.stats, converged=done))
 
     def _bounded(
