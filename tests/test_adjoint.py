@@ -690,3 +690,42 @@ def test_conjugate_gradient_keeps_three_vectors_and_the_gradient(monkeypatch):
 
 def test_gmres_keeps_its_basis(monkeypatch):
     assert kept_by(GMRES(iterations=6), monkeypatch) > 6
+
+
+# scales and floors -------------------------------------------------------------------------------
+
+
+def diagonal_system(*entries):
+    """(system, b) of a diagonal A, of which random signs find the diagonal exactly."""
+    d = torch.tensor(entries, dtype=torch.float64)
+    b = {"y": torch.ones(len(d), dtype=torch.float64)}
+    return System(lambda v: {"y": d * v["y"]}, b, None, None, 0.0, None), b  # pyright: ignore
+
+
+def test_hutchinson_leaves_no_entry_below_its_floor():
+    """The largest here is 0.5, so that a floor of 1e-3 of it is not 1e-3."""
+    made, b = diagonal_system(0.5, -0.25, 1e-9, 0.0)
+    inverse, _ = Hutchinson(probes=3, floor=1e-3).prepare(made, FRESH)
+    expected = torch.tensor([2.0, 4.0, 2e3, 2e3], dtype=torch.float64)
+    torch.testing.assert_close(inverse(b)["y"], expected, rtol=1e-12, atol=0)  # pyright: ignore
+
+
+def test_hutchinson_that_sees_no_curvature_is_the_identity():
+    made, b = diagonal_system(0.0, 0.0)
+    inverse, _ = Hutchinson().prepare(made, FRESH)
+    assert torch.equal(inverse(b)["y"], b["y"])  # pyright: ignore
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nystrom_is_built_where_A_has_less_rank_than_asked_for(seed):
+    """The core matrix is then singular, and has a factor only for the shift by rounding."""
+    spectrum = [0.0] * 35 + [1.0, 2.0, 3.0, 4.0, 5.0]
+    matvec, A, b = system(spectrum, seed)
+    chosen = NystromPreconditioner(rank=20, seed=seed)
+    made = System(matvec, b, None, None, 0.0, 1000)  # pyright: ignore
+    inverse, state = chosen.prepare(made, chosen.init(Point({}, b)))
+    assert (state["built"], state["refused"]) == (1, 0)
+    assert inverse is not None
+    found = state["U"] @ state["values"].diag() @ state["U"].T
+    # what is dropped of A is of the size of the shift, eps times the norm of the sketch
+    torch.testing.assert_close(found, A, rtol=0, atol=1e-12)

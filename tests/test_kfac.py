@@ -225,3 +225,23 @@ def test_a_bias_of_two_layers_goes_with_one():
     M = inverse_of(KFAC(), given)
     torch.testing.assert_close(M, M.T, rtol=1e-10, atol=1e-12)
     assert torch.linalg.eigvalsh(M)[0] > 0
+
+
+def test_a_layer_called_by_keywords_is_seen_as_it_is():
+    def by_place(x, y, _):
+        return (functional.linear(INPUTS, y["w"], y["b"]) - TARGETS).square().mean()
+
+    def by_name(x, y, _):
+        return (functional.linear(INPUTS, bias=y["b"], weight=y["w"]) - TARGETS).square().mean()
+
+    y = {"w": normal(1, 3), "b": normal(1)}
+    one, other = (inverse_of(KFAC(), system(lower, y)) for lower in (by_place, by_name))
+    assert torch.equal(one, other)
+    assert float(one[:-1, -1].norm()) > 0, "the bias is taken with its weight"
+
+
+def test_an_entry_along_which_nothing_bends_is_left_alone():
+    given = system(
+        lambda x, y, _: (x["x"] * y["free"]).sum(), {"free": normal(3)}, {"x": normal(3)}
+    )
+    assert torch.equal(inverse_of(KFAC(), given), torch.eye(3, dtype=torch.float64))

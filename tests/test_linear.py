@@ -131,6 +131,22 @@ def test_cg_on_a_singular_matrix_is_flagged():
     assert Dense().solve(matvec, b, zero(b)).stats.converged is False
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cg_does_not_run_off_along_entries_without_curvature(dtype):
+    """Where A has rows of zeros p soon consists of them alone, and its step has no end."""
+    matvec, _, b = system(log_spectrum(10, 1e3), 0, dtype)
+    idle = torch.tensor([50.0, -70.0], dtype=dtype)
+
+    def beside(v):
+        return {**matvec({name: v[name] for name in b}), "idle": torch.zeros_like(idle)}
+
+    right = {**b, "idle": idle}
+    stats = CG(iterations=500, tolerance=1e-9).solve(beside, right, zero(right)).stats
+    assert stats.converged is False
+    assert math.isfinite(stats.residual)
+    assert stats.iterations < 100
+
+
 def test_a_warm_start_saves_products():
     matvec, _, b = system(log_spectrum(60, 1e3), 2)
     solver = CG(iterations=500, tolerance=1e-8)
@@ -290,3 +306,35 @@ def test_ritz_values_are_found_once_and_anew_after_a_step(monkeypatch):
     assert lanczos.largest == 2.0
     lanczos.append(0.25, 0.0)
     assert lanczos.largest == 4.0
+
+
+def test_neumann_stops_at_the_third_growth_in_a_row_and_not_before():
+    """I − A nilpotent: its powers times b grow twice and are then gone, or grow for ever."""
+    for last, ends in ((0.0, True), (2.0, False)):
+        N = torch.tensor([[0, 2, 0], [0, 0, 2], [last, 0, 0]], dtype=torch.float64)
+        b = {"a": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)}
+        calls = []
+
+        def matvec(v, N=N, calls=calls):
+            calls.append(1)
+            return {"a": v["a"] - N @ v["a"]}
+
+        solver = Neumann(iterations=50, scale=1.0, tolerance=1e-12)
+        if ends:
+            solve = solver.solve(matvec, b, zero(b))
+            assert solve.stats.iterations == 3
+            assert solve.solution["a"].tolist() == [4.0, 2.0, 1.0]
+            continue
+        with pytest.raises(ConvergenceError, match="term 3 is 2 times"):
+            solver.solve(matvec, b, zero(b))
+        assert len(calls) == 3
+
+
+def test_the_terms_of_neumann_are_as_many_whatever_the_size_of_b():
+    matvec, _, b = system([0.3, 0.9, 1.4], 5)
+    solver = Neumann(iterations=500, scale=0.7, tolerance=1e-6)
+    counts = {
+        solver.solve(matvec, tree.scale(size, b), zero(b)).stats.iterations
+        for size in (1e-3, 1.0, 1e3)
+    }
+    assert len(counts) == 1

@@ -165,3 +165,36 @@ def test_nystrom_is_exact_at_full_rank_and_improves_with_rank():
     assert off(5) < 1e-8
     assert off(4) > 1e-3  # control: one column short
     assert off(2) > off(4)
+
+
+def shift(n):
+    """(product with A, A, b) for the cyclic shift, in which no Krylov space shorter than n helps."""
+    A = torch.eye(n, dtype=torch.float64).roll(1, dims=0)
+    b = torch.zeros(n, dtype=torch.float64)
+    b[0] = 1.0
+    return lambda v: {"a": A @ v["a"]}, A, {"a": b}
+
+
+def test_gmres_is_tight_at_as_many_steps_as_there_are_unknowns():
+    matvec, A, b = shift(130)
+    solve = GMRES().tight(130).solve(matvec, b, zero(b))
+    assert solve.stats.converged
+    assert solve.stats.iterations == 130
+    assert error(solve, A, b) < 1e-11
+
+
+def test_gmres_gives_up_where_a_whole_cycle_gains_nothing():
+    matvec, _, b = shift(12)
+    stats = GMRES(iterations=1000, restart=5).solve(matvec, b, zero(b)).stats
+    assert (stats.iterations, stats.residual, stats.converged) == (5, 1.0, False)
+
+
+def test_minres_reports_no_residual_better_than_rounding_allows():
+    """In float32, where the recursion falls for ever and the true residual does not."""
+    matvec, A, b = system(log_spectrum(40, 1e5), 0, torch.float32)
+    solve = MINRES(iterations=2000, tolerance=1e-7).solve(matvec, b, zero(b))
+    rhs = tree.flatten(b).double()
+    true = float((rhs - A.double() @ tree.flatten(solve.solution).double()).norm() / rhs.norm())
+    assert true > 1e-6
+    assert solve.stats.residual > 1e-6
+    assert solve.stats.converged is False

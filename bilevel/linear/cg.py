@@ -63,6 +63,7 @@ class CG:
         rr, rz = tree.dot(r, r), tree.dot(r, z)
         target, p, pp = self.tolerance * size, tree.clone(z), tree.dot(z, z)
         ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
+        flat = max(torch.finfo(tree.wide(e.new_empty(0)).dtype).eps for e in b.values()) ** 1.5
         while steps < self.iterations and math.sqrt(rr) > target:
             if enough and enough(Progress(steps, v, rz, ritz)):
                 stopped = True
@@ -71,7 +72,8 @@ class CG:
             steps += 1
             pAp = finite(tree.dot(p, Ap))
             curvature, largest = min(curvature, pAp / pp), max(largest, pAp / pp)
-            if not (pAp > 0 and rz > 0):
+            # along a p of no curvature but rounding v would go off to overflow
+            if not (pAp > flat * largest * pp and rz > 0):
                 break
             alpha = rz / pAp
             rr = tree.less_(r, alpha, Ap)

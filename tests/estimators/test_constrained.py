@@ -16,15 +16,17 @@ from bilevel.events import Warned
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.identity import Identity
 from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.iterate import Iterate
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.proximal import Proximal
+from bilevel.maps import linearize_map
 from bilevel.problem import structure_of
 from bilevel.rng import Streams, stream
-from bilevel.types import Solve, Stats, Structure
+from bilevel.types import Counts, Loss, Point, Solve, Stats, Structure
 from bilevel.upper import Upper
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
@@ -696,3 +698,66 @@ def test_a_solver_that_only_says_it_has_converged_is_found_out():
     got = ask(p, p.x, p.solved(), FixedPoint(solver=Boasts()))
     assert got.stats.converged is False
     assert got.stats.residual > 0.1
+
+
+class Claims:
+    """A third of the solution, with a residual of its own saying."""
+
+    tolerance = 1e-6
+
+    def __init__(self, residual):
+        self.residual = residual
+
+    def solve(self, matvec, b, start):
+        v = Dense().solve(matvec, b, start).solution
+        return Solve(tree.scale(1 / 3, v), Stats(residual=self.residual, converged=True))
+
+
+@pytest.mark.parametrize(("claimed", "believed"), [(2 / 3 / 9.9, True), (2 / 3 / 10.1, False)])
+def test_a_residual_is_believed_to_a_factor_of_ten(claimed, believed):
+    """‖b − A v‖ / ‖b‖ = 2/3 at v = A⁻¹b / 3, whatever the size of b."""
+    p = Recurrent(0)
+    for size in (1.0, 1e3):
+        large = Recurrent(0)
+        large.upper_loss = lambda *at, size=size: size * p.upper_loss(*at)  # pyright: ignore
+        got = ask(large, p.x, p.solved(), FixedPoint(solver=Claims(claimed)))
+        assert got.stats.residual == pytest.approx(2 / 3, rel=1e-12)
+        assert got.stats.converged is believed
+
+
+def test_an_approximate_solve_claims_nothing():
+    for make in (FixedPoint, KKT):
+        assert make().claim == "solution"
+        assert make(solver=Identity()).claim is None
+
+
+@pytest.mark.parametrize(("pull", "doubtful"), [(1.0015e-3, 1), (1.0025e-3, 0)])
+def test_a_multiplier_is_measured_by_the_gradient_it_balances(pull, doubtful):
+    """½‖y‖² − xᵀy over y₁ ≤ 0 and y₂ = 0, at y = 0: μ = x, and 1e-6 (1 + ‖x‖) is 1.002e-3."""
+    got = hypergradient(
+        lambda x, y, b: (y["y"] - 1).square().sum() + x["x"].square().sum(),
+        lambda x, y, b: 0.5 * y["y"] @ y["y"] - x["x"] @ y["y"],
+        {"x": torch.tensor([pull, 1001.0], dtype=torch.float64)},
+        {"y": torch.zeros(2, dtype=torch.float64)},
+        estimator=KKT(solver=Dense()),
+        structure=Structure(
+            constraints=lambda x, y, b: {"inequality": y["y"][:1], "equality": y["y"][1:]}
+        ),
+    )
+    assert got.stats.degenerate == doubtful
+
+
+@pytest.mark.parametrize(("share", "kinks"), [(0.99, 1), (1.01, 0)])
+@pytest.mark.parametrize("lr", [0.25, 1.0, 4.0])
+def test_how_near_to_a_kink_is_near_goes_with_the_step_and_the_size_of_y(share, kinks, lr):
+    """‖y − x‖² / 2 lr over y ≤ 1000: the step leads to x, a `share` of the margin from the bound."""
+    margin = 1e-6 * min(1.0, lr) * 1001
+    x = torch.tensor([1000.0 + share * margin], dtype=torch.float64)
+    y = torch.tensor([1000.0], dtype=torch.float64)
+    loss = Loss(
+        lambda x, y, b: (y["y"] - x["x"]).square().sum() / (2 * lr), None, Counts(), "lower"
+    )
+    at = Point({"x": x}, {"y": y}, project=lambda z: tree.map(lambda p: p.clamp(max=1000.0), z))
+    step = linearize_map(loss, at, lr)
+    assert not step.shift["y"].any(), "y is the fixed point"
+    assert step.kinks(1e-6) == kinks

@@ -10,6 +10,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.sama import Sama
 from bilevel.estimators.unroll import Unroll
 from bilevel.functional import hypergradient
 from bilevel.linear.cg import CG
@@ -355,3 +356,54 @@ def test_recomputing_keeps_its_iterates_in_one_piece_of_memory(memory, one):
         state={},
     )
     assert (len(seen) == 1) is one
+
+
+@pytest.mark.parametrize("estimator", [OneStep(finite_difference=True), Sama()], ids=repr)
+def test_a_difference_along_nothing_is_nothing(estimator):
+    """∇y F = 0: there is no direction, and the cross term is zero rather than 0 / 0."""
+    case = closed_form(PROBLEMS[0], 0)
+    got = hypergradient(
+        lambda x, y, batch: x["x"].square().sum() + 0.0 * y["y"].sum(),
+        case.problem.lower_loss,
+        case.x,
+        case.y,
+        estimator=estimator,
+        lower_batch=case.lower_batch,
+        path=case.record(2, 0.1, case.y).path,
+    )
+    assert torch.equal(got.hypergradient["x"], 2 * case.x["x"])
+
+
+def test_a_difference_along_a_unit_vector_is_taken():
+    """The size 1 is nothing special: F = uᵀy with ‖u‖ = 1."""
+    case = closed_form(PROBLEMS[0], 0)
+    u = torch.zeros_like(case.y["y"])
+    u[1] = 1.0
+
+    def upper(x, y, batch):
+        return u @ y["y"] + 0.0 * x["x"].sum()
+
+    exact, differences = (
+        hypergradient(
+            upper,
+            case.problem.lower_loss,
+            case.x,
+            case.y,
+            estimator=OneStep(finite_difference=difference),
+            lower_batch=case.lower_batch,
+        ).hypergradient
+        for difference in (False, True)
+    )
+    assert tree.norm(exact) > 0
+    assert_close(differences, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("memory", "gradients"), [("store", 10), ("recompute", 19), ("checkpoint", 25), ("traced", 20)]
+)
+def test_what_unrolling_nine_steps_costs(memory, gradients):
+    """9 on the way and 1 of F; 9 more on the way back, and the 6 between the checkpoints kept."""
+    case = closed_form(PROBLEMS[0], 0)
+    path = case.record(9, 0.3, offset(case.y, 1.0)).path
+    got = case.estimate(Unroll(memory=memory), path=path).stats
+    assert (got.gradients, got.hvps, got.cross_products) == (gradients, 9, 9)

@@ -81,6 +81,28 @@ def test_converged_is_a_residual_within_the_tolerance():
     assert (silent.residual, silent.converged) == (None, None)
 
 
+def test_what_it_reports_is_so():
+    """v after k products is that of conjugate gradient, and so are its residual and Ritz value."""
+    case = closed_form(PROBLEMS[0], 0)
+    A, k = case.hessian(), case.problem.constants
+    b = {"y": 7.0 * (case.y["y"] - k["t"] + k["D"] @ case.x["x"])}
+    assert abs(tree.norm(b) - 1) > 1, "or a factor of the size of b would not be seen"
+    cg = CG(iterations=3, tolerance=0.0).solve(lambda v: {"y": A @ v["y"]}, b, tree.zeros_like(b))
+    residual = float((b["y"] - A @ cg.solution["y"]).norm()) / tree.norm(b)
+    got = hypergradient(
+        lambda *at: 7.0 * case.problem.upper_loss(*at),
+        case.problem.lower_loss,
+        case.x,
+        case.y,
+        estimator=LancBiO(dimension=10, products=3, residual=True),
+        upper_batch=case.upper_batch,
+        lower_batch=case.lower_batch,
+    )
+    assert got.stats.iterations == 3
+    assert got.stats.residual == pytest.approx(residual, rel=1e-8)
+    assert got.stats.converged is False
+
+
 def test_damping_and_residual():
     case = closed_form(PROBLEMS[0], 0)
     m = tree.size(case.y)

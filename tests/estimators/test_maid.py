@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ import torch
 from bilevel import engine, tree
 from bilevel.engine import Setup
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.estimators.maid import MAID
+from bilevel.estimators.maid import MAID, _Found
 from bilevel.events import Stepped
 from bilevel.linear.dense import Dense
 from bilevel.lower.gradient import Gradient
 from bilevel.testing import check_estimator
-from bilevel.types import Point
+from bilevel.types import Point, Stats
 from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close, closed_form, offset, relative
@@ -278,3 +279,36 @@ def test_what_is_no_certain_descent_is_solved_further():
     assert got.step is not None
     assert got.step > 0
     assert got.stats.error_bound <= 0.9 * tree.norm(got.hypergradient)
+
+
+@pytest.mark.parametrize(("unknowns", "seed", "step"), [(1, 0, 1.0), (5, 0, 10.0), (5, 1, 10.0)])
+def test_the_bound_holds_by_the_slope_that_was_seen(unknowns, seed, step):
+    """None is given, and the adjoint's part of the bound alone would be less than the error here."""
+    case = closed_form(lambda s: Quadratic(data_seed=s, num_upper=3, num_lower=unknowns), seed)
+    estimator = MAID(accuracy=1.0, slope=0.0, step=step, convexity=0.1)
+    got = case.estimate(estimator, offset(case.y, 3.0, seed))
+    assert got.state["slope"] > 0
+    error = tree.norm(tree.sub(got.hypergradient, case.truth))
+    assert 0 < error <= got.stats.error_bound
+
+
+@pytest.mark.parametrize("far", [0.02, 1.0, 50.0])
+@pytest.mark.parametrize("descent", [0.1, 0.6])
+def test_the_step_is_the_first_that_falls_by_the_share_asked_for(far, descent):
+    """Φ along h is a parabola: a step s falls by s ‖h‖² (1 − c s / 2), c its curvature along h."""
+    case = closed_form(lambda s: Quadratic(data_seed=s, num_upper=3, num_lower=1), 0)
+    problem, x = case.problem, tree.scale(far, case.x)
+    h = problem.hypergradient(x)
+    there = problem.hypergradient(tree.axpy(-1.0, h, x))
+    c = tree.dot(h, tree.sub(h, there)) / tree.dot(h, h)
+    at = type(case)(problem, x, problem.lower_solution(x), h, case.upper_batch, case.lower_batch)
+    got = at.estimate(MAID(accuracy=1e-10, descent=descent, step=8.0 / c))
+    expected = next(s for s in (8 / c / 2**k for k in range(9)) if 1 - c * s / 2 >= descent)
+    assert got.step == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_doubt_about_F_is_its_slope_and_the_square_of_the_distance():
+    found = _Found({}, 0.0, {}, 0.0, 0.0, 0.0, {}, curvature=0.5, coupled=0.0, stats=Stats())
+    assert found.doubt(norm=0.1, slope_F=3.0) == pytest.approx(3.0 * 0.2 + 0.2**2, rel=1e-15)
+    blind = replace(found, curvature=math.inf)
+    assert blind.doubt(norm=0.1, slope_F=0.0) == 0.0

@@ -695,6 +695,28 @@ def test_combinations_that_say_nothing_are_refused(options):
         SingleLoop(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "fresh"),
+    [
+        ({}, False),
+        ({"lower_steps": 2}, True),
+        ({"order": "sequential"}, True),
+        ({"adjoint": "series", "adjoint_steps": 3}, True),
+        ({"upper_direction": Storm()}, False),
+        ({"upper_direction": Average()}, False),
+        ({"upper_direction": Saga()}, True),
+        ({"lower_direction": Spider()}, True),
+    ],
+    ids=str,
+)
+def test_batches_of_its_own_are_asked_for_where_they_are_drawn(options, fresh):
+    """Saga and Spider have to be told blocks, which only batches that are drawn have."""
+    estimator = SingleLoop(**options)
+    assert estimator.needs.fresh is fresh
+    tight = estimator.tight(3)
+    assert all(not d.by_block for d in (tight.lower_direction, tight.upper_direction))
+
+
 def test_a_set_that_holds_y_is_refused():
     with pytest.raises(ProblemError, match="no set that holds y"):
         hypergradient(
@@ -826,6 +848,57 @@ def test_the_steps_of_the_adjoint_end_at_the_tolerance():
         y, state = got.moved.y, got.state
     assert got.stats.hvps < 100
     assert got.stats.residual <= 1e-6
+
+
+def test_rest_is_relative_to_the_size_of_F():
+    """The adjoint's residual to ‖∇y F‖, and the change of d_x to d_x: 1e4 F settles as F does."""
+    problem = Quadratic(num_lower=4, condition=4.0)
+    x = {"x": torch.ones(5, dtype=torch.float64)}
+    y, batch = problem.lower_solution(x), problem.constants
+
+    def ask_for(size, steps):
+        return hypergradient(
+            lambda *at: size * problem.upper_loss(*at),
+            problem.lower_loss,
+            x,
+            y,
+            estimator=SingleLoop(lower_steps=steps, tolerance=1e-6, lower_lr=0.5, adjoint_lr=0.5),
+            upper_batch=batch,
+            lower_batch=batch,
+            upper_batches=itertools.repeat(batch),
+            lower_batches=itertools.repeat(batch),
+        ).stats
+
+    few, many = (tuple(ask_for(size, steps) for size in (1.0, 1e4, 1e-4)) for steps in (3, 5000))
+    assert few[0].residual > 0.01
+    for stats in few:
+        assert stats.residual == pytest.approx(few[0].residual, rel=1e-9)
+    assert len({stats.iterations for stats in many}) == 1
+    assert all(stats.converged for stats in many)
+
+
+def test_y_at_rest_is_told_by_its_gradient():
+    """With F blind to y, v and d_x rest from the first step: y alone says when to end."""
+    problem = Quadratic(num_lower=4, condition=4.0)
+    x = {"x": torch.ones(5, dtype=torch.float64)}
+    y, batch = tree.scale(3.0, problem.lower_solution(x)), problem.constants
+    got = hypergradient(
+        lambda x, y, b: x["x"].square().sum() + 0.0 * y["y"].sum(),
+        problem.lower_loss,
+        x,
+        y,
+        estimator=SingleLoop(lower_steps=5000, tolerance=1e-6, lower_lr=0.5),
+        upper_batch=batch,
+        lower_batch=batch,
+        upper_batches=itertools.repeat(batch),
+        lower_batches=itertools.repeat(batch),
+    )
+    assert 10 < got.stats.iterations < 1000
+    assert got.moved is not None
+    assert got.moved.gradient_norm <= 1e-6
+    # the smallest curvature of G is the largest, 1, over the condition number
+    off = tree.norm(tree.sub(got.moved.y, problem.lower_solution(x)))
+    assert off <= 4.0 * 1e-6
 
 
 def test_one_that_has_not_settled_says_so():

@@ -9,11 +9,13 @@ import torch
 from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.functional import solve_lower
+from bilevel.lower import newton
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD, Adam
 from bilevel.lower.torch_optim import TorchOptimizer
+from bilevel.types import Counts, Loss
 from tests.cases import NAMES, PROBLEMS, closed_form, offset, relative
 
 
@@ -157,3 +159,65 @@ def test_inputs_are_not_touched():
 
 def _adagrad():
     return TorchOptimizer(optimizer="Adagrad", options={"lr": 0.1})
+
+
+# what newton, lbfgs and gradient say of themselves ------------------------------------------------
+
+
+def test_newton_counts_its_steps_and_solves_a_quadratic_in_one():
+    case = closed_form(PROBLEMS[0], 0)
+    dim = tree.size(case.y)
+    stats = solve(case, Newton()).stats
+    assert (stats.steps, stats.gradients, stats.hvps, stats.converged) == (1, 2, dim, True)
+    assert solve(case, Newton(), case.y).stats.steps == 0
+
+
+def test_newton_stops_at_its_budget_and_says_so():
+    def lower(x, y, batch):
+        return (y["y"] ** 4).sum()
+
+    y = {"y": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    stats = solve_lower(lower, {}, y, solver=Newton(steps=3)).stats
+    assert (stats.steps, stats.gradients, stats.hvps, stats.converged) == (3, 4, 6, False)
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.95e-4, 0.25), (1.05e-4, 1.0)])
+def test_newton_takes_the_first_step_that_falls_by_a_ten_thousandth_of_the_slope(share, taken):
+    """G falls by `share` of t · |slope| at t = 1 and 1/2, and by half of it at t = 1/4."""
+
+    def lower(x, y, batch):
+        t = float(y["y"])
+        fall = {0.25: 0.5, 0.5: share, 1.0: share}[t] * 3.0 * t
+        return torch.tensor(5.0 - fall, dtype=torch.float64)
+
+    start = {"y": torch.zeros(1, dtype=torch.float64)}
+    direction = {"y": torch.ones(1, dtype=torch.float64)}
+    loss = Loss(lower, None, Counts(), "lower")
+    y, moved = newton._search(loss, {}, start, direction, value=5.0, slope=-3.0)
+    assert moved
+    assert float(y["y"]) == taken
+
+
+def test_newton_works_in_sixteen_bits():
+    def lower(x, y, batch):
+        return (torch.tensor([1.0, 4.0], dtype=torch.bfloat16) * (y["y"] - 3) ** 2).sum()
+
+    y = {"y": torch.tensor([0.5, -1.0], dtype=torch.bfloat16)}
+    found = solve_lower(lower, {}, y, solver=Newton(steps=5)).y["y"]
+    assert found.dtype == torch.bfloat16
+    assert float((found - 3).abs().max()) <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+def test_lbfgs_may_take_as_many_iterations_as_it_has_steps():
+    """Each is one evaluation or more, and in all 1.25 of them are allowed."""
+    case = closed_form(PROBLEMS[1], 0)
+    stats = solve(case, LBFGS(steps=40, tolerance=0.0)).stats
+    assert 40 <= stats.gradients <= 40 * 5 // 4 + 5 + 25  # 25: one line search may overrun it
+
+
+def test_gradient_counts_the_steps_it_took():
+    case = closed_form(PROBLEMS[0], 0)
+    stats = solve(case, Gradient(steps=7)).stats
+    assert (stats.steps, stats.gradients, stats.converged) == (7, 7, None)
+    few = solve(case, Gradient(steps=7, tolerance=1e-12)).stats
+    assert (few.steps, few.gradients, few.converged) == (7, 7, False)

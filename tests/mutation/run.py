@@ -107,17 +107,18 @@ def unharmed(test: str) -> float:
     return time.monotonic() - start
 
 
-def examine(file: str, most: int) -> tuple[str, list[str]]:
+def examine(file: str, most: int, only: str) -> tuple[str, list[str]]:
     """(the row of a file, its survivors)."""
     tests = EVIDENCE[file]
-    seconds = 20 + 5 * sum(unharmed(test) for test in tests)
     mutants = sample(file, (ROOM / file).read_text(encoding="utf-8"), most)
+    mutants = [mutant for mutant in mutants if only in f"{mutant.change} {mutant.reads}"]
+    seconds = 20 + 5 * sum(unharmed(test) for test in tests)
     alive, equal = [], 0
     for mutant in mutants:
         killer = verdict(mutant, tests, seconds)
-        name = f"{file}:{mutant.line} {mutant.kind}: {mutant.change}"
+        name = f"{file}:{mutant.line} {mutant.kind}: {mutant.reads}"
         print(f"{name}  [{killer or 'ALIVE'}]", file=sys.stderr, flush=True)
-        if killer is None and (file, mutant.change) in EQUIVALENT:
+        if killer is None and (file, mutant.reads) in EQUIVALENT:
             equal += 1
         elif killer is None:
             alive.append(name)
@@ -129,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", help="such as linear/cg.py; all by default")
     parser.add_argument("--most", type=int, default=12, help="mutants a file")
+    parser.add_argument("--only", default="", help="mutants that read so, or were changed so")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -136,7 +138,9 @@ def main() -> None:
     alive: list[str] = []
     with ThreadPoolExecutor(options.processes) as pool:
         files = options.files or EVIDENCE
-        for row, survivors in pool.map(lambda file: examine(file, options.most), files):
+        for row, survivors in pool.map(
+            lambda file: examine(file, options.most, options.only), files
+        ):
             print(row, flush=True)
             alive += survivors
     print("\nalive:", *alive, sep="\n", file=sys.stderr)

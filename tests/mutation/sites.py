@@ -50,7 +50,9 @@ class Mutant:
     kind: str
     line: int
     change: str
-    """What stood there and what stands there now; the name of the mutant in the table."""
+    """What stood there and what stands there now."""
+    reads: str
+    """The first line of the statement as it is now; the name of the mutant in the table."""
 
 
 def sample(file: str, source: str, most: int) -> list[Mutant]:
@@ -90,28 +92,39 @@ def _mutants(file: str, source: str) -> Iterator[Mutant]:
             continue
         for kind, new in _changes(node):
             change = f"{ast.unparse(node)} → {ast.unparse(new)}".replace("\n", " ")
-            yield Mutant(file, number, kind, getattr(node, "lineno", 0), change)
+            reads = _reads(computing[id(node)], node, new)
+            yield Mutant(file, number, kind, getattr(node, "lineno", 0), change, reads)
 
 
-def _computing(tree: ast.AST) -> set[int]:
-    """Nodes in the bodies of functions, but for annotations, texts and errors."""
-    found: set[int] = set()
+def _reads(statement: ast.stmt, node: ast.AST, new: ast.AST) -> str:
+    if node is statement and isinstance(new, ast.Pass):
+        return f"pass  # {ast.unparse(node)}".split("\n")[0]
+    place = [id(each) for each in ast.walk(statement)].index(id(node))
+    twin = copy.deepcopy(statement)
+    changed = _Replace(list(ast.walk(twin))[place], new).visit(twin)
+    return ast.unparse(changed).split("\n")[0]
 
-    def enter(node: ast.AST) -> None:
+
+def _computing(tree: ast.AST) -> dict[int, ast.stmt]:
+    """The statement of each node in the bodies of functions, but for annotations, texts, errors."""
+    found: dict[int, ast.stmt] = {}
+
+    def enter(node: ast.AST, statement: ast.stmt) -> None:
         if isinstance(node, ast.Raise | ast.JoinedStr | ast.FunctionDef):
             return
-        found.add(id(node))
+        statement = node if isinstance(node, ast.stmt) else statement
+        found[id(node)] = statement
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    enter(child)
+                    enter(child, statement)
 
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             for statement in function.body:
-                enter(statement)
+                enter(statement, statement)
     return found
 
 
