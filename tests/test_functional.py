@@ -1,5 +1,7 @@
 """The functional core on plain functions: what it returns, and what it must never touch."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.unroll import Unroll
+from bilevel.estimators.value_gap import ValueGap
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
@@ -499,3 +502,32 @@ def test_batch_norm_is_refused_before_its_buffers_change():
     with pytest.raises(ProblemError, match="BatchNorm in training mode"):
         bilevel.solve_lower(low, {}, y)
     assert torch.equal(net[1].running_mean, before)
+
+
+def test_the_seconds_are_those_of_the_call():
+    case, before = closed_form(PROBLEMS[0], 0), time.perf_counter()
+    seconds = case.estimate(Implicit()).stats.seconds
+    assert 0 < seconds < time.perf_counter() - before
+
+
+def test_what_moves_tied_variables_moves_them_as_one():
+    case = closed_form(PROBLEMS[0], 0)
+    both = {"first": case.y["y"] + 1, "second": None}
+    both["second"] = both["first"]
+
+    def of_one(function):
+        return lambda x, y, batch: function(x, {"y": (y["first"] + y["second"]) / 2}, batch)
+
+    got = bilevel.hypergradient(
+        of_one(case.problem.upper_loss),
+        of_one(case.problem.lower_loss),
+        case.x,
+        both,
+        estimator=ValueGap(),
+        upper_batch=case.upper_batch,
+        lower_batch=case.lower_batch,
+    )
+    alone = case.estimate(ValueGap(), {"y": both["first"]})
+    assert got.moved.y.keys() == {"first", "second"}
+    assert torch.equal(got.moved.y["first"], got.moved.y["second"])
+    assert_close({"y": got.moved.y["first"]}, alone.moved.y, rtol=1e-12)

@@ -198,3 +198,32 @@ def test_minres_reports_no_residual_better_than_rounding_allows():
     assert true > 1e-6
     assert solve.stats.residual > 1e-6
     assert solve.stats.converged is False
+
+
+@pytest.mark.parametrize(
+    "solver", [NormalCG(iterations=3), Nystrom(rank=3)], ids=lambda s: type(s).__name__
+)
+def test_the_residual_is_that_of_the_system_and_relative(solver):
+    matvec, A, b = system(log_spectrum(12, 30.0), 2)
+    for size in (1.0, 1e3):
+        right = tree.scale(size, b)
+        solve = solver.solve(matvec, right, zero(b))
+        rhs = tree.flatten(right)
+        true = float((rhs - A @ tree.flatten(solve.solution)).norm() / rhs.norm())
+        assert 1e-3 < true < 1
+        assert solve.stats.residual == pytest.approx(true, rel=1e-9)
+
+
+def test_nothing_to_solve_is_solved():
+    matvec, _, b = system([1.0, 2.0, 3.0], 0)
+    for solver in (Nystrom(), NormalCG(), MINRES(), GMRES()):
+        stats = solver.solve(matvec, zero(b), zero(b)).stats
+        assert (stats.residual, stats.converged) == (0.0, True)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 12])
+def test_normal_cg_is_tight_in_any_dimension(dim):
+    matvec, A, b = system(log_spectrum(dim, 30.0), 0)
+    solve = NormalCG().tight(dim).solve(matvec, b, zero(b))
+    assert solve.stats.converged
+    assert error(solve, A, b) <= 30.0 * 1e-10

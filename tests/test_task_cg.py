@@ -221,3 +221,12 @@ def test_many_tasks_equal_a_loop_over_them_with_fewer_products():
     assert got.stats.converged
     assert got.stats.hvps == got.stats.iterations + 1
     assert got.stats.hvps < ask(CG(iterations=50, tolerance=1e-11)).stats.hvps
+
+
+def test_the_residual_is_relative_to_all_right_hand_sides():
+    A = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    b = {"y": 100 * torch.tensor([[1.0, 2.0], [-3.0, 1.0]], dtype=torch.float64)}
+    solve = TaskCG(iterations=1).solve(lambda v: {"y": v["y"] @ A}, b, tree.zeros_like(b))
+    left = b["y"] - solve.solution["y"] @ A
+    assert solve.stats.residual == pytest.approx(float(left.norm() / b["y"].norm()), rel=1e-12)
+    assert solve.stats.residual > 0.01

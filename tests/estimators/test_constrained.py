@@ -537,6 +537,40 @@ def test_one_plain_proximal_step_by_hand():
     torch.testing.assert_close(got.y["w"], expected, rtol=1e-14, atol=0)
 
 
+def test_accelerated_steps_by_hand():
+    """t = 1, (1 + √5) / 2, …: each step starts ahead of y by (t − 1) / t₊ of the last change."""
+    k = Quadratic(condition=1e3).constants
+    x, y0 = torch.ones(5, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    lr, t = 0.01, 1.0
+    y, z = y0, y0
+    for _ in range(6):
+        after = z - lr * (k["A"] @ z - k["B"] @ x - k["c"])
+        assert float((after - z) @ (after - y)) > 0, "no restart so early"
+        t, weight = (1 + math.sqrt(1 + 4 * t * t)) / 2, t - 1
+        y, z = after, after + weight / t * (after - y)
+    got = solve_lower(
+        Quadratic(condition=1e3).lower_loss,
+        {"x": x},
+        {"y": y0},
+        solver=Proximal(steps=6, lr=lr),
+        batch=k,
+    )
+    torch.testing.assert_close(got.y["y"], y, rtol=1e-13, atol=1e-14)
+
+
+def test_iterate_refuses_a_projection():
+    p = Recurrent(0)
+    with pytest.raises(ProblemError, match="iterate cannot keep y in the set"):
+        solve_lower(
+            p.lower_loss,
+            p.x,
+            {"y": p.t},
+            solver=Iterate(),
+            structure=structure_of(p),
+            project=lambda y: y,
+        )
+
+
 # ---- what a run does with them
 
 

@@ -940,3 +940,13 @@ def test_single_precision_is_kept(estimator):
     )
     assert got.hypergradient["x"].dtype == torch.float32
     assert got.moved is None or got.moved.y["y"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("estimator", [ValueGap(), ValueFunction(), Moreau()], ids=repr)
+def test_products_of_a_side_problem_are_those_of_each_loss_in_it(here, estimator):
+    """Newton takes dim(y) products with the Hessian of what it minimises: of G, or of F and G."""
+    case, start, _ = here
+    dim = tree.size(start)
+    got = case.estimate(replace(estimator, solver=Newton(steps=2, tolerance=0.0)), start)
+    solved = {"ValueGap": 1, "Moreau": 1, "ValueFunction": 1 + 2}[type(estimator).__name__]
+    assert got.stats.hvps == solved * 2 * dim

@@ -660,6 +660,12 @@ def test_a_pass_has_each_block_once_in_order():
     assert [loss.batch["block"] for loss in every_block(loss_over(orders))] == [0, 1, 2]
 
 
+def test_a_pass_waits_for_a_block_that_is_late():
+    """Fifty draws a block are allowed: 100 for two of them."""
+    late = [{"block": 0, "blocks": 2}] * 99 + [{"block": 1, "blocks": 2}]
+    assert [loss.batch["block"] for loss in every_block(loss_over(late))] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

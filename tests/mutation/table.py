@@ -20,6 +20,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "preconditioners/recycled.py": ("tests/test_adjoint.py", KILLED),
     "estimators/aggregation.py": (FIRST_ORDER, f"{CHECK}[aggregation]"),
     "estimators/alternating.py": ("tests/estimators/test_estimators.py", f"{CHECK}[none]"),
+    "estimators/betty.py": ("tests/estimators/test_betty.py",),
     "estimators/bome.py": (FIRST_ORDER, f"{CHECK}[bome]"),
     "estimators/fixed_point.py": (
         "tests/estimators/test_constrained.py",
@@ -102,8 +103,18 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "lower/optimizers.py": SOLVERS,
     "lower/proximal.py": ("tests/estimators/test_constrained.py",),
     "lower/recorded.py": ("tests/estimators/test_meta.py", *SOLVERS),
-    "lower/replay.py": SOLVERS,
+    "lower/replay.py": (
+        "tests/estimators/test_meta.py",
+        "tests/estimators/test_estimators.py",
+        *SOLVERS,
+    ),
     "lower/torch_optim.py": SOLVERS,
+    "lower/traced.py": ("tests/lower/test_traced.py",),
+    "calculus.py": ("tests/test_calculus.py", "tests/test_functional.py"),
+    "functional.py": ("tests/test_functional.py", "tests/estimators/test_reuse.py"),
+    "learned_start.py": ("tests/estimators/test_meta.py",),
+    "tasks.py": ("tests/test_tasks.py",),
+    "tree.py": ("tests/test_tree.py", "tests/test_functional.py"),
 }
 """In the order in which they are asked; the first that fails ends it."""
 
