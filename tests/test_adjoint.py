@@ -699,7 +699,7 @@ def diagonal_system(*entries):
     """(system, b) of a diagonal A, of which random signs find the diagonal exactly."""
     d = torch.tensor(entries, dtype=torch.float64)
     b = {"y": torch.ones(len(d), dtype=torch.float64)}
-    return System(lambda v: {"y": d * v["y"]}, b, None, None, 0.0, None), b  # pyright: ignore
+    return System(lambda v: {"y": d * v["y"]}, b, None, None, 0.0, None), b
 
 
 def test_hutchinson_leaves_no_entry_below_its_floor():
@@ -707,13 +707,13 @@ def test_hutchinson_leaves_no_entry_below_its_floor():
     made, b = diagonal_system(0.5, -0.25, 1e-9, 0.0)
     inverse, _ = Hutchinson(probes=3, floor=1e-3).prepare(made, FRESH)
     expected = torch.tensor([2.0, 4.0, 2e3, 2e3], dtype=torch.float64)
-    torch.testing.assert_close(inverse(b)["y"], expected, rtol=1e-12, atol=0)  # pyright: ignore
+    torch.testing.assert_close(inverse(b)["y"], expected, rtol=1e-12, atol=0)
 
 
 def test_hutchinson_that_sees_no_curvature_is_the_identity():
     made, b = diagonal_system(0.0, 0.0)
     inverse, _ = Hutchinson().prepare(made, FRESH)
-    assert torch.equal(inverse(b)["y"], b["y"])  # pyright: ignore
+    assert torch.equal(inverse(b)["y"], b["y"])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -722,7 +722,7 @@ def test_nystrom_is_built_where_A_has_less_rank_than_asked_for(seed):
     spectrum = [0.0] * 35 + [1.0, 2.0, 3.0, 4.0, 5.0]
     matvec, A, b = system(spectrum, seed)
     chosen = NystromPreconditioner(rank=20, seed=seed)
-    made = System(matvec, b, None, None, 0.0, 1000)  # pyright: ignore
+    made = System(matvec, b, None, None, 0.0, 1000)
     inverse, state = chosen.prepare(made, chosen.init(Point({}, b)))
     assert (state["built"], state["refused"]) == (1, 0)
     assert inverse is not None

@@ -230,3 +230,21 @@ def test_the_residual_is_relative_to_all_right_hand_sides():
     left = b["y"] - solve.solution["y"] @ A
     assert solve.stats.residual == pytest.approx(float(left.norm() / b["y"].norm()), rel=1e-12)
     assert solve.stats.residual > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_task_does_not_run_off_along_entries_without_curvature(dtype):
+    """The first has rows of zeros in its block, where no step ends; the second is solved."""
+    _, A, b = system(log_spectrum(10, 1e3), 0, dtype)
+    blocks = torch.stack([A, A])
+    blocks[0, 8:], blocks[0, :, 8:] = 0.0, 0.0
+    right = {"y": torch.stack([50 * tree.flatten(b), tree.flatten(b)])}
+    assert right["y"][0, 8:].all()
+    solve = TaskCG(iterations=500, tolerance=1e-4).solve(
+        lambda v: {"y": torch.einsum("tij,tj->ti", blocks, v["y"])}, right, tree.zeros_like(right)
+    )
+    assert solve.stats.converged is False
+    assert math.isfinite(solve.stats.residual)
+    truth = torch.linalg.solve(A.double(), tree.flatten(b).double())
+    # the tolerance times the condition number
+    assert float((solve.solution["y"][1] - truth).norm() / truth.norm()) <= 1e3 * 1e-4

@@ -24,8 +24,8 @@ class CG:
 
     Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, after `iterations` steps, or at a direction of
     non-positive curvature pᵀA p ≤ 0, where the quadratic has no minimum: the iterate before it is
-    returned with `converged=False` and the curvature in the stats. A start other than zero costs
-    one more product. The condition estimate comes from the Ritz values that the coefficients
+    returned with `converged=False` and the curvature in the stats. Curvature below eps^1.5 of
+    the largest met is rounding, and taken for none. A start other than zero costs one more product. The condition estimate comes from the Ritz values that the coefficients
     hold, at no extra product (Golub and Meurant 2010, ch. 4); it is a lower bound.
     """
 
@@ -63,7 +63,7 @@ class CG:
         rr, rz = tree.dot(r, r), tree.dot(r, z)
         target, p, pp = self.tolerance * size, tree.clone(z), tree.dot(z, z)
         ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
-        flat = max(torch.finfo(tree.wide(e.new_empty(0)).dtype).eps for e in b.values()) ** 1.5
+        flat = rounding(v) ** 1.5
         while steps < self.iterations and math.sqrt(rr) > target:
             if enough and enough(Progress(steps, v, rz, ritz)):
                 stopped = True
@@ -116,6 +116,11 @@ def finite(product: float) -> float:
             "is singular there (√, norm or abs at 0), or overflows; move y off it, or use float64"
         )
     return product
+
+
+def rounding(b: Params) -> float:
+    """The largest eps of the types in which the entries of b are summed."""
+    return max(torch.finfo(tree.wide(entry.new_empty(0)).dtype).eps for entry in b.values())
 
 
 def attained(recursive: float, v: Params, size: float, largest: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.linear.cg import finite, residual
+from bilevel.linear.cg import finite, residual, rounding
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -21,7 +21,8 @@ class TaskCG:
     For tasks that are batched along the first dimension of every entry of y and share no entry of
     A, as those of `over_tasks`. One product of the whole is a step of each task, so it ends after
     as many steps as the worst task needs alone; `cg` sees one system with the eigenvalues of all.
-    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, or at a pᵀA p ≤ 0, and stays put.
+    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, or at a pᵀA p ≤ 0, rounding taken
+    for 0 as in `cg`, and stays put.
     1 product a step, 1 for a start other than zero, and 1 at the end for the true residual: where
     tasks are coupled the steps are wrong, and this is how it shows. `converged` holds all tasks to
     twice the tolerance; `curvature` is the smallest of all; no condition number.
@@ -46,12 +47,15 @@ class TaskCG:
         v, r, _ = residual(matvec, b, begin)
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
         active = rr.sqrt() > self.tolerance * size
+        largest, flat = torch.zeros_like(rr), rounding(b) ** 1.5
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
             finite(float(pAp.sum()))
             curvature = min(curvature, float((pAp / pp)[active].min()))
-            active = active & (pAp > 0)
+            largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
+            # along a p of no curvature but rounding v would go off to overflow
+            active = active & (pAp > flat * largest * pp)
             alpha = torch.where(active, rr / pAp, 0.0)
             v, r = tree.add(v, _times(alpha, p)), tree.sub(r, _times(alpha, Ap))
             del Ap  # or the next product is computed beside it: one vector more at the peak
