@@ -913,8 +913,8 @@ def test_an_unsolved_side_problem_is_flagged(name):
     case = closed_form(PROBLEMS[0], 0)
     make = {type(e).__name__: type(e) for e in CLAIMING}[name]
     start = offset(case.y, 1.0)
+    # values of some 1e3 say nothing of gradients below √(eps · 1e3 · curvature), 1e-5 under P
     for count, solved in ((1, False), (200, True)):
-        # a line search on values of size V resolves a gradient to √(L eps V): about 1e-5 here
         got = case.estimate(make(solver=LBFGS(steps=count, tolerance=1e-4)), start)
         assert got.stats.converged is solved
     assert case.estimate(make(solver=steps(2, 1e-3)), start).stats.converged is None

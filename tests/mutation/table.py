@@ -119,9 +119,28 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
 """In the order in which they are asked; the first that fails ends it."""
 
 EQUIVALENT: dict[tuple[str, str], str] = {
+    ("adjoint/starts.py", "rows.append(tree.scale(2 / size, newest[0]))"): (
+        "every vector of the basis twice as long spans the same"
+    ),
+    ("directions/spider.py", "return (d, {'direction': d, 'age': (age - 1) % self.period})"): (
+        "counting down comes by 0 at the same steps"
+    ),
     (
-        "adjoint/starts.py",
-        "rows.append(tree.scale(2 / size, newest[0]))",
-    ): "every vector of the basis twice as long spans the same",
+        "estimators/one_step.py",
+        "return replace(self, epsilon=min(self.epsilon, 0.0002))",
+    ): "a choice; the truncation cannot be seen at either",
+    (
+        "linear/minres.py",
+        "return MINRES(iterations=min(20 * dim + 100, 20001), tolerance=1e-11)",
+    ): "a choice: where `tight` gives up",
+    ("linear/neumann.py", "return replace(self, iterations=20000, tolerance=2e-11)"): (
+        "a choice: what `tight` calls vanished"
+    ),
+    ("linear/gmres.py", "if left <= target or beta <= 2e-14 * float(used.norm()):"): (
+        "a choice between rounding and anything meant"
+    ),
+    ("lower/lbfgs.py", "loss, y, taken = (loss.on(batch), tree.detach(tree.clone(y)), 0)"): (
+        "torch's L-BFGS reads .grad, which any tensor may have"
+    ),
 }
 """(file, what the statement then reads): why it is no mistake."""
