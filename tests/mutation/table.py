@@ -125,6 +125,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("directions/spider.py", "return (d, {'direction': d, 'age': (age - 1) % self.period})"): (
         "counting down comes by 0 at the same steps"
     ),
+    ("directions/walk.py", "self._left['upper'] = step / (tree.norm(d) or 2.0)"): (
+        "where d = 0 there is no size to be relative to"
+    ),
     (
         "estimators/one_step.py",
         "return replace(self, epsilon=min(self.epsilon, 0.0002))",
