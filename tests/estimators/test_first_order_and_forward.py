@@ -14,6 +14,7 @@ from bilevel.estimators.zeroth import ZerothOrder
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD
+from bilevel.testing import check_estimator
 from tests.cases import PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.test_estimators import OPTIMIZERS
 
@@ -102,6 +103,10 @@ def test_penalty_error_falls_as_predicted(make, central, order):
     ]
     slope = math.log10(errors[0] / errors[1])
     assert slope == pytest.approx(order, abs=0.1)
+
+
+def test_central_differences_are_the_gradient_of_what_they_claim():
+    check_estimator(Penalty(central=True), seeds=(0,))
 
 
 def test_penalty_takes_no_second_derivative_and_goes_on_from_its_state():

@@ -56,7 +56,6 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "estimators/penalty.py": (
         "tests/estimators/test_first_order_and_forward.py",
         f"{CHECK}[penalty]",
-        f"{CHECK}[f2sa_p]",
     ),
     "estimators/regularised_gap.py": (FIRST_ORDER, f"{CHECK}[regularised_gap]"),
     "estimators/sama.py": (FIRST_ORDER, f"{CHECK}[sama]"),
@@ -142,6 +141,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("linear/gmres.py", "if left <= target or beta <= 2e-14 * float(used.norm()):"): (
         "a choice between rounding and anything meant"
     ),
+    (
+        "preconditioners/kfac.py",
+        "loss, mode = (system.losses.lower, _LinearLayers(tree.detach(system.at.y)))",
+    ): "differentiated in are the outputs of the layers; y itself need be no leaf",
+    (
+        "estimators/lancbio.py",
+        "off = tree.norm(tree.sub(b, matvec(v))) / (tree.norm(b) or 2.0)",
+    ): "where ∇y F = 0 there is no size to be relative to",
     ("lower/lbfgs.py", "loss, y, taken = (loss.on(batch), tree.detach(tree.clone(y)), 0)"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
