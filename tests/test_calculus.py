@@ -150,3 +150,27 @@ def test_batch_norm_in_training_mode_is_refused(module, refused):
             refuse_impure(loss, {"w": torch.zeros(())}, y)
     else:
         refuse_impure(loss, {"w": torch.zeros(())}, y)
+        calculus.refuse_impure(loss, {"w": torch.zeros(())}, y)
+
+
+def test_with_no_upper_variables_there_is_no_cross_product():
+    at = Point({}, {"y": torch.ones(3, dtype=torch.float64)})
+    lower = calculus.linearize(loss_of(lambda x, y, b: (y["y"] ** 3).sum()), at)
+    assert lower.vjp_xy(at.y) == {}
+    assert torch.equal(lower.hvp_yy(at.y)["y"], 6 * at.y["y"])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("the derivative overflowed", RuntimeError),
+        ("frobnicate is not implemented", RuntimeError),
+        ("derivative for aten::frobnicate is not implemented", ProblemError),
+        ("derivative of frobnicate is not implemented", ProblemError),
+    ],
+)
+def test_only_a_missing_second_derivative_is_taken_for_one(text, kind):
+    with pytest.raises(kind) as caught, calculus.second_order(loss_of(scalar)):
+        raise RuntimeError(text)
+    assert type(caught.value) is kind
+    assert text in str(caught.value if kind is RuntimeError else caught.value.__cause__)

@@ -94,6 +94,8 @@ def verdict(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> st
     finally:
         process.kill()
         process.join()
+    if code == pytest.ExitCode.USAGE_ERROR and name is None:
+        raise SystemExit(f"pytest finds no such tests: {', '.join(tests)}")
     return None if code == 0 else name or f"pytest exits {code}"
 
 

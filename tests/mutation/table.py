@@ -127,6 +127,34 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("directions/walk.py", "self._left['upper'] = step / (tree.norm(d) or 2.0)"): (
         "where d = 0 there is no size to be relative to"
     ),
+    ("estimators/zeroth.py", "return Estimate(h, value, {'calls': state['calls'] - 1}, stats)"): (
+        "a number names the draws of a call; any will do that no call had before"
+    ),
+    ("estimators/zeroth.py", "return Estimate(h, value, {'calls': state['calls'] + 2}, stats)"): (
+        "the same"
+    ),
+    (
+        "linear/normal_cg.py",
+        "return NormalCG(iterations=min(41 * dim + 100, 20000), tolerance=1e-10)",
+    ): "a choice: where `tight` gives up",
+    (
+        "linear/secant.py",
+        "earlier = zip(state['steps'], state['changes'], strict=False)",
+    ): "both are made of the same pairs, three lines below",
+    (
+        "linear/secant.py",
+        "S, C = (torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[1]) for p in pairs], "
+        "dim=1) for side in (0, 1))",
+    ): "a pair divided by the one length or the other says the same",
+    (
+        "lower/auxiliary.py",
+        "return Newton() if dim <= 201 else LBFGS(steps=2000, tolerance=1e-09)",
+    ): ("a choice of what is small"),
+    (
+        "tree.py",
+        "parts = [torch.dot(wide(p).reshape(-1), wide(q).reshape(-1)).double() for p, q in "
+        "zip(first, second, strict=False)]",
+    ): "_pair has seen to it that both have the same names",
     (
         "estimators/one_step.py",
         "return replace(self, epsilon=min(self.epsilon, 0.0002))",
