@@ -126,9 +126,9 @@ def less_(r: Params, alpha: float, Ap: Params) -> float:
     parts = []
     for name, entry in r.items():
         r[name] = torch.add(entry, Ap[name], alpha=-alpha)
-        flat = wide(r[name]).reshape(-1)
-        parts.append(torch.dot(flat, flat).double())
-    return float(torch.stack(parts).sum())
+        parts.append(torch.dot(_flat(r[name]), _flat(r[name])))
+    total = _sum(parts)
+    return dot(r, r) if _out_of_range(total) else total
 
 
 def turn_(v: Params, alpha: float, p: Params, beta: float, z: Params) -> None:
@@ -157,11 +157,26 @@ def dot(a: Params, b: Params) -> float:
     if not a:
         return 0.0
     first, second = _pair(a, b)
-    parts = [
-        torch.dot(wide(p).reshape(-1), wide(q).reshape(-1)).double()
-        for p, q in zip(first, second, strict=True)
-    ]
-    return float(torch.stack(parts).sum())
+    total = _sum(torch.dot(_flat(p), _flat(q)) for p, q in zip(first, second, strict=True))
+    if _out_of_range(total):
+        total = _sum(
+            torch.dot(_flat(p).double(), _flat(q).double())
+            for p, q in zip(first, second, strict=True)
+        )
+    return total
+
+
+def _flat(value: Tensor) -> Tensor:
+    return wide(value).reshape(-1)
+
+
+def _sum(parts: Iterable[Tensor]) -> float:
+    return float(torch.stack([part.double() for part in parts]).sum())
+
+
+def _out_of_range(total: float) -> bool:
+    """Whether float32 may have lost what makes up a sum of products: to 0, or to infinity."""
+    return not 1e-30 < abs(total) < math.inf
 
 
 def norm(a: Params) -> float:

@@ -729,3 +729,108 @@ def test_nystrom_is_built_where_A_has_less_rank_than_asked_for(seed):
     found = state["U"] @ state["values"].diag() @ state["U"].T
     # what is dropped of A is of the size of the shift, eps times the norm of the sketch
     torch.testing.assert_close(found, A, rtol=0, atol=1e-12)
+
+
+# what is not held is not said to be ---------------------------------------------------------------
+
+
+def quadratic_of(eigenvalues, seed, dtype):
+    """(F, G, x, y, dΦ/dx) of a random quadratic with these eigenvalues, y solved in float64."""
+    draw, n = stream(seed, "rotated"), len(eigenvalues)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))[0]
+    A = (Q * torch.as_tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+    B = torch.randn(n, 3, generator=draw, dtype=torch.float64)
+    x, t = (torch.randn(k, generator=draw, dtype=torch.float64) for k in (3, n))
+    y = torch.linalg.solve(A, B @ x)
+    truth = {"x": B.T @ torch.linalg.solve(A, y - t)}
+    A_, B_, t_ = A.to(dtype), B.to(dtype), t.to(dtype)
+
+    def F(x, y, batch):
+        return 0.5 * (y["y"] - t_).square().sum()
+
+    def G(x, y, batch):
+        return 0.5 * y["y"] @ (A_ @ y["y"]) - y["y"] @ (B_ @ x["x"])
+
+    return F, G, {"x": x.to(dtype)}, {"y": y.to(dtype)}, truth
+
+
+def asked_of(problem, estimator):
+    """(relative error, stats)."""
+    F, G, x, y, truth = problem
+    got = hypergradient(F, G, x, y, estimator=estimator)
+    return relative(tree.map(torch.Tensor.double, got.hypergradient), truth), got.stats
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("dtype", "condition"),
+    [(torch.bfloat16, 10.0), (torch.bfloat16, 300.0), (torch.float32, 3e5), (torch.float32, 1e6)],
+)
+def test_what_rounding_leaves_is_not_said_to_be_held(dtype, condition, seed):
+    problem = quadratic_of(log_spectrum(30, condition), seed, dtype)
+    error, stats = asked_of(problem, Implicit(error=1e-3))
+    assert error <= 1e-3 or not stats.converged
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_float32_can_hold_is_said_to_be_held(seed):
+    """The other side of it: a flag that is always down says nothing."""
+    problem = quadratic_of(log_spectrum(30, 1e3), seed, torch.float32)
+    error, stats = asked_of(problem, Implicit(error=1e-2))
+    assert error <= 1e-2
+    assert stats.converged
+
+
+class Upside:
+    """No preconditioner: −I is not positive definite."""
+
+    def init(self, at):
+        return {}
+
+    def prepare(self, system, state):
+        return lambda r: tree.scale(-1.0, r), state
+
+
+def test_a_preconditioner_that_is_none_is_not_said_to_have_held():
+    problem = quadratic_of(log_spectrum(30, 10.0), 0, torch.float64)
+    error, stats = asked_of(problem, Implicit(error=1e-3, preconditioner=Upside()))
+    assert error > 0.1
+    assert stats.converged is False
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-18, 1e17, 1e18])
+@pytest.mark.parametrize("error", [None, 1e-3])
+def test_the_size_of_the_loss_is_no_matter_in_float32(scale, error):
+    """Squares of 1e-24 are zeros in float32, and those of 1e18 sum to infinity."""
+    F, G, x, y, truth = quadratic_of(log_spectrum(30, 10.0), 0, torch.float32)
+    scaled = (lambda x, y, b: scale * F(x, y, b)), G, x, y, tree.scale(scale, truth)
+    found, stats = asked_of(scaled, Implicit(error=error))
+    assert found <= 1e-3
+    assert stats.converged
+    assert math.isfinite(stats.residual)
+
+
+@pytest.mark.parametrize("part", [1e-2, 1e-4])
+def test_a_flat_direction_with_little_of_b_in_it_is_met(part):
+    """b has `part` of itself along an eigenvector of 1e-4, and h nearly all that comes of it."""
+    d = torch.linspace(0.5, 1, 31, dtype=torch.float64)
+    d[0] = 1e-4
+    draw = stream(2, "flat")
+    B = torch.randn(31, 3, generator=draw, dtype=torch.float64)
+    b = torch.randn(31, generator=draw, dtype=torch.float64)
+    b[0] = part
+
+    def G(x, y, batch):
+        return 0.5 * (d * y["y"].square()).sum() - y["y"] @ (B @ x["x"])
+
+    def F(x, y, batch):
+        return y["y"] @ b
+
+    x = {"x": torch.ones(3, dtype=torch.float64)}
+    problem = F, G, x, {"y": B @ x["x"] / d}, {"x": B.T @ (b / d)}
+    for asked in (1e-1, 1e-2, 1e-3):
+        error, stats = asked_of(problem, Implicit(error=asked))
+        assert error <= asked
+        assert stats.converged
+    error, _ = asked_of(problem, Implicit(solver=CG(iterations=6)))
+    assert error > 0.1, "where the rule would have stopped without"

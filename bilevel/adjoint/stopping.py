@@ -24,6 +24,9 @@ FADES = 0.9
 """The ratio of earlier solves counts for this much of itself after one that saw another, and for
 as much more after one that saw none: what was long not seen is trusted less."""
 
+EXPLORED = 1e-6
+"""The relative residual that a solve goes on to where no other went before."""
+
 GROWS = 2.0
 """The smallest Ritz value of earlier solves counts for this much more after one that met others."""
 
@@ -40,6 +43,10 @@ class HoldsError:
     was seen; a B that was not met at all is not believed to be zero. A look costs 1 cross product;
     the last one is the hypergradient itself. Looks come at 4 steps and half as many again each
     time, and where the figures of the last look say that it is enough.
+
+    A solve that remembers nothing goes on to a relative residual of 1e-6, so that directions of
+    little curvature are met that hold little of b and much of h. One that has come to where
+    rounding alone exceeds what is asked stops, and `held` stays False.
     """
 
     def __init__(
@@ -51,15 +58,21 @@ class HoldsError:
         self._size = memory.get("size", 0.0)
         self._step, self._at_step = 0, None
         self._next = 0 if memory else 4
+        self._remembers = bool(memory)
         self.h: Params | None = None
-        """The hypergradient, once it is good enough."""
+        """The hypergradient where the solve was stopped."""
+        self.held = False
         self.estimate = math.inf
 
     def __call__(self, progress: Progress) -> bool:
+        if progress.last:
+            return self._look(progress)
         if progress.steps < self._next:
             return False
-        known = math.isfinite(self._bound(progress))
-        return (not known or self._bound(progress) <= self._goal) and self._look(progress)
+        bound = self._bound(progress.rz)
+        if math.isfinite(bound) and not (bound <= self._goal and self._explored(progress)):
+            return False
+        return self._look(progress)
 
     @property
     def memory(self) -> Memory:
@@ -75,12 +88,17 @@ class HoldsError:
     def _goal(self) -> float:
         return self._error * self._size
 
-    def _bound(self, progress: Progress) -> float:
-        """The estimate at the present iterate; infinite as long as a part of it is unknown."""
+    def _explored(self, progress: Progress) -> bool:
+        if self._remembers:
+            return True
+        return progress.r <= max(EXPLORED, 2 * rounding(progress.v)) * progress.size
+
+    def _bound(self, rz: float) -> float:
+        """The estimate at an iterate; infinite as long as a part of it is unknown."""
         ratio = max(self._ratio, self._seen)
         if ratio == 0 or not 0 < self._smallest < math.inf:
             return math.inf
-        return MARGIN * ratio * math.sqrt(max(progress.rz, 0.0) / self._smallest)
+        return MARGIN * ratio * math.sqrt(max(rz, 0.0) / self._smallest)
 
     def _look(self, progress: Progress) -> bool:
         h = tree.sub(self._F_x, self._cross(progress.v))
@@ -90,15 +108,16 @@ class HoldsError:
             self._smallest = min(self._smallest, self._met)
         moved = progress.energy(self._step)
         if self._at_step is not None and moved > 0:
-            seen = tree.norm(tree.sub(h, self._at_step)) / math.sqrt(moved)
-            self._seen = max(self._seen, seen)
+            change = tree.norm(tree.sub(h, self._at_step))
+            if change > rounding(h) * self._size:  # or it says nothing of B
+                self._seen = max(self._seen, change / math.sqrt(moved))
         self._step, self._at_step = progress.steps, h
         self._next = progress.steps + max(1, progress.steps // 2)
-        self.estimate = self._bound(progress)
-        if self.estimate <= self._goal:
-            self.h = h
-            return True
-        return False
+        self.estimate = self._bound(progress.rounded)
+        self.held = self.estimate <= self._goal and (progress.last or self._explored(progress))
+        lost = self.estimate > self._goal >= self._bound(progress.rz)
+        self.h = h if self.held or lost or progress.last else None
+        return self.h is not None
 
 
 def rounding(b: Params) -> float:

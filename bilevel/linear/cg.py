@@ -56,7 +56,8 @@ class CG:
         `r` is b − A v and `size` ‖b‖. Both v and r are the solve's from now on, to write into:
         with nothing copied it holds v, r and p beside a product. `precondition` is
         r ↦ M⁻¹ r with M symmetric positive definite: the condition estimate is then that of M⁻¹A.
-        `enough` may stop the solve; it is asked before every step. `keep` is given the pairs
+        `enough` may stop the solve; it is asked before every step, and at the end if that is the
+        tolerance. `keep` is given the pairs
         (p, A p).
         """
         z = precondition(r) if precondition else r
@@ -64,9 +65,12 @@ class CG:
         target, p, pp = self.tolerance * size, tree.clone(z), tree.dot(z, z)
         ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
         flat = rounding(v) ** 1.5
-        while steps < self.iterations and math.sqrt(rr) > target:
-            if enough and enough(Progress(steps, v, rz, ritz)):
+        while steps < self.iterations:
+            left = math.sqrt(rr)
+            if enough and enough(Progress(steps, v, rz, ritz, left, size, largest, left <= target)):
                 stopped = True
+                break
+            if left <= target:
                 break
             Ap = matvec(p)
             steps += 1
@@ -192,6 +196,20 @@ class Progress:
     rz: float
     """⟨r, M⁻¹ r⟩ with r = b − A v."""
     ritz: Tridiagonal
+    r: float
+    """‖r‖, by recursion."""
+    size: float
+    """‖b‖."""
+    largest: float
+    """The largest pᵀA p / pᵀp met."""
+    last: bool = False
+    """Whether the tolerance is reached, so that there will be no other step."""
+
+    @property
+    def rounded(self) -> float:
+        """⟨r, M⁻¹ r⟩ with no smaller an r than rounding leaves."""
+        left = attained(self.r, self.v, self.size, self.largest) * self.size
+        return self.rz * max(1.0, left / self.r) ** 2 if self.r else self.rz
 
     def energy(self, since: int) -> float:
         """‖v − v_since‖² in the norm of A: the sum of α ⟨r, M⁻¹ r⟩ over the steps between.
