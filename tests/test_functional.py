@@ -116,8 +116,12 @@ def test_touches_nothing(estimator):
 def test_lower_precisions_agree_with_float64(estimator, dtype, rtol):
     if getattr(estimator, "finite_difference", False):
         rtol = max(rtol, 0.02)  # a difference of 0.01 in y loses digits to rounding
-        if dtype is torch.bfloat16:
-            pytest.skip("a finite difference of 1 % is below bfloat16's resolution")
+        if (
+            dtype is torch.bfloat16
+        ):  # a difference of 0.01 in a y of length 2 is nothing but rounding
+            with pytest.raises(ProblemError, match="bfloat16 a y of length"):
+                bilevel.hypergradient(upper, lower, *point(dtype), estimator=estimator)
+            return
     truth = bilevel.hypergradient(upper, lower, *point(), estimator=estimator).hypergradient
     x, y = point(dtype)
     got = bilevel.hypergradient(upper, lower, x, y, estimator=estimator).hypergradient
