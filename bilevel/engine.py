@@ -26,7 +26,7 @@ from bilevel.events import (
     Stepped,
     Warned,
 )
-from bilevel.functional import hypergradient
+from bilevel.functional import estimate_at
 from bilevel.lower.recorded import started
 from bilevel.problem import restart_of, structure_of
 from bilevel.refusals import caution, refuse_mismatch
@@ -182,7 +182,7 @@ def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: 
         loss = Loss(problem.upper_loss, upper_batch, Counts(), "upper")
         with torch.no_grad():
             return Estimate({}, calculus.value(loss, {}, solution.y), None, Stats())
-    return hypergradient(
+    return estimate_at(
         problem.upper_loss,
         problem.lower_loss,
         state.x,

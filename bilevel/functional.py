@@ -85,6 +85,43 @@ def hypergradient(
             differences that the estimator takes.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
     """
+    _require_known(estimator, project, structure)
+    return estimate_at(
+        upper_loss,
+        lower_loss,
+        x,
+        y,
+        estimator=estimator,
+        upper_batch=upper_batch,
+        lower_batch=lower_batch,
+        state=state,
+        path=path,
+        upper_batches=upper_batches,
+        lower_batches=lower_batches,
+        project=project,
+        pairs=pairs,
+        structure=structure,
+    )
+
+
+def estimate_at(
+    upper_loss: Function,
+    lower_loss: Function,
+    x: Params,
+    y: Params,
+    *,
+    estimator: Estimator,
+    upper_batch: Any = None,
+    lower_batch: Any = None,
+    state: Any = None,
+    path: Path | None = None,
+    upper_batches: Iterable[Any] | None = None,
+    lower_batches: Iterable[Any] | None = None,
+    project: Callable[[Params], Params] | None = None,
+    pairs: Pairs | None = None,
+    structure: Structure | None = None,
+) -> Estimate:
+    """`hypergradient`, also where the estimator does not know what holds y: runs warn of that."""
     began = time.perf_counter()
     tree.require(x, "x")
     tree.require(y, "y")
@@ -227,6 +264,26 @@ def _batches(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
         yield from itertools.repeat(batch)
     yield from batches or ()
     raise ProblemError("batches ended; give one for every step, or itertools.cycle(batches)")
+
+
+def _require_known(
+    estimator: Estimator, project: Callable[[Params], Params] | None, structure: Structure | None
+) -> None:
+    """What holds y must be known to an estimator that says it differentiates the solution."""
+    needs = estimator.needs
+    if estimator.claim not in ("solution", "penalty"):
+        return
+    if structure and structure.constraints and "lower_constraints" in needs.knows:
+        return  # they say the same as the projection
+    given = {"project": project, "structure.prox": structure and structure.prox}
+    names = {"project": "project_lower", "structure.prox": "prox_lower"}
+    for name, held in given.items():
+        if held and names[name] not in needs.knows:
+            raise ProblemError(
+                f"{type(estimator).__name__} does not know {name}, and its hypergradient is wrong "
+                f"where that is active; use FixedPoint, or Unroll for a projection. Where y* lies "
+                f"inside, leave {name} out"
+            )
 
 
 def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:

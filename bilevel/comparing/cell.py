@@ -29,7 +29,7 @@ from bilevel.engine import Setup, State
 from bilevel.errors import BilevelError
 from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
-from bilevel.functional import hypergradient
+from bilevel.functional import estimate_at, hypergradient
 from bilevel.lower.recorded import started
 from bilevel.problem import restart_of, structure_of
 from bilevel.runfolder import environment
@@ -93,7 +93,7 @@ class _Stand:
 
     def estimate(self, at: Point, state: Any = None) -> Estimate:
         """An estimate without the checks that a first call makes; cold without a state."""
-        return hypergradient(
+        return estimate_at(
             self.setup.problem.upper_loss,
             self.setup.problem.lower_loss,
             at.x,

@@ -15,7 +15,7 @@ from bilevel.differences import central
 from bilevel.engine import Setup, prepare, start
 from bilevel.errors import BilevelError, ConvergenceError, ProblemError
 from bilevel.events import Event
-from bilevel.functional import hypergradient
+from bilevel.functional import estimate_at
 from bilevel.testing.reference import (
     Reference,
     Scene,
@@ -229,7 +229,7 @@ def _bends_up(scene: Scene) -> bool:
 
 
 def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
-    return hypergradient(
+    return estimate_at(
         scene.losses.upper.function,
         scene.losses.lower.function,
         scene.x,

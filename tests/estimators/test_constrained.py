@@ -12,7 +12,11 @@ from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
+from bilevel.estimators.lancbio import LancBiO
+from bilevel.estimators.one_step import OneStep
+from bilevel.estimators.penalty import Penalty
 from bilevel.events import Warned
+from bilevel.functional import estimate_at
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
@@ -78,8 +82,8 @@ class Recurrent:
 
 
 def ask(problem, x, y, estimator, **options):
-    """The hypergradient of a problem object at (x, y)."""
-    return hypergradient(
+    """The hypergradient of a problem object at (x, y), by an estimator that may not know its set."""
+    return estimate_at(
         problem.upper_loss,
         problem.lower_loss,
         x,
@@ -602,6 +606,41 @@ def test_only_what_does_not_know_is_cautioned_about():
     assert "projection" in warnings(made(BoxQP(), estimator=Implicit()))
     assert "projection" not in warnings(made(Lasso()))
     assert "projection" in warnings(made(Lasso(), estimator=Implicit()))
+
+
+def of_python(problem, estimator, **held):
+    x = at_random(problem, 0)
+    return hypergradient(
+        problem.upper_loss,
+        problem.lower_loss,
+        x,
+        problem.lower_solution(x),
+        estimator=estimator,
+        upper_batch=next(problem.upper_batches(None)),
+        lower_batch=next(problem.lower_batches(None)),
+        **held,
+    )
+
+
+@pytest.mark.parametrize("estimator", [Implicit(), LancBiO(), Penalty(), Implicit(error=1e-3)])
+def test_what_holds_y_is_not_passed_over_from_python(estimator):
+    box, lasso = BoxQP(), Lasso()
+    with pytest.raises(
+        ProblemError, match=r"does not know project, .*FixedPoint.*leave project out"
+    ):
+        of_python(box, estimator, project=box.project_lower)
+    with pytest.raises(ProblemError, match=r"does not know structure\.prox"):
+        of_python(lasso, estimator, structure=structure_of(lasso))
+    of_python(box, estimator)  # on the user's word that nothing holds y there
+
+
+def test_what_knows_or_claims_another_function_is_not_refused():
+    box = BoxQP()
+    of_python(box, FixedPoint(), project=box.project_lower)
+    of_python(box, KKT(), project=box.project_lower, structure=structure_of(box))
+    of_python(box, OneStep(), project=box.project_lower)  # claims the step, and no more
+    with pytest.raises(ProblemError, match="KKT does not know project"):
+        of_python(box, KKT(), project=box.project_lower)
 
 
 def test_a_doubtful_active_set_is_a_warning():
