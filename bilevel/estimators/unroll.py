@@ -18,6 +18,7 @@ from torch import Tensor
 from bilevel import calculus, tree
 from bilevel.calculus import gradients
 from bilevel.errors import ProblemError
+from bilevel.lower import mixed, reversible
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.recorded import along
 from bilevel.lower.replay import advance, pull_start, replay, step
@@ -34,23 +35,30 @@ class Unroll:
     iteration contracts. `last` differentiates the last steps only and holds what came before
     fixed, the start included: the error falls at the contraction rate in `last` (Shaban et al.
     2019, prop. 3.1).
-    Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F; `recompute`, `traced`
-    and `checkpoint` add 1, 1 and 2 gradients a step.
+    Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F. `recompute`, `traced`,
+    `mixed` and `reversible` add 1 gradient a step, `checkpoint` 2; `mixed` adds 2 where the step is
+    not affine in the gradient (Adam, RMSprop) or is projected.
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
     one graph at a time; "traced" does that from a trace of one step, kept between calls and
-    checked in each (`bilevel.lower.traced`); "checkpoint" keeps each √K-th iterate.
+    checked in each (`bilevel.lower.traced`); "mixed" keeps every iterate and takes the products
+    forward over reverse (`bilevel.lower.mixed`); "checkpoint" keeps each √K-th iterate;
+    "reversible" keeps none and runs SGD with momentum backwards, in multiples of 2⁻⁴⁶, so that y_K
+    and the result are those of `store` to K / (1 − momentum) such units times their sensitivity
+    (`bilevel.lower.reversible`).
     `pessimistic` ends the path at its step k of the largest F(x, y_k), and so differentiates
     max over 1 ≤ k ≤ K of F(x, y_k(x)): for a lower level that is not convex, with the start
     learned (`learned_start`). K gradients and K values of F more.
     `along`: the steps to take and differentiate, from y, where the point comes with no path.
 
     Raises:
-        ProblemError: no path, and no `along`; with "traced", a step that cannot be traced.
+        ProblemError: no path, and no `along`; with "traced", a step that cannot be traced; with
+            "mixed", a loss that forward mode cannot differentiate; with "reversible", steps that
+            do not run backwards, |y| ≥ 2¹⁴, or a lower gradient that is not the same when asked again.
     """
 
     last: PositiveInt | None = None
-    memory: Literal["store", "recompute", "checkpoint", "traced"] = "store"
+    memory: Literal["store", "recompute", "checkpoint", "traced", "mixed", "reversible"] = "store"
     pessimistic: bool = False
     along: Annotated[Gradient | None, Slot("lower")] = None
 
@@ -67,16 +75,21 @@ class Unroll:
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         path = self._cut(self.path(losses, at), losses, at.x)
+        value, hypergradient = self._through(path, losses, at.x)
+        return Estimate(hypergradient, value, state, Stats(iterations=len(path.batches)))
+
+    def _through(self, path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
+        """F at the end of the path, and its gradient in x, as `memory` says."""
+        if self.memory == "reversible":
+            return reversible.differentiate(path, losses, x)
         K = len(path.batches)
-        if self.memory == "store" or K == 0:
-            value, hypergradient = _store(path, losses, at.x)
-        else:
-            every = math.isqrt(K - 1) + 1 if self.memory == "checkpoint" else 1
-            pull = traced(_back) if self.memory == "traced" else _back
-            value, hypergradient = _recompute(path, losses, at.x, every, pull)
         losses.counts.hvps += K
         losses.counts.cross_products += K
-        return Estimate(hypergradient, value, state, Stats(iterations=K))
+        if self.memory == "store" or K == 0:
+            return _store(path, losses, x)
+        every = math.isqrt(K - 1) + 1 if self.memory == "checkpoint" else 1
+        pull = {"traced": traced(_back), "mixed": mixed.pull}.get(self.memory, _back)
+        return _recompute(path, losses, x, every, pull)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """x ↦ F(x, y_K(x)), or its maximum over the steps if `pessimistic`."""

@@ -21,6 +21,8 @@ class SGD:
     """y − lr · d, with d the gradient or its (Nesterov) momentum average; as `torch.optim.SGD`."""
 
     differentiable: ClassVar[bool] = True
+    affine: ClassVar[bool] = True
+    """The step is affine in (y, gradient, state): its derivative does not depend on them."""
     lr: PositiveFloat = 0.1
     momentum: NonNegativeFloat = 0.0
     dampening: NonNegativeFloat = 0.0

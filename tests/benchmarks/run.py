@@ -33,12 +33,26 @@ ROWS = {
         "bilevel, store",
         "bilevel, recompute",
         "bilevel, traced",
+        "bilevel, mixed",
         "bilevel, checkpoint",
         "higher",
         "torchopt",
         "boat-torch",
     ],
+    "unroll, momentum": [
+        "autograd, all graphs kept",
+        "bilevel, store",
+        "bilevel, recompute",
+        "bilevel, mixed",
+        "bilevel, checkpoint",
+        "bilevel, reversible",
+    ],
 }
+
+
+def rows_of(task: str) -> list[str]:
+    """What a task is measured with: its own rows, or those of its kind."""
+    return ROWS.get(task) or ROWS[kind(task)]
 
 
 class Worker:
@@ -114,7 +128,7 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     for task in given.tasks:
-        rows = measure(task, ROWS[kind(task)], given.size, given.rounds, given.cache)
+        rows = measure(task, rows_of(task), given.size, given.rounds, given.cache)
         text = table(rows, AGAINST[kind(task)])
         print(f"{task}, {given.rounds} rounds, torch {torch.__version__}\n{text}\n", flush=True)
         if given.page:

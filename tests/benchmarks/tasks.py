@@ -32,6 +32,7 @@ class Task:
     """Hessian products of a linear solve, or lower steps to unroll."""
     decay: float = 0.0
     lr: float = 0.1
+    momentum: float = 0.0
 
     def lower(self, x: Params, y: Params, batch: Batch) -> Tensor:
         """G: weighted cross-entropy + decay / 2 · ‖y‖²."""
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
         return linear((weights @ value).transpose(1, 2).reshape(h.shape), y[f"out{k}"])
 
 
-def mlp(toy: bool = False) -> Task:
+def mlp(toy: bool = False, lr: float = 0.1, momentum: float = 0.0) -> Task:
     """Unrolling: 50 SGD steps of an MLP with 238,602 parameters, 900 examples a batch."""
     widths, size, steps = ([5, 8, 3], 6, 4) if toy else ([150, 256, 256, 256, 256, 10], 900, 50)
     draw = torch.Generator().manual_seed(0)
@@ -134,7 +135,7 @@ def mlp(toy: bool = False) -> Task:
         for _ in range(2)
     ]
     x = {"logits": torch.randn(size, generator=draw)}
-    return Task(y, x, *batches, MLP(), steps)
+    return Task(y, x, *batches, MLP(), steps, lr=lr, momentum=momentum)
 
 
 def transformer(toy: bool = False, size: int = 4) -> Task:
@@ -169,6 +170,7 @@ TASKS = {
     "cg, larger batch": partial(transformer, size=16),
     "neumann": transformer,
     "unroll": mlp,
+    "unroll, momentum": partial(mlp, lr=0.01, momentum=0.9),
 }
 
 

@@ -43,13 +43,15 @@ def neumann(task: Task) -> Params:
 def unroll(task: Task) -> Params:
     """Every step's graph kept, one backward call."""
     x, y = _leaves(task.x), _leaves(task.y)
+    average = {name: torch.zeros_like(entry) for name, entry in task.y.items()}
     for _ in range(task.work):
         loss = task.lower(x, y, task.train)
         found = torch.autograd.grad(loss, list(y.values()), create_graph=True)
-        y = {
-            name: entry - task.lr * part
-            for (name, entry), part in zip(y.items(), found, strict=True)
-        }
+        parts = dict(zip(y, found, strict=True))
+        if task.momentum:
+            parts = {name: task.momentum * average[name] + part for name, part in parts.items()}
+            average = parts
+        y = {name: entry - task.lr * parts[name] for name, entry in y.items()}
     value = task.upper(x, y, task.held_out)
     return _named(x, torch.autograd.grad(value, list(x.values())))
 

@@ -37,7 +37,8 @@ def neumann(task: Task) -> Params:
 
 def unroll(**options):
     def run(task: Task) -> Params:
-        steps = Gradient(steps=task.work, optimizer=SGD(lr=task.lr))
+        optimizer = SGD(lr=task.lr, momentum=task.momentum)
+        steps = Gradient(steps=task.work, optimizer=optimizer)
         return ask(task, Unroll(along=steps, **options))
 
     return run
@@ -48,5 +49,7 @@ METHODS = {
     "bilevel, store": {"unroll": unroll()},
     "bilevel, recompute": {"unroll": unroll(memory="recompute")},
     "bilevel, traced": {"unroll": unroll(memory="traced")},
+    "bilevel, mixed": {"unroll": unroll(memory="mixed")},
     "bilevel, checkpoint": {"unroll": unroll(memory="checkpoint")},
+    "bilevel, reversible": {"unroll": unroll(memory="reversible")},
 }
