@@ -102,30 +102,34 @@ class Ratio:
         """(⌊v n / d + 1/2⌋, the bits that `back` needs beside it)."""
         # v = whole · d + rest: no intermediate is larger than v or 2 d²
         whole, rest = _divide(v, self.d)
-        product = whole * self.n + (2 * self.n * rest + self.d) // (2 * self.d)
-        first = self._first(product)
-        ambiguous = self._first(product + 1) - first > 1
-        return product, _pack((v - first)[ambiguous], self.width)
+        nearest, left = _divide(rest.mul_(2 * self.n).add_(self.d), 2 * self.d)
+        # the number before v has this product too where it leaves no less than 0, the next one
+        # where it leaves less than 2 d
+        ambiguous = (left >= 2 * self.n) | (left < 2 * (self.d - self.n))
+        digit = torch.div(left[ambiguous], 2 * self.n, rounding_mode="floor")
+        return whole.mul_(self.n).add_(nearest), _pack(digit, self.width)
 
     def back(self, product: Tensor, lost: Tensor) -> Tensor:
         """The number whose product, and lost bits, these are; ValueError where they cannot be."""
-        v = self._first(product)
-        ambiguous = self._first(product + 1) - v > 1
+        # the first number of this product is ⌈(2 product − 1) d / 2n⌉, and the first of the next
+        # 2d / 2n = whole + rest / 2n further, rounded up: one more where `over` is below rest
+        v, rest = _divide(2 * product - 1, 2 * self.n)
+        more, over = _divide(rest.mul_(self.d).add_(2 * self.n - 1), 2 * self.n)
+        over.neg_().add_(2 * self.n - 1)
+        v.mul_(self.d).add_(more)
+        whole, rest = divmod(2 * self.d, 2 * self.n)
+        ambiguous = over < rest if whole == 1 else torch.ones_like(over, dtype=torch.bool)
         count = int(ambiguous.sum())
         if lost.numel() != -(-count * self.width // 8):
             raise ValueError("these are the bits of another product")
         v[ambiguous] += _unpack(lost, self.width, count)
         return v
 
-    def _first(self, product: Tensor) -> Tensor:
-        """The smallest of the numbers that have this product: ⌈(2 product − 1) d / 2n⌉."""
-        whole, rest = _divide(2 * product - 1, 2 * self.n)
-        return whole * self.d + (rest * self.d + 2 * self.n - 1) // (2 * self.n)
-
 
 def _divide(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """(⌊a / b⌋, what is left)."""
     whole = torch.div(a, b, rounding_mode="floor")
-    return whole, a - whole * b
+    return whole, torch.sub(a, whole, alpha=b)
 
 
 def _pack(numbers: Tensor, width: int) -> Tensor:
@@ -159,7 +163,7 @@ class Reel:
     @property
     def y(self) -> Params:
         """Where the steps have come to, in the dtypes of the path's start."""
-        return tree.cast(self._y.double() * UNIT, self._path.start)
+        return tree.cast(self._y.double().mul_(UNIT), self._path.start)
 
     @property
     def kept(self) -> int:
@@ -174,7 +178,7 @@ class Reel:
             self._lost.append(lost)
             self._v += push
             self._y -= self._v
-            _within(self._y.double() * UNIT, k + 1)
+            _within(self._y.double().mul_(UNIT), k + 1)
 
     def backwards(self) -> Iterator[tuple[Linearization, float]]:
         """For each step, last first: ∇y G before it with its graph, and the factor it has in v'.
@@ -221,8 +225,8 @@ class Reel:
         """What step k adds to v, in whole units."""
         d = _flat(lower.gradient)
         if self._optimizer.weight_decay:
-            d = d + (self._optimizer.weight_decay * UNIT) * self._y.double()
-        return _whole(self._factor(k) * d, k)
+            d.add_(self._y.double(), alpha=self._optimizer.weight_decay * UNIT)
+        return _whole(d.mul_(self._factor(k)), k)
 
 
 def _flat(values: Params) -> Tensor:
@@ -231,11 +235,11 @@ def _flat(values: Params) -> Tensor:
 
 def _whole(values: Tensor, k: int) -> Tensor:
     """The nearest multiples of UNIT."""
-    return (_within(values, k) / UNIT).round().long()
+    return (_within(values, k) / UNIT).round_().long()
 
 
 def _within(values: Tensor, k: int) -> Tensor:
-    largest = float(values.abs().max()) if values.numel() else 0.0
+    largest = float(torch.linalg.vector_norm(values, ord=torch.inf)) if values.numel() else 0.0
     if not largest < LIMIT:
         raise ProblemError(
             f"memory: reversible counts y and its velocity in units of 2^{math.log2(UNIT):.0f} and "
