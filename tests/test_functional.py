@@ -374,7 +374,7 @@ def test_two_hundred_thousand_unknowns_without_a_matrix():
     assert got.stats.condition == pytest.approx(1e3, rel=0.05)
 
 
-@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint", "mixed"])
 def test_gradients_that_share_memory_are_kept_apart(memory):
     """autograd gives one tensor for x_a + x_b, and an expanded scalar for a sum."""
 
