@@ -1,4 +1,5 @@
 """K-FAC for whatever linear layers the lower loss has. Martens and Grosse (2015), arXiv:1503.05671.
+Its eigenvalues replaced by a diagonal: EKFAC, George et al. (2018), arXiv:1806.03884, sec. 3.
 
 Unlike there, the factor of the outputs is the loss's own curvature in them, by random probes, and
 not the covariance of gradients, which would need the likelihood that the loss stands for; and the
@@ -8,7 +9,7 @@ damping is added to the Kronecker product in its eigenbasis, not split over its 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -34,6 +35,11 @@ class KFAC:
     random signs find. Symmetric positive definite; exact up to λ for one layer whose ∂²G/∂s² is
     the same for all samples.
 
+    `eigenvalues: diagonal` (EKFAC) keeps the eigenvectors of A ⊗ S and replaces its eigenvalues by
+    the diagonal of the weight's own block of ∂²yy G in them, Σ over samples of (a · u)² wᵀ(∂²G/∂s²)w
+    for u ⊗ w, from the same probes; negative ones count as 0. Of all diagonals there it is nearest
+    to the block. No product more, but the probes' are kept while it is built.
+
     Building costs 1 gradient and `probes` HVPs, twice as many where an entry of y is in no layer,
     and in³ + out³ flops a layer; the off-diagonal of S has a variance of O(1 / (probes ·
     samples)). It is built at the first call, and again when the iterations spent beyond the fewest
@@ -43,6 +49,7 @@ class KFAC:
 
     probes: PositiveInt = 8
     damping: PositiveFloat = 0.1
+    eigenvalues: Literal["product", "diagonal"] = "product"
     seed: int = 0
 
     def init(self, at: Point) -> dict[str, Any]:
@@ -63,17 +70,18 @@ class KFAC:
 
     def _layers(self, system: System, stream: torch.Generator) -> dict[str, Any]:
         """The factors of each layer in which G bends, and what is added to their product."""
-        layers = {}
-        for name, seen in _probed(system, self.probes, stream).items():
-            A, S = _spectrum(seen.A / seen.calls), _spectrum(seen.S)
-            mean = float(A[0].mean() * S[0].mean())
+        layers, keep = {}, self.eigenvalues == "diagonal"
+        for name, seen in _probed(system, self.probes, stream, keep).items():
+            (a, U), (s, W) = _spectrum(seen.A / seen.calls), _spectrum(seen.S)
+            values = seen.diagonal(U, W).clamp(min=0.0) if keep else s[:, None] * a
+            mean = float(values.mean())
             if mean > 0:
                 layers[name] = {
                     "bias": seen.bias,
                     "transposed": int(seen.transposed),
-                    "damping": system.damping + self.damping * mean,
-                    "inputs": {"values": A[0], "vectors": A[1]},
-                    "outputs": {"values": S[0], "vectors": S[1]},
+                    "values": values + system.damping + self.damping * mean,
+                    "inputs": U,
+                    "outputs": W,
                 }
         return layers
 
@@ -85,9 +93,8 @@ def _apply(layers: dict[str, Any], rest: dict[str, float], r: Params) -> Params:
         bias = layer["bias"]
         R = r[name].T if layer["transposed"] else r[name]
         R = torch.cat([R, r[bias][:, None]], dim=1) if bias else R
-        (a, A), (s, S) = ((layer[k]["values"], layer[k]["vectors"]) for k in ("inputs", "outputs"))
-        R = tree.wide(R)
-        solved = S @ ((S.T @ R @ A) / (s[:, None] * a + layer["damping"])) @ A.T
+        U, W = layer["inputs"], layer["outputs"]
+        solved = W @ ((W.T @ tree.wide(R) @ U) / layer["values"]) @ U.T
         solved = solved.to(r[name].dtype)
         if bias:
             found[bias], solved = solved[:, -1].contiguous(), solved[:, :-1]
@@ -119,6 +126,10 @@ def _signs(like: Tensor, stream: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, like.shape, generator=stream) * 2 - 1).to(like)
 
 
+_Draws = list[tuple[Tensor, Tensor]]
+"""(signs, their product with ∂²G/∂s²), a row a sample, divided by √(their number)."""
+
+
 @dataclass
 class _Seen:
     """What met one weight: Σ over calls of the mean of a aᵀ, and of the curvature of the outputs."""
@@ -127,7 +138,17 @@ class _Seen:
     transposed: bool
     A: Tensor
     S: Tensor
+    kept: list[tuple[Tensor, _Draws]]
+    """The inputs and draws of each call."""
     calls: int = 1
+
+    def diagonal(self, U: Tensor, W: Tensor) -> Tensor:
+        """[out, in]: (w ⊗ u)ᵀ (Σ over samples of aaᵀ ⊗ ∂²G/∂s²) (w ⊗ u) for columns u, w of U, W."""
+        found = torch.zeros(len(W), len(U), dtype=U.dtype, device=U.device)
+        for inputs, draws in self.kept:
+            along = sum((signs @ W) * (product @ W) for signs, product in draws)
+            found += torch.as_tensor(along).T @ (inputs @ U).square()
+        return found
 
 
 @dataclass
@@ -139,7 +160,7 @@ class _Call:
     shift: Tensor
 
 
-def _probed(system: System, probes: int, stream: torch.Generator) -> dict[str, _Seen]:
+def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) -> dict[str, _Seen]:
     """The factors of every layer, from one graph of ∂G/∂s; `probes` products with ∂²G/∂s²."""
     loss, mode = system.losses.lower, _LinearLayers(tree.leaves(system.at.y))
     with torch.enable_grad(), second_order(loss):
@@ -151,6 +172,7 @@ def _probed(system: System, probes: int, stream: torch.Generator) -> dict[str, _
         slopes = torch.autograd.grad(output, shifts, create_graph=True, allow_unused=True)
     loss.counts.gradients += 1
     curvatures = [tree.wide(shift.new_zeros(shift.shape[-1], shift.shape[-1])) for shift in shifts]
+    kept: list[_Draws] = [[] for _ in shifts]
     live = [(i, g) for i, g in enumerate(slopes) if g is not None and g.requires_grad]
     for _ in range(probes if live else 0):
         loss.counts.hvps += 1
@@ -165,23 +187,25 @@ def _probed(system: System, probes: int, stream: torch.Generator) -> dict[str, _
             )
         for (i, _), product in zip(live, bent, strict=True):
             if product is not None:
-                curvatures[i] += _rows(product).T @ _rows(signs[i]) / probes
-    return _joined(mode.calls, curvatures)
+                draw = _rows(signs[i]) / probes**0.5, _rows(product) / probes**0.5
+                curvatures[i] += draw[1].T @ draw[0]
+                kept[i] += [draw] if keep else []
+    return _joined(mode.calls, curvatures, kept)
 
 
-def _joined(calls: list[_Call], curvatures: list[Tensor]) -> dict[str, _Seen]:
+def _joined(calls: list[_Call], curvatures: list[Tensor], kept: list[_Draws]) -> dict[str, _Seen]:
     """Calls of one weight are taken together, if they are of one kind; a bias goes with one weight."""
     found: dict[str, _Seen] = {}
-    for call, S in zip(calls, curvatures, strict=True):
+    for call, S, draws in zip(calls, curvatures, kept, strict=True):
         shared = any(seen.bias == call.bias for n, seen in found.items() if n != call.weight)
         bias, a = "" if shared else call.bias, _rows(call.inputs.detach())
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1) if bias else a
-        A, seen = a.T @ a / len(a), found.get(call.weight)
+        A, own, seen = a.T @ a / len(a), [(a, draws)] if draws else [], found.get(call.weight)
         if seen is None:
-            found[call.weight] = _Seen(bias, call.transposed, A, S)
+            found[call.weight] = _Seen(bias, call.transposed, A, S, own)
         elif (seen.bias, seen.transposed) == (bias, call.transposed):
-            both = seen.A + A, seen.S + S
-            found[call.weight] = _Seen(bias, call.transposed, *both, seen.calls + 1)
+            both, of_both = (seen.A + A, seen.S + S), seen.kept + own
+            found[call.weight] = _Seen(bias, call.transposed, *both, of_both, seen.calls + 1)
     return found
 
 

@@ -20,6 +20,10 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "preconditioners/recycled.py": ("tests/test_adjoint.py", KILLED),
     "estimators/aggregation.py": (FIRST_ORDER, f"{CHECK}[aggregation]"),
     "estimators/alternating.py": ("tests/estimators/test_estimators.py", f"{CHECK}[none]"),
+    "estimators/averaged_multipliers.py": (
+        "tests/estimators/test_averaged_multipliers.py",
+        f"{CHECK}[averaged_multipliers]",
+    ),
     "estimators/betty.py": ("tests/estimators/test_betty.py",),
     "estimators/bome.py": (FIRST_ORDER, f"{CHECK}[bome]"),
     "estimators/fixed_point.py": (
