@@ -39,7 +39,7 @@ class Problem(Protocol):
     - `lower_map(x, y, batch) -> y`: a map whose fixed point y* is, where no G has y* as its
       minimum; `lower_loss` is then a merit function, ½ ‖y − T(x, y)‖²;
     - `lower_constraints(x, y, batch) -> {"equality": c, "inequality": d}`: y* minimises G over
-      c = 0, d ≤ 0; something else (`project_lower`, `prox_lower`) has to hold y there.
+      c = 0, d ≤ 0; `project_lower`, `prox_lower` or lower: augmented_lagrangian holds y there.
     """
 
     def init(self, streams: Streams) -> tuple[Params, Params]:

@@ -64,12 +64,25 @@ def _refuse_unheld(setup: Setup) -> None:
         raise ProblemError(
             f"the problem has prox_lower, and {setup.lower!r} would ignore it; use lower: proximal"
         )
-    held = prox or hasattr(problem, "project_lower")
-    if hasattr(problem, "lower_constraints") and not held:
+    if not _only_constrained(problem):
+        return
+    if needs.moves_lower and "lower_constraints" not in needs.knows:
         raise ProblemError(
-            "the problem has lower_constraints and neither project_lower nor prox_lower, so that "
-            "no lower solver would keep y within them; add the projection"
+            f"estimator {type(setup.estimator).__name__} moves y itself and knows no "
+            "lower_constraints, so y would not keep to them; use estimator: kkt, or regularised_gap"
         )
+    if not needs.moves_lower and not getattr(setup.lower, "takes_constraints", False):
+        raise ProblemError(
+            "the problem has lower_constraints and neither project_lower nor prox_lower, and "
+            f"{setup.lower!r} would not keep y within them; use lower: augmented_lagrangian, or "
+            "add the projection"
+        )
+
+
+def _only_constrained(problem: Any) -> bool:
+    """Whether lower_constraints are all that says where y is held."""
+    others = hasattr(problem, "project_lower") or hasattr(problem, "prox_lower")
+    return hasattr(problem, "lower_constraints") and not others
 
 
 def caution(setup: Setup, state: State) -> Iterator[Warned]:
@@ -108,4 +121,4 @@ def unknown_to(estimator: Estimator, problem: Any) -> str | None:
     for name in ("project_lower", "prox_lower"):
         if hasattr(problem, name) and name not in knows:
             return name
-    return None
+    return "lower_constraints" if _only_constrained(problem) else None

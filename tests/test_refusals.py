@@ -19,6 +19,7 @@ from bilevel.estimators.shine import Shine
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.starts import FOMAML
 from bilevel.estimators.unroll import Unroll
+from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.proximal import Proximal
@@ -87,8 +88,13 @@ REFUSED = {
     ),
     "constraints that nothing keeps": (
         made(With("lower_constraints")),
-        "add the projection",
-        {"problem": With("lower_constraints", "project_lower")},
+        "use lower: augmented_lagrangian, or add the projection",
+        {"lower": AugmentedLagrangian()},
+    ),
+    "y moved out of its constraints": (
+        made(With("lower_constraints"), SingleLoop(), AugmentedLagrangian()),
+        "use estimator: kkt",
+        {"estimator": KKT()},
     ),
 }
 
@@ -118,11 +124,15 @@ def test_what_knows_of_the_set_may_move_y():
         refuse_mismatch(made(With("project_lower"), knows))
         with pytest.raises(ProblemError, match="knows no prox_lower"):
             refuse_mismatch(made(With("project_lower", "prox_lower"), knows, Proximal()))
+    refuse_mismatch(made(With("lower_constraints"), RegularisedGap()))
+    refuse_mismatch(made(With("lower_constraints", "project_lower")))
 
 
 def test_what_is_not_known_is_named():
     assert refusals.unknown_to(Implicit(), With("project_lower")) == "project_lower"
     assert refusals.unknown_to(Implicit(), With("prox_lower")) == "prox_lower"
+    assert refusals.unknown_to(Implicit(), With("lower_constraints")) == "lower_constraints"
+    assert refusals.unknown_to(KKT(), With("lower_constraints")) is None
     assert refusals.unknown_to(Implicit(), Quadratic()) is None
     assert refusals.unknown_to(FixedPoint(), With("project_lower", "prox_lower")) is None
     assert refusals.unknown_to(KKT(), With("project_lower")) == "project_lower"

@@ -124,7 +124,7 @@ def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, b
 
 def _held(problem: Any) -> bool:
     """Whether y* is more than the minimum of G."""
-    return hasattr(problem, "project_lower") or hasattr(problem, "prox_lower")
+    return any(hasattr(problem, n) for n in ("project_lower", "prox_lower", "lower_constraints"))
 
 
 def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:

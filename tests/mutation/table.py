@@ -98,6 +98,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "directions/storm.py": (STOCHASTIC,),
     "directions/walk.py": (STOCHASTIC,),
     "maps.py": ("tests/estimators/test_constrained.py", UNUSED),
+    "lower/augmented_lagrangian.py": ("tests/lower/test_augmented_lagrangian.py",),
     "lower/auxiliary.py": (FIRST_ORDER,),
     "lower/gradient.py": SOLVERS,
     "lower/iterate.py": ("tests/estimators/test_constrained.py",),

@@ -1,0 +1,140 @@
+"""Minimisation under smooth constraints by the augmented Lagrangian.
+
+Nocedal and Wright (2006), algorithm 17.4 with inequalities as in (17.65), where they have slacks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.lower.newton import Newton
+from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Params, Slot, component
+
+GROWTH = 10.0
+"""By how much the penalty grows; 100 in the book, which a solver of first order has to pay for."""
+
+
+@component
+class AugmentedLagrangian:
+    """min over y of G under the problem's `lower_constraints`, c = 0 and d ≤ 0, multipliers kept.
+
+    L = G + λᵀc + ρ/2 ‖c‖² + Σ (max(μ + ρ d, 0)² − μ²) / 2ρ is minimised in y by `solver`, as far
+    as the constraints are met by then; λ ← λ + ρ c and μ ← max(μ + ρ d, 0) where they are met as
+    well as asked for, else ρ grows tenfold. Stops where ‖∇y L‖ and the violation, ‖c‖ and
+    ‖max(d, −μ / ρ)‖ together, are at most `tolerance`, or after `rounds` minimisations.
+
+    Converges linearly for fixed ρ, at a rate of O(1/ρ), where the active constraints are
+    independent, their multipliers not zero and L curves up along them; each round costs `solver`'s
+    gradients and HVPs, its `tolerance` being set to what the round asks for. For large y take
+    lbfgs, which compares values of L and so comes no nearer than √eps of their size: tolerance 1e-5.
+    ρ is `penalty` at first; it, λ and μ go on from call to call. y is outside the constraints by up
+    to `tolerance`; kkt's `activity` had better be larger. A `project_lower` beside the constraints
+    says the same and is not used. Draws one batch a solve. No path.
+
+    Raises:
+        ProblemError: the problem has no `lower_constraints`.
+    """
+
+    takes_constraints: ClassVar[bool] = True
+
+    rounds: PositiveInt = 50
+    penalty: PositiveFloat = 10.0
+    tolerance: PositiveFloat = 1e-8
+    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Newton)
+
+    @property
+    def records(self) -> bool:
+        return False
+
+    def init(self, y: Params) -> dict[str, Any]:
+        return {"penalty": self.penalty, "multipliers": {}, "solver": self.solver.init(y)}
+
+    def solve(
+        self,
+        loss: Loss,
+        x: Params,
+        y: Params,
+        *,
+        batches: Iterator[Any],
+        state: Any,
+        record: float = 0,
+        project: Callable[[Params], Params] | None = None,
+    ) -> LowerSolution:
+        batch = next(batches)
+        loss, rho, inner = loss.on(batch), state["penalty"], state["solver"]
+        multipliers = state["multipliers"] or tree.zeros_like(_constraints(loss, x, y))
+        asked, close = rho**-0.1, 1 / rho
+        steps = gradients = hvps = 0
+        norm, converged = float("nan"), False
+        for _ in range(self.rounds):
+            solver = _to(self.solver, max(close, self.tolerance))
+            augmented = _augmented(loss, multipliers, rho)
+            end = solver.solve(augmented, x, y, batches=itertools.repeat(batch), state=inner)
+            y, inner, norm = end.y, end.state, end.stats.gradient_norm
+            steps, gradients = steps + end.stats.steps, gradients + end.stats.gradients
+            hvps += end.stats.hvps
+            moved = _moved(multipliers, _constraints(loss, x, y), rho)
+            violation = tree.norm(tree.sub(moved, multipliers)) / rho
+            if violation <= max(asked, self.tolerance):
+                multipliers = moved
+                converged = violation <= self.tolerance and norm <= self.tolerance
+                if converged:
+                    break
+                asked, close = asked / rho**0.9, close / rho
+            else:
+                rho = GROWTH * rho
+                asked, close = rho**-0.1, 1 / rho
+        with torch.no_grad():
+            value = float(loss(x, y))
+        stats = LowerStats(steps, gradients, value, norm, converged, hvps)
+        kept = {"penalty": rho, "multipliers": multipliers, "solver": inner}
+        return LowerSolution(tree.clone(y), kept, stats, batch)
+
+
+def _to(solver: LowerSolver, tolerance: float) -> LowerSolver:
+    """The solver stopping at a gradient of that size, where it has a tolerance at all."""
+    chosen: Any = solver
+    return replace(chosen, tolerance=tolerance) if hasattr(solver, "tolerance") else solver
+
+
+def _constraints(loss: Loss, x: Params, y: Params) -> Params:
+    """The lower constraints at a point, with no graph."""
+    if loss.structure.constraints is None:
+        raise ProblemError(
+            "lower: augmented_lagrangian is for problems with lower_constraints, and there are "
+            "none; add them, or use lower: lbfgs"
+        )
+    with torch.no_grad():
+        return loss.structure.constraints(x, y, loss.batch)
+
+
+def _moved(multipliers: Params, at: Params, rho: float) -> Params:
+    """λ + ρ c and max(μ + ρ d, 0); from the old ones by ρ times the violation."""
+    return {
+        name: part.clamp(min=0) if name == "inequality" else part
+        for name, part in tree.axpy(rho, at, multipliers).items()
+    }
+
+
+def _augmented(loss: Loss, multipliers: Params, rho: float) -> Loss:
+    """(x, y) ↦ L, whose gradient is that of the Lagrangian at the moved multipliers."""
+
+    def function(x: Params, y: Params, batch: Any) -> Tensor:
+        assert loss.structure.constraints is not None
+        total = loss.function(x, y, batch)
+        for name, part in loss.structure.constraints(x, y, batch).items():
+            moved = multipliers[name] + rho * part
+            moved = moved.clamp(min=0) if name == "inequality" else moved
+            total = total + (moved.square() - multipliers[name].square()).sum() / (2 * rho)
+        return total
+
+    return replace(loss, function=function)
