@@ -63,9 +63,13 @@ FORMS = {
 }
 
 
+EIGENVALUES = ["product", "diagonal"]
+
+
+@pytest.mark.parametrize("eigenvalues", EIGENVALUES)
 @pytest.mark.parametrize("damping", [0.0, 0.2])
 @pytest.mark.parametrize("form", FORMS)
-def test_exact_on_one_layer_with_one_output(form, damping):
+def test_exact_on_one_layer_with_one_output(form, damping, eigenvalues):
     """Squared error: ∂²G/∂s² is 2 / 40 for every sample, so A ⊗ S is the Hessian."""
     lower, y = FORMS[form]
     given = system(lower, y, damping=damping)
@@ -73,7 +77,10 @@ def test_exact_on_one_layer_with_one_output(form, damping):
     undamped = H - damping * torch.eye(len(H), dtype=torch.float64)
     expected = H + 0.1 * undamped.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     torch.testing.assert_close(
-        inverse_of(KFAC(), given), torch.linalg.inv(expected), rtol=1e-9, atol=1e-9
+        inverse_of(KFAC(eigenvalues=eigenvalues), given),
+        torch.linalg.inv(expected),
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
@@ -155,7 +162,8 @@ def test_the_answer_is_that_of_plain_cg_once_converged():
     assert_close(kfac.hypergradient, plain.hypergradient, rtol=1e-6)
 
 
-def test_positive_definite_where_the_hessian_is_not_and_entries_are_in_no_layer():
+@pytest.mark.parametrize("eigenvalues", EIGENVALUES)
+def test_positive_definite_where_the_hessian_is_not_and_entries_are_in_no_layer(eigenvalues):
     targets = normal(40, 2, seed=7)
 
     def lower(x, y, _):
@@ -167,7 +175,7 @@ def test_positive_definite_where_the_hessian_is_not_and_entries_are_in_no_layer(
     y |= {"w2": normal(2, 2, seed=4), "b2": normal(2, seed=5), "unused": normal(2, seed=6)}
     given = system(lower, y)
     assert torch.linalg.eigvalsh(matrix(given.matvec, y))[0] < -1e-3
-    preconditioner = KFAC()
+    preconditioner = KFAC(eigenvalues=eigenvalues)
     apply, state = preconditioner.prepare(given, preconditioner.init(given.at))
     assert set(state["layers"]) == {"w1", "w2"}
     # w2 is met with and without a bias: its first use is kept, and b2 goes with the rest
@@ -205,14 +213,15 @@ def test_built_once_and_again_when_it_no_longer_pays():
     assert given.losses.counts.hvps == before + 2
 
 
-def test_a_layer_that_is_met_twice_has_the_curvature_of_both():
+@pytest.mark.parametrize("eigenvalues", EIGENVALUES)
+def test_a_layer_that_is_met_twice_has_the_curvature_of_both(eigenvalues):
     def lower(x, y, _):
         return sum((functional.linear(INPUTS, y["w"]) - t).square().mean() for t in (TARGETS, 0.5))
 
     given = system(lower, {"w": normal(1, 3)})
     H = matrix(given.matvec, given.at.y)
     expected = H + 0.1 * H.diagonal().mean() * torch.eye(3, dtype=torch.float64)
-    found = inverse_of(KFAC(), given)
+    found = inverse_of(KFAC(eigenvalues=eigenvalues), given)
     torch.testing.assert_close(found, torch.linalg.inv(expected), rtol=1e-9, atol=1e-9)
 
 
@@ -245,3 +254,96 @@ def test_an_entry_along_which_nothing_bends_is_left_alone():
         lambda x, y, _: (x["x"] * y["free"]).sum(), {"free": normal(3)}, {"x": normal(3)}
     )
     assert torch.equal(inverse_of(KFAC(), given), torch.eye(3, dtype=torch.float64))
+
+
+# EKFAC ------------------------------------------------------------------------------------------
+
+
+def dense_diagonal(given, name, layer):
+    """[out, in]: dᵀ ∂²yy G d for every d = w uᵀ of the layer's eigenvectors, one product each."""
+    found = torch.zeros_like(layer["values"])
+    for i, w in enumerate(layer["outputs"].T):
+        for j, u in enumerate(layer["inputs"].T):
+            d = {n: torch.zeros_like(entry) for n, entry in given.b.items()}
+            block = torch.outer(w, u)
+            if layer["bias"]:
+                d[layer["bias"]], block = block[:, -1].contiguous(), block[:, :-1]
+            d[name] = (block.T if layer["transposed"] else block).contiguous()
+            found[i, j] = tree.dot(d, given.matvec(d))
+    return found
+
+
+def loud(x, y, _):
+    """Samples weigh as their first input is large: their inputs and their curvature go together."""
+    weights = INPUTS[:, :1].square()
+    return (weights * (functional.linear(INPUTS, y["w"], y["b"]) - TARGETS).square()).mean()
+
+
+@pytest.mark.parametrize("eigenvalues", EIGENVALUES)
+def test_the_eigenvalues_are_the_diagonal_of_the_hessian_in_its_eigenvectors(eigenvalues):
+    """With one output every probe is exact; K-FAC's product is not that diagonal (the control)."""
+    given = system(loud, {"w": normal(1, 3), "b": normal(1)})
+    preconditioner = KFAC(eigenvalues=eigenvalues)
+    _, state = preconditioner.prepare(given, preconditioner.init(given.at))
+    layer = state["layers"]["w"]
+    expected = dense_diagonal(given, "w", layer)
+    expected = expected + 0.1 * expected.mean()
+    off = float((layer["values"] - expected).norm() / expected.norm())
+    assert off < 1e-12 if eigenvalues == "diagonal" else off > 0.1
+
+
+def test_of_several_layers_they_are_off_by_the_probes():
+    """Unbiased, and the products of one layer with the signs of another are noise: 1 / √probes."""
+    targets = normal(40, 2, seed=7)
+
+    def lower(x, y, _):
+        hidden = torch.tanh(functional.linear(INPUTS, y["w1"], y["b1"]))
+        return functional.mse_loss(hidden @ y["w2"], targets)
+
+    y = {"w1": normal(4, 3) / 2, "b1": normal(4) / 2, "w2": normal(4, 2, seed=4)}
+    given = system(lower, y)
+    errors = {40: [], 1000: []}
+    for probes, found in errors.items():
+        for seed in range(2):
+            preconditioner = KFAC(probes=probes, damping=1e-9, eigenvalues="diagonal", seed=seed)
+            _, state = preconditioner.prepare(given, preconditioner.init(given.at))
+            for name, layer in state["layers"].items():
+                expected = dense_diagonal(given, name, layer)
+                off = layer["values"] - expected.clamp(min=0)
+                found.append(float(off.norm() / expected.norm()))
+    few, many = (statistics.mean(found) for found in errors.values())
+    assert few / many == pytest.approx(5, rel=0.4)
+    assert many < 0.05
+
+
+def apart(count):
+    """Each sample has an input of its own, and a weight of its own: A and S know none of it."""
+    weights = 10 ** torch.linspace(0, 3, count, dtype=torch.float64)[:, None]
+
+    def lower(x, y, _):
+        z = functional.linear(torch.eye(count, dtype=torch.float64), y["w"])
+        return (weights * (z - 1).square()).mean()
+
+    return lower, {"w": normal(1, count)}
+
+
+@pytest.mark.parametrize("damping", [0.1, 1e-3])
+@pytest.mark.parametrize("count", [20, 60])
+def test_where_the_factors_know_nothing_the_diagonal_does(count, damping):
+    """A is a multiple of I and S a number, so K-FAC changes nothing; in that basis H is diagonal."""
+    lower, y = apart(count)
+
+    def upper(x, y, _):
+        return (y["w"] - 2).square().sum() + x["x"]
+
+    def iterations(preconditioner):
+        estimator = Implicit(
+            solver=CG(iterations=2000, tolerance=1e-8), preconditioner=preconditioner
+        )
+        x = {"x": torch.ones((), dtype=torch.float64)}
+        return hypergradient(upper, lower, x, y, estimator=estimator).stats.iterations
+
+    plain = iterations(None)
+    kfac, ekfac = (iterations(KFAC(damping=damping, eigenvalues=e)) for e in EIGENVALUES)
+    assert abs(kfac - plain) <= 2
+    assert ekfac < 0.75 * kfac
