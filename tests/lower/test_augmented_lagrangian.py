@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import engine, hypergradient, solve_lower
+from bilevel import engine, hypergradient, recipe, solve_lower
+from bilevel.assemble import assemble
 from bilevel.differences import central
 from bilevel.engine import Setup
 from bilevel.errors import ProblemError
@@ -311,3 +312,17 @@ def test_only_what_keeps_them_may_run():
     with pytest.raises(ProblemError, match="use lower: augmented_lagrangian"):
         engine.refuse_mismatch(made(Disc(), lower=LBFGS()))
     engine.refuse_mismatch(made(Disc(), lower=replace(NEWTON, solver=LBFGS())))
+
+
+def test_a_recipe_names_it():
+    """The box is given as constraints and as a projection; its closed form is the truth."""
+    text = """
+problem: {name: box_qp}
+lower: {name: augmented_lagrangian, tolerance: 1e-10, solver: {name: newton}}
+estimator: {name: kkt}
+upper: {steps: 2}
+"""
+    setup = assemble(recipe.loads(text, title="r"))
+    (row,) = (row for row in check(setup, {"kkt": setup.estimator}) if hasattr(row, "verdict"))
+    assert (row.reference, row.verdict) == ("closed form", "exact")
+    assert row.error < 1e-7
