@@ -103,6 +103,15 @@ def test_a_sample_is_even_and_no_larger_than_its_room(steps):
     assert chosen[0] == 0
 
 
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_sample_with_no_room_keeps_one_pair(room):
+    """The first, whatever comes after; a room of 0 is one of 1."""
+    kept = Sample(room)
+    for step in range(9):
+        kept.offer({"p": torch.tensor(float(step))}, {"p": torch.tensor(0.0)})
+    assert [float(p["p"]) for p, _ in kept.pairs] == [0.0]
+
+
 # starts ------------------------------------------------------------------------------------------
 
 

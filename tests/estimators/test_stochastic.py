@@ -723,6 +723,18 @@ def test_batches_of_its_own_are_asked_for_where_they_are_drawn(options, fresh):
     assert all(not d.by_block for d in (tight.lower_direction, tight.upper_direction))
 
 
+@pytest.mark.parametrize(
+    ("direction", "kept"),
+    [(Plain(), False), (Average(), False), (Storm(), True), (Storm(momentum=1.0), False)],
+    ids=repr,
+)
+def test_the_point_before_is_kept_for_those_that_look_back_to_it(direction, kept):
+    got = ask(
+        SingleLoop(upper_direction=direction), p.x, p.y, None, p.batches([0], N), p.batches([0], M)
+    )
+    assert bool(got.state["before"]) is kept
+
+
 def test_a_set_that_holds_y_is_refused():
     with pytest.raises(ProblemError, match="no set that holds y"):
         hypergradient(
