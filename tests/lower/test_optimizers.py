@@ -147,6 +147,25 @@ def test_a_wrong_torch_optimizer_is_refused_at_once(options, message):
         TorchOptimizer(**options)
 
 
+def test_what_is_offered_instead_may_be_chosen():
+    with pytest.raises(ValidationError) as caught:
+        TorchOptimizer(optimizer="LBFGS")
+    offered = str(caught.value).split("it has ")[1].split(". ")[0].split(", ")
+    assert "Adagrad" in offered
+    assert not {"LBFGS", "Optimizer"} & {*offered}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [TorchOptimizer(optimizer="Adagrad"), SGD(), Adam()], ids=repr
+)
+def test_a_step_writes_into_nothing_it_was_given(optimizer):
+    y, g = {"y": torch.ones(3)}, {"y": torch.full((3,), 2.0)}
+    after, _ = optimizer.step(y, g, optimizer.init(y))
+    assert torch.equal(y["y"], torch.ones(3))
+    assert torch.equal(g["y"], torch.full((3,), 2.0))
+    assert not torch.equal(after["y"], y["y"])
+
+
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValidationError, match="momentum > 0"):
         SGD(nesterov=True)

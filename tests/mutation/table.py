@@ -185,5 +185,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("lower/lbfgs.py", "loss, y, taken = (loss.on(batch), tree.detach(tree.clone(y)), 0)"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
+    ("lower/torch_optim.py", "y = tree.detach(tree.clone(y))"): (
+        "torch's optimizers read .grad, which any tensor may have"
+    ),
 }
 """(file, what the statement then reads): why it is no mistake."""
