@@ -264,6 +264,18 @@ def test_dense_reports_the_smallest_eigenvalue():
     assert Dense().solve(matvec, b, zero(b)).stats.curvature == pytest.approx(-0.5, rel=1e-9)
 
 
+def test_dense_reports_what_a_singular_matrix_leaves():
+    """Least squares leaves of b what lies outside the range."""
+    diagonal = {"a": torch.tensor([2.0, 5.0, 0.0], dtype=torch.float64)}
+    b = {"a": torch.tensor([2.0, 5.0, 3.0], dtype=torch.float64)}
+    solve = Dense().solve(lambda v: tree.mul(diagonal, v), b, zero(b))
+    expected = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(solve.solution["a"], expected, rtol=1e-14, atol=1e-14)
+    assert solve.stats.residual == pytest.approx(3 / math.sqrt(4 + 25 + 9), rel=1e-12)
+    regular = Dense().solve(lambda v: tree.scale(2.0, v), b, zero(b)).stats
+    assert regular.residual <= 4 * torch.finfo(torch.float64).eps
+
+
 def test_cg_reports_the_smallest_curvature_that_it_met():
     """Against pᵀA p / pᵀp of the directions themselves; ‖p‖² is kept by recurrence."""
     matvec, _, b = system(log_spectrum(9, 100.0), 0)

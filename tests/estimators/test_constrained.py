@@ -689,6 +689,17 @@ def test_kkt_without_constraints_or_with_wrong_ones_says_so():
             )
 
 
+def test_kkt_is_tight_with_a_multiplier_for_each_unknown():
+    """The system has as many unknowns more as constraints are active, up to dim(y)."""
+    assert KKT().tight(30).solver == MINRES().tight(60)
+    p = Affine(0)
+    p.C, p.d, p.E = torch.eye(7, dtype=p.A.dtype), torch.ones(7, dtype=p.A.dtype), p.A[:, :4]
+    y, truth = p.closed(torch.ones(4, dtype=p.A.dtype))
+    got = ask(p, {"x": torch.ones(4, dtype=p.A.dtype)}, y, KKT().tight(7))
+    assert_close(got.hypergradient, truth, rtol=1e-9)
+    assert got.stats.converged
+
+
 def test_no_active_constraint_is_plain_implicit_differentiation():
     p = BoxQP(bound=50.0)
     x = at_random(p, 0)

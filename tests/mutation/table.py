@@ -143,6 +143,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return NormalCG(iterations=min(41 * dim + 100, 20000), tolerance=1e-10)",
     ): "a choice: where `tight` gives up",
     (
+        "linear/normal_cg.py",
+        "return NormalCG(iterations=min(40 * dim + 100, 20000), tolerance=2e-10)",
+    ): "a choice: what `tight` calls solved",
+    (
+        "maps.py",
+        "found = [*(kinds.prox(x, at.y, 2.0).values() if kinds.prox else ()), *(kinds.map(x, at.y, "
+        "loss.batch).values() if kinds.map else ()), *(kinds.constraints(x, at.y, loss.batch)."
+        "values() if kinds.constraints else ())]",
+    ): "which entries of x a proximal map has in it, whatever its step",
+    (
         "linear/secant.py",
         "earlier = zip(state['steps'], state['changes'], strict=False)",
     ): "both are made of the same pairs, three lines below",
