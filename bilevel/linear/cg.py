@@ -25,8 +25,9 @@ class CG:
     Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, after `iterations` steps, or at a direction of
     non-positive curvature pᵀA p ≤ 0, where the quadratic has no minimum: the iterate before it is
     returned with `converged=False` and the curvature in the stats. Curvature below eps^1.5 of
-    the largest met is rounding, and taken for none. A start other than zero costs one more product. The condition estimate comes from the Ritz values that the coefficients
-    hold, at no extra product (Golub and Meurant 2010, ch. 4); it is a lower bound.
+    the largest met is rounding, and taken for none. A start other than zero costs one more
+    product. The condition estimate comes from the Ritz values that the coefficients hold, at no
+    extra product (Golub and Meurant 2010, ch. 4); it is a lower bound.
     """
 
     iterations: PositiveInt = 20
