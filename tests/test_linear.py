@@ -292,6 +292,37 @@ def test_cg_reports_the_smallest_curvature_that_it_met():
     assert stats.curvature == pytest.approx(min(met), rel=100 * 100 * 2.2e-16)
 
 
+def test_cg_reports_it_through_a_preconditioner_too():
+    """There M⁻¹ r is not orthogonal to the old direction, and ‖p‖² has to be taken anew."""
+    matvec, A, b = system(log_spectrum(9, 100.0), 0)
+    d, met = tree.unflatten(A.diagonal(), b), []
+
+    def watched(p):
+        product = matvec(p)
+        met.append(tree.dot(p, product) / tree.dot(p, p))
+        return product
+
+    stats = (
+        CG(iterations=6, tolerance=0.0)
+        .run(watched, zero(b), tree.clone(b), tree.norm(b), precondition=lambda r: tree.div(r, d))
+        .stats
+    )
+    assert min(met) < met[0] / 2
+    assert stats.curvature == pytest.approx(min(met), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_cg_takes_no_small_matrix_for_a_flat_one(size):
+    matvec, A, b = system(log_spectrum(12, 100.0), 1)
+    solve = CG(iterations=200, tolerance=1e-12).solve(
+        lambda v: tree.scale(size, matvec(v)), b, zero(b)
+    )
+    assert solve.stats.converged
+    truth = torch.linalg.solve(A, tree.flatten(b)) / size
+    error = float((tree.flatten(solve.solution) - truth).norm() / truth.norm())
+    assert error <= 100 * 1e-12
+
+
 def test_cg_holds_one_product_at_a_time():
     matvec, _, b = system(log_spectrum(9, 100.0), 0)
     last: list[weakref.ref[torch.Tensor]] = []

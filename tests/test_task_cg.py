@@ -248,3 +248,18 @@ def test_a_task_does_not_run_off_along_entries_without_curvature(dtype):
     truth = torch.linalg.solve(A.double(), tree.flatten(b).double())
     # the tolerance times the condition number
     assert float((solve.solution["y"][1] - truth).norm() / truth.norm()) <= 1e3 * 1e-4
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_tasks_are_not_flat_for_being_small(size):
+    """Each is measured by its own curvature: one is 1e-30 or 1e30 times the other."""
+    _, A, b = system(log_spectrum(10, 1e2), 0)
+    blocks = torch.stack([A, size * A])
+    right = {"y": torch.stack([tree.flatten(b), tree.flatten(b)])}
+    solve = TaskCG(iterations=200, tolerance=1e-10).solve(
+        lambda v: {"y": torch.einsum("tij,tj->ti", blocks, v["y"])}, right, tree.zeros_like(right)
+    )
+    assert solve.stats.converged
+    truth = torch.linalg.solve(blocks, right["y"])
+    errors = (solve.solution["y"] - truth).norm(dim=1) / truth.norm(dim=1)
+    assert float(errors.max()) <= 1e2 * 1e-10

@@ -114,6 +114,22 @@ def test_the_self_test_tells_right_from_wrong(monkeypatch):
 
 
 @with_betty
+def test_the_error_is_told_in_sizes_of_the_truth(monkeypatch):
+    """An adjoint of zero is off by one of them."""
+
+    def nothing(vector, curr, prev, sync):
+        return [torch.zeros_like(part) for part in prev.parameters()]
+
+    theirs = importlib.import_module("betty.hypergradient")
+    monkeypatch.setitem(theirs.jvp_fn_mapping, "cg", nothing)
+    betty.cg_error.cache_clear()
+    try:
+        assert betty.cg_error() == pytest.approx(1.0, rel=1e-12)
+    finally:
+        betty.cg_error.cache_clear()
+
+
+@with_betty
 @pytest.mark.parametrize("method", ["neumann", "darts", "sama"])
 def test_the_adapter_keeps_the_contract(method):
     check_estimator(Betty(method=method), seeds=(0,), within=1.5)

@@ -177,6 +177,29 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return replace(self, epsilon=min(self.epsilon, 0.0002))",
     ): "a choice; the truncation cannot be seen at either",
     (
+        "estimators/betty.py",
+        "return SimpleNamespace(type=self.method, neumann_iterations=self.iterations, "
+        "neumann_alpha=self.scale, cg_iterations=self.iterations, cg_alpha=1.0, "
+        "darts_alpha=self.epsilon, darts_multitask=True, sama_adam_alpha=self.epsilon, "
+        "sama_multitask=False)",
+    ): "betty then leaves displaced the copy of y that it was given, which nobody reads again",
+    (
+        "estimators/sama.py",
+        "return {name: torch.zeros_like(entry) if part is None else part for (name, entry), part in "
+        "zip(g.items(), found, strict=False)}",
+    ): "autograd gives a part for each entry it is asked for",
+    ("linear/cg.py", "return CG(iterations=min(20 * dim, 20000), tolerance=1e-11)"): (
+        "a choice: where `tight` gives up"
+    ),
+    (
+        "linear/cg.py",
+        "self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) - off.diag(-1))",
+    ): "the eigenvalues of a tridiagonal matrix do not depend on the signs beside its diagonal",
+    (
+        "linear/cg.py",
+        "self._values = torch.linalg.eigvalsh(main.diag() - off.diag(1) + off.diag(-1))",
+    ): "the same",
+    (
         "linear/minres.py",
         "return MINRES(iterations=min(20 * dim + 100, 20001), tolerance=1e-11)",
     ): "a choice: where `tight` gives up",
