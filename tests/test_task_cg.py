@@ -250,12 +250,13 @@ def test_a_task_does_not_run_off_along_entries_without_curvature(dtype):
     assert float((solve.solution["y"][1] - truth).norm() / truth.norm()) <= 1e3 * 1e-4
 
 
+@pytest.mark.parametrize("length", [1.0, 1e15])
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_tasks_are_not_flat_for_being_small(size):
+def test_tasks_are_not_flat_for_being_small(size, length):
     """Each is measured by its own curvature: one is 1e-30 or 1e30 times the other."""
     _, A, b = system(log_spectrum(10, 1e2), 0)
     blocks = torch.stack([A, size * A])
-    right = {"y": torch.stack([tree.flatten(b), tree.flatten(b)])}
+    right = {"y": torch.stack([length * tree.flatten(b), tree.flatten(b)])}
     solve = TaskCG(iterations=200, tolerance=1e-10).solve(
         lambda v: {"y": torch.einsum("tij,tj->ti", blocks, v["y"])}, right, tree.zeros_like(right)
     )
@@ -263,3 +264,21 @@ def test_tasks_are_not_flat_for_being_small(size):
     truth = torch.linalg.solve(blocks, right["y"])
     errors = (solve.solution["y"] - truth).norm(dim=1) / truth.norm(dim=1)
     assert float(errors.max()) <= 1e2 * 1e-10
+
+
+def test_a_small_task_beside_an_empty_one_keeps_its_start():
+    _, A, b = system(log_spectrum(10, 1e2), 0)
+    flat = 1e-3 * tree.flatten(b)
+    right = {"y": torch.stack([torch.zeros_like(flat), flat])}
+    start = {"y": torch.stack([torch.ones_like(flat), torch.linalg.solve(A, flat)])}
+    solve = TaskCG(tolerance=1e-8).solve(lambda v: {"y": v["y"] @ A}, right, start)
+    assert solve.stats.iterations == 0
+    assert torch.equal(solve.solution["y"][0], right["y"][0])
+    assert torch.equal(solve.solution["y"][1], start["y"][1])
+
+
+def test_one_unknown_a_task_is_tight_too():
+    b = {"y": torch.tensor([[6.0], [-3.0]], dtype=torch.float64)}
+    solve = TaskCG().tight(1).solve(lambda v: tree.scale(3.0, v), b, tree.zeros_like(b))
+    assert solve.stats.converged
+    assert solve.solution["y"].flatten().tolist() == [2.0, -1.0]

@@ -142,6 +142,7 @@ def test_a_penalised_problem_without_a_minimum_is_flagged():
 def test_whole_differences_take_no_gradient_of_the_upper_loss():
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(4, 0.3, case.y).path
+    assert not ZerothOrder().needs.second_order
     whole = case.estimate(ZerothOrder(samples=5), path=path).stats
     partial = case.estimate(ZerothOrder(samples=5, partial=True), path=path).stats
     assert whole.gradients == 4 + 2 * 5 * 4
