@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bilevel import calculus, tree
+from bilevel import calculus, registry, tree
 from bilevel.errors import ConvergenceError
 from bilevel.events import (
     Drawn,
@@ -42,6 +42,9 @@ from bilevel.types import (
 )
 
 __all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore", "run", "start"]
+
+LARGE = 0.1
+"""A relative residual above this is warned of."""
 
 
 def prepare(setup: Setup) -> Iterator[Event]:
@@ -81,7 +84,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         if due or state.step == steps:
             yield from evaluate(setup, state)
     yield from _draw(setup, state)
-    yield Finished(state.step, "done", time.perf_counter() - began)
+    yield Finished(state.step, "done", time.perf_counter() - began, dict(state.warned))
 
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
@@ -142,7 +145,7 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
         hvps=stats.hvps + lower.hvps,
         cross_products=stats.cross_products,
     )
-    yield from _warnings(state, stats)
+    yield from _warnings(setup, state, estimate)
     yield Stepped(
         state.step,
         float(estimate.value),
@@ -206,8 +209,16 @@ def _moved(solution: LowerSolution, moved: Moved) -> LowerSolution:
     return replace(solution, y=moved.y, stats=stats)
 
 
-def _warnings(state: State, stats: Stats) -> Iterator[Warned]:
-    found = {}
+def _warnings(setup: Setup, state: State, estimate: Estimate) -> Iterator[Warned]:
+    """What is wrong with an estimate: said the first time, counted every time."""
+    for kind, message in _found(setup, estimate).items():
+        if kind not in state.warned:
+            yield Warned(state.step, kind, message)
+        state.warned[kind] = state.warned.get(kind, 0) + 1
+
+
+def _found(setup: Setup, estimate: Estimate) -> dict[str, str]:
+    stats, found = estimate.stats, {}
     if stats.curvature is not None and stats.curvature <= 0:
         found["curvature"] = (
             f"the lower Hessian has curvature {stats.curvature:.3g} along a search direction: it "
@@ -225,13 +236,37 @@ def _warnings(state: State, stats: Stats) -> Iterator[Warned]:
             "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
             "steps, or raise estimator.strength if the penalised problem has no minimum"
         )
-    elif stats.converged is False:
+    elif stats.converged is False and not _is_unsolved(estimate):
         found["adjoint"] = (
             f"the adjoint solve ended after {stats.iterations} iterations at a relative residual "
             f"of {stats.residual:.2g}, above its tolerance; raise estimator.solver.iterations, or loosen "
             "estimator.solver.tolerance"
         )
-    for kind, message in found.items():
-        if kind not in state.warned:
-            state.warned.append(kind)
-            yield Warned(state.step, kind, message)
+    if "curvature" not in found and _is_unsolved(estimate):
+        found["residual"] = (
+            f"the adjoint system is left with a relative residual of {stats.residual:.2g}: the part "
+            "of the hypergradient that goes through y is off by as much, or by up to the condition "
+            f"number times that; {_remedy(setup)}, or look with bilevel check how far it is off"
+        )
+    return found
+
+
+def _is_unsolved(estimate: Estimate) -> bool:
+    """A large residual, whatever `converged` says, unless the error of h is known to be small.
+
+    A method that chooses its step for the accuracy that it has means to be inaccurate.
+    """
+    stats = estimate.stats
+    if stats.residual is None or stats.residual <= LARGE or estimate.step is not None:
+        return False
+    bound = stats.error_bound
+    return bound is None or bound > LARGE * tree.norm(estimate.hypergradient)
+
+
+def _remedy(setup: Setup) -> str:
+    solver = getattr(setup.estimator, "solver", None)
+    read = [name for name in ("iterations", "rank") if hasattr(solver, name)]
+    if not read:
+        return "take estimator: implicit, whose solver cg says when it has converged"
+    is_cg = registry.name_of(type(solver), "linear") == "cg"
+    return f"raise estimator.solver.{read[0]}" + ("" if is_cg else ", or take estimator.solver: cg")

@@ -105,6 +105,8 @@ class Finished:
     step: int
     reason: str
     seconds: float
+    warned: Mapping[str, int] = field(default_factory=dict)
+    """At how many steps each kind of warning held, those before a resume included."""
 
 
 Event = Progress | Started | Stepped | Evaluated | Drawn | Warned | Saved | Finished

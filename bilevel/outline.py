@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -37,9 +38,23 @@ class Outline:
 
 
 def summary_of(reference: str) -> str:
-    """The first line of the docstring of `module:Class`; empty where there is none."""
+    """The first line of the docstring of `module:Class`; empty where there is none.
+
+    One that goes on below, up to what is set off as a formula, is not cut in the middle.
+    """
     outline = outline_of(reference)
-    return outline.doc.partition("\n")[0] if outline else ""
+    if outline is None:
+        return ""
+    lines = outline.doc.partition("\n\n")[0].splitlines()
+    if not lines or len(lines) > 1 or lines[0].endswith((".", "!", "?")):
+        return " ".join(lines)
+    return _until_a_comma(lines[0])
+
+
+def _until_a_comma(text: str) -> str:
+    """The first line of a sentence that a formula below ends, without its last clause."""
+    whole, _, cut = text.rpartition(", ")
+    return f"{whole}." if whole and cut else text
 
 
 def outline_of(reference: str) -> Outline | None:
@@ -54,7 +69,7 @@ def outline_of(reference: str) -> Outline | None:
             return Outline(
                 doc=ast.get_docstring(node) or "",
                 module_doc=ast.get_docstring(tree) or "",
-                options=tuple(_options(node)),
+                options=tuple(_options(node, tree)),
             )
     return None
 
@@ -85,7 +100,7 @@ def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _options(node: ast.ClassDef) -> list[Option]:
+def _options(node: ast.ClassDef, module: ast.Module) -> list[Option]:
     options = []
     for index, statement in enumerate(node.body):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
@@ -95,6 +110,7 @@ def _options(node: ast.ClassDef) -> list[Option]:
         if name.startswith("_") or written.startswith("ClassVar"):
             continue
         kind, slot = _kind(statement.annotation)
+        kind = _spelled(kind, module)
         options.append(
             Option(name, kind, _default(statement.value), _doc(node.body, index + 1), slot)
         )
@@ -108,6 +124,28 @@ def _kind(annotation: ast.expr) -> tuple[str, str | None]:
         if isinstance(part, ast.Call) and ast.unparse(part.func).endswith("Slot") and part.args:
             slot = ast.literal_eval(part.args[0])
     return ast.unparse(_Unannotate().visit(annotation)), slot
+
+
+def _spelled(kind: str, module: ast.Module, depth: int = 2) -> str:
+    """A type in which the names of choices, `Start = Literal[…]`, are what they stand for."""
+    for name in dict.fromkeys(re.findall(r"\b[A-Z]\w*", kind)):
+        found = _choices(name, module, depth)
+        if found:
+            kind = re.sub(rf"\b{name}\b", lambda _, found=found: found, kind)
+    return kind
+
+
+def _choices(name: str, module: ast.Module, depth: int) -> str | None:
+    """`Literal[…]` where the module gives it that name, itself or by an import of ours."""
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            value = ast.unparse(node.value)
+            return value if value.startswith("Literal[") else None
+        if not isinstance(node, ast.ImportFrom) or all(name != each.name for each in node.names):
+            continue
+        path = source_of(node.module or "") if depth else None
+        return _choices(name, _parse(path), depth - 1) if path else None
+    return None
 
 
 class _Unannotate(ast.NodeTransformer):

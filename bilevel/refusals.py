@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from bilevel.types import Counts, Estimator, Loss
 
 def refuse_mismatch(setup: Setup) -> None:
     """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
+    estimator, lower = _names(setup)
     required = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
     missing = [name for name in required if not callable(getattr(setup.problem, name, None))]
     if missing:
@@ -25,20 +27,20 @@ def refuse_mismatch(setup: Setup) -> None:
         )
     if setup.estimator.needs.path and not setup.lower.records:
         raise ProblemError(
-            f"estimator {type(setup.estimator).__name__} differentiates through the lower steps, "
-            f"and those of {setup.lower!r} cannot be replayed; use lower: gradient with optimizer "
+            f"estimator {estimator} differentiates through the lower steps, "
+            f"and those of lower: {lower} cannot be replayed; use lower: gradient with optimizer "
             "sgd, adam, adamw or rmsprop, or estimator: implicit"
         )
     if setup.estimator.needs.pairs and not getattr(setup.lower, "gives_pairs", False):
         raise ProblemError(
-            f"estimator {type(setup.estimator).__name__} reuses the curvature that a quasi-Newton "
-            f"lower solver met, and {setup.lower!r} keeps none; use lower: lbfgs, or "
+            f"estimator {estimator} reuses the curvature that a quasi-Newton "
+            f"lower solver met, and lower: {lower} keeps none; use lower: lbfgs, or "
             "estimator: implicit"
         )
     for name in sorted(setup.estimator.needs.requires):
         if getattr(setup.problem, name, None) is None:
             raise ProblemError(
-                f"estimator {type(setup.estimator).__name__} is for problems that have {name}, and "
+                f"estimator {estimator} is for problems that have {name}, and "
                 f"{type(setup.problem).__name__} has none; add it, or use estimator: implicit"
             )
     require_resolved(setup.estimator, [setup.dtype])
@@ -48,33 +50,34 @@ def refuse_mismatch(setup: Setup) -> None:
 def _refuse_unheld(setup: Setup) -> None:
     """Nothing may move y that does not know what holds it."""
     problem, needs = setup.problem, setup.estimator.needs
+    estimator, lower = _names(setup)
     prox = hasattr(problem, "prox_lower")
     if needs.moves_upper and hasattr(problem, "project_upper"):
         raise ProblemError(
-            f"estimator {type(setup.estimator).__name__} moves x itself and knows no project_upper, "
+            f"estimator {estimator} moves x itself and knows no project_upper, "
             "so what it accepts is not where x would be; use estimator: implicit"
         )
     for name in ("project_lower", "prox_lower"):
         if hasattr(problem, name) and needs.moves_lower and name not in needs.knows:
             raise ProblemError(
-                f"estimator {type(setup.estimator).__name__} moves y itself and knows no {name}, so y "
+                f"estimator {estimator} moves y itself and knows no {name}, so y "
                 "would leave its set; use estimator: fixed_point, or unroll for a projection"
             )
     if prox and not getattr(setup.lower, "takes_prox", False):
         raise ProblemError(
-            f"the problem has prox_lower, and {setup.lower!r} would ignore it; use lower: proximal"
+            f"the problem has prox_lower, and lower: {lower} would ignore it; use lower: proximal"
         )
     if not _only_constrained(problem):
         return
     if needs.moves_lower and "lower_constraints" not in needs.knows:
         raise ProblemError(
-            f"estimator {type(setup.estimator).__name__} moves y itself and knows no "
+            f"estimator {estimator} moves y itself and knows no "
             "lower_constraints, so y would not keep to them; use estimator: kkt, or regularised_gap"
         )
     if not needs.moves_lower and not getattr(setup.lower, "takes_constraints", False):
         raise ProblemError(
             "the problem has lower_constraints and neither project_lower nor prox_lower, and "
-            f"{setup.lower!r} would not keep y within them; use lower: augmented_lagrangian, or "
+            f"lower: {lower} would not keep y within them; use lower: augmented_lagrangian, or "
             "add the projection"
         )
 
@@ -99,15 +102,15 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         refuse_impure(loss.on(batch), state.x, state.y)
     known = getattr(setup.estimator, "caution", None)
     if known:
-        state.warned.append("estimator")
+        state.warned["estimator"] = 0
         yield Warned(0, "estimator", known)
     name = unknown_to(setup.estimator, problem)
     if name and setup.estimator.claim in ("solution", "penalty"):
-        state.warned.append("projection")
+        state.warned["projection"] = 0
         yield Warned(
             0,
             "projection",
-            f"{name} shapes the lower solution, and {type(setup.estimator).__name__} does not know "
+            f"{name} shapes the lower solution, and {_names(setup)[0]} does not know "
             "it: the hypergradient is wrong where it is active; estimator: fixed_point knows, "
             "unroll a projection, kkt what lower_constraints says",
         )
@@ -122,3 +125,16 @@ def unknown_to(estimator: Estimator, problem: Any) -> str | None:
         if hasattr(problem, name) and name not in knows:
             return name
     return "lower_constraints" if _only_constrained(problem) else None
+
+
+def _names(setup: Setup) -> tuple[str, str]:
+    """The estimator and the lower solver as a recipe names them."""
+    return called(setup.estimator, "estimators"), called(setup.lower, "lower")
+
+
+def called(component: Any, group: str) -> str:
+    """The name that a component's class is registered by; the class where it is not."""
+    cls = type(component)
+    here = f"{cls.__module__}:{cls.__qualname__}"
+    points = importlib.metadata.entry_points(group=f"bilevel.{group}")
+    return next((point.name for point in points if point.value == here), cls.__name__)

@@ -80,6 +80,9 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
         path = (base or Path()) / Path(match["file"]).expanduser()
         return _attribute(_load_file(path, reference), match["name"], reference)
     if match := MODULE.match(reference):
+        family = [name for name in presets.of(group) if name.startswith(f"{match['module']}:")]
+        if family:  # `betty:bogus` is no class to look for in betty
+            raise RecipeError(unknown(reference, family, kind(group)))
         return _attribute(_import(match["module"], reference), match["name"], reference)
     points = _points(group)
     if reference not in points:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bilevel.recipe import Recipe
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
+_ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
 _ANEW = f"put it back, or run {RESOLVED}, which lies beside it, anew"
 _PACKAGES = ("bilevel", "torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
@@ -107,6 +109,8 @@ class Summary:
     step: int
     steps: int
     upper_loss: float | None
+    """F at the y of the run itself, before its last step."""
+    estimator: str = "-"
 
 
 def create(
@@ -196,7 +200,14 @@ def _read_summary(folder: RunFolder) -> Summary:
         last["step"] if last else 0,
         first["steps"] if first and first["event"] == "started" else 0,
         record.number(stepped["upper_loss"]) if stepped else None,
+        _estimator(folder),
     )
+
+
+def _estimator(folder: RunFolder) -> str:
+    """The name in resolved.yaml, which `Recipe.dump` wrote; of a class, the class."""
+    found = _ESTIMATOR.search(folder.resolved.read_text(encoding="utf-8"))
+    return found[1].rpartition(":")[2] if found else "-"
 
 
 def _folders(path: Path) -> list[Path]:

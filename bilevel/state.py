@@ -47,7 +47,8 @@ class State:
     upper_batches: Draws
     lower_batches: Draws
     totals: Totals = field(default_factory=Totals)
-    warned: list[str] = field(default_factory=list)
+    warned: dict[str, int] = field(default_factory=dict)
+    """At how many steps each kind of warning held; 0 for what was said before the first."""
 
     def save(self) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state."""
@@ -61,7 +62,7 @@ class State:
             "upper_batches": self.upper_batches.save(),
             "lower_batches": self.lower_batches.save(),
             "totals": asdict(self.totals),
-            "warned": list(self.warned),
+            "warned": dict(self.warned),
         }
 
 
@@ -112,7 +113,7 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
         setattr(state, name, _on(saved[name], setup.device))
     state.upper_batches.restore(saved["upper_batches"])
     state.lower_batches.restore(saved["lower_batches"])
-    state.step, state.warned = saved["step"], list(saved["warned"])
+    state.step, state.warned = saved["step"], dict(saved["warned"])
     state.totals = Totals(**saved["totals"])
     return state
 

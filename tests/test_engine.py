@@ -18,6 +18,8 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unroll import Unroll
 from bilevel.events import Drawn, Evaluated, Finished, Progress, Started, Stepped, Warned
 from bilevel.linear.cg import CG
+from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.optimizers import SGD, Adam
@@ -456,7 +458,9 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_last_good_st
 
 def test_senseless_combinations_are_refused_before_anything_slow():
     s = setup(Noisy(), Unroll(), lower=LBFGS())
-    with pytest.raises(ProblemError, match=r"Unroll differentiates.*LBFGS.*lower: gradient"):
+    with pytest.raises(
+        ProblemError, match=r"unroll differentiates.*lower: lbfgs cannot.*lower: gradient"
+    ):
         list(prepare(s))
     s = setup(problem=object())
     with pytest.raises(ProblemError, match=r"object is no problem: it has no init"):
@@ -516,3 +520,49 @@ def test_a_projection_below_is_cautioned_about():
     assert "projection" in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]
     s = setup(Boxed(), Unroll(), steps=1)
     assert "projection" not in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "remedy"),
+    [
+        (Neumann(iterations=2), "raise estimator.solver.iterations, or take estimator.solver: cg"),
+        (Nystrom(rank=1), "raise estimator.solver.rank, or take estimator.solver: cg"),
+        (CG(iterations=1, tolerance=0.9), "raise estimator.solver.iterations, or look"),
+    ],
+    ids=repr,
+)
+def test_a_large_residual_is_said_whatever_converged_says(solver, remedy):
+    """Once, with what it means and what helps, and counted at each step."""
+    s = setup(steps=3, estimator=Implicit(solver=solver, start="cold"))
+    events = list(run(s, start(s)))
+    residuals = [e.estimate.residual for e in events if isinstance(e, Stepped)]
+    assert min(residuals) > 0.1
+    assert {e.estimate.converged for e in events if isinstance(e, Stepped)} <= {None, True}
+    (warned,) = [e for e in events if isinstance(e, Warned)]
+    assert (warned.step, warned.kind) == (1, "residual")
+    assert remedy in warned.message
+    assert f"{residuals[0]:.2g}" in warned.message
+    assert events[-1].warned == {"residual": 3}
+
+
+def test_a_small_residual_or_a_small_bound_is_not_warned_of():
+    s = setup(steps=3, estimator=Implicit(solver=Neumann(iterations=500, scale=0.5)))
+    events = list(run(s, start(s)))
+    assert not [e for e in events if isinstance(e, Warned)]
+    assert events[-1].warned == {}
+    bounds = {"strong_convexity": 0.1, "cross_norm": 1e-6}  # as if x hardly moved y
+    s = setup(steps=1, estimator=Implicit(solver=CG(iterations=1, tolerance=0.9), **bounds))
+    events = list(run(s, start(s)))
+    assert [e.estimate.residual > 0.1 for e in events if isinstance(e, Stepped)] == [True]
+    assert not [e for e in events if isinstance(e, Warned)]
+
+
+def test_warnings_are_counted_across_a_resume():
+    s = setup(steps=4, estimator=Implicit(solver=Neumann(iterations=2)))
+    state = start(s)
+    for event in run(s, state):
+        if isinstance(event, Stepped) and event.step == 2:
+            break
+    events = list(run(s, restore(s, state.save())))
+    assert not [e for e in events if isinstance(e, Warned)]
+    assert events[-1].warned == {"residual": 4}

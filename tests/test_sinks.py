@@ -296,16 +296,31 @@ def test_a_terminal_shows_a_bar_and_leaves_the_table():
     assert re.search(r"accuracy +0.5 +1\n", text)
 
 
-def test_the_error_stands_where_the_residual_would_if_there_is_a_bound(capsys):
-    bounded = Stats(hvps=2, residual=0.3, error_bound=5e-4)
-    event = stepped(1)
-    event = Stepped(**{**vars(event), "estimate": bounded})
-    receiver = ConsoleReceiver(Console(width=80))
-    for each in (STARTED, event):
-        receiver.receive(each)
-    receiver.close()
-    shown = capsys.readouterr().out
-    assert "error" in shown
-    assert "residual" not in shown
-    assert "2.0e-03" in shown, "5e-4 of a hypergradient of length 0.25"
-    assert all(len(line) <= 80 for line in shown.splitlines())
+def with_evidence(step: int, **evidence) -> Stepped:
+    return Stepped(**{**vars(stepped(step)), "estimate": Stats(hvps=2, **evidence)})
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
+def test_all_the_evidence_is_shown_within_80_columns(terminal):
+    """5e-4 is 2e-3 of a hypergradient of length 0.25."""
+    known = {"residual": 3e-4, "curvature": 0.1, "condition": 4e7, "error_bound": 5e-4}
+    large = Totals(12345678, 99999, 1)
+    event = Stepped(**{**vars(with_evidence(1, **known)), "lower_loss": -5e-100, "totals": large})
+    text = shown([STARTED, event], terminal=terminal)
+    for number in ("3.0e-04", "4.0e+07", "2.0e-03", "12.3M+99999"):
+        assert number in text
+    assert "curv≤0" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80 or terminal
+    bent = shown([STARTED, with_evidence(1, **known | {"curvature": -1e-9})], terminal=terminal)
+    assert "curv≤0" in bent
+    assert "4.0e+07" not in bent, "a condition number of an indefinite matrix means nothing"
+    nothing = shown([STARTED, with_evidence(1)], terminal=terminal)
+    assert "e-04" not in nothing
+    assert " - " in nothing
+
+
+def test_the_end_says_how_often_each_warning_held():
+    text = shown([*EVENTS[:-1], Finished(6, "done", 1.0, {"curvature": 4, "estimator": 0})])
+    assert "warned: curvature at 4 of 6 steps" in text
+    assert "warned: estimator" not in text, "said before the first step, of all of them"
+    assert "warned:" not in shown(EVENTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,13 +22,16 @@ _PRESETS = ", presets"
 
 
 def list_all(console: Console, kind: str | None) -> None:
-    """Print the names of one kind of thing, or of every kind."""
+    """Print one kind of thing with a line on each, or the names of every kind."""
     kinds = (*registry.groups(), "recipes")
     if kind is not None and kind not in kinds:
         raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
     asked = [each for each in kinds if kind in (None, each)]
     asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
     tables = [(each, rows) for each in asked if (rows := _rows(each))]
+    if kind is None:
+        _names_only(console, tables)
+        return
     width = max((len(name) for _, rows in tables for name, _ in rows), default=0)
     for index, (each, rows) in enumerate(tables):
         if index:
@@ -38,6 +43,18 @@ def list_all(console: Console, kind: str | None) -> None:
         for name, text in rows:
             table.add_row(Text(name), Text(text))
         console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _names_only(console: Console, tables: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
+    width = max(len(each) for each, _ in tables)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold", min_width=width)
+    table.add_column(style="cyan")
+    for each, rows in tables:
+        table.add_row(Text(each), Text(", ".join(name for name, _ in rows)))
+    console.print(table)
+    hint = "\nWhat each is: bilevel ls estimators. All about one: bilevel show implicit"
+    console.print(Text(hint, style="dim"))
 
 
 def _rows(kind: str) -> list[tuple[str, str]]:
@@ -124,26 +141,51 @@ def _component(console: Console, group: str, entry: registry.Entry) -> None:
         console.print(Text("Its source is not in this installation."))
         return
     console.print()
-    console.print(Text(reflow(outline.doc) or "(not documented)"))
+    _print_doc(console, outline.doc or "(not documented)")
     if outline.module_doc:
         console.print()
-        console.print(Text(reflow(outline.module_doc), style="dim"))
+        _print_doc(console, outline.module_doc, "dim")
     _options(console, outline)
 
 
 def reflow(doc: str) -> str:
-    """A docstring with the lines of its paragraphs joined; what is indented or listed stays."""
+    """A docstring with the lines of its paragraphs joined; what is indented or listed stays.
+
+    Under "Raises:" an entry is an indented line, and what is indented further goes on with it.
+    """
     lines: list[str] = []
+    in_raises = False
     for line in doc.splitlines():
+        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
         is_text = line and not line.startswith((" ", "- ", "* "))
         follows_text = lines and lines[-1] and not lines[-1].startswith(" ")
         if is_text and follows_text:
             lines[-1] = f"{lines[-1]} {line}"
-        elif line.startswith("  ") and lines and lines[-1].startswith(("- ", "* ")):
+        elif _goes_on(line, lines[-1] if lines else "", in_raises):
             lines[-1] = f"{lines[-1]} {line.strip()}"
         else:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _goes_on(line: str, before: str, in_raises: bool) -> bool:
+    """Whether an indented line belongs to the item above it."""
+    is_item = line.startswith("  ") and before.startswith(("- ", "* "))
+    return is_item or (in_raises and line.startswith(" " * 8))
+
+
+def _print_doc(console: Console, doc: str, style: str = "") -> None:
+    """Paragraphs as wide as the console; what goes on in an indented one is indented further."""
+    in_raises = False
+    for line in reflow(doc).split("\n"):
+        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
+        if in_raises and line.startswith(" "):
+            body = textwrap.wrap(line.strip(), console.width - 8, break_on_hyphens=False)
+            console.print(Padding(Text(body[0], style), (0, 0, 0, 4)))
+            if body[1:]:
+                console.print(Padding(Text("\n".join(body[1:]), style), (0, 0, 0, 8)))
+        else:
+            console.print(Text(line, style))
 
 
 def _options(console: Console, outline: Outline) -> None:
@@ -156,7 +198,10 @@ def _options(console: Console, outline: Outline) -> None:
     table.add_column("type")
     for option in outline.options:
         default = "(needed)" if option.default is None else _default(option)
-        kind = option.type if option.slot is None else f"one of: bilevel ls {option.slot}"
+        kind = option.type
+        if option.slot is not None:
+            kind = f"one of: bilevel ls {option.slot}"
+            kind += " | None" if option.type.endswith("| None") else ""
         table.add_row(option.name, Text(default), Text(kind))
     console.print()
     console.print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,29 +72,41 @@ def compare(
 def _measure(console: Console, made: Plan, folder: Path) -> list[Done]:
     console.print(Text(f"{folder}/", style="dim"), soft_wrap=True)
     total, done = len(made.scenes) + len(made.cells), []
-    began, started = time.monotonic(), 0
     with Signals():
         try:
             for step in launch(made, folder):
                 done.append(step)
-                started += not step.reused
-                spent = time.monotonic() - began
-                left = spent / started * (total - len(done)) if started else 0.0
-                _tell(console, step, len(done), total, left)
+                _tell(console, step, len(done), total, left(made, done))
         except Stopped as stopped:
             message = f"stopped; {len(done)} of {total} are done: the same command goes on"
             raise Stopped(stopped.code, message) from None
     return done
 
 
-def _tell(console: Console, step: Done, number: int, total: int, left: float) -> None:
+def left(made: Plan, done: Sequence[Done]) -> float:
+    """Seconds that the rest takes if each takes what its like took, now or in a run before this."""
+    taken: dict[str | None, list[float]] = {}
+    for step in done:
+        if step.seconds:
+            taken.setdefault(step.cell and step.cell.label, []).append(step.seconds)
+    if not taken:
+        return 0.0
+    means = {label: statistics.fmean(seconds) for label, seconds in taken.items()}
+    mean = statistics.fmean([each for seconds in taken.values() for each in seconds])
+    ended = {(step.cell and step.cell.label, step.seed) for step in done}
+    steps = [(None, seed) for seed in made.scenes]
+    steps += [(cell.label, cell.seed) for cell in made.cells if not cell.refused]
+    return sum(means.get(label, mean) for label, seed in steps if (label, seed) not in ended)
+
+
+def _tell(console: Console, step: Done, number: int, total: int, ahead: float) -> None:
     width = len(str(total))
     what = step.what if step.cell is None else f"{step.what}, seed {step.seed}"
     how = "as before" if step.reused else f"{step.seconds:.1f} s"
     if step.result["status"] != "ok":
         how = "failed"
-    ahead = f"  about {_duration(left)} left" if number < total and left else ""
-    text = f"{number:{width}d}/{total}  {what}: {how}{ahead}"
+    rest = f"  about {_duration(ahead)} left" if number < total and ahead else ""
+    text = f"{number:{width}d}/{total}  {what}: {how}{rest}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -129,6 +141,9 @@ def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) 
     }
     write(folder / "compare.json", document)
     _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]))
+    note = shrinking(points)
+    if note:
+        console.print(note, highlight=False)
     if not figure.is_possible():
         complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
     else:
@@ -137,8 +152,25 @@ def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) 
     return found
 
 
-def _estimator(recipe: recipes.Recipe) -> dict[str, object]:
-    return {"estimator": recipe.content["estimator"]}
+def _estimator(recipe: recipes.Recipe | None) -> dict[str, object]:
+    return {"estimator": recipe.content["estimator"] if recipe else None}
+
+
+def shrinking(points: Sequence[Mapping[str, Any]]) -> str | None:
+    """A note where dΦ/dx at the end of a run is so small that errors relative to it are large."""
+    sizes: dict[int, list[float]] = {}
+    for point in points:
+        if point.get("size") is not None:
+            sizes.setdefault(point["step"], []).append(point["size"])
+    if not sizes:
+        return None
+    first, last = (statistics.median(sizes[step]) for step in (min(sizes), max(sizes)))
+    if not last < first / 10:
+        return None
+    return (
+        f"‖dΦ/dx‖ falls from {first:.1e} at the start of the run to {last:.1e} at its end. Errors are "
+        f"relative to it at each point: 1 there is {last / first:.1e} of what it was at the start."
+    )
 
 
 def _budget(results: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +206,7 @@ def _cells(row: Row) -> list[str | Text]:
     calls = "-" if None in parts else "+".join(f"{part:g}" for part in parts if part is not None)
     return [
         "-" if row.rank is None else f"{row.rank}",
-        Text(row.label, style="green" if row.is_front else ""),
+        Text(f"{row.label}*" if row.has_state else row.label, "green" if row.is_front else ""),
         _number(row.error, ".1e"),
         _number(row.trained, ".1e"),
         _number(row.warm, ".1e"),
@@ -192,7 +224,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 _LEGEND = (
-    "error: relative, along the recipe's run, lower level solved. trained: at its end. warm: "
-    "with the state of the point before. in run: after its own lower solves. g+H+c: gradients, "
-    "HVPs, cross products of one estimate. F end: with the budget of such calls. Medians."
+    "#: by error, which is cold; * has a state to live from, so see warm. error: relative, along "
+    "the recipe's run, lower level solved. trained: at its end. warm: with the state of the point "
+    "before. in run: after its own lower solves. g+H+c: gradients, HVPs, cross products of one "
+    "estimate. F end: with the budget of such calls. Medians."
 )

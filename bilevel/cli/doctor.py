@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel import hypergradient, registry, tree
-from bilevel.errors import CheckError
+from bilevel.errors import CheckError, RequirementError
+from bilevel.estimators import betty
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.dense import Dense
 
@@ -42,6 +43,7 @@ def examine(console: Console) -> None:
         ("devices", _devices()),
         ("second derivatives", _second_order()),
         ("extras", _extras()),
+        ("peers", _peers()),
         ("data", _data()),
     ):
         console.print(Text(title, style="bold"))
@@ -142,6 +144,16 @@ def _extras() -> Iterator[Finding]:
         absent = [name for name in extras.get(extra, ()) if not _is_installed(name)]
         lacking = f"lacks {', '.join(absent)}: pip install 'bilevel[{extra}]'"
         yield Finding(extra, lacking if absent else "complete", is_good=not absent)
+
+
+def _peers() -> Iterator[Finding]:
+    """Other libraries whose hypergradients can be asked for; `betty:…` needs one version."""
+    try:
+        betty.require()
+    except RequirementError as error:
+        yield Finding("betty-ml", str(error).removeprefix("betty-ml "), is_good=False)
+    else:
+        yield Finding("betty-ml", f"{betty.VERSION}: betty:neumann, cg, darts, sama")
 
 
 def _data() -> Iterator[Finding]:

@@ -12,6 +12,11 @@ from bilevel.runfolder import summaries
 
 _STYLES = {"done": "green", "running": "cyan"}
 
+_NOTE = (
+    "upper loss: F at the y of the run itself, before its last step. Methods that move y away from "
+    "y*(x) reach values that others cannot: bilevel compare has F at y*(x)."
+)
+
 
 def list_runs(console: Console, runs: Path) -> None:
     """Print all runs below a folder, the newest last."""
@@ -23,6 +28,7 @@ def list_runs(console: Console, runs: Path) -> None:
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
     table.add_column("steps", justify="right", no_wrap=True)
+    table.add_column("estimator", overflow="fold")
     table.add_column("upper loss", justify="right", no_wrap=True)
     for summary in found:
         loss = "-" if summary.upper_loss is None else f"{summary.upper_loss:.4e}"
@@ -30,6 +36,8 @@ def list_runs(console: Console, runs: Path) -> None:
             Text(str(summary.folder.path.relative_to(runs))),
             Text(summary.status, style=_STYLES.get(summary.status, "yellow")),
             f"{summary.step}/{summary.steps}" if summary.steps else "-",
+            Text(summary.estimator),
             loss,
         )
     console.print(table)
+    console.print(_NOTE, style="dim", highlight=False)

@@ -152,7 +152,8 @@ class _Run:
                 if self.signals.received and not is_last:
                     self._save(state)
                     spent = time.perf_counter() - began
-                    self._deliver(Finished(state.step, self.signals.reason, spent))
+                    warned = dict(state.warned)
+                    self._deliver(Finished(state.step, self.signals.reason, spent, warned))
                     return
                 every = self.recipe.checkpoint.every
                 if is_last or (every and state.step and state.step % every == 0):

@@ -33,6 +33,7 @@ class Done:
     result: Mapping[str, Any]
     reused: bool
     seconds: float
+    """What it took, then or now; 0 where it is not known or nothing was started."""
     cell: Cell | None = None
     """None where the points of a seed were prepared."""
 
@@ -44,8 +45,8 @@ def launch(plan: Plan, folder: Path) -> Iterator[Done]:
         prepared = _step(f"points of seed {seed}", seed, recipe, folder, here, None)
         yield prepared
         for cell in (cell for cell in plan.cells if cell.seed == seed):
-            if cell.refused:
-                yield _failed(cell, cell.refused)
+            if cell.refused or cell.recipe is None:
+                yield _failed(cell, cell.refused or "")
             elif prepared.result["status"] == "ok":
                 yield _step(cell.label, seed, cell.recipe, folder, here, cell)
             else:
@@ -65,7 +66,7 @@ def _step(
     result = folder / "cells" / f"{stem}.json"
     kept = _kept(result, here)
     if kept and (cell is not None or (points / scene.INDEX).is_file()):
-        return Done(what, seed, kept, True, 0.0, cell)
+        return Done(what, seed, kept, True, kept.get("wall") or 0.0, cell)
     written = result.with_suffix(".yaml")
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_text(recipe.dump(), encoding="utf-8")
@@ -76,7 +77,11 @@ def _step(
         "budget": None if cell is None else cell.budget,
         "result": str(result),
     }
-    return Done(what, seed, run(spec), False, time.perf_counter() - began, cell)
+    found = run(spec)
+    wall = time.perf_counter() - began
+    if result.is_file():  # so that a comparison that goes on knows how long the rest takes
+        write(result, found | {"wall": wall})
+    return Done(what, seed, found, False, wall, cell)
 
 
 def _kept(path: Path, here: Mapping[str, Any]) -> dict[str, Any] | None:

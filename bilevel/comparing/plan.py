@@ -25,18 +25,20 @@ class Cell:
 
     label: str
     seed: int
-    recipe: Recipe
+    recipe: Recipe | None
+    """None where what it needs is missing, so that there is none."""
     budget: int | None
     """Oracle calls of its run; None for as many as the recipe's own estimator uses."""
     refused: str | None = None
-    """Why it cannot work with the recipe: it is shown as failed, and not started."""
+    """Why it cannot work here or with the recipe: it is shown as failed, and not started."""
 
     @property
     def stem(self) -> str:
         """The name of its files: it changes with anything that its numbers depend on."""
         label = re.sub(r"[^\w.-]+", "_", self.label)
         budget = "" if self.budget is None else f"-b{self.budget}"
-        return f"{label}-seed{self.seed}-{self.recipe.hash[:12]}{budget}"
+        known = self.recipe.hash[:12] if self.recipe else "none"
+        return f"{label}-seed{self.seed}-{known}{budget}"
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def make(
 
     The recipe's own estimator comes first, with its options. Without `labels` these are all in
     `given`, or else all that are registered and can work with the recipe; `["all"]` adds the
-    presets. One asked for by name that cannot work with the recipe is a cell that says why.
+    presets. One asked for by name that cannot work with the recipe, or needs what is missing, is a
+    cell that says why.
 
-    Raises `RecipeError` for a wrong estimator, `RequirementError` where one or the recipe needs
-    what is missing, `ProblemError` where none of those asked for by name can work.
+    Raises `RecipeError` for a wrong estimator, `RequirementError` where the recipe needs what is
+    missing, that or `ProblemError` where none of those asked for by name can work.
     """
     engine.refuse_mismatch(assemble(recipe))
     given = dict(given or {})
@@ -97,9 +100,12 @@ def make(
         try:
             made = {seed: _variant(recipe, specification, seed, label) for seed in seeds}
         except RequirementError as error:
-            if not everything or label == own:
+            if label == own:
                 raise
-            left_out[label] = str(error)
+            if everything:
+                left_out[label] = str(error)
+            else:
+                cells += [Cell(label, seed, None, budget, str(error)) for seed in seeds]
             continue
         refused = _mismatch(made[seeds[0]])
         if refused and everything:
@@ -107,7 +113,7 @@ def make(
             continue
         cells += [Cell(label, seed, variant, budget, refused) for seed, variant in made.items()]
     _refuse_if_all_are(cells, own)
-    scenes = {cell.seed: cell.recipe for cell in cells if cell.label == own}
+    scenes = {cell.seed: cell.recipe for cell in cells if cell.label == own and cell.recipe}
     return Plan(recipe, tuple(seeds), scenes, tuple(cells), left_out)
 
 
@@ -127,9 +133,13 @@ def _mismatch(recipe: Recipe) -> str | None:
 
 
 def _refuse_if_all_are(cells: Sequence[Cell], own: str) -> None:
-    asked = {cell.label: cell.refused for cell in cells if cell.label != own}
-    if asked and all(asked.values()):
-        raise ProblemError("; ".join(f"{label}: {reason}" for label, reason in asked.items()))
+    asked = {cell.label: cell for cell in cells if cell.label != own}
+    if not asked or not all(cell.refused for cell in asked.values()):
+        return
+    reasons = "; ".join(f"{label}: {cell.refused}" for label, cell in asked.items())
+    if all(cell.recipe is None for cell in asked.values()):
+        raise RequirementError(reasons)
+    raise ProblemError(reasons)
 
 
 def _variant(recipe: Recipe, specification: Any, seed: int, label: str) -> Recipe:

@@ -107,6 +107,7 @@ def _find(setup: Setup, saved: dict[str, Any], folder: Path) -> dict[str, Any]:
         "step": state.step,
         "reference": found.name if found else None,
         "tolerance": found.tolerance if found else None,
+        "size": float(found.truth.norm()) if found else None,
         "stationary": here.stationary,
     }
 

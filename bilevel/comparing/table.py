@@ -35,7 +35,9 @@ class Row:
     tolerance: float
     """Errors below this are not told apart: the reference is no better."""
     failures: tuple[str, ...]
-    """`seed N: reason`."""
+    """`seed N: reason` or `seeds N, M: reason`."""
+    has_state: bool = False
+    """Whether `warm` is not its `error` at the same points, by more than a tenth."""
     is_front: bool = False
 
     @property
@@ -61,7 +63,9 @@ def rows(results: Results, tolerance: float) -> list[Row]:
     for place, row in enumerate(found, 1):
         ranks.setdefault(_key(row), place)
     costs = {
-        r.label: (r.calls, r.error) for r in found if r.calls is not None and r.error is not None
+        r.label: (r.calls, max(r.error, tolerance))
+        for r in found
+        if r.calls is not None and r.error is not None
     }
     front = pareto(costs)
     return [
@@ -114,10 +118,29 @@ def _row(label: str, found: Sequence[tuple[int, Mapping[str, Any]]], tolerance: 
         cross_products=_median(part["cross_products"] for part in cost),
         upper_loss=_median(part["upper_loss"] for part in runs),
         tolerance=tolerance,
-        failures=tuple(
-            f"seed {seed}: {result['reason']}" for seed, result in found if result["status"] != "ok"
-        ),
+        failures=_failures(found),
+        has_state=any(_differs(point, tolerance) for point in points),
     )
+
+
+def _failures(found: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[str, ...]:
+    """Each reason once, with the seeds it stopped."""
+    seeds: dict[str, list[int]] = {}
+    for seed, result in found:
+        if result["status"] != "ok":
+            seeds.setdefault(str(result["reason"]), []).append(seed)
+    return tuple(
+        f"seed{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}: {reason}"
+        for reason, at in seeds.items()
+    )
+
+
+def _differs(point: Mapping[str, Any], tolerance: float) -> bool:
+    cold, warm = point["error"], point.get("error_warm")
+    if cold is None or warm is None:
+        return False
+    cold, warm = max(cold, tolerance), max(warm, tolerance)
+    return abs(warm - cold) > 0.1 * cold
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -52,6 +52,11 @@ def charts(history: History) -> list[Chart]:
             {"condition": one("condition")},
         ),
         (
+            "Curvature of the lower Hessian",
+            "smallest pᵀA p / pᵀp met; not positive definite at or below the line at 0",
+            {"curvature": one("curvature")},
+        ),
+        (
             "Oracle calls",
             "since the start, both levels together",
             {
@@ -97,5 +102,8 @@ def _spec(curves: dict[str, Curve], points: bool = False) -> dict[str, Any]:
         chart = chart.encode(x=x, y=y, color=color, tooltip=tooltip)
     else:
         chart = chart.encode(x=x, y=y, tooltip=tooltip)
+    if not is_log and low <= 0 and "curvature" in curves:
+        zero = altair.Chart(altair.Data(values=[{"zero": 0}])).mark_rule(color="#c00")
+        chart = chart + zero.encode(y="zero:Q")
     sized = chart.properties(width=WIDTH, height=HEIGHT).configure_view(stroke=None)
     return sized.configure_axis(gridColor="#e8e8e8", labelColor="#555", titleColor="#555").to_dict()

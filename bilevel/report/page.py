@@ -38,7 +38,7 @@ def render(folder: RunFolder) -> str:
         charts=charts(history),
         metric_charts=metric_charts(history),
         metrics=list(_metrics(history)),
-        warnings=history.warnings,
+        warnings=list(_warnings(history)),
         figures=list(_figures(folder)),
         resolved=resolved,
         specs=Markup(_script([chart.spec for chart in drawn])),
@@ -54,6 +54,16 @@ def _status(history: History) -> str:
     done, steps = (history.steps or [0])[-1], history.started["steps"]
     reason = history.finished["reason"] if history.finished else "not finished"
     return f"{reason}, {done:,} of {steps:,} upper steps"
+
+
+def _warnings(history: History) -> Iterator[tuple[int, str, str]]:
+    """(step, message, at how many steps it held, where the run's end says so)."""
+    ended = history.finished or {}
+    counts = ended.get("warned", {})  # a record of an older version has none
+    for warning in history.warnings:
+        count = counts.get(warning["kind"], 0)
+        often = f"At {count:,} of {ended['step']:,} steps." if count else ""
+        yield warning["step"], warning["message"], often
 
 
 def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple[str, str]]:

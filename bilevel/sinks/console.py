@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -80,10 +81,14 @@ class ConsoleReceiver:
             totals = self._last.totals
             done += f" · {totals.gradients:,} gradients, {totals.hvps:,} Hessian products"
         self._console.print(done, highlight=False)
+        for kind, count in event.warned.items():
+            if count:
+                steps = f" at {count:,} of {event.step:,} steps"
+                self._console.print(Text.assemble((f"warned: {kind}", "yellow"), steps))
 
 
 class _Live:
-    """One line that is redrawn: stage or step, bar, losses, time left."""
+    """Two lines that are redrawn: stage or step, bar, losses, time left; below, the evidence."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Bar(
@@ -93,8 +98,9 @@ class _Live:
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[note]}", markup=False),
             console=console,
-            transient=True,
         )
+        self._evidence = Text()
+        self._panel = Live(Group(self._bar, self._evidence), console=console, transient=True)
         self._task: TaskID | None = None
         self._clock = _Clock()
         self._description = ""
@@ -113,13 +119,15 @@ class _Live:
                 f"|h| {event.hypergradient_norm:.1e}  {left}"
             )
             count = f"{event.step}/{self._clock.steps}"
+            residual, condition, error = (part.strip() for part in _evidence(event))
+            self._evidence.plain = f"  residual {residual}  condition {condition}  error {error}  {_calls(event)} calls"
             self._show("step", event.step, self._clock.steps, count, note)
 
     def _show(self, what: str, done: int, total: int | None, count: str, note: str) -> None:
         if self._description != "stopping":
             self._description = what
         if self._task is None:
-            self._bar.start()
+            self._panel.start()
             self._task = self._bar.add_task("", total=total, count="", note="")
         self._bar.update(
             self._task,
@@ -136,7 +144,7 @@ class _Live:
             self._bar.update(self._task, description="stopping")
 
     def close(self) -> None:
-        self._bar.stop()
+        self._panel.stop()
 
 
 class _Plain:
@@ -146,7 +154,7 @@ class _Plain:
         self._console = console
         self._clock = _Clock()
         self._stages: set[tuple[str, bool]] = set()
-        self._has_head = self._is_bounded = False
+        self._has_head = False
         self._said = time.monotonic()
 
     def receive(self, event: Event) -> None:
@@ -177,15 +185,14 @@ class _Plain:
     def _row(self, event: Stepped) -> None:
         if not self._has_head:
             self._has_head = True
-            self._is_bounded = event.estimate.error_bound is not None
-            column = "   error" if self._is_bounded else "residual"
-            self._say(f"   step  upper loss  lower loss   |hypergr.|  {column}     HVPs     left")
-        evidence = _relative_bound(event) if self._is_bounded else event.estimate.residual
-        shown = "       -" if evidence is None else f"{evidence:8.1e}"
+            self._say(
+                "step upper loss lower loss     |h| residual   cond.   error         g+H    left"
+            )
+        residual, condition, error = _evidence(event)
         self._say(
-            f"{event.step:7d}  {event.upper_loss:10.4e}  {event.lower_loss:10.4e}   "
-            f"{event.hypergradient_norm:10.4e}  {shown}  {event.totals.hvps:7d}  "
-            f"{self._clock.left(event.step):>7}"
+            f"{event.step:4d} {event.upper_loss:10.3e} {event.lower_loss:10.3e} "
+            f"{event.hypergradient_norm:7.1e} {residual:>8} {condition:>7} {error:>7} "
+            f"{_calls(event):>11} {self._clock.left(event.step):>7}"
         )
 
     def _silent(self) -> bool:
@@ -196,10 +203,29 @@ class _Plain:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _relative_bound(event: Stepped) -> float | None:
-    """The bound of the error, or the estimate of one, relative to the hypergradient."""
-    bound, size = event.estimate.error_bound, event.hypergradient_norm
-    return None if bound is None or not size else bound / size
+def _evidence(event: Stepped) -> tuple[str, str, str]:
+    """(residual, condition or what stands against it, error relative to h), `-` for the unknown."""
+    stats, size = event.estimate, event.hypergradient_norm
+    bound = None if stats.error_bound is None or not size else stats.error_bound / size
+    is_bent = stats.curvature is not None and stats.curvature <= 0
+    condition = "curv≤0" if is_bent else _small(stats.condition)
+    return _small(stats.residual), condition, _small(bound)
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _calls(event: Stepped) -> str:
+    """Gradients and Hessian products so far."""
+    return f"{_short(event.totals.gradients)}+{_short(event.totals.hvps)}"
+
+
+def _short(count: int) -> str:
+    """At most five characters: 99999, 1235k, 12.3M."""
+    if count < 100_000:
+        return str(count)
+    return f"{count / 1e3:.0f}k" if count < 9_999_500 else f"{count / 1e6:.3g}M"
 
 
 class _Clock:
