@@ -6,6 +6,7 @@ Importing a component imports torch, which takes seconds; a listing should answe
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib.util
 import inspect
@@ -123,7 +124,7 @@ def _kind(annotation: ast.expr) -> tuple[str, str | None]:
     for part in ast.walk(annotation):
         if isinstance(part, ast.Call) and ast.unparse(part.func).endswith("Slot") and part.args:
             slot = ast.literal_eval(part.args[0])
-    return ast.unparse(_Unannotate().visit(annotation)), slot
+    return ast.unparse(_Unannotate().visit(copy.deepcopy(annotation))), slot
 
 
 def _spelled(kind: str, module: ast.Module, depth: int = 2) -> str:

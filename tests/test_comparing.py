@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import torch
 
 from bilevel import presets, registry
 from bilevel import recipe as recipes
+from bilevel.cli.compare import left, shrinking
 from bilevel.cli.names import shipped
-from bilevel.comparing import cell, figure, files, plan, scene, table
+from bilevel.comparing import cell, figure, files, launch, plan, scene, table
 from bilevel.comparing.memory import peak
-from bilevel.errors import ProblemError, RecipeError
+from bilevel.errors import ProblemError, RecipeError, RequirementError
+from bilevel.estimators import betty
 
 SHORT = ["upper.steps=4", "evaluate.every=0"]
 TIGHT = {"name": "implicit", "solver": {"name": "cg", "iterations": 100, "tolerance": 1e-12}}
@@ -187,7 +190,69 @@ def test_rows_are_ranked_by_error_then_by_hvps():
     ]
     assert [r.label for r in table.rows(results, 0.0)][:2] == ["dear", "cheap"]
     assert [r.warm for r in rows] == [None] * 4  # cells of before this was measured
-    assert {r.label for r in rows if r.is_front} == {"bad", "cheap", "dear"}
+    assert {r.label for r in rows if r.is_front} == {"bad", "cheap"}  # dear is no better than cheap
+    assert {r.label for r in table.rows(results, 0.0) if r.is_front} == {"bad", "cheap", "dear"}
+
+
+def test_a_reason_is_said_once_with_its_seeds():
+    broken = {"status": "failed", "reason": "it broke"}
+    other = {"status": "failed", "reason": "killed"}
+    (row,) = table.rows([("a", 0, broken), ("a", 1, other), ("a", 2, broken)], 0.0)
+    assert row.failures == ("seeds 0, 2: it broke", "seed 1: killed")
+
+
+@pytest.mark.parametrize(
+    ("warm", "tolerance", "has_state"),
+    [(0.3, 0.0, True), (0.9, 0.0, True), (0.5, 0.0, False), (0.3, 1.0, False), (None, 0.0, False)],
+)
+def test_what_lives_from_its_state_is_marked(warm, tolerance, has_state):
+    result = found(0.5, 1)
+    result["along"].append({**result["along"][0], "error_warm": warm})
+    (row,) = table.rows([("a", 0, result)], tolerance)
+    assert row.has_state is has_state
+
+
+def test_the_time_left_is_that_of_the_like_measured_now_or_before(quadratic):
+    made = plan.make(quadratic, labels=["none", "kkt"], seeds=(0, 1))
+    cells = {(c.label, c.seed): c for c in made.cells}
+
+    def done(label: str | None, seed: int, seconds: float, reused: bool) -> launch.Done:
+        cell = cells[label, seed] if label else None
+        return launch.Done(label or "points", seed, {"status": "ok"}, reused, seconds, cell)
+
+    first = [done(None, 0, 7.0, True)]
+    assert left(made, first) == 7.0 * 5  # points and two cells of seed 1, two cells of seed 0
+    first += [
+        done("implicit", 0, 3.0, True),
+        done("none", 0, 1.0, True),
+        done("kkt", 0, 0.0, False),
+    ]
+    assert left(made, first) == 7.0 + 3.0 + 1.0  # kkt cannot work: nothing is started
+    assert left(made, []) == left(made, first[-1:]) == 0.0  # nothing is known
+    every = [*first, *(done(label, 1, 1.0, False) for label in (None, "implicit", "none", "kkt"))]
+    assert left(made, every) == 0.0
+
+
+def test_a_gradient_that_shrinks_is_told():
+    points = [{"step": step, "size": size} for step, size in ((0, 50.0), (2, 9.0), (4, 0.5))]
+    assert "from 5.0e+01 at the start of the run to 5.0e-01" in (shrinking(points) or "")
+    assert shrinking(points[:2]) is None
+    assert shrinking([{"step": 0, "size": None}, {"step": 1}]) is None
+
+
+def test_one_named_that_is_not_installed_is_a_cell_that_says_why(quadratic, monkeypatch):
+    def absent():
+        raise RequirementError("betty-ml is not installed")
+
+    monkeypatch.setattr(betty, "require", absent)
+    made = plan.make(quadratic, labels=["betty:neumann", "none"], seeds=(0, 1))
+    refused = {(c.label, c.seed): c.refused for c in made.cells if c.refused}
+    assert refused == {("betty:neumann", seed): "betty-ml is not installed" for seed in (0, 1)}
+    assert not made.left_out
+    with pytest.raises(RequirementError, match="betty:neumann: betty-ml is not installed"):
+        plan.make(quadratic, labels=["betty:neumann"])
+    with pytest.raises(ProblemError, match="not installed; kkt: "):
+        plan.make(quadratic, labels=["betty:neumann", "kkt"])
 
 
 def test_medians_are_over_seeds_and_failures_are_named():
@@ -205,6 +270,58 @@ def test_the_figure_is_png_and_svg(tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
     assert figure.draw([replace(row, error=None) for row in rows], tmp_path, "t") == []
+
+
+def drawn(results, tolerance: float):
+    pytest.importorskip("matplotlib")
+    return figure.compose(table.rows(results, tolerance), "title")
+
+
+def test_the_front_is_a_staircase_and_all_is_named():
+    results = [("a", 0, found(0.5, 0)), ("b", 0, found(1e-3, 9)), ("c", 0, found(0.7, 20))]
+    results += [("d", 0, found(1e-12, 30)), ("lost", 0, {"status": "failed", "reason": "why"})]
+    made = drawn(results, 1e-6)
+    (axes,) = made.axes
+    (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+    corners = [tuple(corner) for corner in front.get_xydata()]
+    for before, after in itertools.pairwise(corners):
+        assert before[0] == after[0] or before[1] == after[1], "no slope"
+    assert {(3, 0.5), (12, 1e-3), (33, 1e-6 / 3)} <= set(corners)  # 1e-12 is not told from 1e-7
+    assert (12, 0.5) in corners
+    names = [text.get_text() for text in made.legends[0].get_texts()]
+    assert names[0] == "below 1e-06: the reference tells no two apart"
+    assert names[-1] == "failed: lost"
+    assert "on the Pareto front" in names
+    without = drawn(results[:3], 0.0)
+    assert len(without.legends[0].get_texts()) == len(names) - 2  # no zone, no failure
+
+
+@pytest.mark.parametrize("errors", [(0.3, 0.45), (1e-12, 0.5)], ids=["narrow", "wide"])
+def test_ticks_do_not_overlap(errors):
+    made = drawn(
+        [(name, 0, found(e, n)) for name, e, n in zip("ab", errors, (2, 40), strict=True)], 0.0
+    )
+    renderer = made.canvas.get_renderer()
+    for axis in (made.axes[0].xaxis, made.axes[0].yaxis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [tick.label1.get_window_extent(renderer) for tick in ticks]
+        assert len(boxes) >= 2
+        assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+        assert not any(text.get_text() for text in axis.get_minorticklabels())
+
+
+def test_labels_hide_neither_each_other_nor_a_point():
+    results = [(f"method_{n}", 0, found(0.9 - n / 60, n % 5)) for n in range(24)]
+    made = drawn(results, 1e-6)
+    renderer, (axes,) = made.canvas.get_renderer(), made.axes
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    names = [name for text in axes.texts for name in text.get_text().split("\n")]
+    assert sorted(names) == sorted(label for label, _, _ in results)
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+    for markers in axes.collections:
+        for at in axes.transData.transform(markers.get_offsets()):
+            assert not any(box.contains(*at) for box in boxes)
 
 
 def test_seeds():

@@ -436,7 +436,7 @@ def test_negative_curvature_and_truncation_are_said_once():
     warned = [e for e in run(s, start(s)) if isinstance(e, Warned)]
     assert [w.kind for w in warned] == ["curvature"]
     assert "damping" in warned[0].message
-    s = setup(steps=4)
+    s = setup(steps=4, estimator=Implicit(solver=CG(iterations=7)))
     warned = [e for e in run(s, start(s)) if isinstance(e, Warned)]
     assert [w.kind for w in warned] == ["adjoint"]
     s = setup(steps=4, estimator=Implicit(solver=CG(iterations=99)))

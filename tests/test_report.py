@@ -13,10 +13,11 @@ pytest.importorskip("vl_convert")
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
+from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
 from bilevel.sinks.jsonl import JSONLines
 
-from .test_sinks import EVENTS, STARTED, stepped
+from .test_sinks import EVENTS, STARTED, stepped, with_evidence
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
@@ -112,3 +113,17 @@ def test_curves_are_thinned_and_end_where_the_run_did(steps, tmp_path: Path):
     assert len(curve) >= min(steps, POINTS / 2)
     if steps:
         assert (curve[0], curve[-1]) == ((1, 1.0), (steps, float(steps)))
+
+
+def test_curvature_is_drawn_with_a_line_at_zero_where_it_matters(tmp_path: Path):
+    pytest.importorskip("altair")
+    for name, values, rules in (("up", (1.0, 2.0), 0), ("bent", (1.0, -0.5), 1)):
+        (tmp_path / name).mkdir()
+        receiver = JSONLines().open(tmp_path / name, None)
+        receiver.receive(STARTED)
+        for step, value in enumerate(values, 1):
+            receiver.receive(with_evidence(step, curvature=value))
+        receiver.close()
+        (chart,) = [c for c in charts(read(tmp_path / name)) if c.title.startswith("Curvature")]
+        assert json.dumps(chart.spec).count('"rule"') == rules
+        assert all(f'"value": {value}' in json.dumps(chart.spec) for value in values)

@@ -1,6 +1,7 @@
 """What each command shows and with which code it exits."""
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from bilevel import recipe as recipes
 from bilevel.cli.app import app
 from bilevel.cli.names import shipped
 from bilevel.errors import CheckpointError, RequirementError
+from bilevel.estimators import betty
 from bilevel.yaml_source import parse
 
 RUNNER = CliRunner()
@@ -134,9 +136,26 @@ def _assert_light(arguments, environment) -> str:
 
 def test_ls_lists_what_is_registered():
     text = invoke("ls").output
-    for name in ("quadratic", "implicit", "newton", "cg", "adam", "jsonl", "hyper_cleaning"):
-        assert re.search(rf"^  {name} ", text, re.MULTILINE), name
+    for name in (
+        "quadratic",
+        "implicit",
+        "newton",
+        "cg",
+        "adam",
+        "jsonl",
+        "hyper_cleaning",
+        "soba",
+    ):
+        assert re.search(rf"[ ,]{name}[ ,\n]", text), name
     assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) < 50
+    assert "bilevel ls estimators" in text
+    told = invoke("ls", "estimators").output
+    assert re.search(r"^  implicit +∇x F", told, re.MULTILINE)
+    assert re.search(
+        r"^  single_loop .*\n +direction d_x\. *$", told, re.MULTILINE
+    )  # no half clause
+    assert max(map(len, told.splitlines())) <= 80
     only = invoke("ls", "linear").output
     assert "cg" in only
     assert "adam" not in only
@@ -148,6 +167,12 @@ def test_show_tells_the_options_of_a_component():
     assert re.search(r"damping +0.0 +NonNegativeFloat", text)
     assert "bilevel ls linear" in text
     assert "arXiv:1602.02355" in text
+    assert "Literal['cold', 'warm', 'linear', 'galerkin']" in text
+    assert re.search(
+        r"^preconditioner +None +one of: bilevel ls preconditioners \| None", text, re.M
+    )
+    raised = text.partition("Raises:\n")[2].partition("\n\n")[0].splitlines()
+    assert {len(line) - len(line.lstrip()) for line in raised} == {4, 8}
     assert "bilevel show quadratic.yaml" in invoke("show", "quadratic").output
     assert "Did you mean 'implicit'" in invoke("show", "implict", code=2).stderr
     assert invoke("show", "linear/cg").output != invoke("show", "optimizers/sgd").output
@@ -274,6 +299,24 @@ def test_runs_lists_what_became_of_them(runs):
     folder = run(runs)
     text = invoke("runs", "--runs-dir", runs).output
     assert re.search(rf"quadratic/{folder.name} +done +4/4 +\S+e", text)
+
+
+def test_runs_say_which_estimator_and_which_y(runs):
+    run(runs, "estimator=bome")
+    run(runs, "estimator=betty:neumann") if importlib.util.find_spec("betty") else None
+    text = " ".join(invoke("runs", "--runs-dir", runs).output.split())
+    assert re.search(r"done 4/4 bome \d", text)
+    assert "F at the y of the run itself" in text
+
+
+def test_a_warning_is_counted_in_the_console_the_record_and_the_report(runs):
+    words = ("run", "quadratic", *SHORT, "estimator.solver={name: neumann, iterations: 2}")
+    result = invoke(*words, "--runs-dir", runs)
+    assert "warned: residual at 4 of 4 steps" in result.output
+    (folder,) = runs.glob("*/*")
+    assert (record.last(folder, "finished") or {})["warned"] == {"residual": 4}
+    if (folder / "report.html").is_file():
+        assert "At 4 of 4 steps." in (folder / "report.html").read_text()
 
 
 def test_a_finished_run_is_not_resumed(runs):
@@ -553,6 +596,34 @@ class Wrong:
         got = Implicit().estimate(losses, at, state)
         return replace(got, hypergradient=tree.scale(1.01, got.hypergradient))
 """
+
+
+def test_check_says_which_are_exact_only_once_settled():
+    text = " ".join(invoke("check", "quadratic", "--estimators", "implicit,lancbio").output.split())
+    assert re.search(r"lancbio 4.\de-01 .* exact ", text)
+    assert "lancbio: exact with all inner solves" in text
+    assert "implicit, lancbio: exact with" not in text  # it is 2.5e-02 off
+
+
+def test_one_that_is_not_installed_costs_the_others_nothing(monkeypatch):
+    def absent():
+        raise RequirementError("betty-ml is not installed")
+
+    monkeypatch.setattr(betty, "require", absent)
+    result = invoke("check", "quadratic", "--estimators", "none,betty:neumann", code=3)
+    assert re.search(r"^none .* as claimed", result.output, re.MULTILINE)
+    assert re.search(r"^betty:neumann .* untested", result.output, re.MULTILINE)
+    assert "betty:neumann: betty-ml is not installed" in result.output
+    assert "betty:neumann: not tested" in result.stderr
+    alone = invoke("check", "quadratic", "--estimators", "betty:neumann", code=3)
+    assert "betty-ml is not installed" in alone.stderr
+    assert "betty-ml  is not installed" in invoke("doctor").output.replace("betty-ml is", "is")
+
+
+def test_a_preset_that_is_not_there_is_no_class_of_that_module():
+    got = invoke("check", "quadratic", "--estimators", "betty:neuman", code=2).stderr
+    assert "unknown estimator. Did you mean 'betty:neumann'" in got
+    assert "site-packages" not in invoke("run", "quadratic", "estimator=betty:bogus", code=2).stderr
 
 
 def test_a_wrong_estimator_fails_the_check(tmp_path: Path):
