@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bilevel import calculus, registry, tree
+from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError
 from bilevel.events import (
     Drawn,
@@ -29,7 +29,7 @@ from bilevel.events import (
 from bilevel.functional import estimate_at
 from bilevel.lower.recorded import started
 from bilevel.problem import restart_of, structure_of
-from bilevel.refusals import caution, refuse_mismatch
+from bilevel.refusals import called, caution, refuse_mismatch
 from bilevel.state import Setup, State, restore, start
 from bilevel.types import (
     Counts,
@@ -268,5 +268,5 @@ def _remedy(setup: Setup) -> str:
     read = [name for name in ("iterations", "rank") if hasattr(solver, name)]
     if not read:
         return "take estimator: implicit, whose solver cg says when it has converged"
-    is_cg = registry.name_of(type(solver), "linear") == "cg"
+    is_cg = called(solver, "linear") == "cg"
     return f"raise estimator.solver.{read[0]}" + ("" if is_cg else ", or take estimator.solver: cg")
