@@ -168,11 +168,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return Newton() if dim <= 201 else LBFGS(steps=2000, tolerance=1e-09)",
     ): ("a choice of what is small"),
     (
-        "tree.py",
-        "parts = [torch.dot(wide(p).reshape(-1), wide(q).reshape(-1)).double() for p, q in "
-        "zip(first, second, strict=False)]",
-    ): "_pair has seen to it that both have the same names",
-    (
         "estimators/one_step.py",
         "return replace(self, epsilon=min(self.epsilon, 0.0002))",
     ): "a choice; the truncation cannot be seen at either",
