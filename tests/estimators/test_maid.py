@@ -308,7 +308,8 @@ def test_the_step_is_the_first_that_falls_by_the_share_asked_for(far, descent):
 
 
 def test_the_doubt_about_F_is_its_slope_and_the_square_of_the_distance():
-    found = _Found({}, 0.0, {}, 0.0, 0.0, 0.0, {}, curvature=0.5, coupled=0.0, stats=Stats())
-    assert found.doubt(norm=0.1, slope_F=3.0) == pytest.approx(3.0 * 0.2 + 0.2**2, rel=1e-15)
+    given = {"curvature": 0.5, "coupled": 0.0, "smoothness": 6.0, "stats": Stats()}
+    found = _Found({}, 0.0, {}, 0.0, 0.0, 0.0, {}, **given)
+    assert found.doubt(norm=0.1, slope_F=3.0) == pytest.approx(3.0 * 0.2 + 3 * 0.2**2, rel=1e-15)
     blind = replace(found, curvature=math.inf)
     assert blind.doubt(norm=0.1, slope_F=0.0) == 0.0
