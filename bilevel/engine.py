@@ -231,7 +231,7 @@ def _found(setup: Setup, estimate: Estimate) -> dict[str, str]:
             "just, or in doubt: the hypergradient is that of one side. Take more lower steps; if "
             "it stays, Φ has no derivative here"
         )
-    elif stats.converged is False and stats.residual is None:
+    elif stats.converged is False and not (stats.residual and setup.estimator.needs.second_order):
         found["inner solve"] = (
             "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
             "steps, or raise estimator.strength if the penalised problem has no minimum"
@@ -265,8 +265,8 @@ def _is_unsolved(estimate: Estimate) -> bool:
 
 def _remedy(setup: Setup) -> str:
     solver = getattr(setup.estimator, "solver", None)
-    read = [name for name in ("iterations", "rank") if hasattr(solver, name)]
+    read = [name for name in ("iterations", "rank", "steps") if hasattr(solver, name)]
     if not read:
         return "take estimator: implicit, whose solver cg says when it has converged"
-    is_cg = called(solver, "linear") == "cg"
-    return f"raise estimator.solver.{read[0]}" + ("" if is_cg else ", or take estimator.solver: cg")
+    other = read[0] == "steps" or called(solver, "linear") == "cg"
+    return f"raise estimator.solver.{read[0]}" + ("" if other else ", or take estimator.solver: cg")

@@ -40,6 +40,10 @@ class Penalty:
     to stay convex, or the penalised solve does not converge. No second derivative is taken but
     by a `solver` that uses them (newton). Costs 3 gradients and those of `solver`,
     which minimises the penalised loss, warm-started; twice that with `central`.
+
+    `Stats.residual` is ‖λ ∇y G + ∇y F‖ / ‖∇y F‖ at y_λ (with `central` the larger of the two), what
+    the penalised problem is left with: to first order in 1/λ the residual of the adjoint system at
+    v = λ (y − y_λ), where y is solved. 1 at a y_λ that has not left y.
     """
 
     strength: PositiveFloat = 100.0
@@ -64,18 +68,24 @@ class Penalty:
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Auxiliary]) -> Estimate:
         plus = self._solve(losses, at.x, state["plus"], 1 / self.strength)
-        value, F_x, _ = gradients(losses.upper, Point(at.x, plus["y"]))
-        G_x = gradient_x(losses.lower, at.x, plus["y"])
+        value, F_x, G_x, left = self._ends(losses, Point(at.x, plus["y"]), 1)
         if not self.central:
             gap = tree.sub(G_x, gradient_x(losses.lower, at.x, at.y))
             h = tree.axpy(self.strength, gap, F_x)
-            return Estimate(h, value, {"plus": plus}, evidence(plus))
+            return Estimate(h, value, {"plus": plus}, replace(evidence(plus), residual=left))
         minus = self._solve(losses, at.x, state["minus"], -1 / self.strength)
-        below = minus["y"]
-        gap = tree.sub(G_x, gradient_x(losses.lower, at.x, below))
-        F_sum = tree.add(F_x, gradient_x(losses.upper, at.x, below))
-        h = tree.axpy(self.strength / 2, gap, tree.scale(0.5, F_sum))
-        return Estimate(h, value, {"plus": plus, "minus": minus}, evidence(plus, minus))
+        _, F_below, G_below, left_below = self._ends(losses, Point(at.x, minus["y"]), -1)
+        F_sum = tree.add(F_x, F_below)
+        h = tree.axpy(self.strength / 2, tree.sub(G_x, G_below), tree.scale(0.5, F_sum))
+        stats = replace(evidence(plus, minus), residual=max(left, left_below))
+        return Estimate(h, value, {"plus": plus, "minus": minus}, stats)
+
+    def _ends(self, losses: Losses, at: Point, sign: int) -> tuple[Tensor, Params, Params, float]:
+        """(F, ∇x F, ∇x G, what the penalised problem is left with, relative) at its solution."""
+        value, F_x, F_y = gradients(losses.upper, at)
+        _, G_x, G_y = gradients(losses.lower, at)
+        left = tree.norm(tree.axpy(sign * self.strength, G_y, F_y))
+        return value, F_x, G_x, left / (tree.norm(F_y) or 1.0)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate."""

@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from bilevel import tree
+from bilevel.calculus import gradients
+from bilevel.engine import Setup, run, start
 from bilevel.errors import ProblemError
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
 from bilevel.estimators.zeroth import ZerothOrder
+from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD
 from bilevel.testing import check_estimator
+from bilevel.types import Point
+from bilevel.upper import Upper
+from bilevel_problems.quadratic import Quadratic
 from tests.cases import PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.test_estimators import OPTIMIZERS
 
@@ -147,3 +153,40 @@ def test_whole_differences_take_no_gradient_of_the_upper_loss():
     partial = case.estimate(ZerothOrder(samples=5, partial=True), path=path).stats
     assert whole.gradients == 4 + 2 * 5 * 4
     assert partial.gradients == whole.gradients + 1
+
+
+@pytest.mark.parametrize("central", [False, True])
+@pytest.mark.parametrize("make", [PROBLEMS[0], PROBLEMS[4]], ids=["quadratic", "ridge"])
+def test_the_penalty_says_what_its_problem_is_left_with(make, central):
+    """To first order the residual of the adjoint system: that of λ (y − y_λ), worked out densely."""
+    case, strength = closed_form(make, 0), 1e4
+    for steps in (1, 20):
+        solver = Gradient(steps=steps, optimizer=SGD(lr=0.1))
+        got = case.estimate(Penalty(strength=strength, solver=solver, central=central))
+        ends, b = got.state, case.losses()
+        F_y = tree.flatten(gradients(b.upper, Point(case.x, case.y))[2])
+        lefts = []
+        for sign, end in zip((1, -1), ends.values(), strict=False):
+            v = sign * strength * (tree.flatten(case.y) - tree.flatten(end["y"]))
+            lefts.append(float((F_y - case.hessian() @ v).norm() / F_y.norm()))
+        assert got.stats.residual == pytest.approx(max(lefts), rel=0.02)
+        assert got.stats.residual > 1e-3
+    solved = case.estimate(Penalty(strength=strength, solver=Newton(), central=central))
+    assert solved.stats.residual < 1e-6
+    assert solved.stats.gradients > 0
+
+
+def test_a_run_warns_of_a_penalised_problem_that_is_not_solved():
+    def warnings(solver):
+        setup = Setup(
+            Quadratic(),
+            Newton(),
+            Upper(steps=1),
+            Penalty(solver=solver),
+            dtype=torch.float64,
+        )
+        return {e.kind: e.message for e in run(setup, start(setup)) if isinstance(e, Warned)}
+
+    found = warnings(Gradient())
+    assert "estimator.solver.steps" in found["residual"]
+    assert "residual" not in warnings(Newton())

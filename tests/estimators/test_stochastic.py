@@ -19,6 +19,7 @@ from bilevel.directions.storm import Storm
 from bilevel.engine import Setup, restore, run, start
 from bilevel.errors import ProblemError
 from bilevel.estimators.single_loop import SingleLoop
+from bilevel.functional import estimate_at
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.testing import CheckRow, check, check_estimator
@@ -737,7 +738,7 @@ def test_the_point_before_is_kept_for_those_that_look_back_to_it(direction, kept
 
 def test_a_set_that_holds_y_is_refused():
     with pytest.raises(ProblemError, match="no set that holds y"):
-        hypergradient(
+        estimate_at(
             lambda x, y, b: (y["y"] - x["x"]).square().sum(),
             lambda x, y, b: (y["y"] + x["x"]).square().sum(),
             p.x,
