@@ -212,5 +212,7 @@ class Implicit:
             off = "" if self.sensitivity is not None else ", y taken as solved"
             return replace(stats, error_bound=bound, error_bound_from=f"known constants{off}")
         if rule and math.isfinite(rule.estimate):
-            return replace(stats, error_bound=rule.estimate, error_bound_from="Ritz values")
+            return replace(
+                stats, error_bound=rule.estimate, error_bound_from="Ritz values, y taken as solved"
+            )
         return stats
