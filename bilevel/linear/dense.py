@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError
+from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -21,6 +21,7 @@ class Dense:
 
     Raises:
         ProblemError: dim(b) > limit.
+        ConvergenceError: the matrix or b is not finite.
     """
 
     limit: PositiveInt = 4096
@@ -33,6 +34,12 @@ class Dense:
                 "Use solver=cg, or raise `limit`"
             )
         rhs, A = tree.wide(tree.flatten(b)), tree.wide(matrix(matvec, b))
+        if not (A.isfinite().all() and rhs.isfinite().all()):
+            raise ConvergenceError(
+                "dense: the matrix or the right-hand side is not finite; the loss is finite and "
+                "its second derivative is not (a square root or a norm at zero, an overflow): "
+                "smooth the loss there, or use float64"
+            )
         spectrum = torch.linalg.svdvals(A)
         eps = torch.finfo(A.dtype).eps
         singular = bool(spectrum[-1] <= dim * eps * spectrum[0])
