@@ -129,7 +129,8 @@ def test_interrupted_and_resumed_is_as_never_stopped(case, step, tmp_path):
     recipe, overrides, whole = case
     run, said = start(tmp_path, recipe, overrides, 130, number=int(signal.SIGINT), step=step)
     assert f"bilevel resume {run}" in said
-    assert timeless(run)[-1] == {"event": "finished", "step": step, "reason": "interrupted"}
+    last = {"event": "finished", "step": step, "reason": "interrupted"}
+    assert timeless(run)[-1].items() >= last.items()
     found = checkpoint.latest(run / "checkpoints")
     assert found is not None
     assert found.step == step
@@ -142,7 +143,8 @@ def test_interrupted_and_resumed_is_as_never_stopped(case, step, tmp_path):
 def test_terminated_is_saved_too(tmp_path):
     overrides = CASES["quadratic"]
     run, _ = start(tmp_path, "quadratic", overrides, 143, number=int(signal.SIGTERM), step=3)
-    assert timeless(run)[-1] == {"event": "finished", "step": 3, "reason": "terminated"}
+    last = {"event": "finished", "step": 3, "reason": "terminated"}
+    assert timeless(run)[-1].items() >= last.items()
     found = checkpoint.latest(run / "checkpoints")
     assert found is not None
     assert found.step == 3
