@@ -15,7 +15,7 @@ from bilevel.linear.cg import Progress
 from bilevel.types import Params
 
 Memory = dict[str, float]
-"""What is remembered from call to call: `ratio`, `smallest` and `size`, or nothing."""
+"""What is remembered from call to call: `ratio`, `smallest`, `size` and `steepest`, or nothing."""
 
 MARGIN = 2.5
 """The estimate is one-sided, so it has to be this much below what is asked."""
@@ -56,6 +56,8 @@ class HoldsError:
         self._ratio, self._seen = memory.get("ratio", 0.0), 0.0
         self._smallest, self._met = memory.get("smallest", math.inf), math.inf
         self._size = memory.get("size", 0.0)
+        self.steepest = memory.get("steepest", 0.0)
+        """The largest curvature of A that this solve or one before has met."""
         self._step, self._at_step = 0, None
         self._next = 0 if memory else 4
         self._remembers = bool(memory)
@@ -65,6 +67,7 @@ class HoldsError:
         self.estimate = math.inf
 
     def __call__(self, progress: Progress) -> bool:
+        self.steepest = max(self.steepest, progress.largest)
         if progress.last:
             return self._look(progress)
         if progress.steps < self._next:
@@ -82,7 +85,8 @@ class HoldsError:
         smallest = min(self._met, GROWS * self._smallest) if met else self._smallest
         if not (ratio > 0 and math.isfinite(ratio) and math.isfinite(smallest)):
             return {}
-        return {"ratio": ratio, "smallest": smallest, "size": self._size}
+        kept = {"ratio": ratio, "smallest": smallest, "size": self._size}
+        return {**kept, "steepest": self.steepest}
 
     @property
     def _goal(self) -> float:

@@ -16,6 +16,7 @@ from bilevel import tree
 from bilevel.calculus import gradient_y, gradients, linearize
 from bilevel.directions.blocks import block_of, every_block
 from bilevel.directions.draw import Draw, Parts
+from bilevel.errors import ConvergenceError
 from bilevel.types import Loss, Params, Point
 
 
@@ -44,11 +45,24 @@ class Series:
 
     def apply(self, factors: list[list[Loss]], point: Point, b: Params) -> Params:
         term = result = b
+        length, growth = tree.norm(b), 0
         for losses in factors:
             product = _mean(_rows(losses, point, term, ("hvp",)))["hvp"]
             term = tree.axpy(-self.scale, product, term)
+            before, length = length, tree.norm(term)
+            growth = growth + 1 if length > before else 0
+            if growth == 3:
+                self._refuse(length / before)
             result = tree.add(result, term) if self.summed else term
         return tree.scale(self.scale * self.weight, result)
+
+    def _refuse(self, ratio: float) -> None:
+        raise ConvergenceError(
+            f"the series of the adjoint diverges: three factors in a row made its term longer, the "
+            f"last {ratio:.3g} times. adjoint_lr = {self.scale:g} must be below 2 / (largest "
+            "eigenvalue of the lower Hessian), and the Hessian positive definite: lower "
+            f"`adjoint_lr` to {0.9 * self.scale * 2 / (1 + ratio):.2g} or less, or use adjoint: steps"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bilevel.adjoint.starts import DEPTH, Start, begin, known
 from bilevel.adjoint.stopping import HoldsError, rounding
 from bilevel.calculus import Linearization, gradients, linearize
 from bilevel.composed import gauss_newton
-from bilevel.linear.cg import CG, Sample
+from bilevel.linear.cg import CG, Sample, length
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.types import (
     Estimate,
@@ -119,7 +119,7 @@ class Implicit:
         value, F_x, F_y = gradients(losses.upper, at)
         lower = linearize(losses.lower, at)
         b = lower.restrict(F_y)
-        size = tree.norm(b)
+        size = length(b)
 
         exact = self.curvature == "hessian"
         product = lower.hvp_yy if exact else gauss_newton(losses.lower, at)
@@ -140,13 +140,15 @@ class Implicit:
         if h is None:
             h = tree.sub(F_x, lower.vjp_xy(solve.solution))
         depth = DEPTH[self._start]
+        stats = self._bounded(solve, rule, size, lower, tree.norm(tree.sub(h, F_x)))
+        if rule and not _bends(solve, rule):
+            return Estimate(h, value, state, stats)  # what such a solve met helps no other
         state = {
             "past": [*state["past"], solve.solution][-depth:] if depth else [],
             "spent": solve.stats.iterations,
             "preconditioner": kept,
             "stopping": rule.memory if rule else {},
         }
-        stats = self._bounded(solve, rule, size, lower, tree.norm(tree.sub(h, F_x)))
         return Estimate(h, value, state, stats)
 
     @property
@@ -186,9 +188,9 @@ class Implicit:
         solver = replace(solver, tolerance=rounding(b))
         solve = solver.run(matvec, start, r, size, precondition=inverse, enough=rule, keep=keep)
         # one that ended by itself has the error of v at most, which is condition × residual
-        bends = solve.stats.curvature is None or solve.stats.curvature > 0
         left = (solve.stats.condition or 1.0) * (solve.stats.residual or 0.0)
-        done = rule.held or (bends and left <= AT_END * (self.error or 0.0))
+        done = rule.held or left <= AT_END * (self.error or 0.0)
+        done = done and _bends(solve, rule)
         return replace(solve, stats=replace(solve.stats, converged=done))
 
     def _bounded(
@@ -216,3 +218,9 @@ class Implicit:
                 stats, error_bound=rule.estimate, error_bound_from="Ritz values, y taken as solved"
             )
         return stats
+
+
+def _bends(solve: Solve, rule: HoldsError) -> bool:
+    """Whether A curved up in all that was met, by more than the rounding of its steepest curvature."""
+    curvature, b = solve.stats.curvature, solve.solution
+    return curvature is None or curvature > rounding(b) / 10 * rule.steepest

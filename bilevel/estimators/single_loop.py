@@ -57,7 +57,8 @@ class SingleLoop:
     (2 + K) T, K T, T; `sequential` T + K + 2, K, 1. `storm` and `spider` evaluate twice. With a
     `tolerance` a loop ends early where ‖d_y‖, ‖d_v‖ / ‖∇y F‖ and the relative change of d_x are at
     most that, and the stats say whether they are. Raises `ProblemError` where y is held in a set,
-    or a direction needs to know the blocks of the data and does not.
+    or a direction needs to know the blocks of the data and does not; `ConvergenceError` where three
+    factors of a series in a row make its term longer.
     """
 
     order: Literal["together", "sequential"] = "together"

@@ -24,8 +24,8 @@ class CG:
 
     Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, after `iterations` steps, or at a direction of
     non-positive curvature pᵀA p ≤ 0, where the quadratic has no minimum: the iterate before it is
-    returned with `converged=False` and the curvature in the stats. Curvature below eps^1.5 of
-    the largest met is rounding, and taken for none. A start other than zero costs one more
+    returned with `converged=False` and the curvature in the stats. Curvature below 4 eps of the
+    largest met (eps^1.5 with a preconditioner) is rounding, and taken for 0. A start other than zero costs one more
     product. The condition estimate comes from the Ritz values that the coefficients hold, at no
     extra product (Golub and Meurant 2010, ch. 4); it is a lower bound.
     """
@@ -39,7 +39,7 @@ class CG:
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         v, r, _ = residual(matvec, b, start)
-        return self.run(matvec, v, r, tree.norm(b))
+        return self.run(matvec, v, r, length(b))
 
     def run(
         self,
@@ -63,9 +63,11 @@ class CG:
         """
         z = precondition(r) if precondition else r
         rr, rz = tree.dot(r, r), tree.dot(r, z)
-        target, p, pp = self.tolerance * size, tree.clone(z), tree.dot(z, z)
+        target = max(self.tolerance, nothing(v)) * size
+        reach, p, pp = tree.norm(v), tree.clone(z), tree.dot(z, z)
         ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
-        flat = rounding(v) ** 1.5
+        # what scales differ by is no rounding where a preconditioner takes it out
+        flat, ended = rounding(v) ** 1.5 if precondition else 4 * rounding(v), False
         while steps < self.iterations:
             left = math.sqrt(rr)
             if enough and enough(Progress(steps, v, rz, ritz, left, size, largest, left <= target)):
@@ -79,6 +81,7 @@ class CG:
             curvature, largest = min(curvature, pAp / pp), max(largest, pAp / pp)
             # along a p of no curvature but rounding v would go off to overflow
             if not (pAp > flat * largest * pp and rz > 0):
+                ended, curvature = True, min(curvature, 0.0 if rz > 0 else curvature)
                 break
             alpha = rz / pAp
             rr = tree.less_(r, alpha, Ap)
@@ -93,7 +96,8 @@ class CG:
             tree.turn_(v, alpha, p, beta, z)
             # ‖p‖²: r is orthogonal to the old direction, M⁻¹ r is not
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
-        relative = attained(math.sqrt(rr), v, size, largest if precondition else ritz.largest)
+        largest = largest if precondition else ritz.largest
+        relative = attained(math.sqrt(rr), v, size, largest, reach)
         return Solve(
             v,
             Stats(
@@ -101,7 +105,7 @@ class CG:
                 residual=relative,
                 curvature=None if math.isinf(curvature) else curvature,
                 condition=ritz.condition,
-                converged=stopped or relative <= self.tolerance,
+                converged=not ended and (stopped or relative <= self.tolerance),
             ),
         )
 
@@ -128,15 +132,32 @@ def rounding(b: Params) -> float:
     return max(torch.finfo(tree.wide(entry.new_empty(0)).dtype).eps for entry in b.values())
 
 
-def attained(recursive: float, v: Params, size: float, largest: float) -> float:
+def length(b: Params) -> float:
+    """‖b‖, or `ConvergenceError` where its square is no number of this dtype although b is one."""
+    size = tree.norm(b)
+    if not math.isfinite(size) or (size == 0 and any(bool(entry.any()) for entry in b.values())):
+        raise ConvergenceError(
+            f"the right-hand side, ∇y F, has entries so {'large' if size else 'small'} that its "
+            "square is not a number in this dtype, or is 0; scale upper_loss, or use float64"
+        )
+    return size
+
+
+def nothing(b: Params) -> float:
+    """The relative residual below which a recursion only underflows: eps²."""
+    return rounding(b) ** 2
+
+
+def attained(recursive: float, v: Params, size: float, largest: float, reach: float = 0.0) -> float:
     """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
 
-    The recursion goes on falling after b − A v itself has stalled near eps (‖A‖ ‖v‖ + ‖b‖).
+    The recursion goes on falling after b − A v itself has stalled near eps (‖A‖ ‖v‖ + ‖b‖), with
+    the longest v on the way: `reach` is the length of the start.
     """
     if size == 0:
         return 0.0
     eps = max(torch.finfo(entry.dtype).eps for entry in v.values())
-    floor = 0.5 * eps * (largest * tree.norm(v) / size + 1)
+    floor = 0.5 * eps * (largest * max(tree.norm(v), reach) / size + 1)
     return max(recursive / size, floor if recursive > 0 else 0.0)
 
 

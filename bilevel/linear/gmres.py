@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.linear.cg import attained, finite, residual
+from bilevel.linear.cg import attained, finite, length, nothing, residual
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -29,24 +29,26 @@ class GMRES:
         return GMRES(iterations=20 * dim + 100, restart=min(dim, 300), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
+        size, reach = length(b), tree.norm(start)
         v, r, _ = residual(matvec, b, start)
-        size, norm, steps, largest = tree.norm(b), tree.norm(r), 0, 0.0
-        while steps < self.iterations and norm > self.tolerance * size:
+        norm, steps, largest = tree.norm(r), 0, 0.0
+        target = max(self.tolerance, nothing(b)) * size
+        while steps < self.iterations and norm > target:
             budget = min(self.restart, self.iterations - steps)
-            basis, H, norm_after = self._cycle(matvec, r, norm, budget, self.tolerance * size)
+            basis, H, norm_after = self._cycle(matvec, r, norm, budget, target)
             taken, previous = H.shape[1], norm
             steps, largest = steps + taken, max(largest, float(torch.linalg.matrix_norm(H, 2)))
             coefficients = _least_squares(H, norm)
             for c, q in zip(coefficients.tolist(), basis, strict=False):
                 tree.axpy_(v, c, q)
-            if norm_after <= self.tolerance * size or steps >= self.iterations:
+            if norm_after <= target or steps >= self.iterations:
                 norm = norm_after
                 break
             r = tree.sub(b, matvec(v))
             norm = tree.norm(r)
             if norm > 0.999999 * previous:
                 break
-        relative = attained(norm, v, size, largest)
+        relative = attained(norm, v, size, largest, reach)
         return Solve(
             v,
             Stats(iterations=steps, residual=relative, converged=relative <= self.tolerance),

@@ -7,7 +7,7 @@ import math
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.linear.cg import Tridiagonal, attained, finite, residual
+from bilevel.linear.cg import Tridiagonal, finite, length, nothing, residual
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -15,10 +15,13 @@ from bilevel.types import Matvec, Params, Solve, Stats, component
 class MINRES:
     """The v of smallest ‖b − A v‖ in the Krylov space; symmetric A, indefinite too; 1 product a step.
 
-    Exact in dim(b) steps; the residual never grows. On a singular A it tends to a least-squares
-    solution and is flagged `converged=False` unless b lies in the range. At an indefinite lower
-    Hessian y is a saddle and no minimum: `curvature` reports it, the solution is the stationary
-    point's derivative all the same. Curvature and condition come from the Ritz values. A start other than zero costs one more product.
+    Exact in dim(b) steps; the residual never grows, up to rounding. On a singular A it stops at
+    the least-squares solution, ‖A r‖ ≤ eps^⅔ ‖A‖ ‖r‖, and is flagged `converged=False` unless b
+    lies in the range. At an indefinite lower Hessian y is a saddle and no minimum: `curvature`
+    reports it, the solution is the stationary point's derivative all the same. Curvature and
+    condition come from the Ritz values. A start other than zero costs one more product, and so
+    does the true residual at the end: the one of the recursion may be a million times smaller
+    where A is ill-conditioned or not symmetric.
     """
 
     iterations: PositiveInt = 20
@@ -29,24 +32,28 @@ class MINRES:
         return MINRES(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
+        size = length(b)
         v, r, _ = residual(matvec, b, start)
-        size, beta = tree.norm(b), tree.norm(r)
+        beta = start_residual = tree.norm(r)
+        target = max(self.tolerance, nothing(b)) * size
+        rounding = nothing(b) ** (1 / 3)
         eta, steps, largest, lanczos = beta, 0, 0.0, Tridiagonal()
         q_old, w_old, w = tree.zeros_like(b), tree.zeros_like(b), tree.zeros_like(b)
         q = tree.scale_(r, 1 / beta) if beta else r
         cosines, sines = (1.0, 1.0), (0.0, 0.0)  # of the last two Givens rotations
-        while steps < self.iterations and abs(eta) > self.tolerance * size:
+        while steps < self.iterations and abs(eta) > target:
             Aq = tree.clone(matvec(q))
             steps += 1
             alpha = finite(tree.dot(q, Aq))
-            largest = max(largest, abs(alpha))
             tree.axpy_(tree.axpy_(Aq, -alpha, q), -beta if steps > 1 else 0.0, q_old)
             after = tree.norm(Aq)
+            largest = max(largest, math.hypot(alpha, after))
             lanczos.diagonal.append(alpha)
             lanczos.off.append(after)
             delta = cosines[1] * alpha - cosines[0] * sines[1] * beta
             rho = math.hypot(delta, after)
-            if rho <= 1e-15 * largest:
+            # ‖A r‖ / ‖r‖ of the residual before this step
+            if math.hypot(delta, cosines[1] * after) <= rounding * largest:
                 break
             upper = sines[1] * alpha + cosines[0] * cosines[1] * beta
             step = tree.clone(q)
@@ -57,7 +64,8 @@ class MINRES:
             eta, beta = -sines[1] * eta, after
             if after:
                 q_old, q = q, tree.scale_(Aq, 1 / after)
-        relative = attained(abs(eta), v, size, largest)
+        left = tree.norm(tree.sub(b, matvec(v))) if steps else start_residual
+        relative = left / (size or 1.0)
         return Solve(
             v,
             Stats(

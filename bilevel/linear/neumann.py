@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError
+from bilevel.linear.cg import attained, finite, length, nothing
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -22,7 +23,8 @@ class Neumann:
     more product.
 
     Raises:
-        ConvergenceError: the terms grow three times in a row, or are not finite.
+        ConvergenceError: the terms grow three times in a row, or each time where there are fewer;
+            a product is not finite.
     """
 
     iterations: PositiveInt = 20
@@ -34,29 +36,32 @@ class Neumann:
         return replace(self, iterations=20_000, tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size = tree.norm(b)
+        size, reach = length(b), tree.norm(start)
         if size == 0:
             return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
-        warm = tree.norm(start) > 0
+        warm = reach > 0
         v = tree.clone(start) if warm else tree.zeros_like(b)
         r = tree.sub(b, matvec(start)) if warm else dict(b)
-        lowest, growth, steps, norm = math.inf, 0, 0, tree.norm(r)
-        while steps < self.iterations and norm > self.tolerance * size:
+        lowest, largest, growth, steps, norm = math.inf, 0.0, 0, 0, tree.norm(r)
+        target = max(self.tolerance, nothing(b)) * size
+        while steps < self.iterations and norm > target:
             tree.axpy_(v, self.scale, r)
             Ar = matvec(r)
             steps, previous = steps + 1, norm
-            lowest = min(lowest, tree.dot(r, Ar) / norm**2)
+            bend = finite(tree.dot(r, Ar)) / norm**2
+            lowest, largest = min(lowest, bend), max(largest, abs(bend))
             norm = math.sqrt(tree.less_(r, self.scale, Ar))
             del Ar  # or the next product is computed beside it: one vector more at the peak
             growth = growth + 1 if norm > previous else 0
-            if growth == 3 or not math.isfinite(norm):
+            if growth == 3 or growth == self.iterations:
                 self._refuse(steps, norm / previous)
-        converged = norm / size <= self.tolerance if self.tolerance > 0 else None
+        relative = attained(norm, v, size, largest, reach)
+        converged = relative <= self.tolerance if self.tolerance > 0 else None
         return Solve(
             v,
             Stats(
                 iterations=steps,
-                residual=norm / size,
+                residual=relative,
                 curvature=None if math.isinf(lowest) else lowest,
                 converged=converged,
             ),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.linear.cg import CG
+from bilevel.linear.cg import CG, finite, length
 from bilevel.types import Matvec, Params, Solve, component
 
 
@@ -31,9 +31,11 @@ class NormalCG:
         def twice(v: Params) -> Params:
             return matvec(matvec(v))
 
-        size = tree.norm(b)
+        size = length(b)
         inner = CG(iterations=self.iterations, tolerance=self.tolerance**2)
-        solve = inner.solve(twice, matvec(b) if size else b, start)
+        right = matvec(b) if size else b
+        finite(tree.norm(right))
+        solve = inner.solve(twice, right, start)
         left = tree.norm(tree.sub(b, matvec(solve.solution))) / size if size else 0.0
         condition = solve.stats.condition
         stats = replace(

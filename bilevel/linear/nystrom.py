@@ -9,6 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.linear.cg import finite, length
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -20,6 +21,9 @@ class Nystrom:
     (1/rho) b − (1/rho²) C (W + CᵀC / rho)⁻¹ Cᵀ b. Exact for (H + rho I) v = b at full rank, so
     `rho` is a damping; the error is bounded by that of the low-rank approximation (thm. 1 there).
     The residual reported is that of the undamped A v = b, which costs one more product.
+
+    Raises:
+        ConvergenceError: a product is not finite.
     """
 
     approximate: ClassVar[bool] = True
@@ -28,13 +32,14 @@ class Nystrom:
     seed: int = 0
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size = tree.norm(b)
+        size = length(b)
         if size == 0:
             return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
         flat = tree.wide(tree.flatten(b))
         chosen = torch.randperm(len(flat), generator=rng.stream(self.seed, "nystrom"))
         chosen = chosen[: min(self.rank, len(flat))].to(flat.device)
         C = torch.stack([self._column(matvec, i, flat, b) for i in chosen], dim=1)
+        finite(float(C.abs().max()))
         solution = tree.cast(self._inverse(C, C[chosen], flat), b)
         residual = tree.norm(tree.sub(b, matvec(solution))) / size
         stats = Stats(iterations=len(chosen), residual=residual)

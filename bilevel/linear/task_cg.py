@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.linear.cg import finite, residual, rounding
+from bilevel.linear.cg import finite, length, nothing, residual, rounding
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -41,27 +41,31 @@ class TaskCG:
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         _require_tasks(b)
+        length(b)
         size = _dots(b, b).sqrt()
+        target = max(self.tolerance, nothing(b)) * size
         # itself where it may be: the product at the very start may be known to who asks
         begin = start if bool((size > 0).all()) else _times((size > 0).double(), start)
         v, r, _ = residual(matvec, b, begin)
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
-        active = rr.sqrt() > self.tolerance * size
-        largest, flat = torch.zeros_like(rr), rounding(b) ** 1.5
+        active = rr.sqrt() > target
+        largest, flat = torch.zeros_like(rr), 4 * rounding(b)
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
             finite(float(pAp.sum()))
-            curvature = min(curvature, float((pAp / pp)[active].min()))
-            largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
+            bend = pAp / pp
+            largest = torch.where(active, torch.maximum(largest, bend), largest)
             # along a p of no curvature but rounding v would go off to overflow
-            active = active & (pAp > flat * largest * pp)
+            bend = torch.where(bend > flat * largest, bend, bend.clamp(max=0.0))
+            curvature = min(curvature, float(bend[active].min()))
+            active = active & (bend > 0)
             alpha = torch.where(active, rr / pAp, 0.0)
             v, r = tree.add(v, _times(alpha, p)), tree.sub(r, _times(alpha, Ap))
             del Ap  # or the next product is computed beside it: one vector more at the peak
             rr, previous = _dots(r, r), rr
             p = tree.add(r, _times(torch.where(active, rr / previous, 0.0), p))
-            active = active & (rr.sqrt() > self.tolerance * size)
+            active = active & (rr.sqrt() > target)
         left = tree.sub(b, matvec(v)) if steps else r
         reached = _dots(left, left).sqrt() <= 2 * self.tolerance * size
         stats = Stats(
