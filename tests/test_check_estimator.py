@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,12 +12,15 @@ from bilevel import calculus, tree
 from bilevel.errors import CheckError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.kkt import KKT
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.starts import FOMAML, Reptile
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.identity import Identity
 from bilevel.testing import check_estimator
 from bilevel.testing.cases import cases
+from bilevel.testing.needs import cases_of, held_cases, started_cases
 from bilevel.types import Moved, Needs, Point
 
 QUICK = (0,)
@@ -342,10 +345,89 @@ def test_the_closed_forms_are_right(name, seed):
     assert tree.norm(tree.sub(h, F_x)) > 0.1 * tree.norm(h)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "options"), [(KKT(), {}), (FOMAML(), {"within": 0.2}), (Reptile(), {})], ids=repr
+)
+def test_what_needs_more_of_a_problem_is_held_to_problems_that_have_it(estimator, options):
+    check_estimator(Around(estimator), seeds=QUICK, **options)
+
+
+@dataclass
+class Needy(Around):
+    """It says that it needs or knows something of the problem."""
+
+    asked: Needs = field(default_factory=Needs)
+
+    @property
+    def needs(self):
+        return self.asked
+
+
+def test_constraints_that_are_required_and_not_used():
+    said = complaint(Needy(Implicit(), Needs(requires=frozenset({"lower_constraints"}))))
+    for name in held_cases(0):
+        assert f"claim ({name}, seed 0): " in said
+    assert "bent" not in said
+
+
+def test_a_set_that_is_said_to_be_known_and_is_not():
+    boasts = Needy(Implicit(), Needs(knows=frozenset({"project_lower"})))
+    assert {*cases_of(boasts, 0)} == {*cases(0), *held_cases(0)}
+    said = complaint(boasts)
+    assert "claim (held, seed 0): claim missed by" in said
+    assert "warm start (held, seed 0): relative error" in said
+    assert "claim (bent, seed 0)" not in said
+
+
+def test_a_start_that_is_pulled_the_wrong_way():
+    class Uphill(Around):
+        def estimate(self, losses, at, state):
+            got = super().estimate(losses, at, state)
+            return replace(got, hypergradient=tree.scale(-1.0, got.hypergradient))
+
+    for estimator in (FOMAML(), Reptile()):
+        said = complaint(Uphill(estimator))
+        assert all(f"size ({name}, seed 0): cosine -" in said for name in started_cases(0))
+
+
+def test_a_need_that_no_case_can_serve():
+    odd = Needy(Implicit(), Needs(requires=frozenset({"lower_prices"})))
+    assert "requires lower_prices, which no problem that it could be held to has" in complaint(odd)
+
+
+@pytest.mark.parametrize("make", [held_cases, started_cases])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_closed_forms_of_the_needy_are_right(make, seed):
+    """y* stays where it is under a projected step, and dΦ/dx is autograd's through it."""
+    from bilevel.rng import Streams
+
+    for problem in make(seed).values():
+        start, _ = problem.init(Streams(seed))
+        batch = next(problem.upper_batches(None))
+        x = tree.leaves(start)
+        value = problem.upper_loss(x, problem.lower_solution(x), batch)
+        truth = dict(zip(x, torch.autograd.grad(value, list(x.values())), strict=True))
+        h = problem.hypergradient(start)
+        assert tree.norm(tree.sub(h, truth)) < 1e-13
+        y = tree.detach(problem.lower_solution(start))
+        _, g = calculus.gradient_y(_losses(problem).lower, start, y)
+        project = getattr(problem, "project_lower", None)
+        step = tree.axpy(-0.1, g, y)
+        assert tree.norm(tree.sub(project(step) if project else step, y)) < 1e-13
+        if project:
+            assert tree.norm(g) > 0.1, "what holds y is active"
+            c = problem.lower_constraints(start, y, batch)
+            assert float(c["equality"].abs().max()) < 1e-13
+            assert int((c["inequality"] > -1e-9).sum()) == 1
+        _, F_x, _ = calculus.gradients(_losses(problem).upper, Point(start, y))
+        assert tree.norm(F_x) > 0.1 * tree.norm(h)
+        assert tree.norm(tree.sub(h, F_x)) > 0.1 * tree.norm(h)
+
+
 def _losses(problem):
     from bilevel.types import Counts, Loss, Losses
 
-    counts, k = Counts(), problem.constants
+    counts, k = Counts(), next(problem.upper_batches(None))
     return Losses(
         Loss(problem.upper_loss, k, counts, "upper"), Loss(problem.lower_loss, k, counts, "lower")
     )

@@ -4,7 +4,8 @@
     F(x, y) = ½ ‖y − t‖² + ½ ρ ‖x − p‖² + yᵀ D x,  or its part in x alone
 
 so that y*(x) = s⁻¹(B x + c). With sinh every second derivative of G changes with y. x and y have
-several entries of several shapes; nothing is centred at zero.
+several entries of several shapes; nothing is centred at zero. Estimators that know what holds y,
+or that learn where the lower level starts, are held to `Held` and `Started` as well, or instead.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def _split(values: Tensor, first: str, last: str) -> Params:
     return {first: head.reshape(2, -1) if len(head) == 4 else head, last: tail}
 
 
-def cases(seed: int) -> dict[str, ClosedForm]:
-    """The problems that every estimator is held to, by name."""
+def cases(seed: int) -> dict[str, Any]:
+    """The problems that every estimator without needs of its own is held to, by name."""
     return {
         "quadratic": ClosedForm(seed=seed),
         "one lower variable": ClosedForm(num_lower=1, seed=seed),

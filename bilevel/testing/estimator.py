@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.testing.cases import ClosedForm, cases
 from bilevel.testing.findings import copied, difference, report, through_a_checkpoint
+from bilevel.testing.needs import blind, cases_of, unprovided
 from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
 from bilevel.testing.stand import Stand, in_float32, init
@@ -42,6 +42,9 @@ def check_estimator(
     - where it says that it needs no second derivative, no graph of one is built;
     - where F does not depend on y, dΦ/dx = ∇x F.
 
+    One that requires `lower_constraints` or `lower_start` of a problem is held to closed forms
+    that have them, and one that knows a projection or constraints to those as well.
+
     Args:
         estimator: the component, with the options that are to be checked.
         seeds: of the problems' data and starting points.
@@ -64,20 +67,22 @@ def parts_of(
     """The checks of an estimator by name; each yields what is wrong."""
     parts: dict[str, Callable[[], Iterator[str]]] = {}
     for seed in seeds:
-        for case, problem in cases(seed).items():
+        for case, problem in cases_of(estimator, seed).items():
             stand = Stand(estimator, problem, seed)
             at = f"{case}, seed {seed}"
             parts[f"claim ({at})"] = lambda s=stand: _claim(s)
             parts[f"size ({at})"] = lambda s=stand: _size(s, within, average)
             parts[f"warm start ({at})"] = lambda s=stand: _warm(s)
-    bent = Stand(estimator, cases(seeds[0])["bent"], seeds[0])
+    first = cases_of(estimator, seeds[0])
+    plain = next(iter(first.values()))
+    bent = Stand(estimator, first.get("bent", plain), seeds[0])
     parts |= {
         "returns": lambda: _returns(bent),
         "float32": lambda: _narrow(bent),
         "state": lambda: _state(bent),
         "purity": lambda: _pure(bent),
         "counts": lambda: _counts(bent),
-        "no adjoint": lambda: _blind(Stand(estimator, ClosedForm(is_blind=True), seeds[0])),
+        "no adjoint": lambda: _blind(Stand(estimator, blind(plain), seeds[0])),
     }
     return parts
 
@@ -94,6 +99,8 @@ def _protocol(estimator: Estimator) -> Iterator[str]:
             f"claims {estimator.claim!r} and has no `objective(losses, at)`, the function of x "
             "that it differentiates"
         )
+    if lacking := unprovided(estimator):
+        yield f"requires {', '.join(lacking)}, which no problem that it could be held to has"
 
 
 def _claim(stand: Stand) -> Iterator[str]:
@@ -103,7 +110,7 @@ def _claim(stand: Stand) -> Iterator[str]:
     row = next(row for row in found if isinstance(row, CheckRow))
     if row.verdict == "wrong":
         yield row.note
-    elif row.verdict == "untested":
+    elif row.verdict in ("refused", "untested"):
         yield f"its claim {row.claim!r} could not be tested: {row.note}"
 
 

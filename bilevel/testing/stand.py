@@ -14,8 +14,8 @@ from bilevel.functional import hypergradient
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.optimizers import SGD
+from bilevel.problem import structure_of
 from bilevel.rng import Streams
-from bilevel.testing.cases import ClosedForm
 from bilevel.testing.reference import Reference, Scene, scene_at
 from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point
 from bilevel.upper import Upper
@@ -24,7 +24,7 @@ from bilevel.upper import Upper
 class Stand:
     """An estimator beside a problem, with the lower solves that it needs."""
 
-    def __init__(self, estimator: Estimator, problem: ClosedForm, seed: int) -> None:
+    def __init__(self, estimator: Estimator, problem: Any, seed: int) -> None:
         self.estimator, self.problem, self.seed = estimator, problem, seed
         steps = Gradient(steps=25, optimizer=SGD(lr=0.2))
         self.lower: LowerSolver = LBFGS() if estimator.needs.pairs else steps
@@ -61,6 +61,8 @@ class Stand:
             state=state,
             path=scene.solved.path,
             pairs=scene.solved.pairs,
+            project=getattr(self.problem, "project_lower", None),
+            structure=structure_of(self.problem),
             **draws,
         )
 
