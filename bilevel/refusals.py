@@ -25,26 +25,45 @@ def refuse_mismatch(setup: Setup) -> None:
             f"{type(setup.problem).__name__} is no problem: it has no {', '.join(missing)}; "
             "see bilevel.problem.Problem"
         )
+    _refuse_ignored_prox(setup)
     if setup.estimator.needs.path and not setup.lower.records:
         raise ProblemError(
             f"estimator {estimator} differentiates through the lower steps, "
             f"and those of lower: {lower} cannot be replayed; use lower: gradient with optimizer "
-            "sgd, adam, adamw or rmsprop, or estimator: implicit"
+            f"sgd, adam, adamw or rmsprop, or estimator: {_instead(setup)}"
         )
     if setup.estimator.needs.pairs and not getattr(setup.lower, "gives_pairs", False):
+        other = "" if hasattr(setup.problem, "project_lower") else "lower: lbfgs, or "
         raise ProblemError(
             f"estimator {estimator} reuses the curvature that a quasi-Newton "
-            f"lower solver met, and lower: {lower} keeps none; use lower: lbfgs, or "
-            "estimator: implicit"
+            f"lower solver met, and lower: {lower} keeps none; use {other}"
+            f"estimator: {_instead(setup)}"
         )
     for name in sorted(setup.estimator.needs.requires):
         if getattr(setup.problem, name, None) is None:
             raise ProblemError(
                 f"estimator {estimator} is for problems that have {name}, and "
-                f"{type(setup.problem).__name__} has none; add it, or use estimator: implicit"
+                f"{type(setup.problem).__name__} has none; add it, or use "
+                f"estimator: {_instead(setup)}"
             )
     require_resolved(setup.estimator, [setup.dtype])
     _refuse_unheld(setup)
+
+
+def _instead(setup: Setup) -> str:
+    """The estimator that works wherever the one asked for does not."""
+    return "fixed_point" if hasattr(setup.problem, "project_lower") else "implicit"
+
+
+def _refuse_ignored_prox(setup: Setup) -> None:
+    """Without R in G + R, whatever is differentiated belongs to another problem."""
+    estimator = setup.estimator
+    uses = estimator.claim != "direct" or estimator.needs.moves_lower
+    if uses and unknown_to(estimator, setup.problem) == "prox_lower":
+        raise ProblemError(
+            f"estimator {_names(setup)[0]} does not know prox_lower, so it would "
+            "differentiate the lower level without it; use estimator: fixed_point"
+        )
 
 
 def _refuse_unheld(setup: Setup) -> None:
@@ -57,12 +76,12 @@ def _refuse_unheld(setup: Setup) -> None:
             f"estimator {estimator} moves x itself and knows no project_upper, "
             "so what it accepts is not where x would be; use estimator: implicit"
         )
-    for name in ("project_lower", "prox_lower"):
-        if hasattr(problem, name) and needs.moves_lower and name not in needs.knows:
-            raise ProblemError(
-                f"estimator {estimator} moves y itself and knows no {name}, so y "
-                "would leave its set; use estimator: fixed_point, or unroll for a projection"
-            )
+    unknown = "project_lower" not in needs.knows
+    if hasattr(problem, "project_lower") and needs.moves_lower and unknown:
+        raise ProblemError(
+            f"estimator {estimator} moves y itself and knows no project_lower, "
+            "so y would leave its set; use estimator: fixed_point, or unroll"
+        )
     if prox and not getattr(setup.lower, "takes_prox", False):
         raise ProblemError(
             f"the problem has prox_lower, and lower: {lower} would ignore it; use lower: proximal"

@@ -76,13 +76,13 @@ REFUSED = {
         "use estimator: fixed_point, or unroll",
         {"estimator": FixedPoint()},
     ),
-    "y moved past its proximal map": (
-        made(With("prox_lower"), SingleLoop(), Proximal()),
+    "a proximal map unknown": (
+        made(With("prox_lower"), Implicit(), Proximal()),
         "use estimator: fixed_point",
         {"estimator": FixedPoint()},
     ),
     "a proximal map ignored": (
-        made(With("prox_lower")),
+        made(With("prox_lower"), FixedPoint()),
         "use lower: proximal",
         {"lower": Proximal()},
     ),

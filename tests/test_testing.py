@@ -19,7 +19,9 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.shine import Shine
 from bilevel.estimators.unroll import Unroll
+from bilevel.estimators.value_gap import ValueGap
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.gmres import GMRES
@@ -29,6 +31,7 @@ from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD, Adam
 from bilevel.rng import stream
 from bilevel.testing import CheckRow, check
@@ -200,10 +203,35 @@ def test_what_cannot_be_tested_is_not_called_exact():
     )
     assert found["neumann"].verdict == "untested"
     assert "not converged" in found["neumann"].note
-    found = rows(Quadratic(), {"unroll": Unroll(), "cg": Implicit()}, lower=LBFGS())
-    assert found["unroll"].verdict == "untested"
-    assert "record=True" in found["unroll"].note
+
+
+def test_a_lower_solver_is_lent_where_the_own_one_keeps_nothing():
+    wrong = Planted(Unroll(), MISTAKES["one part in a thousand"])
+    chosen = {"unroll": Unroll(), "wrong": wrong, "cg": Implicit()}
+    found = rows(Quadratic(), chosen, lower=LBFGS())
+    assert found["unroll"].verdict == "as claimed"
+    assert found["unroll"].note.startswith("after lower: gradient, for the recipe's own")
+    assert (found["unroll"].error, found["unroll"].cosine) == (None, None)  # of no run there is
+    assert found["wrong"].verdict == "wrong"
     assert found["cg"].verdict == "exact"
+    assert found["cg"].note == ""
+    refined = Shine(refine=CG())
+    chosen = {"shine": refined, "wrong": Planted(refined, MISTAKES["half of the implicit term"])}
+    found = rows(Quadratic(), chosen)
+    assert {name: row.verdict for name, row in found.items()} == {
+        "shine": "exact",
+        "wrong": "wrong",
+    }
+    assert found["shine"].note.startswith("after lower: lbfgs")
+
+
+def test_a_gap_that_is_flat_at_the_solution_is_tested_beside_it():
+    wrong = Planted(ValueGap(), MISTAKES["one part in a thousand"])
+    found = rows(Ridge(), {"gap": ValueGap(), "wrong": wrong}, lower=Newton())
+    assert {name: row.verdict for name, row in found.items()} == {
+        "gap": "as claimed",
+        "wrong": "wrong",
+    }
 
 
 def test_a_nonconvex_lower_level_is_followed_to_its_local_solution():
@@ -243,13 +271,28 @@ class Held(Wavy):
         return tree.map(lambda p: p.clamp(min=1.5), y)
 
 
+class HeldFarOff(Held):
+    """The bound is where nothing ever comes: implicit differentiation is right."""
+
+    def project_lower(self, y):
+        return tree.map(lambda p: p.clamp(min=-50.0), y)
+
+
 def test_an_active_constraint_makes_implicit_differentiation_wrong():
     found = rows(Held(), {"cg": Implicit(), "unroll": Unroll(), "none": Alternating()})
     assert found["cg"].reference == "central differences"
-    assert found["cg"].verdict == "wrong"
+    assert found["cg"].verdict == "refused"
+    assert "project_lower holds the lower solution here" in found["cg"].note
+    assert "use estimator: fixed_point" in found["cg"].note
     assert found["cg"].error > 0.5
     assert found["unroll"].error < 1e-9
     assert found["unroll"].verdict == "as claimed"
+
+
+def test_a_mistake_is_no_refusal_where_the_constraint_is_not_active():
+    wrong = Planted(Implicit(), MISTAKES["half of the implicit term"])
+    found = rows(HeldFarOff(), {"cg": Implicit(), "wrong": wrong})
+    assert {name: row.verdict for name, row in found.items()} == {"cg": "exact", "wrong": "wrong"}
 
 
 PLANTED = {

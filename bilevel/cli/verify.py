@@ -22,7 +22,13 @@ from bilevel.sinks.console import ConsoleReceiver
 from bilevel.testing import CheckRow
 from bilevel.types import Estimator, Stats
 
-_STYLES = {"exact": "green", "as claimed": "green", "wrong": "bold red", "untested": "yellow"}
+_STYLES = {
+    "exact": "green",
+    "as claimed": "green",
+    "wrong": "bold red",
+    "refused": "yellow",
+    "untested": "yellow",
+}
 
 
 def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:
@@ -47,7 +53,10 @@ def _without_suffix(reference: str) -> str:
 def check(
     console: Console, reference: str, overrides: Sequence[str], estimators: str | None
 ) -> None:
-    """Print a row for each estimator; raises `CheckError` if one is wrong."""
+    """Print a row for each estimator.
+
+    Raises `CheckError` if one is wrong, or if one that was asked for, or the recipe's own, is refused.
+    """
     recipe = recipes.load(locate(reference), overrides)
     asked = [name.strip() for name in estimators.split(",")] if estimators else None
     chosen, missing = _estimators(recipe, asked)
@@ -72,6 +81,10 @@ def check(
         raise CheckError(f"{', '.join(wrong)}: not the hypergradient that is claimed")
     if missing:
         raise RequirementError(f"{', '.join(missing)}: not tested, the note above says why")
+    meant = asked if asked and asked != ["all"] else [recipe.content["estimator"]["name"]]
+    refused = [row.name for row in rows if row.verdict == "refused" and row.name in meant]
+    if refused:
+        raise CheckError(f"{', '.join(refused)}: cannot work on this problem")
 
 
 def _untested(name: str, reference: str, reason: str) -> CheckRow:

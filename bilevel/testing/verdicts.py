@@ -10,20 +10,19 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel import calculus, rng, tree
-from bilevel.differences import central
-from bilevel.engine import Setup, prepare, start
+from bilevel import calculus, tree
+from bilevel.differences import Differences, central
+from bilevel.engine import Setup, prepare
 from bilevel.errors import BilevelError, ConvergenceError, ProblemError
 from bilevel.events import Event
 from bilevel.functional import estimate_at
+from bilevel.testing.grounds import Ground, Grounds, moved, unfit
 from bilevel.testing.reference import (
     Reference,
     Scene,
     from_differences,
     half_difference,
     noise_like,
-    reference_at,
-    scene_at,
 )
 from bilevel.types import (
     Estimate,
@@ -33,8 +32,9 @@ from bilevel.types import (
     Stats,
 )
 
-Verdict = Literal["exact", "as claimed", "approximate", "wrong", "untested"]
-"""exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim."""
+Verdict = Literal["exact", "as claimed", "approximate", "wrong", "refused", "untested"]
+"""exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim;
+refused: it cannot work on this problem, and the note says what can."""
 
 
 @dataclass(frozen=True)
@@ -68,62 +68,64 @@ def check(
     hide nothing. Yields the problem's `Progress` while it prepares, then one row an estimator.
 
     A claim is tested where it must hold: at the tightly solved lower level for "solution", with
-    the estimator's `tight` settings; by central differences of its own `objective` else.
+    the estimator's `tight` settings; by central differences of its own `objective` else. Where
+    the setup's lower solver keeps no path or pairs for an estimator that needs them, one that
+    does is lent, and said so; `error` and `cosine` are then None.
 
     Raises:
         ProblemError: the problem itself cannot be differentiated.
     """
     setup = replace(setup, dtype=dtype)
     yield from prepare(setup)
-    scene = _scene(setup, perturb)
-    reference = reference_at(scene)
+    grounds = Grounds(setup, perturb)
+    reference = grounds.own.reference
     for name, estimator in estimators.items():
-        yield _row(scene, reference, name, estimator)
+        yield _row(grounds, reference, name, estimator)
 
 
-def _scene(setup: Setup, perturb: float) -> Scene:
-    state = start(setup)
-    if not state.x:
-        raise ProblemError("x is empty: with one level only there is no hypergradient to check")
-    generator = rng.stream(setup.seed, "check")
-    x = tree.map(lambda p: p + perturb * noise_like(p, generator), state.x)
-    project = getattr(setup.problem, "project_upper", None)
-    x = tree.clone(project(x)) if project else x
-    return scene_at(setup, state, x, generator)
-
-
-def _row(scene: Scene, reference: Reference | None, name: str, estimator: Estimator) -> CheckRow:
+def _row(
+    grounds: Grounds, reference: Reference | None, name: str, estimator: Estimator
+) -> CheckRow:
     known = reference.name if reference else "none: the lower level cannot be solved tightly"
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
-    row = _judge(scene, reference, row, estimator)
+    row = _judge(grounds, row, estimator)
     caution = getattr(estimator, "caution", None)
     return replace(row, note="; ".join(filter(None, (row.note, caution))))
 
 
-def _judge(
-    scene: Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
-) -> CheckRow:
+def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
     try:
-        row = _as_configured(scene, reference, row, estimator)
-        if estimator.claim is None:
-            return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
-        if estimator.claim == "solution":
-            return _judge_solution(scene, reference, row, _tight(scene, estimator))
-        return _judge_objective(scene, row, _tight(scene, estimator))
+        ground = grounds.of(estimator)
+        row = _judge_on(ground, row, estimator)
+        return replace(row, note="; ".join(filter(None, (row.note, ground.lent))))
+    except ProblemError as error:
+        return replace(row, verdict="refused", note=str(error))
     except BilevelError as error:
         return replace(row, note=str(error))
     except Exception as error:  # one estimator's mistake must not cost the others their rows
         return replace(row, verdict="wrong", note=f"raised {type(error).__name__}: {error}")
 
 
-def _as_configured(
-    scene: Scene, reference: Reference | None, row: CheckRow, estimator: Estimator
-) -> CheckRow:
+def _judge_on(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
+    scene = ground.scene
+    row = _as_configured(ground, row, estimator)
+    if estimator.claim is None:
+        return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
+    if reason := unfit(ground, estimator):
+        return replace(row, verdict="refused", note=reason)
+    if estimator.claim == "solution":
+        return _judge_solution(scene, ground.reference, row, _tight(scene, estimator))
+    return _judge_objective(scene, row, _tight(scene, estimator))
+
+
+def _as_configured(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
+    scene = ground.scene
     try:
         got = _ask(scene, estimator, scene.solved.y)
     except ConvergenceError as error:  # its claim may hold at other settings
         return replace(row, note=str(error))
     row = replace(row, stats=got.stats)
+    reference = None if ground.lent else ground.reference
     if reference is None:
         return row
     h = got.hypergradient
@@ -140,7 +142,8 @@ def _judge_solution(
 ) -> CheckRow:
     """Against dΦ/dx at the lower solution. A method that says nothing of its solve has converged."""
     if reference is None:
-        return row
+        nothing = "no truth to compare with: the lower level cannot be solved tightly here"
+        return replace(row, note="; ".join(filter(None, (row.note, nothing))))
     got = _ask_gently(scene, tight)
     if got is None:
         note = "diverges, however small its scale, on a lower level that is convex here"
@@ -160,19 +163,32 @@ def _judge_solution(
 
 
 def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
-    """Against central differences of the function that the estimator says it differentiates."""
+    """Against central differences of the function that the estimator says it differentiates.
+
+    Where they tell nothing at the solved y, as those of a gap that is zero there, at a y beside it.
+    """
     objective = getattr(tight, "objective", None)
     if objective is None:
         return replace(row, note=f"claims {row.claim!r} but has no `objective` to differentiate")
-    got = _ask(scene, tight, scene.solved.y)
-    project = getattr(scene.setup.problem, "project_lower", None)
-    at = Point(scene.x, scene.solved.y, scene.solved.path, project, scene.solved.pairs)
-    found = central(objective(scene.losses, at), scene.x, scene.generator)
+    found = _differences(scene, objective)
+    is_flat = found.error > 1e-2 or not found.slopes.any()
+    if is_flat and not (tight.needs.path and row.claim == "path"):
+        beside = moved(scene, 0.1, getattr(scene.setup.problem, "project_lower", None))
+        again = _differences(beside, objective)
+        if again.error <= 1e-2 and again.slopes.any():
+            scene, found = beside, again
     if found.error > 1e-2:
         note = f"its function is too rough for differences (error {found.error:.1e})"
         return replace(row, note=note)
-    truth = from_differences("", found)
+    got, truth = _ask(scene, tight, scene.solved.y), from_differences("", found)
     return _verdict(row, truth.error(got.hypergradient), truth.tolerance, "as claimed")
+
+
+def _differences(scene: Scene, objective: Any) -> Differences:
+    project = getattr(scene.setup.problem, "project_lower", None)
+    solved = scene.solved
+    at = Point(scene.x, solved.y, solved.path, project, solved.pairs)
+    return central(objective(scene.losses, at), scene.x, scene.generator)
 
 
 def _verdict(row: CheckRow, error: float, tolerance: float, kept: Verdict) -> CheckRow:

@@ -9,12 +9,14 @@ import torch
 from bilevel import engine, hypergradient, solve_lower, testing, tree
 from bilevel.engine import Setup
 from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
 from bilevel.estimators.lancbio import LancBiO
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.unroll import Unroll
 from bilevel.events import Warned
 from bilevel.functional import estimate_at
 from bilevel.linear.cg import CG
@@ -641,6 +643,14 @@ def test_what_knows_or_claims_another_function_is_not_refused():
     of_python(box, OneStep(), project=box.project_lower)  # claims the step, and no more
     with pytest.raises(ProblemError, match="KKT does not know project"):
         of_python(box, KKT(), project=box.project_lower)
+
+
+def test_whoever_ignores_the_proximal_map_is_refused():
+    for estimator in (Implicit(), KKT(), Unroll()):
+        with pytest.raises(ProblemError, match=r"does not know prox_lower.*estimator: fixed_point"):
+            engine.refuse_mismatch(made(Lasso(), estimator=estimator))
+    for estimator in (FixedPoint(), Alternating()):  # the latter differentiates no lower level
+        engine.refuse_mismatch(made(Lasso(), estimator=estimator))
 
 
 def test_a_doubtful_active_set_is_a_warning():

@@ -1,0 +1,130 @@
+"""The ground an estimator is checked on: the setup's own lower solver, or one that is lent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from bilevel import calculus, rng, tree
+from bilevel.engine import Setup, start
+from bilevel.errors import ProblemError
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.optimizers import SGD
+from bilevel.refusals import called, refuse_mismatch, unknown_to
+from bilevel.testing.reference import (
+    STATIONARY,
+    Reference,
+    Scene,
+    noise_like,
+    reference_at,
+    scene_at,
+)
+from bilevel.types import Estimator, LowerSolver, Point
+
+ACTIVE = 1e3 * STATIONARY
+"""‖∇y G‖ at the lower solution from which on something holds y there, relative as `STATIONARY`."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The problem near its first x, after the steps of one lower solver, with the truth there."""
+
+    setup: Setup
+    perturb: float
+    lent: str | None = None
+    """What is lent and why; None for the setup's own lower solver."""
+
+    @cached_property
+    def scene(self) -> Scene:
+        state = start(self.setup)
+        if not state.x:
+            raise ProblemError("x is empty: with one level only there is no hypergradient to check")
+        generator = rng.stream(self.setup.seed, "check")
+        x = tree.map(lambda p: p + self.perturb * noise_like(p, generator), state.x)
+        project = getattr(self.setup.problem, "project_upper", None)
+        x = tree.clone(project(x)) if project else x
+        return scene_at(self.setup, state, x, generator)
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        return reference_at(self.scene)
+
+    @cached_property
+    def is_held(self) -> bool:
+        """Whether the lower solution is no stationary point of G: something else holds it there."""
+        scene = self.scene
+        if not scene.stationary:
+            return False
+        off = tree.map(lambda p: p + noise_like(p, rng.stream(self.setup.seed, "off")), scene.tight)
+        here, there = (
+            tree.norm(calculus.gradient_y(scene.losses.lower, scene.x, y)[1])
+            for y in (scene.tight, off)
+        )
+        return here > ACTIVE * (1 + there)
+
+
+@dataclass
+class Grounds:
+    """The grounds of one setup: its own, and those with a lower solver that is lent to it."""
+
+    setup: Setup
+    perturb: float
+    _lent: dict[str, Ground] = field(default_factory=dict)
+
+    @cached_property
+    def own(self) -> Ground:
+        return Ground(self.setup, self.perturb)
+
+    def of(self, estimator: Estimator) -> Ground:
+        """The setup's own, unless its lower solver keeps nothing that the estimator needs.
+
+        Raises:
+            ProblemError: the estimator cannot work with the problem, whatever the lower solver.
+        """
+        problem, needs, lower = self.setup.problem, estimator.needs, self.setup.lower
+        chosen: LowerSolver | None = None
+        if needs.path and not lower.records:
+            chosen = Gradient(optimizer=SGD(lr=0.9 / self._steepest))
+        elif needs.pairs and not getattr(lower, "gives_pairs", False):
+            chosen = None if hasattr(problem, "project_lower") else LBFGS()
+        setup = replace(self.setup, estimator=estimator, lower=chosen or lower)
+        refuse_mismatch(setup)
+        if chosen is None:
+            return self.own
+        name = type(chosen).__name__.lower()
+        about = f"after lower: {name}, for the recipe's own keeps nothing that it needs"
+        return self._lent.setdefault(name, Ground(setup, self.perturb, about))
+
+    @cached_property
+    def _steepest(self) -> float:
+        """The largest curvature of G at the lower solution, by twenty steps of the power method."""
+        scene = self.own.scene
+        lower = calculus.linearize(scene.losses.lower, Point(scene.x, scene.tight))
+        stream = rng.stream(self.setup.seed, "steepest")
+        v, size = tree.map(lambda p: noise_like(p, stream), scene.tight), 1.0
+        for _ in range(20):
+            v = lower.hvp_yy(tree.scale(1 / tree.norm(v), v))
+            size = tree.norm(v)
+            if size == 0:
+                return 1.0
+        return size
+
+
+def unfit(ground: Ground, estimator: Estimator) -> str | None:
+    """Why dΦ/dx is nothing the estimator could return here: what holds y is unknown to it."""
+    name = unknown_to(estimator, ground.setup.problem)
+    if name is None or estimator.claim != "solution" or not ground.is_held:
+        return None
+    return (
+        f"{name} holds the lower solution here, and {called(estimator, 'estimators')} does not know it; "
+        "use estimator: fixed_point, or kkt where the problem has lower_constraints"
+    )
+
+
+def moved(scene: Scene, size: float, project: Any) -> Scene:
+    """The scene at a y that is off the solved one: what is flat there has a slope here."""
+    stream = rng.stream(scene.setup.seed, "moved")
+    y = tree.map(lambda p: p + size * (1 + p.abs()) * noise_like(p, stream), scene.solved.y)
+    return replace(scene, solved=replace(scene.solved, y=project(y) if project else y))
