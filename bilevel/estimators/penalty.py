@@ -1,7 +1,7 @@
 """Hypergradients from first derivatives: the penalised lower problem.
 
 F2SA: Kwon, Kwon, Wright and Nowak (2023), arXiv:2301.10945. Central differences: F2SA-p,
-arXiv:2509.02937.
+Chen, Li, Chayti and Zhang (2025), arXiv:2509.02937.
 """
 
 from __future__ import annotations

@@ -24,10 +24,13 @@ class ZerothOrder:
     """Mean over normal d of (P(x + μ d) − P(x − μ d)) / 2μ · d, with P(x) = F(x, y_K(x)).
 
     Unbiased for the gradient of the smoothed P_μ(x) = E P(x + μ d), which is off dP/dx by O(μ²);
-    variance O(dim x / samples). 2 lower paths of K gradients and 2 values of F a sample; no
-    gradient of F. With `partial` only the response of y_K is differenced,
+    variance O(dim x / samples). Costs 2K gradients and 2 values of F a sample, and K gradients and
+    1 value for the path itself; no gradient of F but 1 if `partial`. With `partial` only the response of y_K is differenced,
     ∇x F + (y_K(x + μ d) − y_K(x − μ d))ᵀ ∇y F / 2μ · d: the same bias, far less variance where
     ∇x F is large.
+
+    Raises:
+        ProblemError: no lower step was recorded.
     """
 
     samples: PositiveInt = 10

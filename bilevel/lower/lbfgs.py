@@ -79,8 +79,9 @@ class LBFGS:
 
         with suppress(_Converged):
             optimizer.step(closure)
+        iterations = optimizer.state[next(iter(y.values()))].get("n_iter", 0) if y else 0
         value, norm, y = best
-        stats = LowerStats(taken, taken, value, norm, norm <= self.tolerance)
+        stats = LowerStats(iterations, taken, value, norm, norm <= self.tolerance)
         return LowerSolution(y, state, stats, batch, pairs=_pairs(points))
 
 
