@@ -59,12 +59,14 @@ def _filled(gradients: Iterable[Tensor | None], like: Params, *inputs: Params) -
     """Zeros for None; every entry in memory of its own, so that callers may write into it.
 
     autograd hands out views that share memory with each other, with what was put in, or with
-    themselves (expanded scalars).
+    themselves (expanded scalars), and zeros that have no memory (the second derivative of |y|).
     """
     taken = {_memory(entry) for params in (like, *inputs) for entry in params.values()}
     filled = {}
     for (name, entry), gradient in zip(like.items(), gradients, strict=True):
-        own = torch.zeros_like(entry) if gradient is None else gradient.detach()
+        if gradient is None or gradient._is_zerotensor():
+            gradient = torch.zeros_like(entry)
+        own = gradient.detach()
         if _memory(own) in taken or 0 in own.stride():
             own = own.clone(memory_format=torch.contiguous_format)
         taken.add(_memory(own))

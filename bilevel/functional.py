@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from bilevel import calculus, maps, tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.recorded import started
 from bilevel.lower.replay import replay
-from bilevel.purity import refuse_impure
+from bilevel.purity import refuse_cut, refuse_impure
 from bilevel.resolution import require_resolved
 from bilevel.ties import Ties, bind
 from bilevel.types import (
@@ -64,8 +66,9 @@ def hypergradient(
         estimator: the method, e.g. `bilevel.estimators.implicit.Implicit()`.
         upper_batch: third argument of `upper_loss`.
         lower_batch: third argument of `lower_loss`; best the batch of the last lower step.
-        state: `Estimate.state` of the previous call: warm start. None starts cold and checks
-            both losses for batch normalisation in training mode (one evaluation each).
+        state: `Estimate.state` of the previous call: warm start. None starts cold, and checks
+            that both losses are pure (two evaluations each) and, for an estimator that needs it,
+            that custom autograd functions of G have their second derivative (`bilevel.purity`).
         path: the recorded lower steps, for estimators that differentiate through them.
         upper_batches: where estimators that draw batches of their own take those for F from.
         lower_batches: the same for G.
@@ -80,9 +83,9 @@ def hypergradient(
         tensor under two names (tied) are one variable and share its hypergradient.
 
     Raises:
-        ProblemError: a loss is no scalar, has no second derivative, or changes buffers; or an
-            upper variable reaches neither loss; or x or y is of a dtype too coarse for the
-            differences that the estimator takes.
+        ProblemError: a loss is no scalar, is random, changes buffers, or has no second derivative or
+            one that loses a part; or an upper variable reaches neither loss; or x or y is of a
+            dtype too coarse for the differences that the estimator takes.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
     """
     _require_known(estimator, project, structure)
@@ -123,6 +126,7 @@ def estimate_at(
 ) -> Estimate:
     """`hypergradient`, also where the estimator does not know what holds y: runs warn of that."""
     began = time.perf_counter()
+    _refuse_inference()
     tree.require(x, "x")
     tree.require(y, "y")
     tied = Ties(x), Ties(y)
@@ -138,8 +142,14 @@ def estimate_at(
     if first:
         for loss in (losses.upper, losses.lower):
             refuse_impure(loss, at.x, at.y)
+        if estimator.needs.second_order and losses.lower.structure.map is None:
+            refuse_cut(losses.lower, at)
         state = estimator.init(at)
-    estimate = estimator.estimate(losses, at, state)
+    try:
+        estimate = estimator.estimate(losses, at, state)
+    except RuntimeError as error:
+        _require_own(state, at, error)
+        raise
     _require_shapes(estimator, estimate.hypergradient, at.x)
     if first:
         _require_reached(losses, at)
@@ -200,6 +210,7 @@ def solve_lower(
     """
     restart = None if isinstance(y, dict) else y
     y = y if isinstance(y, dict) else y(tree.detach(x))
+    _refuse_inference()
     tree.require(y, "y")
     solver = solver or Gradient()
     keep = ALL_STEPS if record is True else float(record)
@@ -284,6 +295,36 @@ def _require_known(
                 f"where that is active; use FixedPoint, or Unroll for a projection. Where y* lies "
                 f"inside, leave {name} out"
             )
+
+
+def _refuse_inference() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ProblemError(
+            "under torch.inference_mode() nothing can be differentiated; call it outside, or use "
+            "torch.no_grad(), which does no harm"
+        )
+
+
+def _require_own(state: Any, at: Point, error: Exception) -> None:
+    """Raise `ProblemError` if an estimator failed with a state from a point of other shapes."""
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return
+    for params in (at.x, at.y):
+        differing = [n for n in params if _shape(state.get(n)) not in (None, _shape(params[n]))]
+        if state.keys() == params.keys() and differing:
+            name = differing[0]
+            raise ProblemError(
+                f"the state is of another problem: {name} has shape {_shape(state[name])} in it, "
+                f"expected {_shape(params[name])}; pass state=None where the variables have changed"
+            ) from error
+    for part in state.values():
+        _require_own(part, at, error)
+
+
+def _shape(entry: Any) -> tuple[int, ...] | None:
+    return tuple(entry.shape) if isinstance(entry, torch.Tensor) else None
 
 
 def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:

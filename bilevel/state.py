@@ -13,6 +13,7 @@ from bilevel.events import Totals
 from bilevel.problem import Problem
 from bilevel.rng import Streams
 from bilevel.samplers import Draws, Sampler, paired
+from bilevel.ties import Ties
 from bilevel.types import Estimator, LowerSolver, Params
 from bilevel.upper import Upper
 
@@ -71,7 +72,7 @@ def start(setup: Setup) -> State:
     x, y = setup.problem.init(Streams(setup.seed))
     for params, name in ((x, "x"), (y, "y")):
         tree.require(params, name)
-        if len({id(entry) for entry in params.values()}) < len(params):
+        if not Ties(params).trivial:
             raise ProblemError(f"{name} holds one tensor under two names; give it one name")
     if not y:
         raise ProblemError("y is empty: a bilevel problem has lower variables")

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bilevel.composed import Composed
+from bilevel.errors import ProblemError
 from bilevel.types import Counts, Function, Loss, Losses, Pairs, Params, Structure
 
 
 class Ties:
-    """Names that stand for one and the same tensor, and the way there and back."""
+    """Names that stand for one and the same tensor, and the way there and back.
+
+    The same memory seen through one shape is the same tensor, as in a `state_dict()`, which makes
+    an object of its own for every name.
+
+    Raises:
+        ProblemError: two entries share a part of their memory, or see it in different shapes.
+    """
 
     def __init__(self, params: Params) -> None:
-        first: dict[int, str] = {}
-        self._home = {name: first.setdefault(id(entry), name) for name, entry in params.items()}
+        first: dict[Hashable, str] = {}
+        self._home = {name: first.setdefault(_place(p), name) for name, p in params.items()}
         self.unique = {home: params[home] for home in first.values()}
+        _refuse_overlap(self.unique)
 
     def expand(self, unique: Params) -> Params:
         """The same with every name."""
@@ -50,6 +62,60 @@ class Ties:
     def trivial(self) -> bool:
         """Whether each name has a tensor of its own."""
         return len(self.unique) == len(self._home)
+
+
+def _place(entry: Tensor) -> Hashable:
+    """Where a tensor lies; itself where it has no memory of its own (empty, expanded, traced)."""
+    start = _start(entry)
+    if start is None:
+        return id(entry)
+    return start, entry.shape, entry.stride(), entry.dtype, entry.device
+
+
+def _start(entry: Tensor) -> int | None:
+    expanded = any(n > 1 and not step for n, step in zip(entry.shape, entry.stride(), strict=True))
+    if expanded or not entry.numel():
+        return None
+    try:
+        return entry.data_ptr() or None
+    except RuntimeError:  # inside a transform of torch.func
+        return None
+
+
+def _refuse_overlap(params: Params) -> None:
+    """Raise `ProblemError` if a step of one entry would move a part of another."""
+    placed = sorted(
+        (start, start + _extent(entry) * entry.element_size(), name)
+        for name, entry in params.items()
+        if (start := _start(entry)) is not None
+    )
+    reach = placed[:1]
+    for here in placed[1:]:
+        for other in (o for o in reach if here[0] < o[1]):
+            a, b = params[other[2]], params[here[2]]
+            if a.device == b.device and _overlap(a, b, here[0] - other[0]):
+                raise ProblemError(
+                    f"{other[2]} and {here[2]} share a part of their memory, so that they are "
+                    "neither one variable nor two; keep one of them and take the other from it in "
+                    f"the loss, or give {here[2]} memory of its own: .clone()"
+                )
+        reach = [o for o in reach if here[0] < o[1]] + [here]
+
+
+def _extent(entry: Tensor) -> int:
+    """From the first to behind the last element, in elements."""
+    steps = zip(entry.shape, entry.stride(), strict=True)
+    return 1 + sum((size - 1) * step for size, step in steps)
+
+
+def _overlap(a: Tensor, b: Tensor, offset: int) -> bool:
+    """Whether two entries share an element, b beginning `offset` bytes behind a."""
+    if a.dtype != b.dtype or offset % a.element_size():
+        return True
+    lead = offset // a.element_size()
+    seen = torch.zeros(max(_extent(a), lead + _extent(b)), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride()).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), lead).any())
 
 
 def bind(

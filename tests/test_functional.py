@@ -25,7 +25,9 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.torch_optim import TorchOptimizer
-from bilevel.types import Estimate
+from bilevel.preconditioners.diagonal import Hutchinson
+from bilevel.ties import Ties
+from bilevel.types import Estimate, Point
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 
 ESTIMATORS = [
@@ -176,6 +178,63 @@ def test_tied_lower_parameters_are_one_variable(make):
     solved = bilevel.solve_lower(low, case.x, both, solver=Newton(), batch=case.lower_batch)
     assert solved.y["first"] is solved.y["second"]
     assert relative({name: solved.y["first"]}, case.y) < 1e-8
+
+
+def halves(x, y, batch):
+    a, b = y["a"], y["b"]
+    return 0.5 * (a - x["x"]).square().sum() + 0.5 * (b - 2 * x["x"]).square().sum()
+
+
+def product(x, y, batch):
+    return (y["a"] * y["b"]).sum()
+
+
+def test_one_memory_under_two_names_is_one_variable():
+    """As from state_dict(), which makes a tensor of its own for every name of a tied weight."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+            self.b = self.a
+
+    tied = Net().state_dict()
+    assert tied["a"] is not tied["b"]
+    x = {"x": torch.tensor([0.6, 1.3], dtype=torch.float64)}
+    y = bilevel.solve_lower(halves, x, tied, solver=Newton()).y
+    assert y["a"] is y["b"]
+    # y* = 3x/2, Φ = ‖y*‖²
+    got = bilevel.hypergradient(product, halves, x, tied | y, estimator=Implicit())
+    assert_close(got.hypergradient, {"x": 4.5 * x["x"]}, rtol=1e-9)
+    apart = {name: entry.clone() for name, entry in tied.items()}  # control: two variables
+    y = bilevel.solve_lower(halves, x, apart, solver=Newton()).y
+    assert_close(y, {"a": x["x"], "b": 2 * x["x"]}, rtol=1e-9)
+
+
+W = torch.arange(12, dtype=torch.float64).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        (W, W.t(), True),
+        (W[0], W[0, 1:], True),
+        (W[:, 1:3], W[1], True),
+        (W, W.view(torch.int64).view(torch.float32), True),
+        (W[:, :2], W[:, 2:], False),
+        (W[0], W[1], False),
+        (W[:, ::2], W[:, 1::2], False),
+        (W[:0], W, False),
+        (W[:1, :1].expand(3, 4), W[:1, :1].expand(3, 4), False),
+    ],
+    ids=["transpose", "part", "crossing", "dtype", "blocks", "rows", "comb", "empty", "expanded"],
+)
+def test_memory_shared_in_part_is_refused_and_neighbours_are_not(a, b, shared):
+    if shared:
+        with pytest.raises(ProblemError, match=r"share a part of their memory.*\.clone\(\)"):
+            Ties({"a": a, "other": torch.ones(2), "b": b})
+    else:
+        assert Ties({"a": a, "b": b}).trivial
 
 
 def test_tied_upper_variables_share_the_whole_gradient():
@@ -535,3 +594,53 @@ def test_what_moves_tied_variables_moves_them_as_one():
     assert got.moved.y.keys() == {"first", "second"}
     assert torch.equal(got.moved.y["first"], got.moved.y["second"])
     assert_close({"y": got.moved.y["first"]}, alone.moved.y, rtol=1e-12)
+
+
+def test_a_state_from_another_problem_is_named():
+    small = bilevel.hypergradient(
+        product,
+        halves,
+        {"x": torch.ones(3)},
+        {"a": torch.ones(3), "b": torch.zeros(3)},
+        estimator=Implicit(),
+    )
+    x, y = {"x": torch.ones(2)}, {"a": torch.ones(2), "b": torch.zeros(2)}
+    with pytest.raises(ProblemError, match=r"state is of another problem.*shape.*state=None"):
+        bilevel.hypergradient(product, halves, x, y, estimator=Implicit(), state=small.state)
+
+    class Fails(Implicit):
+        def estimate(self, losses, at, state):
+            raise RuntimeError("of its own")
+
+    own = Implicit().init(Point(x, y))  # control: another error is left alone
+    with pytest.raises(RuntimeError, match="of its own"):
+        bilevel.hypergradient(product, halves, x, y, estimator=Fails(), state=own)
+
+
+def test_inference_mode_is_said_to_be_the_reason():
+    x, y = {"x": torch.ones(2)}, {"a": torch.ones(2), "b": torch.zeros(2)}
+    with torch.inference_mode():
+        with pytest.raises(ProblemError, match=r"torch.inference_mode\(\)"):
+            bilevel.hypergradient(product, halves, x, y, estimator=Implicit())
+        with pytest.raises(ProblemError, match=r"torch.inference_mode\(\)"):
+            bilevel.solve_lower(halves, x, y)
+    with torch.no_grad():
+        assert bilevel.hypergradient(product, halves, x, y, estimator=Implicit())
+
+
+def test_dense_names_a_hessian_that_is_not_finite():
+    def rooted(x, y, batch):
+        return halves(x, y, batch) + y["a"].abs().pow(1.5).sum()
+
+    x, y = {"x": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(2)}
+    with pytest.raises(ConvergenceError, match=r"dense: the matrix.*not finite"):
+        bilevel.hypergradient(product, rooted, x, y, estimator=Implicit(solver=Dense()))
+
+
+def test_hutchinson_with_an_empty_entry():
+    x = {"x": torch.ones(2)}
+    y = {"a": torch.ones(2), "b": torch.zeros(2), "none": torch.zeros(0, 3)}
+    estimator = Implicit(preconditioner=Hutchinson())
+    got = bilevel.hypergradient(product, halves, x, y, estimator=estimator).hypergradient["x"]
+    # ∂²yy G = I, so dΦ/dx = b + 2a
+    assert torch.allclose(got, y["b"] + 2 * y["a"])

@@ -7,8 +7,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError
-from bilevel.linear.cg import finite, length
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.linear.cg import length
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -21,8 +21,8 @@ class Dense:
     `converged=False`; so is one whose rounding leaves a residual above 1e-6 (float32: 3e-4).
 
     Raises:
-        ConvergenceError: a product is not finite.
         ProblemError: dim(b) > limit.
+        ConvergenceError: the matrix or b is not finite.
     """
 
     limit: PositiveInt = 4096
@@ -34,9 +34,14 @@ class Dense:
                 f"dense needs a {dim} x {dim} matrix; limit = {self.limit}. "
                 "Use solver=cg, or raise `limit`"
             )
-        length(b)
         rhs, A = tree.wide(tree.flatten(b)), tree.wide(matrix(matvec, b))
-        finite(float(A.abs().max()))
+        if not (A.isfinite().all() and rhs.isfinite().all()):
+            raise ConvergenceError(
+                "dense: the matrix or the right-hand side is not finite; the loss is finite and "
+                "its second derivative is not (a square root or a norm at zero, an overflow): "
+                "smooth the loss there, or use float64"
+            )
+        length(b)
         spectrum = torch.linalg.svdvals(A)
         eps = torch.finfo(A.dtype).eps
         singular = bool(spectrum[-1] <= dim * eps * spectrum[0])

@@ -92,7 +92,7 @@ class Hutchinson:
             signs = tree.map(lambda p: _signs(p, stream), system.b)
             tree.axpy_(total, 1 / self.probes, tree.mul(signs, system.matvec(signs)))
         size = tree.map(torch.abs, total)
-        largest = max(float(entry.max()) for entry in size.values())
+        largest = max((float(e.max()) for e in size.values() if e.numel()), default=0.0)
         least = self.floor * largest if largest > 0 else 1.0
         return tree.map(lambda entry: entry.clamp(min=least), size)
 

@@ -117,7 +117,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "calculus.py": ("tests/test_calculus.py", "tests/test_functional.py"),
     "functional.py": ("tests/test_functional.py", "tests/estimators/test_reuse.py"),
     "learned_start.py": ("tests/estimators/test_meta.py",),
-    "purity.py": ("tests/test_calculus.py", "tests/test_functional.py"),
+    "purity.py": ("tests/test_purity.py", "tests/test_calculus.py", "tests/test_functional.py"),
     "resolution.py": ("tests/test_resolution.py",),
     "tasks.py": ("tests/test_tasks.py",),
     "tree.py": ("tests/test_tree.py", "tests/test_functional.py"),
