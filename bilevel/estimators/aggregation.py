@@ -33,6 +33,10 @@ class Aggregation:
     each, and the memory of 2K graphs; the last gradient of G is for the log. A problem with `lower_start`
     begins every call there, as published; another one where the last call ended. With
     `project_lower` each step ends in the projection, and is differentiated through it.
+
+    Raises:
+        ProblemError: F or G has no second derivative.
+        ConvergenceError: F or G became NaN or infinite.
     """
 
     steps: PositiveInt = 20

@@ -26,7 +26,12 @@ class Forward:
 
     Exact, and equal to reverse unrolling, over all coordinates of x: dim x · K products with
     ∂²yy G and with ∂²yx G, memory that does not grow with K. With `directions` = b random normal
-    directions it is the mean of (h · d) d: unbiased, variance O(dim x / b), b · K products.
+    directions it is the mean of (h · d) d: unbiased, variance O(dim x / b), b · K products. And
+    2K + 1 gradients either way: K steps, as many for the start of each product, and F.
+
+    Raises:
+        ProblemError: no lower step was recorded, or a loss has no second derivative.
+        ConvergenceError: F or G became NaN or infinite.
     """
 
     directions: PositiveInt | None = None

@@ -23,7 +23,8 @@ class Diagonal:
 
     `lower_diagonal` is a method of the problem, found on the object that `lower_loss` is a method
     of, or the function given here: what is known of the diagonal of ∂²yy G, such as penalties
-    exp(x) on each feature plus a constant for the data term. In the shapes of y.
+    exp(x) on each feature plus a constant for the data term. In the shapes of y. M = A, and one
+    step is left, where A is diagonal; whatever M, what the solve converges to is the same.
 
     Raises:
         ProblemError: there is no `lower_diagonal`, or it is not positive or of other shapes.

@@ -25,7 +25,8 @@ class NystromPreconditioner:
     at most `memory` bytes, for which the rank is lowered. It is built when the iterations spent
     without it exceed that cost, and built again when those beyond the fewest since it was built do:
     at most twice what the best decision in hindsight would have cost. A rank of 150 took 1/9 to
-    1/33 of the products on per-feature logistic regression. Where A is not positive definite
+    1/33 of the products on per-feature logistic regression. M = ℓ⁻¹ A, and one step is left, where
+    the rank is that of A, dim(y); whatever M, what the solve converges to is the same. Where A is not positive definite
     nothing is built, and the solver reports the curvature that it meets.
     """
 

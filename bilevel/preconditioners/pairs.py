@@ -22,7 +22,9 @@ class LBFGSPairs:
 
     `update: block` maps all steps as A does at once, `bfgs` only the last (see `shine`). Pairs of
     earlier lower solves fill up `memory`; without any nothing is preconditioned. Keeps 2 · memory
-    vectors of the size of y, and works on as many more.
+    vectors of the size of y, and works on as many more. For quadratic G M = A, and one step is
+    left, once `block` has steps that span the space of y; whatever M, what the solve converges to
+    is the same.
 
     Raises:
         ProblemError: the lower solver gives no pairs.
