@@ -284,7 +284,7 @@ def made(problem, **options):
 
 
 @pytest.mark.parametrize("problem", [Polyhedral(0), Disc()], ids=["polyhedral", "disc"])
-def test_check_finds_kkt_exact_and_implicit_wrong(problem):
+def test_check_finds_kkt_exact_and_refuses_implicit(problem):
     rows = {
         row.name: row
         for row in check(made(problem), {"kkt": KKT(), "implicit": Implicit()})
@@ -293,7 +293,8 @@ def test_check_finds_kkt_exact_and_implicit_wrong(problem):
     assert rows["kkt"].reference == "central differences"
     assert rows["kkt"].verdict == "exact"
     assert rows["kkt"].error < 1e-5
-    assert rows["implicit"].verdict == "wrong"
+    assert rows["implicit"].verdict == "refused"
+    assert "lower_constraints" in rows["implicit"].note
 
 
 def test_a_run_moves_x_along_the_true_hypergradient():

@@ -19,7 +19,7 @@ CLAIMS_NOTHING: dict[str, dict[str, Any]] = {
     "sustain": {"within": 0.9, "average": 20},
     "mrbo": {"within": 0.9, "average": 20},
     "vrbo": {"within": 0.9, "average": 20},
-    "fomaml": {"within": 0.15},
+    "fomaml": {"within": 0.1},
     "betty:neumann": {"within": 0.6},
     "betty:darts": {"within": 1.5},
     "betty:sama": {"within": 1.5},

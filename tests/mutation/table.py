@@ -183,9 +183,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return {name: torch.zeros_like(entry) if part is None else part for (name, entry), part in "
         "zip(g.items(), found, strict=False)}",
     ): "autograd gives a part for each entry it is asked for",
-    ("linear/cg.py", "flat = rounding(v) ** 3.0"): (
-        "a choice of what is flat: at either v does not overflow"
-    ),
+    (
+        "linear/cg.py",
+        "flat, ended = (rounding(v) ** 3.0 if precondition else 4 * rounding(v), False)",
+    ): "a choice of what is flat: at either v does not overflow",
     ("linear/cg.py", "return CG(iterations=min(21 * dim + 100, 20000), tolerance=1e-11)"): (
         "a choice: where `tight` gives up"
     ),
