@@ -186,7 +186,7 @@ class InPlace(Elsewhere):
 
 # products that a solve takes beyond its iterations, where the start is not zero
 BEYOND = [
-    (MINRES(iterations=3, tolerance=0.0), 1),
+    (MINRES(iterations=3, tolerance=0.0), 1 + 1),
     (GMRES(iterations=3, tolerance=0.0), 1),
     (Neumann(iterations=3, scale=0.05), 1),
     (NormalCG(iterations=3, tolerance=0.0), 3 + 1 + 2 + 1),  # A² a step, A b, A² v, b − A v

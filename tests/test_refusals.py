@@ -122,7 +122,7 @@ def test_each_refusal_has_a_case():
 def test_what_knows_of_the_set_may_move_y():
     for knows in (RegularisedGap(), Aggregation()):
         refuse_mismatch(made(With("project_lower"), knows))
-        with pytest.raises(ProblemError, match="knows no prox_lower"):
+        with pytest.raises(ProblemError, match="does not know prox_lower"):
             refuse_mismatch(made(With("project_lower", "prox_lower"), knows, Proximal()))
     refuse_mismatch(made(With("lower_constraints"), RegularisedGap()))
     refuse_mismatch(made(With("lower_constraints", "project_lower")))

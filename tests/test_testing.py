@@ -296,12 +296,12 @@ def test_a_mistake_is_no_refusal_where_the_constraint_is_not_active():
 
 
 PLANTED = {
-    "cg residual": ("bilevel.linear.cg", "tree.axpy(-alpha, Ap, r)", "tree.axpy(alpha, Ap, r)"),
-    "cg step": ("bilevel.linear.cg", "tree.axpy_(v, alpha, p)", "tree.axpy_(v, -alpha, p)"),
+    "cg residual": ("bilevel.linear.cg", "tree.less_(r, alpha, Ap)", "tree.less_(r, -alpha, Ap)"),
+    "cg step": ("bilevel.linear.cg", "tree.turn_(v, alpha, p,", "tree.turn_(v, -alpha, p,"),
     "neumann residual": (
         "bilevel.linear.neumann",
-        "tree.axpy_(r, -self.scale, Ar)",
-        "tree.axpy_(r, self.scale, Ar)",
+        "tree.less_(r, self.scale, Ar)",
+        "tree.less_(r, -self.scale, Ar)",
     ),
     "neumann sum": (
         "bilevel.linear.neumann",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.linear.cg import finite, length, nothing, residual, rounding
+from bilevel.linear.cg import finite, length, residual, rounding
 from bilevel.types import Matvec, Params, Solve, Stats, component
 
 
@@ -21,8 +21,8 @@ class TaskCG:
     For tasks that are batched along the first dimension of every entry of y and share no entry of
     A, as those of `over_tasks`. One product of the whole is a step of each task, so it ends after
     as many steps as the worst task needs alone; `cg` sees one system with the eigenvalues of all.
-    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, or at a pᵀA p ≤ 0, rounding taken
-    for 0 as in `cg`, and stays put.
+    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, or at a pᵀA p ≤ 0, eps^1.5 of the
+    largest met taken for 0, and stays put.
     1 product a step, 1 for a start other than zero, and 1 at the end for the true residual: where
     tasks are coupled the steps are wrong, and this is how it shows. `converged` holds all tasks to
     twice the tolerance; `curvature` is the smallest of all; no condition number.
@@ -43,29 +43,26 @@ class TaskCG:
         _require_tasks(b)
         length(b)
         size = _dots(b, b).sqrt()
-        target = max(self.tolerance, nothing(b)) * size
         # itself where it may be: the product at the very start may be known to who asks
         begin = start if bool((size > 0).all()) else _times((size > 0).double(), start)
         v, r, _ = residual(matvec, b, begin)
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
-        active = rr.sqrt() > target
-        largest, flat = torch.zeros_like(rr), 4 * rounding(b)
+        active = rr.sqrt() > self.tolerance * size
+        largest, flat = torch.zeros_like(rr), rounding(b) ** 1.5
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
             finite(float(pAp.sum()))
-            bend = pAp / pp
-            largest = torch.where(active, torch.maximum(largest, bend), largest)
+            curvature = min(curvature, float((pAp / pp)[active].min()))
+            largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
             # along a p of no curvature but rounding v would go off to overflow
-            bend = torch.where(bend > flat * largest, bend, bend.clamp(max=0.0))
-            curvature = min(curvature, float(bend[active].min()))
-            active = active & (bend > 0)
+            active = active & (pAp > flat * largest * pp)
             alpha = torch.where(active, rr / pAp, 0.0)
             v, r = tree.add(v, _times(alpha, p)), tree.sub(r, _times(alpha, Ap))
             del Ap  # or the next product is computed beside it: one vector more at the peak
             rr, previous = _dots(r, r), rr
             p = tree.add(r, _times(torch.where(active, rr / previous, 0.0), p))
-            active = active & (rr.sqrt() > target)
+            active = active & (rr.sqrt() > self.tolerance * size)
         left = tree.sub(b, matvec(v)) if steps else r
         reached = _dots(left, left).sqrt() <= 2 * self.tolerance * size
         stats = Stats(

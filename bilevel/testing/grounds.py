@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -50,6 +51,12 @@ class Ground:
     @cached_property
     def reference(self) -> Reference | None:
         return reference_at(self.scene)
+
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether the batch is a block among others, which are not looked at here."""
+        batch = self.scene.losses.lower.batch
+        return isinstance(batch, Mapping) and batch.get("blocks", 1) > 1
 
     @cached_property
     def is_held(self) -> bool:

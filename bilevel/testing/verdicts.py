@@ -99,7 +99,8 @@ def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
         row = _judge_on(ground, row, estimator)
         return replace(row, note="; ".join(filter(None, (row.note, ground.lent))))
     except ProblemError as error:
-        return replace(row, verdict="refused", note=str(error))
+        verdict: Verdict = "untested" if grounds.own.is_one_of_many else "refused"
+        return replace(row, verdict=verdict, note=str(error))
     except BilevelError as error:
         return replace(row, note=str(error))
     except Exception as error:  # one estimator's mistake must not cost the others their rows
@@ -175,7 +176,7 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
     if is_flat and not (tight.needs.path and row.claim == "path"):
         beside = moved(scene, 0.1, getattr(scene.setup.problem, "project_lower", None))
         again = _differences(beside, objective)
-        if again.error <= 1e-2 and again.slopes.any():
+        if again.error <= 1e-2 and (again.slopes.any() or found.error > 1e-2):
             scene, found = beside, again
     if found.error > 1e-2:
         note = f"its function is too rough for differences (error {found.error:.1e})"
@@ -188,7 +189,15 @@ def _differences(scene: Scene, objective: Any) -> Differences:
     project = getattr(scene.setup.problem, "project_lower", None)
     solved = scene.solved
     at = Point(scene.x, solved.y, solved.path, project, solved.pairs)
-    return central(objective(scene.losses, at), scene.x, scene.generator)
+    function, found = objective(scene.losses, at), None
+    for step in (1e-4, 1e-3):  # the latter where an inner solve leaves noise
+        trial = central(function, scene.x, scene.generator, step=step)
+        if found is None or trial.error < found.error:
+            found = trial
+        if found.error <= 1e-2:
+            break
+    assert found is not None
+    return found
 
 
 def _verdict(row: CheckRow, error: float, tolerance: float, kept: Verdict) -> CheckRow:
