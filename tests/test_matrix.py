@@ -6,6 +6,7 @@ refusal that is not in the tables below fails.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -210,7 +211,8 @@ def bound(scene: Scene, estimator: Any, size: float) -> float:
     """How far, relative to `size`, the tight solve of an exact method may leave it off.
 
     ‖Bᵀ(v − v_k)‖ ≤ ‖B‖ ‖A⁻¹‖ δ ‖b‖ for a relative residual δ, and where y is stepped as well, to
-    ‖∇y G‖ ≤ δ, ‖dh/dy‖ δ ‖A⁻¹‖ more. Rounding is eps times the condition number of A.
+    ‖∇y G‖ ≤ δ, ‖dh/dy‖ δ ‖A⁻¹‖ more. A moving average of weight m that changes by δ of itself is
+    δ / m behind, and a lagged one as much again. Rounding is eps times the condition number of A.
     """
     at = Point(scene.x, scene.tight, project=getattr(scene.setup.problem, "project_lower", None))
     _, _, F_y = gradients(scene.losses.upper, at)
@@ -226,6 +228,7 @@ def bound(scene: Scene, estimator: Any, size: float) -> float:
     allowed = float(torch.linalg.matrix_norm(B, 2) / spectrum[-1]) * delta * tree.norm(F_y)
     if isinstance(estimator, SingleLoop):
         allowed += _slope(scene) * delta / float(spectrum[-1])
+        allowed += 2 * size * delta / getattr(estimator.upper_direction, "weight", math.inf)
     condition = float(spectrum[0] / spectrum[-1])
     return allowed / size + 100 * torch.finfo(torch.float64).eps * condition
 
