@@ -231,8 +231,7 @@ class _ForwardBackward:
 
     def kinks(self, margin: float) -> int:
         largest, left = _largest(self._z), _largest(self.shift)
-        eps = max(torch.finfo(part.dtype).eps for part in self._z.values())
-        width = max(margin * min(1.0, self._lr), 100 * eps) * (1 + largest) + left
+        width = max(margin * min(1.0, self._lr), 100 * tree.eps(self._z)) * (1 + largest) + left
         stream = rng.stream(0, "kinks")
         signs, probe = (tree.map(lambda p: _signs(p, stream), self._z) for _ in range(2))
         above, below = (

@@ -184,6 +184,11 @@ def norm(a: Params) -> float:
     return math.sqrt(dot(a, a))
 
 
+def eps(a: Params) -> float:
+    """The largest eps of the dtypes in a; 0 where it is empty."""
+    return max((torch.finfo(value.dtype).eps for value in a.values()), default=0.0)
+
+
 def size(a: Params) -> int:
     """Number of scalars in a."""
     return sum(value.numel() for value in a.values())

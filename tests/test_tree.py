@@ -168,6 +168,12 @@ def test_a_step_sums_bfloat16_in_float32():
     assert tree.less_(r, 0.0, r) == 1000.0  # in bfloat16 the sum stops at 256
 
 
+def test_eps_is_that_of_the_coarsest_entry():
+    mixed = {"a": torch.zeros(2), "b": torch.zeros((), dtype=torch.bfloat16)}
+    assert tree.eps(mixed) == torch.finfo(torch.bfloat16).eps
+    assert tree.eps({}) == 0.0
+
+
 def test_a_step_of_nothing():
     assert tree.less_({}, 1.0, {}) == 0.0
     tree.turn_({}, 1.0, {}, 1.0, {})

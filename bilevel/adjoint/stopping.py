@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-
 from bilevel import tree
 from bilevel.linear.cg import Progress
 from bilevel.types import Params
@@ -126,4 +124,4 @@ class HoldsError:
 
 def rounding(b: Params) -> float:
     """The relative residual below which nothing is left to solve, in the dtype of b."""
-    return 10 * max(torch.finfo(entry.dtype).eps for entry in b.values())
+    return 10 * tree.eps(b)

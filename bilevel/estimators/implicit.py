@@ -223,4 +223,4 @@ class Implicit:
 def _bends(solve: Solve, rule: HoldsError) -> bool:
     """Whether A curved up in all that was met, by more than the rounding of its steepest curvature."""
     curvature, b = solve.stats.curvature, solve.solution
-    return curvature is None or curvature > rounding(b) / 10 * rule.steepest
+    return curvature is None or curvature > tree.eps(b) * rule.steepest

@@ -87,7 +87,7 @@ class LancBiO:
             state = _restart(v, matvec(v) if tree.norm(v) else v)
             left = tree.sub(b, state["product"])
             size = tree.norm(left)
-            if size <= _rounding(b) * tree.norm(b):
+            if size <= tree.eps(b) * tree.norm(b):
                 return None
             state["next"] = tree.scale(1 / size, left)
         q = state["next"]
@@ -98,7 +98,7 @@ class LancBiO:
         for earlier in (*basis, *basis):  # twice: once leaves what cancellation brings back
             u = tree.axpy(-tree.dot(earlier, u), earlier, u)
         beta = tree.norm(u)
-        ended = beta <= 10 * _rounding(b) * size
+        ended = beta <= 10 * tree.eps(b) * size
         return {
             **state,
             "basis": basis,
@@ -130,7 +130,3 @@ def _solution(state: dict[str, Any], b: Params) -> Params:
 def _tridiagonal(state: dict[str, Any]) -> Tensor:
     main, off = (torch.tensor(state[name], dtype=torch.float64) for name in ("diagonal", "off"))
     return main.diag() + off[:-1].diag(1) + off[:-1].diag(-1)
-
-
-def _rounding(like: Params) -> float:
-    return max(torch.finfo(entry.dtype).eps for entry in like.values())

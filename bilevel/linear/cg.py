@@ -156,8 +156,7 @@ def attained(recursive: float, v: Params, size: float, largest: float, reach: fl
     """
     if size == 0:
         return 0.0
-    eps = max(torch.finfo(entry.dtype).eps for entry in v.values())
-    floor = 0.5 * eps * (largest * max(tree.norm(v), reach) / size + 1)
+    floor = 0.5 * tree.eps(v) * (largest * max(tree.norm(v), reach) / size + 1)
     return max(recursive / size, floor if recursive > 0 else 0.0)
 
 

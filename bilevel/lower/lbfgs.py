@@ -97,7 +97,7 @@ def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:
     ]
     if not pairs:
         return ()
-    rough = max(torch.finfo(entry.dtype).eps for entry in points[0][1].values()) ** 0.5
+    rough = tree.eps(points[0][1]) ** 0.5
     least = rough * max(tree.norm(change) for _, change in pairs)
     return tuple((s, c) for s, c in pairs if tree.norm(c) > least and _bends_up(s, c))
 

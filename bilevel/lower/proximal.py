@@ -84,7 +84,7 @@ class Proximal:
     ) -> tuple[Params, float]:
         """(P(z − lr g), the lr that was short enough)."""
         value, g = at_z
-        resolution = max(torch.finfo(p.dtype).eps for p in z.values()) ** 0.5 * abs(value)
+        resolution = tree.eps(z) ** 0.5 * abs(value)
         while lr > 1e-20 * self.lr:
             after = _moved(x, tree.axpy(-lr, g, z), backward_of(loss, project, lr))
             move = tree.sub(after, z)

@@ -185,8 +185,7 @@ def _agree(got: tuple[Params, Adjoint], truth: tuple[Params, Adjoint]) -> bool:
         strict=True,
     )
     for ours, theirs in parts:
-        eps = max((torch.finfo(e.dtype).eps for e in theirs.values()), default=0.0)
-        if not tree.norm(tree.sub(ours, theirs)) <= eps**0.75 * tree.norm(theirs):
+        if not tree.norm(tree.sub(ours, theirs)) <= tree.eps(theirs) ** 0.75 * tree.norm(theirs):
             return False
     return True
 
