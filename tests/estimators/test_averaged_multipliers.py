@@ -218,5 +218,6 @@ def test_an_entry_that_neither_loss_bends_stays_out_of_the_system():
 
 def test_a_set_that_holds_y_is_refused():
     case = closed_form(PROBLEMS[0], 0)
+    estimator, at = AveragedMultipliers(), Point(case.x, case.y, project=lambda y: y)
     with pytest.raises(ProblemError, match="estimator: unroll"):
-        case.estimate(AveragedMultipliers(), project=lambda y: y)
+        estimator.estimate(case.losses(), at, estimator.init(at))
