@@ -281,20 +281,19 @@ def _require_known(
     estimator: Estimator, project: Callable[[Params], Params] | None, structure: Structure | None
 ) -> None:
     """What holds y must be known to an estimator that says it differentiates the solution."""
-    needs = estimator.needs
-    if estimator.claim not in ("solution", "penalty"):
-        return
-    if structure and structure.constraints and "lower_constraints" in needs.knows:
-        return  # they say the same as the projection
-    given = {"project": project, "structure.prox": structure and structure.prox}
-    names = {"project": "project_lower", "structure.prox": "prox_lower"}
-    for name, held in given.items():
-        if held and names[name] not in needs.knows:
-            raise ProblemError(
-                f"{type(estimator).__name__} does not know {name}, and its hypergradient is wrong "
-                f"where that is active; use FixedPoint, or Unroll for a projection. Where y* lies "
-                f"inside, leave {name} out"
-            )
+    given = {
+        "project_lower": project,
+        "prox_lower": structure and structure.prox,
+        "lower_constraints": structure and structure.constraints,
+    }
+    unknown = estimator.needs.unknown([name for name, held in given.items() if held])
+    name = {"project_lower": "project", "prox_lower": "structure.prox"}.get(unknown or "")
+    if name and estimator.claim in ("solution", "penalty"):
+        raise ProblemError(
+            f"{type(estimator).__name__} does not know {name}, and its hypergradient is wrong "
+            "where that is active; use FixedPoint, or Unroll for a projection. Where y* lies "
+            f"inside, leave {name} out"
+        )
 
 
 def _refuse_inference() -> None:

@@ -80,7 +80,7 @@ def refuse_cut(loss: Loss, at: Point) -> None:
     x, y = tree.leaves(at.x), tree.leaves(at.y)
     with torch.enable_grad(), calculus.second_order(loss):
         names = sorted({_name(node) for node in _nodes(calculus.value(apart, x, y)) if _own(node)})
-    eps = max((torch.finfo(part.dtype).eps for part in (*x.values(), *y.values())), default=1.0)
+    eps = max(tree.eps(x), tree.eps(y))
     if names and eps <= torch.finfo(torch.float32).eps and _loses(apart, at, eps):
         raise ProblemError(
             f"{loss.level}_loss loses part of its second derivative in a custom autograd.Function, "

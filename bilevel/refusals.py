@@ -137,13 +137,8 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
 
 def unknown_to(estimator: Estimator, problem: Any) -> str | None:
     """What holds a problem's y that the estimator does not take into account, if anything."""
-    knows = estimator.needs.knows
-    if "lower_constraints" in knows and hasattr(problem, "lower_constraints"):
-        return None  # they say the same as the projection
-    for name in ("project_lower", "prox_lower"):
-        if hasattr(problem, name) and name not in knows:
-            return name
-    return "lower_constraints" if _only_constrained(problem) else None
+    held = ("project_lower", "prox_lower", "lower_constraints")
+    return estimator.needs.unknown([name for name in held if hasattr(problem, name)])
 
 
 def _names(setup: Setup) -> tuple[str, str]:

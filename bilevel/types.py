@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import (
     Any,
@@ -232,6 +232,16 @@ class Needs:
     """Optional methods of a problem that it can do nothing without, such as lower_start."""
     knows: frozenset[str] = frozenset()
     """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
+
+    def unknown(self, held: Collection[str]) -> str | None:
+        """One of those three in `held` that it does not take into account, if there is one."""
+        if "lower_constraints" in held and "lower_constraints" in self.knows:
+            return None  # they say the same as the projection
+        for name in ("project_lower", "prox_lower"):
+            if name in held and name not in self.knows:
+                return name
+        return "lower_constraints" if {*held} == {"lower_constraints"} else None
+
     magnifies: float = 1.0
     """How many times the rounding of a gradient comes back in a difference that it takes; a dtype
     that is too coarse for that is refused."""
