@@ -136,29 +136,31 @@ def _recompute(
     path: Path, losses: Losses, x: Params, every: int, pull: Pull
 ) -> tuple[Tensor, Params]:
     """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
-    segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
-    rows = tree.map(lambda y: y.new_empty((len(segments), *y.shape)), path.start)
-    starts, final = [], advance(path, losses.lower, x, 0)
-    for k, segment in enumerate(segments):
-        starts.append(_kept(replace(final, batches=segment), rows, k))
-        final = advance(starts[-1], losses.lower, x, len(segment))
+    starts, final = _forward(path, losses, x, every)
     value, total, F_y = gradients(losses.upper, Point(x, final.start))
     adjoint = (F_y, zeros(final.state))
-    for start in reversed(starts):
-        for one in reversed(list(_iterates(start, losses, x))):
+    while starts:
+        # taken out, so that the steps before it have its memory
+        for one in reversed(list(_iterates(starts.pop(), losses, x))):
             part, adjoint = pull(one, losses.lower, x, adjoint)
             total = tree.axpy_(total, 1.0, part)
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, adjoint[0]))
 
 
-@torch.no_grad()
-def _kept(path: Path, rows: Params, k: int) -> Path:
-    """The path with its start in row k.
-
-    Iterates allocated between the temporaries of the steps would leave holes that the process
-    holds on to: 120 MB resident where 71 are in use.
-    """
-    return replace(path, start={n: rows[n][k].copy_(y) for n, y in path.start.items()})
+def _forward(path: Path, losses: Losses, x: Params, every: int) -> tuple[list[Path], Path]:
+    """(the path at the start of each segment of `every` steps, what is left at its end)."""
+    segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
+    final = advance(path, losses.lower, x, 0)
+    # all at once: iterates allocated between the temporaries of the steps would leave holes that
+    # the process holds on to, 120 MB resident where 71 are in use
+    rows = [tree.map(torch.empty_like, final.start) for _ in segments[1:]]
+    starts = []
+    for segment, row in zip(segments, [final.start, *rows], strict=True):
+        if starts:
+            final = replace(final, start={n: row[n].copy_(y) for n, y in final.start.items()})
+        starts.append(replace(final, batches=segment))
+        final = advance(starts[-1], losses.lower, x, len(segment))
+    return starts, final
 
 
 def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import hypergradient
@@ -118,6 +119,54 @@ def test_the_dead_products_are_gone():
         ask(net, "recompute", steps=1)
     assert step > 0
     assert step >= 10 - calls.seen[torch.ops.aten.mm.default]
+
+
+def lightened(function, *inputs):
+    """(what it gives, its operations) after `_lighten`."""
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    traced._lighten(graph.graph)
+    graph.recompile()
+    used = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return graph(*inputs), Counter(name.removeprefix("aten.") for name in used)
+
+
+A, B, C = draw(3, 3, seed=10), draw(3, 4, seed=11), draw(4, 3, seed=12)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c: a + b @ c,
+        lambda a, b, c: b @ c + a,
+        lambda a, b, c: a[:1].expand(3, 3) + b @ c,
+        lambda a, b, c: (a + b @ c) + (a @ b) @ c,
+        lambda a, b, c: b @ c + a @ a,
+    ],
+)
+def test_a_product_is_added_where_it_is_made(function):
+    got, used = lightened(function, A, B, C)
+    torch.testing.assert_close(got, function(A, B, C), rtol=1e-14, atol=1e-14)
+    assert used["addmm.default"] >= 1
+    assert used["add.Tensor"] == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c: torch.add(a, b @ c, alpha=2),
+        lambda a, b, c: (b @ c).add(1.0),
+        lambda a, b, c: a.expand(2, 3, 3) + b @ c,  # the sum is larger than the product
+        lambda a, b, c: a[0] + b @ c,
+        lambda a, b, c: a.float() + b @ c,
+        lambda a, b, c: (p := b @ c) * (a + p),  # the product is asked for twice
+        lambda a, b, c: (p := b @ c, b.add_(1.0), a + p)[2],  # b is written over in between
+    ],
+)
+def test_a_product_is_left_where_its_sum_is_another(function):
+    expected = function(A.clone(), B.clone(), C.clone())
+    got, used = lightened(function, A.clone(), B.clone(), C.clone())
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+    assert used["addmm.default"] == 0
 
 
 def test_a_closure_that_changed_between_calls_is_seen():
