@@ -149,18 +149,28 @@ def _recompute(
 
 def _forward(path: Path, losses: Losses, x: Params, every: int) -> tuple[list[Path], Path]:
     """(the path at the start of each segment of `every` steps, what is left at its end)."""
-    segments = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
-    final = advance(path, losses.lower, x, 0)
+    first, *others = [path.batches[i : i + every] for i in range(0, len(path.batches), every)]
+    starts = [replace(advance(path, losses.lower, x, 0), batches=first)]
+    final = advance(starts[0], losses.lower, x, len(first))
     # all at once: iterates allocated between the temporaries of the steps would leave holes that
     # the process holds on to, 120 MB resident where 71 are in use
-    rows = [tree.map(torch.empty_like, final.start) for _ in segments[1:]]
-    starts = []
-    for segment, row in zip(segments, [final.start, *rows], strict=True):
-        if starts:
-            final = replace(final, start={n: row[n].copy_(y) for n, y in final.start.items()})
-        starts.append(replace(final, batches=segment))
+    rows = [[torch.empty_like(leaf) for leaf in flat(_iterate(final))] for _ in others]
+    for segment, row in zip(others, rows, strict=True):
+        starts.append(replace(_moved(final, row), batches=segment))
         final = advance(starts[-1], losses.lower, x, len(segment))
     return starts, final
+
+
+def _iterate(path: Path) -> dict[str, Any]:
+    return {"start": path.start, "state": path.state}
+
+
+@torch.no_grad()
+def _moved(path: Path, row: list[Tensor]) -> Path:
+    """The path with its iterate copied into the memory of `row`."""
+    here = _iterate(path)
+    copies = [to.copy_(leaf) for to, leaf in zip(row, flat(here), strict=True)]
+    return replace(path, **rebuild(here, iter(copies)))
 
 
 def _iterates(segment: Path, losses: Losses, x: Params) -> Iterator[Path]:

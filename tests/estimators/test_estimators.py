@@ -335,10 +335,13 @@ def test_alternating_is_the_direct_gradient():
     assert (got.stats.gradients, got.stats.hvps, got.stats.cross_products) == (1, 0, 0)
 
 
-def test_recomputing_keeps_iterates_apart_from_temporaries_and_lets_them_go(monkeypatch):
-    """Allocated before the first step, for want of holes between; each is freed once it is used."""
+@pytest.mark.parametrize(("momentum", "held"), [(0.0, 1), (0.9, 2)])
+def test_recomputing_keeps_iterates_apart_from_temporaries_and_lets_them_go(
+    momentum, held, monkeypatch
+):
+    """Allocated after the first step, for want of holes between; each is freed once it is used."""
     case = closed_form(PROBLEMS[0], 0)
-    path = case.record(8, 0.1, offset(case.y, 1.0)).path
+    path = case.record(8, 0.1, offset(case.y, 1.0), momentum=momentum).path
     events, kept, alive = [], [], []
     empty, back = torch.empty_like, unroll._back
 
@@ -369,8 +372,8 @@ def test_recomputing_keeps_iterates_apart_from_temporaries_and_lets_them_go(monk
         path=path,
         state={},
     )
-    assert events == 7 * ["memory"] + 16 * ["loss"]
-    assert alive == [7, 6, 5, 4, 3, 2, 1, 0]  # the first iterate is the start of the path
+    assert events == ["loss", *7 * held * ["memory"], *15 * ["loss"]]
+    assert alive == [held * left for left in (7, 6, 5, 4, 3, 2, 1, 0)]  # the first is the path's
 
 
 @pytest.mark.parametrize("estimator", [OneStep(finite_difference=True), Sama()], ids=repr)
