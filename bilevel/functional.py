@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bilevel import calculus, maps, tree
-from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.errors import CheckError, ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD
 from bilevel.lower.recorded import started
@@ -87,6 +87,7 @@ def hypergradient(
             one that loses a part; or an upper variable reaches neither loss; or x or y is of a
             dtype too coarse for the differences that the estimator takes.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
+        CheckError: the estimator returned other names or shapes than those of x.
     """
     _require_known(estimator, project, structure)
     return estimate_at(
@@ -287,12 +288,15 @@ def _require_known(
         "lower_constraints": structure and structure.constraints,
     }
     unknown = estimator.needs.unknown([name for name, held in given.items() if held])
-    name = {"project_lower": "project", "prox_lower": "structure.prox"}.get(unknown or "")
-    if name and estimator.claim in ("solution", "penalty"):
+    if unknown and estimator.claim in ("solution", "penalty"):
+        name, others = {
+            "project_lower": ("project", "FixedPoint or Unroll"),
+            "prox_lower": ("structure.prox", "FixedPoint"),
+            "lower_constraints": ("structure.constraints", "KKT"),
+        }[unknown]
         raise ProblemError(
             f"{type(estimator).__name__} does not know {name}, and its hypergradient is wrong "
-            "where that is active; use FixedPoint, or Unroll for a projection. Where y* lies "
-            f"inside, leave {name} out"
+            f"where that is active; use {others}. Where y* lies inside, leave {name} out"
         )
 
 
@@ -330,7 +334,7 @@ def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> N
     got = {name: tuple(entry.shape) for name, entry in hypergradient.items()}
     expected = {name: tuple(entry.shape) for name, entry in x.items()}
     if got != expected:
-        raise ProblemError(
+        raise CheckError(
             f"{type(estimator).__name__} returned a hypergradient with {got}; expected the names "
             f"and shapes of x: {expected}"
         )

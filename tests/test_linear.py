@@ -122,6 +122,7 @@ def test_cg_reports_negative_curvature_and_does_not_claim_convergence(lowest):
     stats = CG(iterations=50).solve(matvec, b, zero(b)).stats
     assert stats.curvature < 0
     assert stats.converged is False
+    assert stats.condition is None  # not that of the positive Ritz values met before
 
 
 def test_cg_on_a_singular_matrix_is_flagged():

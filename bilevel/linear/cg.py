@@ -25,9 +25,10 @@ class CG:
     Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, after `iterations` steps, or at a direction of
     non-positive curvature pᵀA p ≤ 0, where the quadratic has no minimum: the iterate before it is
     returned with `converged=False` and the curvature in the stats. Curvature below 4 eps of the
-    largest met (eps^1.5 with a preconditioner) is rounding, and taken for 0. A start other than zero costs one more
-    product. The condition estimate comes from the Ritz values that the coefficients hold, at no
-    extra product (Golub and Meurant 2010, ch. 4); it is a lower bound.
+    largest met (eps^1.5 with a preconditioner) is rounding, and taken for 0. A start other than
+    zero costs one more product. The condition estimate comes from the Ritz values that the
+    coefficients hold, at no extra product (Golub and Meurant 2010, ch. 4); it is a lower bound, and
+    None where a curvature was not positive.
     """
 
     iterations: PositiveInt = 20
@@ -104,7 +105,8 @@ class CG:
                 iterations=steps,
                 residual=relative,
                 curvature=None if math.isinf(curvature) else curvature,
-                condition=ritz.condition,
+                # of positive Ritz values alone, where A is not positive definite
+                condition=None if ended else ritz.condition,
                 converged=not ended and (stopped or relative <= self.tolerance),
             ),
         )

@@ -13,7 +13,7 @@ import torch
 from bilevel import calculus, tree
 from bilevel.differences import Differences, central
 from bilevel.engine import Setup, prepare
-from bilevel.errors import BilevelError, ConvergenceError, ProblemError
+from bilevel.errors import BilevelError, CheckError, ConvergenceError, ProblemError
 from bilevel.events import Event
 from bilevel.functional import estimate_at
 from bilevel.testing.grounds import Ground, Grounds, moved, unfit
@@ -101,6 +101,8 @@ def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
     except ProblemError as error:
         verdict: Verdict = "untested" if grounds.own.is_one_of_many else "refused"
         return replace(row, verdict=verdict, note=str(error))
+    except CheckError as error:
+        return replace(row, verdict="wrong", note=str(error))
     except BilevelError as error:
         return replace(row, note=str(error))
     except Exception as error:  # one estimator's mistake must not cost the others their rows

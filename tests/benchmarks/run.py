@@ -43,6 +43,7 @@ ROWS = {
         "autograd, all graphs kept",
         "bilevel, store",
         "bilevel, recompute",
+        "bilevel, traced",
         "bilevel, mixed",
         "bilevel, checkpoint",
         "bilevel, reversible",

@@ -637,6 +637,14 @@ def test_a_wrong_estimator_fails_the_check(tmp_path: Path):
     assert "not the hypergradient that is claimed" in result.stderr
 
 
+def test_one_that_was_asked_for_and_cannot_work_fails_the_check():
+    result = invoke("check", "quadratic", "--estimators", "implicit,kkt", code=4)
+    assert re.search(r"^kkt .* refused", result.output, re.MULTILINE)
+    assert "lower_constraints" in result.output
+    assert "kkt: cannot work on this problem" in result.stderr
+    invoke("check", "quadratic", "--estimators", "implicit")  # negative control
+
+
 def test_a_run_that_diverges_exits_with_its_own_code(runs):
     overrides = ["lower.optimizer.lr=1e200", "upper.steps=4"]
     result = invoke("run", "quadratic", *overrides, "--runs-dir", runs, code=5)

@@ -633,6 +633,8 @@ def test_what_holds_y_is_not_passed_over_from_python(estimator):
         of_python(box, estimator, project=box.project_lower)
     with pytest.raises(ProblemError, match=r"does not know structure\.prox"):
         of_python(lasso, estimator, structure=structure_of(lasso))
+    with pytest.raises(ProblemError, match=r"does not know structure\.constraints.*use KKT"):
+        of_python(box, estimator, structure=structure_of(box))
     of_python(box, estimator)  # on the user's word that nothing holds y there
 
 
