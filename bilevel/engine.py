@@ -145,7 +145,7 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
         hvps=stats.hvps + lower.hvps,
         cross_products=stats.cross_products,
     )
-    yield from _warnings(setup, state, estimate)
+    yield from _warnings(setup, state, estimate, solution)
     yield Stepped(
         state.step,
         float(estimate.value),
@@ -209,9 +209,12 @@ def _moved(solution: LowerSolution, moved: Moved) -> LowerSolution:
     return replace(solution, y=moved.y, stats=stats)
 
 
-def _warnings(setup: Setup, state: State, estimate: Estimate) -> Iterator[Warned]:
+def _warnings(
+    setup: Setup, state: State, estimate: Estimate, solution: LowerSolution
+) -> Iterator[Warned]:
     """What is wrong with an estimate: said the first time, counted every time."""
-    for kind, message in _found(setup, estimate).items():
+    found = {**_found(setup, estimate), **_unsolved_lower(estimate, solution)}
+    for kind, message in found.items():
         if kind not in state.warned:
             yield Warned(state.step, kind, message)
         state.warned[kind] = state.warned.get(kind, 0) + 1
@@ -249,6 +252,24 @@ def _found(setup: Setup, estimate: Estimate) -> dict[str, str]:
             f"number times that; {_remedy(setup)}, or look with bilevel check how far it is off"
         )
     return found
+
+
+def _unsolved_lower(estimate: Estimate, solution: LowerSolution) -> dict[str, str]:
+    """A lower solve that met its tolerance, which is absolute, on a G too small for that to say much.
+
+    With ‖∇y G‖ = g and curvature c, y is off by about g / c, whatever the scale of G.
+    """
+    curvature, g = estimate.stats.curvature, solution.stats.gradient_norm
+    if not solution.stats.converged or not curvature or curvature < 0:
+        return {}
+    size = tree.norm(solution.y)
+    if g <= LARGE * curvature * size or g <= 1e-6 * curvature:
+        return {}
+    return {
+        "lower solve": f"the lower solve met its tolerance at ‖∇y G‖ = {g:.1e}, but with a curvature of "
+        f"{curvature:.1e} that leaves y off by about {g / curvature:.1e}, where its length is {size:.1e}: "
+        f"set lower.tolerance to {1e-3 * curvature * max(size, 1e-3):.0e}, or scale G up"
+    }
 
 
 def _is_unsolved(estimate: Estimate) -> bool:

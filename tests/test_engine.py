@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
 from bilevel import engine, tree
-from bilevel.engine import Setup, prepare, restore, run, start
+from bilevel.engine import Setup, _unsolved_lower, prepare, restore, run, start
 from bilevel.errors import CheckpointError, ConvergenceError, ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
@@ -22,10 +23,12 @@ from bilevel.linear.neumann import Neumann
 from bilevel.linear.nystrom import Nystrom
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
 from bilevel.lower.optimizers import SGD, Adam
 from bilevel.lower.torch_optim import TorchOptimizer
 from bilevel.rng import Streams, stream
 from bilevel.samplers import RTOL, Sampler, glimpse
+from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
 from bilevel.upper import Upper
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
@@ -555,6 +558,42 @@ def test_a_small_residual_or_a_small_bound_is_not_warned_of():
     events = list(run(s, start(s)))
     assert [e.estimate.residual > 0.1 for e in events if isinstance(e, Stepped)] == [True]
     assert not [e for e in events if isinstance(e, Warned)]
+
+
+class Scaled(Quadratic):
+    """G times a constant: another G with the same y*, the same hypergradient."""
+
+    def lower_loss(self, x, y, batch):
+        return SCALE * super().lower_loss(x, y, batch)
+
+
+SCALE = 1e-12
+
+
+@pytest.mark.parametrize("solver", [Newton(), LBFGS()], ids=repr)
+def test_a_tolerance_that_says_nothing_at_the_scale_of_g_is_said(solver):
+    """‖∇y G‖ ≤ 1e-10 is met at the start, where y is nowhere near y*."""
+    s = setup(Scaled(), steps=2, lower=solver, estimator=Implicit())
+    state = start(s)
+    events = list(run(s, state))
+    assert [e.lower.converged for e in events if isinstance(e, Stepped)] == [True, True]
+    assert tree.norm(tree.sub(state.y, s.problem.lower_solution(state.x))) > 0.1
+    (warned,) = [e for e in events if isinstance(e, Warned)]
+    assert warned.kind == "lower solve"
+    asked = float(re.search(r"set lower\.tolerance to (\S+),", warned.message).group(1))
+    better = setup(Scaled(), steps=2, lower=replace(solver, tolerance=asked), estimator=Implicit())
+    assert not [e for e in run(better, start(better)) if isinstance(e, Warned)]
+    plain = setup(Quadratic(), steps=2, lower=solver, estimator=Implicit())  # negative control
+    assert not [e for e in run(plain, start(plain)) if isinstance(e, Warned)]
+
+
+def test_y_at_zero_is_not_called_unsolved():
+    """Its length says nothing of how far it is from a y* of zero."""
+    y, stats = {"y": torch.full((3,), 1e-14, dtype=torch.float64)}, Stats(curvature=2.0)
+    for g, said in ((1e-13, []), (1e-3, ["lower solve"])):
+        solution = LowerSolution(y, None, LowerStats(3, 3, 0.0, g, converged=True), None)
+        found = _unsolved_lower(Estimate({}, torch.zeros(()), None, stats), solution)
+        assert list(found) == said
 
 
 def test_warnings_are_counted_across_a_resume():
