@@ -141,13 +141,14 @@ A, B, C = draw(3, 3, seed=10), draw(3, 4, seed=11), draw(4, 3, seed=12)
         lambda a, b, c: a[:1].expand(3, 3) + b @ c,
         lambda a, b, c: (a + b @ c) + (a @ b) @ c,
         lambda a, b, c: b @ c + a @ a,
+        lambda a, b, c: a + (b @ c).detach(),
     ],
 )
 def test_a_product_is_added_where_it_is_made(function):
     got, used = lightened(function, A, B, C)
     torch.testing.assert_close(got, function(A, B, C), rtol=1e-14, atol=1e-14)
     assert used["addmm.default"] >= 1
-    assert used["add.Tensor"] == 0
+    assert used["add.Tensor"] == used["detach.default"] == 0
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,18 @@ def test_a_closure_that_changed_between_calls_is_seen():
     expected = ask(net, "recompute")
     assert off(ask(net, "traced"), expected) < 1e-12
     assert off(before, expected) > 1e-4  # negative control: the stale trace is another
+
+
+def test_and_of_a_loss_that_is_small_in_scale():
+    """What agrees is told by size: 1e-14 is nothing beside 1, and all of this loss."""
+    net = Net()
+
+    def small(x, y, batch):
+        return 1e-14 * net.lower(x, y, batch)
+
+    ask(net, "traced", lower=small)
+    net.decay = 0.6
+    assert off(ask(net, "traced", lower=small), ask(net, "recompute", lower=small)) < 1e-12
 
 
 def test_without_the_check_it_would_not_be(monkeypatch):

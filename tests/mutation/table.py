@@ -193,6 +193,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("linear/cg.py", "return CG(iterations=min(20 * dim, 20000), tolerance=1e-11)"): (
         "a choice: where `tight` gives up"
     ),
+    ("linear/cg.py", "return CG(iterations=min(20 * dim + 100, 20000), tolerance=2e-11)"): (
+        "a choice: what `tight` calls solved"
+    ),
     (
         "linear/cg.py",
         "self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) - off.diag(-1))",
@@ -211,6 +214,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("linear/gmres.py", "if left <= target or beta <= 2e-14 * float(used.norm()):"): (
         "a choice between rounding and anything meant"
     ),
+    (
+        "lower/traced.py",
+        "if found is None or any((a() is not b for a, b in zip(found.owners, owners, strict=False))):",
+    ): "a key holds the ids of the owners, and so their number",
     (
         "preconditioners/kfac.py",
         "loss, mode = (system.losses.lower, _LinearLayers(tree.detach(system.at.y)))",
