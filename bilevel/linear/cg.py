@@ -106,7 +106,7 @@ class CG:
                 residual=relative,
                 curvature=None if math.isinf(curvature) else curvature,
                 # of positive Ritz values alone, where A is not positive definite
-                condition=None if ended else ritz.condition,
+                condition=ritz.condition if curvature > 0 else None,
                 converged=not ended and (stopped or relative <= self.tolerance),
             ),
         )
