@@ -167,9 +167,12 @@ def _iterate(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _moved(path: Path, row: list[Tensor]) -> Path:
-    """The path with its iterate copied into the memory of `row`."""
+    """The path with its iterate copied into the memory of `row`, where it fits: a state may grow."""
     here = _iterate(path)
-    copies = [to.copy_(leaf) for to, leaf in zip(row, flat(here), strict=True)]
+    leaves = flat(here)
+    if [(to.shape, to.dtype) for to in row] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+        return path
+    copies = [to.copy_(leaf) for to, leaf in zip(row, leaves, strict=True)]
     return replace(path, **rebuild(here, iter(copies)))
 
 

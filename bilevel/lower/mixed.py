@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def pull(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> tuple[Params, Ad
     Raises:
         ProblemError: the loss does something that forward mode cannot.
     """
-    loss = loss.on(one.batches[0])
+    loss, one = loss.on(one.batches[0]), replace(one, start=tree.contiguous(one.start))
     if getattr(one.optimizer, "affine", False) and one.project is None:
         g = tree.zeros_like(one.start)  # any will do: the derivative of the step does not see it
     else:

@@ -3,7 +3,7 @@
 There each iteration is a random matrix M(ξ) applied to the state s = (1, x, y, v, memory), ξ
 independent of what came before. So S_t = E s_t s_tᵀ obeys S_{t+1} = mean over ξ of M(ξ) S_t M(ξ)ᵀ,
 and ∇Φ, which is affine in x, has E ‖∇Φ‖² = tr(W S Wᵀ). The loops are those of the papers that the
-presets name, but for what docs/estimators/stochastic.md says is different; nothing of the library
+presets name, with the differences that docs/estimators/stochastic.md lists; nothing of the library
 is used but the coefficients of the problem.
 """
 

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.sama import Sama
 from bilevel.estimators.unroll import Unroll
-from bilevel.functional import hypergradient
+from bilevel.functional import hypergradient, solve_lower
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.optimizers import SGD, Adam, AdamW, RMSprop
 from bilevel.lower.torch_optim import TorchOptimizer
+from bilevel.types import component
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 
 EXACT = [
@@ -374,6 +376,47 @@ def test_recomputing_keeps_iterates_apart_from_temporaries_and_lets_them_go(
     )
     assert events == ["loss", *7 * held * ["memory"], *15 * ["loss"]]
     assert alive == [held * left for left in (7, 6, 5, 4, 3, 2, 1, 0)]  # the first is the path's
+
+
+@component
+class Recent:
+    """SGD along the mean of the last three gradients: its state grows."""
+
+    differentiable: ClassVar[bool] = True
+    lr: float = 0.05
+
+    def init(self, y):
+        return {}
+
+    def step(self, y, gradient, state):
+        kept = [*list(state.values())[-2:], gradient]
+        d = kept[0]
+        for one in kept[1:]:
+            d = tree.add(d, one)
+        return tree.axpy(-self.lr / len(kept), d, y), {str(k): g for k, g in enumerate(kept)}
+
+
+@pytest.mark.parametrize("memory", ["recompute", "traced", "checkpoint", "mixed"])
+def test_a_state_may_grow_from_step_to_step(memory):
+    case = closed_form(PROBLEMS[0], 0)
+    lower = case.problem.lower_loss
+    solver = Gradient(steps=6, optimizer=Recent())
+    start, batch = offset(case.y, 1.0), case.lower_batch
+    path = solve_lower(lower, case.x, start, solver=solver, batch=batch, record=True).path
+    found = [
+        hypergradient(
+            case.problem.upper_loss,
+            lower,
+            case.x,
+            case.y,
+            estimator=Unroll(memory=mode),
+            upper_batch=case.upper_batch,
+            lower_batch=batch,
+            path=path,
+        ).hypergradient
+        for mode in (memory, "store")
+    ]
+    assert_close(*found, rtol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", [OneStep(finite_difference=True), Sama()], ids=repr)

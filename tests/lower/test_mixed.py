@@ -31,6 +31,25 @@ def test_equals_store(optimizer):
     assert (stats.gradients, stats.hvps, stats.cross_products) == (gradients, K, K)
 
 
+@pytest.mark.parametrize("memory", ["mixed", "traced", "recompute", "checkpoint"])
+def test_a_start_without_memory_of_its_own_for_each_entry(memory):
+    """An expanded tensor: what it is at the start, the steps are not."""
+    net, y = Net(), {"w": draw(3, seed=15).expand(4, 3), "b": Y["b"]}
+    found = [
+        hypergradient(
+            net.upper,
+            net.lower,
+            X,
+            y,
+            estimator=Unroll(memory=mode, along=Gradient(steps=5, optimizer=SGD(lr=0.1))),
+            upper_batch=batch(seed=9),
+            lower_batch=batch(),
+        )
+        for mode in (memory, "store")
+    ]
+    assert off(*found) < 1e-12
+
+
 def test_a_step_that_says_it_is_affine_and_is_not_would_be_wrong(monkeypatch):
     """Negative control: Adam needs ∇y G before it is differentiated."""
     expected = ask(Net(), "store", Adam(lr=0.03))

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilevel import hypergradient
+from bilevel import hypergradient, solve_lower
 from bilevel.errors import ProblemError
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower import traced
@@ -160,13 +160,16 @@ def test_a_product_is_added_where_it_is_made(function):
         lambda a, b, c: a[0] + b @ c,
         lambda a, b, c: a.float() + b @ c,
         lambda a, b, c: (p := b @ c) * (a + p),  # the product is asked for twice
+        lambda a, b, c: a.T + b @ c,  # the sum is column-major, as a.T is
         lambda a, b, c: (p := b @ c, b.add_(1.0), a + p)[2],  # b is written over in between
+        lambda a, b, c: (p := a.detach(), p.t_(), a + b @ c)[2],  # p alone is another shape
     ],
 )
 def test_a_product_is_left_where_its_sum_is_another(function):
     expected = function(A.clone(), B.clone(), C.clone())
     got, used = lightened(function, A.clone(), B.clone(), C.clone())
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+    assert got.stride() == expected.stride()
     assert used["addmm.default"] == 0
 
 
@@ -231,8 +234,6 @@ def test_a_batch_of_another_shape_and_an_option_in_it_retrace():
 
 def test_batches_that_change_from_step_to_step_are_no_constants():
     """The tensors of a batch are inputs of the trace."""
-    from bilevel import solve_lower
-
     net, found = Net(), {}
     draws = iter([batch(seed=s) for s in range(20, 25)])
     solved = solve_lower(net.lower, X, Y, solver=Gradient(steps=5), batches=draws, record=True)
@@ -248,6 +249,80 @@ def test_batches_that_change_from_step_to_step_are_no_constants():
             path=solved.path,
         )
     assert off(found["traced"], found["store"]) < 1e-12
+
+
+def test_what_is_written_into_a_detached_view_stays_there():
+    """Of the first batch that goes back, which the trace is compared on, nothing of it is seen."""
+    square = {"w": draw(4, 4, seed=13), "b": Y["b"]}
+    inputs, found = draw(6, 4, seed=14), {}
+
+    def lower(x, y, batch):
+        other = y["w"].detach().t_()
+        seen = batch * (other * (y["w"].sin() * x["decay"]).square()).sum()
+        return (inputs @ y["w"] - inputs).square().mean() + 0.1 * seen + y["b"].square().sum()
+
+    batches = [torch.tensor(on, dtype=torch.float64) for on in (1.0, 1.0, 1.0, 0.0)]
+    solved = solve_lower(
+        lower, X, square, solver=Gradient(steps=4), batches=iter(batches), record=True
+    )
+    for memory in ("store", "traced"):
+        found[memory] = hypergradient(
+            lambda x, y, batch: (y["w"] - 1).square().sum(),
+            lower,
+            {"decay": X["decay"]},
+            solved.y,
+            estimator=Unroll(memory=memory),
+            lower_batch=batches[0],
+            path=solved.path,
+        )
+    assert off(found["traced"], found["store"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        lambda h: h.T.reshape(-1),
+        lambda h: h.T.contiguous().view(-1),
+        lambda h: (h.T + 1).flatten(),
+    ],
+)
+def test_sums_that_are_not_row_major(shaped):
+    net = Net()
+
+    def lower(x, y, batch):
+        h = batch["in"][:, :3].T + (y["w"].T @ batch["in"].T).tanh() + y["w"].T @ batch["in"].T
+        return shaped(h).square().mean() + net.lower(x, y, batch)
+
+    expected = ask(net, "store", lower=lower)
+    for _ in range(2):
+        assert off(ask(net, "traced", lower=lower), expected) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.03), RMSprop(lr=0.02)], ids=repr)
+def test_a_derivative_that_is_nearly_rounding_is_not_refused(optimizer):
+    """Adam's first step is about the sign of the gradient: its derivative is what cancels."""
+    net = Net()
+
+    def lower(x, y, batch):
+        hidden = (batch["in"] @ y["w"] + y["b"]).tanh()
+        return net.lower(x, y, batch) + (hidden @ y["w"].T - batch["in"]).square().mean()
+
+    for steps in (1, 2):
+        expected = ask(net, "store", optimizer, lower=lower, steps=steps)
+        assert off(ask(net, "traced", optimizer, lower=lower, steps=steps), expected) < 1e-6
+
+
+def test_a_generator_of_its_own_is_refused():
+    """Pure, since it begins anew at each call; in a trace it would go on."""
+    net = Net()
+
+    def seeded(x, y, batch):
+        noise = torch.randn(3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        return net.lower(x, y, batch) + (noise * y["b"]).sum() ** 2
+
+    with pytest.raises(ProblemError, match=r"random numbers.*memory: recompute"):
+        ask(net, "traced", lower=seeded)
+    ask(net, "recompute", lower=seeded)  # negative control
 
 
 def test_a_branch_on_a_tensor_is_refused():
