@@ -139,6 +139,7 @@ def _recompute(
     starts, final = _forward(path, losses, x, every)
     value, total, F_y = gradients(losses.upper, Point(x, final.start))
     adjoint = (F_y, zeros(final.state))
+    del final, F_y  # each as large as y, and of no use any more
     while starts:
         # taken out, so that the steps before it have its memory
         for one in reversed(list(_iterates(starts.pop(), losses, x))):
