@@ -106,3 +106,21 @@ def offset(y: Params, size: float, seed: int = 0) -> Params:
     generator = stream(seed, "offset")
     move = tree.map(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), y)
     return tree.axpy(size / tree.norm(move), move, y)
+
+
+def ask_drawing(
+    problem: Any, estimator: Estimator, x: Params, y: Params, state: Any, lower: Any, upper: Any
+) -> Estimate:
+    """One call of an estimator that draws batches: its first of each level, and what more it wants."""
+    return hypergradient(
+        problem.upper_loss,
+        problem.lower_loss,
+        x,
+        y,
+        estimator=estimator,
+        upper_batch=next(upper),
+        lower_batch=next(lower),
+        state=state,
+        upper_batches=upper,
+        lower_batches=lower,
+    )

@@ -155,21 +155,21 @@ def _forward(path: Path, losses: Losses, x: Params, every: int) -> tuple[list[Pa
     final = advance(starts[0], losses.lower, x, len(first))
     # all at once: iterates allocated between the temporaries of the steps would leave holes that
     # the process holds on to, 120 MB resident where 71 are in use
-    rows = [[torch.empty_like(leaf) for leaf in flat(_iterate(final))] for _ in others]
+    rows = [[torch.empty_like(leaf) for leaf in flat(_whole(final))] for _ in others]
     for segment, row in zip(others, rows, strict=True):
         starts.append(replace(_moved(final, row), batches=segment))
         final = advance(starts[-1], losses.lower, x, len(segment))
     return starts, final
 
 
-def _iterate(path: Path) -> dict[str, Any]:
+def _whole(path: Path) -> dict[str, Any]:
     return {"start": path.start, "state": path.state}
 
 
 @torch.no_grad()
 def _moved(path: Path, row: list[Tensor]) -> Path:
     """The path with its iterate copied into the memory of `row`, where it fits: a state may grow."""
-    here = _iterate(path)
+    here = _whole(path)
     leaves = flat(here)
     if [(to.shape, to.dtype) for to in row] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
         return path

@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def pull(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> tuple[Params, Ad
     Raises:
         ProblemError: the loss does something that forward mode cannot.
     """
-    loss, one = loss.on(one.batches[0]), replace(one, start=tree.contiguous(one.start))
+    loss = loss.on(one.batches[0])
     if getattr(one.optimizer, "affine", False) and one.project is None:
         g = tree.zeros_like(one.start)  # any will do: the derivative of the step does not see it
     else:
@@ -72,7 +71,8 @@ def _through_the_update(one: Path, g: Params, adjoint: Adjoint) -> tuple[Params,
 
 def along(loss: Loss, x: Params, y: Params, u: Params) -> tuple[Params, Params]:
     """((∂²xy G)ᵀ u, (∂²yy G) u), forward over reverse. 1 gradient; the products are not counted."""
-    x, y = tree.leaves(x), tree.leaves(y)
+    # a tangent is written into memory shaped like y's, which an expanded y has less of
+    x, y = tree.leaves(x), tree.leaves(tree.contiguous(y))
     loss.counts.gradients += 1
     _load()
     with _refused(loss), torch.enable_grad(), forward_ad.dual_level():

@@ -279,7 +279,8 @@ class Storms(Loop):
     def call(self, t):
         factors = [(LOWER, self.factor)] * self.terms
         middle = factors if self.summed else [Powers((LOWER, self.factor), self.terms)]
-        return [(UPPER, self.ask), *middle, (LOWER, self.finish if t else self.begin)]
+        last = self.finish if t else self.begin
+        return [(UPPER, self.ask), *middle, (LOWER, last), (WHOLE, self.step_x)]
 
     def ask(self, s, i, j):
         for p in ("", "'"):
@@ -304,9 +305,11 @@ class Storms(Loop):
         pairs = zip(("dy", "dx"), self.quantities(s, i), self.quantities(s, i, "'"), strict=True)
         return self.along(s, *(a + (1 - self.momentum) * (s[k] - b) for k, a, b in pairs))
 
-    def along(self, s, dy, dx, step_x=True):
-        s = s | {"x'": s["x"], "y'": s["y"], "dy": dy, "dx": dx, "y": s["y"] - self.lr * dy}
-        return s | {"x": s["x"] - self.upper * dx} if step_x else s
+    def along(self, s, dy, dx):
+        return s | {"x'": s["x"], "y'": s["y"], "dy": dy, "dx": dx, "y": s["y"] - self.lr * dy}
+
+    def step_x(self, s, i, j):
+        return s | {"x": s["x"] - self.upper * s["dx"]}
 
 
 class Vrbo(Storms):
@@ -318,35 +321,21 @@ class Vrbo(Storms):
         super().__init__(*given, summed=True)
 
     def call(self, t):
+        change = [(UPPER, self.ask), *[(LOWER, self.factor)] * self.terms, (LOWER, self.change)]
         moves = []
-        for k in range(self.steps):
-            age, last = (t * self.steps + k) % self.period, k == self.steps - 1
-            if age == 0:
-                moves.append((WHOLE, self.full_and_x if last else self.full))
-            else:
-                factors = [(LOWER, self.factor)] * self.terms
-                moves += [
-                    (UPPER, self.ask),
-                    *factors,
-                    (LOWER, self.change_and_x if last else self.change),
-                ]
-        return moves
+        for age in range(t * self.steps, (t + 1) * self.steps):
+            moves += change if age % self.period else [(WHOLE, self.full)]
+        return [*moves, (WHOLE, self.step_x)]
 
-    def full(self, s, i, j, step_x=False):
+    def full(self, s, i, j):
         s = self.ask(s, None, None)
         for _ in range(self.terms):
             s = self.factor(s, None, None)
-        return self.along(s, *self.quantities(s, None), step_x)
+        return self.along(s, *self.quantities(s, None))
 
-    def full_and_x(self, s, i, j):
-        return self.full(s, i, j, True)
-
-    def change(self, s, i, j, step_x=False):
+    def change(self, s, i, j):
         pairs = zip(("dy", "dx"), self.quantities(s, i), self.quantities(s, i, "'"), strict=True)
-        return self.along(s, *(s[k] + a - b for k, a, b in pairs), step_x)
-
-    def change_and_x(self, s, i, j):
-        return self.change(s, i, j, True)
+        return self.along(s, *(s[k] + a - b for k, a, b in pairs))
 
 
 METHODS: dict[str, Callable[..., Loop]] = {

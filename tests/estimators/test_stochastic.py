@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from bilevel.types import Counts, Loss
 from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
+from tests.cases import ask_drawing
 
 N, M = 3, 2  # blocks of G, of F
 LR, ADJOINT, UPPER = 0.1, 0.15, 0.2
@@ -95,19 +97,7 @@ LOWER = torch.randint(N, (400,), generator=rng.stream(0, "lower order")).tolist(
 UPPERS = torch.randint(M, (400,), generator=rng.stream(0, "upper order")).tolist()
 
 
-def ask(estimator, x, y, state, lower, upper):
-    return hypergradient(
-        p.upper_loss,
-        p.lower_loss,
-        x,
-        y,
-        estimator=estimator,
-        upper_batch=next(upper),
-        lower_batch=next(lower),
-        state=state,
-        upper_batches=upper,
-        lower_batches=lower,
-    )
+ask = partial(ask_drawing, p)
 
 
 def follow(estimator, steps=4):
