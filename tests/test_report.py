@@ -15,6 +15,7 @@ from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
 from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
+from bilevel.report.page import _seconds
 from bilevel.sinks.jsonl import JSONLines
 
 from .test_sinks import EVENTS, STARTED, stepped, with_evidence
@@ -127,3 +128,20 @@ def test_curvature_is_drawn_with_a_line_at_zero_where_it_matters(tmp_path: Path)
         (chart,) = [c for c in charts(read(tmp_path / name)) if c.title.startswith("Curvature")]
         assert json.dumps(chart.spec).count('"rule"') == rules
         assert all(f'"value": {value}' in json.dumps(chart.spec) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.00042, "0.42 ms"),
+        (0.42, "420 ms"),
+        (0.99949, "999 ms"),
+        (0.9996, "1 s"),
+        (1.51, "1.51 s"),
+        (999.4, "999 s"),
+        (999.6, "1,000 s"),
+        (12345.6, "12,346 s"),
+    ],
+)
+def test_times_are_read_without_powers_of_ten(seconds, text):
+    assert _seconds(seconds) == text

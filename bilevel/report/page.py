@@ -81,7 +81,7 @@ def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple
             f"{totals['gradients']:,.0f} gradients, {totals['hvps']:,.0f} Hessian products",
         )
         each = history.seconds / len(history.steps)
-        yield "Time in steps", f"{history.seconds:.3g} s, {1000 * each:.3g} ms a step"
+        yield "Time in steps", f"{_seconds(history.seconds)}, {_seconds(each)} a step"
     yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"
     yield "Seed", str(content["seed"])
     yield "Recipe hash", about["hash"][:12]
@@ -90,6 +90,13 @@ def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple
     yield "Begun", about.get("time", "")
     packages = about.get("packages", {})
     yield "Versions", ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def _seconds(value: float) -> str:
+    """To three digits, never as a power of ten: 1.51 s, 420 ms, 12,345 s."""
+    if value < 0.9995:
+        return f"{1000 * value:.3g} ms"
+    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
 
 
 def _inline(section: Any) -> str:
