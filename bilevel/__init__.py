@@ -8,17 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bilevel.components import component as component
     from bilevel.errors import BilevelError as BilevelError
     from bilevel.functional import hypergradient as hypergradient
     from bilevel.functional import solve_lower as solve_lower
     from bilevel.functional import unroll as unroll
-    from bilevel.types import component as component
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BilevelError": "errors",
-    "component": "types",
+    "component": "components",
     "hypergradient": "functional",
     "solve_lower": "functional",
     "unroll": "functional",

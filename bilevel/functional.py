@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from bilevel import calculus, maps, tree
+from bilevel import calculus, tree
+from bilevel.calculus import fixed_point_maps
+from bilevel.calculus.precision import require_resolved
 from bilevel.errors import CheckError, ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
-from bilevel.lower.recorded import started
-from bilevel.lower.replay import replay
-from bilevel.purity import refuse_cut, refuse_impure
-from bilevel.resolution import require_resolved
-from bilevel.ties import Ties, bind
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.purity import refuse_cut, refuse_impure
+from bilevel.problem.tied import Ties, bind
 from bilevel.types import (
     ALL_STEPS,
     Counts,
@@ -35,6 +34,7 @@ from bilevel.types import (
     Point,
     Structure,
 )
+from bilevel.unrolling.path import replay, started
 
 
 def hypergradient(
@@ -68,7 +68,7 @@ def hypergradient(
         lower_batch: third argument of `lower_loss`; best the batch of the last lower step.
         state: `Estimate.state` of the previous call: warm start. None starts cold, and checks
             that both losses are pure (two evaluations each) and, for an estimator that needs it,
-            that custom autograd functions of G have their second derivative (`bilevel.purity`).
+            that custom autograd functions of G have their second derivative (`bilevel.problem.purity`).
         path: the recorded lower steps, for estimators that differentiate through them.
         upper_batches: where estimators that draw batches of their own take those for F from.
         lower_batches: the same for G.
@@ -260,7 +260,7 @@ def unroll(
     if not optimizer.differentiable:
         raise ProblemError(
             f"{optimizer!r} writes in place and cannot be differentiated; "
-            "use SGD, Adam, AdamW or RMSprop of bilevel.lower.optimizers"
+            "use SGD, Adam, AdamW or RMSprop of bilevel.optimizers.differentiable"
         )
     tied = Ties(x), Ties(y)
     loss = bind(lower_loss, lower_loss, batch, batch, tied).lower
@@ -355,7 +355,7 @@ def _require_reached(losses: Losses, at: Point) -> None:
     apart = Counts()
     for loss in (losses.upper, losses.lower):
         calculus.gradient_x(replace(loss, counts=apart), at.x, at.y)
-    missing = sorted(missing - apart.reached - maps.reached(losses.lower, at))
+    missing = sorted(missing - apart.reached - fixed_point_maps.reached(losses.lower, at))
     if missing:
         raise ProblemError(
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "

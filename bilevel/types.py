@@ -10,14 +10,9 @@ from typing import (
     ClassVar,
     Literal,
     Protocol,
-    TypeVar,
-    cast,
-    dataclass_transform,
     runtime_checkable,
 )
 
-import pydantic
-from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from bilevel.errors import ProblemError
@@ -25,31 +20,6 @@ from bilevel.errors import ProblemError
 Params = dict[str, Tensor]
 Function = Callable[[Params, Params, Any], Tensor]
 """A loss as the user writes it: pure in (x, y, batch), returns a scalar."""
-
-COMPONENT = ConfigDict(
-    extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
-)
-
-C = TypeVar("C")
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
-def component(cls: type[C]) -> type[C]:
-    """Make a class a component: frozen, keyword-only, validated alike from YAML and Python.
-
-    The fields of a component are at once its recipe schema, its documentation and its
-    defaults. Unknown or mistyped options raise `pydantic.ValidationError`, which the recipe
-    loader turns into a `RecipeError` with the line.
-    """
-    decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
-    return cast("type[C]", decorate(cls))
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Marks a field that holds another component of `group`: `Annotated[LinearSolver, Slot("linear")]`."""
-
-    group: str
 
 
 @dataclass

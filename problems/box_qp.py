@@ -18,8 +18,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng
+from bilevel.components import component
 from bilevel.rng import Streams
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import rng
+from bilevel.components import component
 from bilevel.errors import ProblemError, RequirementError
 from bilevel.rng import Streams
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

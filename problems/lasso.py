@@ -17,8 +17,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.components import component
 from bilevel.rng import Streams
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

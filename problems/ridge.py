@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.components import component
 from bilevel.rng import Streams
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

@@ -20,8 +20,9 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from bilevel import rng
+from bilevel.components import component
 from bilevel.rng import Streams
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 SMALLEST = 0.1
 """Eigenvalue of the mean Hessians, before sampling."""

@@ -20,12 +20,13 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.components import component
 from bilevel.functional import solve_lower
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.over_tasks import OverTasks
 from bilevel.rng import Streams
-from bilevel.tasks import OverTasks
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 Task = tuple[Params, Params]
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}

@@ -11,7 +11,7 @@ import torch
 from bilevel import calculus, tree
 from bilevel.functional import hypergradient, solve_lower
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
 from bilevel.rng import stream
 from bilevel.types import Counts, Estimate, Estimator, Loss, Losses, Params, Point
 from bilevel_problems.quadratic import Quadratic

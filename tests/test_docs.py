@@ -18,9 +18,10 @@ import pytest
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from bilevel import presets, recipe
+from bilevel import recipe
 from bilevel.cli.app import app
 from bilevel.errors import RecipeError
+from bilevel.registry import presets
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -23,10 +23,10 @@ from bilevel.linear.minres import MINRES
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import SGD
-from bilevel.lower.torch_optim import TorchOptimizer
-from bilevel.preconditioners.diagonal import Hutchinson
-from bilevel.ties import Ties
+from bilevel.optimizers.differentiable import SGD
+from bilevel.optimizers.torch_optim import TorchOptimizer
+from bilevel.preconditioners.hutchinson import Hutchinson
+from bilevel.problem.tied import Ties
 from bilevel.types import Estimate, Point
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 

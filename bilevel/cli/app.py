@@ -58,7 +58,7 @@ def list_(
     ] = None,
 ) -> None:
     """List problems, estimators, solvers and recipes."""
-    from bilevel.cli.catalogue import list_all
+    from bilevel.cli.show import list_all
 
     with boundary():
         list_all(_console(), kind)
@@ -80,11 +80,11 @@ def show(
     """Show a component and its options, or a recipe."""
     with boundary():
         if resolved:
-            from bilevel.cli.verify import show_resolved
+            from bilevel.cli.check import show_resolved
 
             show_resolved(_console(), name)
         else:
-            from bilevel.cli.catalogue import show as show_name
+            from bilevel.cli.show import show as show_name
 
             show_name(_console(), name)
 
@@ -95,7 +95,7 @@ def copy(
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
 ) -> None:
     """Copy a recipe, to change it."""
-    from bilevel.cli.catalogue import copy as copy_recipe
+    from bilevel.cli.show import copy as copy_recipe
 
     with boundary():
         copy_recipe(_console(), recipe, destination)
@@ -105,7 +105,7 @@ def copy(
 def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Check a recipe and show all that is wrong with it."""
     with boundary():
-        from bilevel.cli.verify import validate as validate_recipe
+        from bilevel.cli.check import validate as validate_recipe
 
         validate_recipe(_console(), recipe, overrides or [])
 
@@ -121,7 +121,7 @@ def run(
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
     with boundary():
-        from bilevel.cli.running import run as run_recipe
+        from bilevel.cli.run import run as run_recipe
 
         run_recipe(_console(), recipe, overrides or [], runs_dir, dry_run)
 
@@ -130,7 +130,7 @@ def run(
 def resume(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
     """Go on with a run as if it had never been stopped."""
     with boundary():
-        from bilevel.cli.running import resume as resume_run
+        from bilevel.cli.run import resume as resume_run
 
         resume_run(_console(), run, runs_dir)
 
@@ -150,7 +150,7 @@ def check(
 ) -> None:
     """Compare estimators with the true hypergradient."""
     with boundary():
-        from bilevel.cli.verify import check as check_recipe
+        from bilevel.cli.check import check as check_recipe
 
         check_recipe(_console(), recipe, overrides or [], estimators)
 
@@ -202,7 +202,7 @@ def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
     """Write the report of a run: one HTML file, offline."""
     with boundary():
         from bilevel.report import write
-        from bilevel.runfolder import find
+        from bilevel.runfolder.folder import find
 
         typer.echo(write(find(run, runs_dir)))
 
@@ -211,7 +211,7 @@ def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
 def runs(runs_dir: RunsOption = Path("runs")) -> None:
     """List runs and what became of them."""
     with boundary():
-        from bilevel.cli.listing import list_runs
+        from bilevel.cli.runs import list_runs
 
         list_runs(_console(), runs_dir)
 

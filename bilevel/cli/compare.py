@@ -22,7 +22,7 @@ from bilevel.comparing.launch import Done, launch
 from bilevel.comparing.plan import Plan
 from bilevel.comparing.table import Row
 from bilevel.errors import CheckpointError
-from bilevel.runfolder import RunFolder, environment
+from bilevel.runfolder.folder import RunFolder, environment
 
 FAILED = 6
 """Exit code where some cells failed."""

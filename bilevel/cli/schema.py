@@ -9,14 +9,23 @@ from typing import Any
 
 import pydantic
 
-from bilevel import presets, registry
+from bilevel import registry
+from bilevel.components import COMPONENT
 from bilevel.errors import BilevelError
-from bilevel.fields import NOTHING, Field, describe, fields_of, group_of, open_annotation, plain
-from bilevel.outline import outline_of
-from bilevel.presets import Preset
-from bilevel.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
-from bilevel.types import COMPONENT
-from bilevel.upper import Upper
+from bilevel.recipe.fields import (
+    NOTHING,
+    Field,
+    describe,
+    fields_of,
+    group_of,
+    open_annotation,
+    plain,
+)
+from bilevel.recipe.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
+from bilevel.registry import presets
+from bilevel.registry.presets import Preset
+from bilevel.registry.source_docs import outline_of
+from bilevel.run.upper import Upper
 
 _GROUPS = {"problem": "problems", "lower": "lower", "estimator": "estimators"}
 _OPTIONS = {"upper": Upper, "runtime": Runtime, "evaluate": Evaluate, "checkpoint": Checkpoint}

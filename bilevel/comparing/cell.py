@@ -18,24 +18,25 @@ from typing import Any
 
 import torch
 
-from bilevel import engine, tree
 from bilevel import recipe as recipes
-from bilevel.assemble import assemble
+from bilevel import tree
 from bilevel.comparing import scene
 from bilevel.comparing.files import read, write
 from bilevel.comparing.memory import peak
 from bilevel.comparing.scene import Truth
-from bilevel.engine import Setup, State
 from bilevel.errors import BilevelError
 from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
 from bilevel.functional import estimate_at, hypergradient
-from bilevel.lower.recorded import started
-from bilevel.problem import restart_of, structure_of
-from bilevel.runfolder import environment
+from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.recipe.assemble import assemble
+from bilevel.run import engine
+from bilevel.run.engine import Setup, State
+from bilevel.runfolder.folder import environment
 from bilevel.testing import scene_at
 from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
 from bilevel.types import Path as Steps
+from bilevel.unrolling.path import started
 
 REPETITIONS = 5
 """Timed estimates, after one that is not timed."""

@@ -18,8 +18,8 @@ from typing import Any
 from bilevel.comparing import scene
 from bilevel.comparing.files import read, write
 from bilevel.comparing.plan import Cell, Plan
-from bilevel.recipe import Recipe
-from bilevel.runfolder import environment
+from bilevel.recipe.recipe import Recipe
+from bilevel.runfolder.folder import environment
 
 _MATTERS = ("python", "platform", "packages", "threads", "gpus")
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel import engine, presets, registry, yaml_source
 from bilevel import recipe as recipes
-from bilevel.assemble import assemble
+from bilevel import registry
 from bilevel.errors import ProblemError, RecipeError, RequirementError
-from bilevel.recipe import Recipe
+from bilevel.recipe import yaml_source
+from bilevel.recipe.assemble import assemble
+from bilevel.recipe.recipe import Recipe
+from bilevel.registry import presets
+from bilevel.run import engine
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from bilevel import checkpoint, engine, rng, tree
 from bilevel import recipe as recipes
-from bilevel.assemble import assemble
+from bilevel import rng, tree
 from bilevel.comparing.files import read, write
-from bilevel.engine import Setup, State
 from bilevel.errors import ConvergenceError
 from bilevel.events import Stepped, Totals
+from bilevel.recipe.assemble import assemble
+from bilevel.run import engine
+from bilevel.run.engine import Setup, State
+from bilevel.runfolder import checkpoint
 from bilevel.testing import Reference, reference_at, scene_at
 from bilevel.types import Params
 

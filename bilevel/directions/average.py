@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import Field
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.directions.draw import Draw, total
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.calculus.products import gradient_y, gradients, linearize
 from bilevel.directions.blocks import block_of, every_block
 from bilevel.directions.draw import Draw, Parts
 from bilevel.errors import ConvergenceError

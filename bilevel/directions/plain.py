@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel.components import component
 from bilevel.directions.draw import Draw, total
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

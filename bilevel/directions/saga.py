@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.directions.draw import Draw, total
-from bilevel.types import Params, component
+from bilevel.types import Params
 
 
 @component

@@ -14,11 +14,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.calculus import gradient_y
-from bilevel.lower.optimizers import SGD
-from bilevel.lower.recorded import along
-from bilevel.lower.replay import replay
-from bilevel.types import Estimate, Losses, Moved, Needs, Params, Path, Point, Stats, component
+from bilevel.calculus.products import gradient_y
+from bilevel.components import component
+from bilevel.optimizers.differentiable import SGD
+from bilevel.types import Estimate, Losses, Moved, Needs, Params, Path, Point, Stats
+from bilevel.unrolling.path import along, replay
 
 
 @component

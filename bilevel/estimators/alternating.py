@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bilevel.calculus import gradients
-from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
+from bilevel.calculus.products import gradients
+from bilevel.components import component
+from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
 
 
 @component

@@ -14,10 +14,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import Linearization, gradients, linearize
+from bilevel.calculus.products import Linearization, gradients, linearize
+from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.lower.auxiliary import begin, exact, minimise, to_come
-from bilevel.types import Estimate, Loss, Losses, Moved, Needs, Params, Point, Stats, component
+from bilevel.types import Estimate, Loss, Losses, Moved, Needs, Params, Point, Stats
 
 TIGHT = 5000
 """Steps of `tight`, enough at a step size of 1 / L for a condition number of some hundreds."""

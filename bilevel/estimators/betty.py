@@ -18,10 +18,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, value
+from bilevel.calculus.precision import require_step
+from bilevel.calculus.products import gradient_x, value
+from bilevel.components import component
 from bilevel.errors import ProblemError, RequirementError
-from bilevel.resolution import require_step
-from bilevel.types import Counts, Estimate, Loss, Losses, Needs, Params, Point, Stats, component
+from bilevel.types import Counts, Estimate, Loss, Losses, Needs, Params, Point, Stats
 
 VERSION = "0.2.1"
 INSTALL = f"pip install --no-deps --ignore-requires-python betty-ml=={VERSION}"

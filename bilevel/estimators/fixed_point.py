@@ -11,22 +11,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat
 
 from bilevel import tree
-from bilevel.calculus import gradients
+from bilevel.calculus.fixed_point_maps import Map, linearize_map
+from bilevel.calculus.products import gradients
+from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.gmres import GMRES
-from bilevel.maps import Map, linearize_map
-from bilevel.types import (
-    Estimate,
-    LinearSolver,
-    Losses,
-    Needs,
-    Params,
-    Point,
-    Slot,
-    Solve,
-    Stats,
-    component,
-)
+from bilevel.types import Estimate, LinearSolver, Losses, Needs, Params, Point, Solve, Stats
 
 
 @component

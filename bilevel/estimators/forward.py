@@ -13,11 +13,11 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bilevel import calculus, rng, tree
-from bilevel.calculus import gradients
-from bilevel.lower.recorded import along, recorded
-from bilevel.lower.replay import advance, pull_start
-from bilevel.nested import flat, rebuild, zeros
-from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats, component
+from bilevel.calculus.products import gradients
+from bilevel.components import component
+from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats
+from bilevel.unrolling.nested import flat, rebuild, zeros
+from bilevel.unrolling.path import advance, along, pull_start, recorded
 
 
 @component

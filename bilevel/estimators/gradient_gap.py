@@ -13,20 +13,11 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.calculus.products import gradient_y, gradients, linearize
+from bilevel.components import Slot, component
 from bilevel.lower.auxiliary import move
-from bilevel.lower.optimizers import SGD
-from bilevel.types import (
-    Estimate,
-    Losses,
-    Needs,
-    Optimizer,
-    Params,
-    Point,
-    Slot,
-    Stats,
-    component,
-)
+from bilevel.optimizers.differentiable import SGD
+from bilevel.types import Estimate, Losses, Needs, Optimizer, Params, Point, Stats
 
 
 @component

@@ -11,9 +11,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from bilevel import tree
 from bilevel.adjoint.starts import DEPTH, Start, begin, known
 from bilevel.adjoint.stopping import HoldsError, rounding
-from bilevel.calculus import Linearization, gradients, linearize
-from bilevel.composed import gauss_newton
-from bilevel.linear.cg import CG, Sample, length
+from bilevel.calculus.gauss_newton import gauss_newton
+from bilevel.calculus.products import Linearization, gradients, linearize
+from bilevel.components import Slot, component
+from bilevel.linear.cg import CG, Sample
+from bilevel.linear.guards import length
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.types import (
     Estimate,
@@ -24,11 +26,9 @@ from bilevel.types import (
     Params,
     Point,
     Preconditioner,
-    Slot,
     Solve,
     Stats,
     System,
-    component,
 )
 
 AT_END = 0.1
@@ -55,7 +55,7 @@ class Implicit:
     `preconditioner`: for cg.
     `curvature: gauss_newton` puts the Gauss-Newton matrix in the place of ∂²yy G, for 1 gradient
     more: positive semidefinite where ∂²yy G need not be, and biased except where the outputs of a
-    `bilevel.composed.Composed` lower loss are linear in y.
+    `bilevel.calculus.gauss_newton.Composed` lower loss are linear in y.
     `strong_convexity`, `cross_norm`: a lower bound of the eigenvalues of ∂²yy G, damping left out,
     and an upper bound of ‖∂²xy G‖; `sensitivity`: a Lipschitz constant in y of the estimate. With
     them `Stats.error_bound` is cross_norm (‖r‖ + damping ‖v‖) / strong_convexity + sensitivity

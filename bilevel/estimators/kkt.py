@@ -14,20 +14,11 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.calculus import gradients, linearize
+from bilevel.calculus.products import gradients, linearize
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.minres import MINRES
-from bilevel.types import (
-    Estimate,
-    LinearSolver,
-    Loss,
-    Losses,
-    Needs,
-    Params,
-    Point,
-    Slot,
-    component,
-)
+from bilevel.types import Estimate, LinearSolver, Loss, Losses, Needs, Params, Point
 
 MULTIPLIER = "multiplier"
 """The name of the multipliers beside those of y; no name of y may be it."""

@@ -15,9 +15,10 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradients, linearize
-from bilevel.linear.cg import finite
-from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats, component
+from bilevel.calculus.products import gradients, linearize
+from bilevel.components import component
+from bilevel.linear.guards import finite
+from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats
 
 
 @component

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.calculus import gradient_y, gradients, linearize
+from bilevel.calculus.products import gradient_y, gradients, linearize
+from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.linear.cg import CG
 from bilevel.lower.proximal import Proximal
@@ -28,9 +29,7 @@ from bilevel.types import (
     Needs,
     Params,
     Point,
-    Slot,
     Stats,
-    component,
 )
 
 

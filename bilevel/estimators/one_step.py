@@ -13,9 +13,10 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_y, gradients, linearize
-from bilevel.differences import cross_difference
-from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
+from bilevel.calculus.finite_differences import cross_difference
+from bilevel.calculus.products import gradient_y, gradients, linearize
+from bilevel.components import component
+from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
 
 
 @component

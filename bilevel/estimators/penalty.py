@@ -15,19 +15,11 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, gradients
+from bilevel.calculus.products import gradient_x, gradients
+from bilevel.components import Slot, component
 from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise
 from bilevel.lower.gradient import Gradient
-from bilevel.types import (
-    Estimate,
-    Losses,
-    LowerSolver,
-    Needs,
-    Params,
-    Point,
-    Slot,
-    component,
-)
+from bilevel.types import Estimate, Losses, LowerSolver, Needs, Params, Point
 
 
 @component

@@ -14,22 +14,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, gradients
+from bilevel.calculus.products import gradient_x, gradients
+from bilevel.components import Slot, component
 from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise, move, to_come
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
-from bilevel.types import (
-    Estimate,
-    Loss,
-    Losses,
-    LowerSolver,
-    Needs,
-    Optimizer,
-    Params,
-    Point,
-    Slot,
-    component,
-)
+from bilevel.optimizers.differentiable import SGD
+from bilevel.types import Estimate, Loss, Losses, LowerSolver, Needs, Optimizer, Params, Point
 
 
 def _one_step() -> Gradient:

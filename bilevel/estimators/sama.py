@@ -14,11 +14,11 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_y, gradients
-from bilevel.differences import cross_difference
-from bilevel.lower.recorded import recorded
-from bilevel.lower.replay import advance
-from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats, component
+from bilevel.calculus.finite_differences import cross_difference
+from bilevel.calculus.products import gradient_y, gradients
+from bilevel.components import component
+from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
+from bilevel.unrolling.path import advance, recorded
 
 
 @component

@@ -13,20 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.calculus import gradients, linearize
+from bilevel.calculus.products import gradients, linearize
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.linear.secant import NO_PAIRS, bfgs, block, newest
-from bilevel.types import (
-    Estimate,
-    LinearSolver,
-    Losses,
-    Needs,
-    Point,
-    Slot,
-    Solve,
-    Stats,
-    component,
-)
+from bilevel.linear.quasi_newton import NO_PAIRS, bfgs, block, newest
+from bilevel.types import Estimate, LinearSolver, Losses, Needs, Point, Solve, Stats
 
 
 @component

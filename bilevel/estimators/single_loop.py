@@ -15,21 +15,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from bilevel import rng, tree
+from bilevel.components import Slot, component
 from bilevel.directions.draw import Direction
 from bilevel.directions.oracles import Iterate, Sample, Series
 from bilevel.directions.plain import Plain
 from bilevel.directions.walk import Walk
 from bilevel.errors import ProblemError
-from bilevel.types import (
-    Estimate,
-    Loss,
-    Losses,
-    Needs,
-    Params,
-    Point,
-    Slot,
-    component,
-)
+from bilevel.types import Estimate, Loss, Losses, Needs, Params, Point
 
 TIGHT = 5000
 """Steps of `tight`, enough at a step size of 1 / L for a condition number of some hundreds."""

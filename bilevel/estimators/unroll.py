@@ -16,15 +16,15 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.calculus import gradients
+from bilevel.calculus.products import gradients
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.lower import mixed, reversible
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.recorded import along
-from bilevel.lower.replay import advance, pull_start, replay, step
-from bilevel.lower.traced import Pull, traced
-from bilevel.nested import flat, rebuild, zeros
-from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Slot, Stats, component
+from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Stats
+from bilevel.unrolling import forward_over_reverse, reversible
+from bilevel.unrolling.nested import flat, rebuild, zeros
+from bilevel.unrolling.path import advance, along, pull_start, replay, step
+from bilevel.unrolling.traced import Pull, traced
 
 
 @component
@@ -41,11 +41,11 @@ class Unroll:
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
     one graph at a time; "traced" does that from a trace of one step, kept between calls and
-    checked in each (`bilevel.lower.traced`); "mixed" keeps every iterate and takes the products
-    forward over reverse (`bilevel.lower.mixed`); "checkpoint" keeps each √K-th iterate;
+    checked in each (`bilevel.unrolling.traced`); "mixed" keeps every iterate and takes the products
+    forward over reverse (`bilevel.unrolling.forward_over_reverse`); "checkpoint" keeps each √K-th iterate;
     "reversible" keeps none and runs SGD with momentum backwards, in multiples of 2⁻⁴⁶, so that y_K
     and the result are those of `store` to K / (1 − momentum) such units times their sensitivity
-    (`bilevel.lower.reversible`).
+    (`bilevel.unrolling.reversible`).
     `pessimistic` ends the path at its step k of the largest F(x, y_k), and so differentiates
     max over 1 ≤ k ≤ K of F(x, y_k(x)): for a lower level that is not convex, with the start
     learned (`learned_start`). K gradients and K values of F more.
@@ -88,7 +88,7 @@ class Unroll:
         if self.memory == "store" or K == 0:
             return _store(path, losses, x)
         every = math.isqrt(K - 1) + 1 if self.memory == "checkpoint" else 1
-        pull = {"traced": traced(_back), "mixed": mixed.pull}.get(self.memory, _back)
+        pull = {"traced": traced(_back), "mixed": forward_over_reverse.pull}.get(self.memory, _back)
         return _recompute(path, losses, x, every, pull)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

@@ -15,21 +15,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus import gradient_x, gradients
+from bilevel.calculus.products import gradient_x, gradients
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise
 from bilevel.lower.lbfgs import LBFGS
-from bilevel.types import (
-    Estimate,
-    Losses,
-    LowerSolver,
-    Moved,
-    Needs,
-    Params,
-    Point,
-    Slot,
-    component,
-)
+from bilevel.types import Estimate, Losses, LowerSolver, Moved, Needs, Params, Point
 
 
 @component

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.errors import ConvergenceError
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.components import component
+from bilevel.linear.guards import attained, finite, length, nothing, residual, rounding
+from bilevel.linear.lanczos import Tridiagonal
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component
@@ -110,103 +111,6 @@ class CG:
                 converged=not ended and (stopped or relative <= self.tolerance),
             ),
         )
-
-
-def residual(matvec: Matvec, b: Params, start: Params) -> tuple[Params, Params, int]:
-    """(v, b − A v, products used) at the start of a solve; a zero start or b costs nothing."""
-    if tree.norm(b) == 0 or tree.norm(start) == 0:
-        return tree.zeros_like(b), tree.clone(b), 0
-    return tree.clone(start), tree.sub(b, matvec(start)), 1
-
-
-def finite(product: float) -> float:
-    """pᵀA p, or `ConvergenceError` if it is NaN or infinite: such a product must not pass for zero."""
-    if not math.isfinite(product):
-        raise ConvergenceError(
-            "a product with the lower Hessian is not finite at this point: a second derivative "
-            "is singular there (√, norm or abs at 0), or overflows; move y off it, or use float64"
-        )
-    return product
-
-
-def rounding(b: Params) -> float:
-    """The largest eps of the types in which the entries of b are summed."""
-    return max(torch.finfo(tree.wide(entry.new_empty(0)).dtype).eps for entry in b.values())
-
-
-def length(b: Params) -> float:
-    """‖b‖, or `ConvergenceError` where its square is no number of this dtype although b is one."""
-    size = tree.norm(b)
-    if not math.isfinite(size) or (size == 0 and any(bool(entry.any()) for entry in b.values())):
-        raise ConvergenceError(
-            f"the right-hand side, ∇y F, has entries so {'large' if size else 'small'} that its "
-            "square is not a number in this dtype, or is 0; scale upper_loss, or use float64"
-        )
-    return size
-
-
-def nothing(b: Params) -> float:
-    """The relative residual below which a recursion only underflows: eps²."""
-    return rounding(b) ** 2
-
-
-def attained(recursive: float, v: Params, size: float, largest: float, reach: float = 0.0) -> float:
-    """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
-
-    The recursion goes on falling after b − A v itself has stalled near eps (‖A‖ ‖v‖ + ‖b‖), with
-    the longest v on the way: `reach` is the length of the start.
-    """
-    if size == 0:
-        return 0.0
-    floor = 0.5 * tree.eps(v) * (largest * max(tree.norm(v), reach) / size + 1)
-    return max(recursive / size, floor if recursive > 0 else 0.0)
-
-
-@dataclass
-class Tridiagonal:
-    """The Lanczos matrix that conjugate gradient's coefficients hold, and its eigenvalues."""
-
-    diagonal: list[float] = field(default_factory=list)
-    off: list[float] = field(default_factory=list)
-    energies: list[float] = field(default_factory=list)
-    """What each step took from ‖v − A⁻¹b‖² in the norm of A."""
-    _last: tuple[float, float] = (math.inf, 0.0)
-    _values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def append(self, alpha: float, beta: float, rz: float = 0.0) -> None:
-        """Add one step: its length alpha, the ratio beta of ⟨r, M⁻¹ r⟩ after and before, that before."""
-        self.energies.append(alpha * rz)
-        previous_alpha, previous_beta = self._last
-        self.diagonal.append(1 / alpha + previous_beta / previous_alpha)
-        self.off.append(math.sqrt(beta) / alpha)
-        self._last = (alpha, beta)
-
-    def ritz(self) -> torch.Tensor:
-        """Ritz values in ascending order, float64. Cubic in the steps, so found once for them all."""
-        if len(self._values) == len(self.diagonal):
-            return self._values
-        off = torch.tensor(self.off[:-1], dtype=torch.float64)
-        main = torch.tensor(self.diagonal, dtype=torch.float64)
-        self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) + off.diag(-1))
-        return self._values
-
-    @property
-    def largest(self) -> float:
-        """The largest Ritz value: a lower bound of ‖A‖; 0 before the first step."""
-        return float(self.ritz()[-1]) if self.diagonal else 0.0
-
-    @property
-    def condition(self) -> float | None:
-        """Largest over smallest Ritz value, or None where the smallest is not positive."""
-        if not self.diagonal:
-            return None
-        values = self.ritz()
-        return float(values[-1] / values[0]) if values[0] > 0 else None
-
-    @property
-    def smallest(self) -> float | None:
-        """The smallest Ritz value, an upper bound of the smallest eigenvalue."""
-        return float(self.ritz()[0]) if self.diagonal else None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.linear.cg import length
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.linear.guards import length
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

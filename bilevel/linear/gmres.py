@@ -7,8 +7,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.linear.cg import attained, finite, length, nothing, residual
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.components import component
+from bilevel.linear.guards import attained, finite, length, nothing, residual
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

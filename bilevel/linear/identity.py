@@ -7,7 +7,8 @@ from typing import ClassVar
 from pydantic import PositiveFloat
 
 from bilevel import tree
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.components import component
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

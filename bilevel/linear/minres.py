@@ -7,8 +7,10 @@ import math
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.linear.cg import Tridiagonal, finite, length, nothing, residual
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.components import component
+from bilevel.linear.guards import finite, length, nothing, residual
+from bilevel.linear.lanczos import Tridiagonal
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

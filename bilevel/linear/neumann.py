@@ -8,9 +8,10 @@ from dataclasses import replace
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.errors import ConvergenceError
-from bilevel.linear.cg import attained, finite, length, nothing
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.linear.guards import attained, finite, length, nothing
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

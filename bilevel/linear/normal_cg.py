@@ -7,8 +7,10 @@ from dataclasses import replace
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
-from bilevel.linear.cg import CG, finite, length
-from bilevel.types import Matvec, Params, Solve, component
+from bilevel.components import component
+from bilevel.linear.cg import CG
+from bilevel.linear.guards import finite, length
+from bilevel.types import Matvec, Params, Solve
 
 
 @component

@@ -9,8 +9,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng, tree
-from bilevel.linear.cg import finite, length
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.components import component
+from bilevel.linear.guards import finite, length
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

@@ -9,9 +9,10 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.errors import ProblemError
-from bilevel.linear.cg import finite, length, residual, rounding
-from bilevel.types import Matvec, Params, Solve, Stats, component
+from bilevel.linear.guards import finite, length, residual, rounding
+from bilevel.types import Matvec, Params, Solve, Stats
 
 
 @component

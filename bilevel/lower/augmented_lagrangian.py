@@ -15,9 +15,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.newton import Newton
-from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Params, Slot, component
+from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Params
 
 GROWTH = 10.0
 """By how much the penalty grows; 100 in the book, which a solver of first order has to pay for."""

@@ -9,17 +9,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
-from bilevel.lower.optimizers import SGD
-from bilevel.types import (
-    Loss,
-    LowerSolution,
-    LowerStats,
-    Optimizer,
-    Params,
-    Path,
-    Slot,
-    component,
-)
+from bilevel.components import Slot, component
+from bilevel.optimizers.differentiable import SGD
+from bilevel.types import Loss, LowerSolution, LowerStats, Optimizer, Params, Path
 
 
 @component

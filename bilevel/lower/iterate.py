@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
-from bilevel import maps, tree
+from bilevel import tree
+from bilevel.calculus import fixed_point_maps
+from bilevel.components import component
 from bilevel.lower.lbfgs import refuse_projection
-from bilevel.types import Loss, LowerSolution, LowerStats, Params, component
+from bilevel.types import Loss, LowerSolution, LowerStats, Params
 
 
 @component
@@ -50,7 +52,7 @@ class Iterate:
         batch, shift, taken = None, float("inf"), 0
         while taken < self.steps and shift > self.tolerance:
             batch = next(batches)
-            after = maps.evaluate(loss.on(batch), x, y)
+            after = fixed_point_maps.evaluate(loss.on(batch), x, y)
             taken, shift, y = taken + 1, tree.norm(tree.sub(after, y)), after
         stats = LowerStats(taken, taken, shift**2 / 2, shift, shift <= self.tolerance)
         return LowerSolution(tree.clone(y), state, stats, batch)

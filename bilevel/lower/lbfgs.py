@@ -12,8 +12,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
+from bilevel.components import component
 from bilevel.errors import ProblemError
-from bilevel.types import Loss, LowerSolution, LowerStats, Pairs, Params, component
+from bilevel.types import Loss, LowerSolution, LowerStats, Pairs, Params
 
 
 @component

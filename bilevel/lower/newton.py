@@ -9,9 +9,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
+from bilevel.components import component
 from bilevel.linear.dense import matrix
 from bilevel.lower.lbfgs import refuse_projection
-from bilevel.types import Loss, LowerSolution, LowerStats, Params, Point, component
+from bilevel.types import Loss, LowerSolution, LowerStats, Params, Point
 
 
 @component

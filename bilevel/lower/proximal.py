@@ -12,9 +12,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import calculus, tree
+from bilevel.calculus.fixed_point_maps import Backward, backward_of, require_like
+from bilevel.components import component
 from bilevel.errors import ConvergenceError
-from bilevel.maps import Backward, backward_of, require_like
-from bilevel.types import Loss, LowerSolution, LowerStats, Params, component
+from bilevel.types import Loss, LowerSolution, LowerStats, Params
 
 
 @component

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import rng, tree
-from bilevel.calculus import second_order, value
-from bilevel.preconditioners.diagonal import Patience
-from bilevel.types import Matvec, Params, Point, System, component
+from bilevel.calculus.products import second_order, value
+from bilevel.components import component
+from bilevel.preconditioners.rebuild import RebuildRule
+from bilevel.types import Matvec, Params, Point, System
 
 
 @component
@@ -53,20 +54,20 @@ class KFAC:
     seed: int = 0
 
     def init(self, at: Point) -> dict[str, Any]:
-        return {"built": 0, "layers": {}, "rest": {}, **Patience().state()}
+        return {"built": 0, "layers": {}, "rest": {}, **RebuildRule().state()}
 
     def prepare(self, system: System, state: dict[str, Any]) -> tuple[Matvec, dict[str, Any]]:
-        patience = Patience(state["fewest"], state["excess"]).after(system.spent)
-        if not state["built"] or patience.excess > 2 * self.probes + 1:
+        rule = RebuildRule(state["fewest"], state["excess"]).after(system.spent)
+        if not state["built"] or rule.excess > 2 * self.probes + 1:
             stream = rng.stream(self.seed, f"kfac.{state['built']}")
             layers = self._layers(system, stream)
             covered = {name for n, layer in layers.items() for name in (n, layer["bias"])}
             others = [name for name in system.b if name not in covered]
             rest = _curvatures(system, others, self.probes, stream) if others else {}
             state = {"built": state["built"] + 1, "layers": layers, "rest": rest}
-            patience = Patience()
+            rule = RebuildRule()
         layers, rest = state["layers"], state["rest"]
-        return (lambda r: _apply(layers, rest, r)), {**state, **patience.state()}
+        return (lambda r: _apply(layers, rest, r)), {**state, **rule.state()}
 
     def _layers(self, system: System, stream: torch.Generator) -> dict[str, Any]:
         """The factors of each layer in which G bends, and what is added to their product."""

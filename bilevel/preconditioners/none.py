@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bilevel.types import Matvec, Point, System, component
+from bilevel.components import component
+from bilevel.types import Matvec, Point, System
 
 
 @component

@@ -12,8 +12,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import rng, tree
-from bilevel.preconditioners.diagonal import Patience
-from bilevel.types import Matvec, Params, Point, System, component
+from bilevel.components import component
+from bilevel.preconditioners.rebuild import RebuildRule
+from bilevel.types import Matvec, Params, Point, System
 
 
 @component
@@ -40,16 +41,16 @@ class NystromPreconditioner:
     def prepare(
         self, system: System, state: dict[str, Any]
     ) -> tuple[Matvec | None, dict[str, Any]]:
-        patience = Patience(state["fewest"], state["excess"]).after(system.spent)
+        rule = RebuildRule(state["fewest"], state["excess"]).after(system.spent)
         rank = self._rank(system.b)
-        if patience.excess > rank * (1 + state["refused"]):
+        if rule.excess > rank * (1 + state["refused"]):
             factors = _factors(system, rank, rng.stream(self.seed, f"nystrom.{state['built']}"))
             if factors is None:
-                patience, state = Patience(0), {**state, "refused": state["refused"] + 1}
+                rule, state = RebuildRule(0), {**state, "refused": state["refused"] + 1}
             else:
                 state = {**state, "built": state["built"] + 1, **factors}
-                patience = Patience()
-        kept = {**state, **patience.state()}
+                rule = RebuildRule()
+        kept = {**state, **rule.state()}
         return (_apply(kept["U"], kept["values"]) if "U" in kept else None), kept
 
     def _rank(self, b: Params) -> int:

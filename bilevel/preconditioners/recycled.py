@@ -14,7 +14,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.types import Matvec, Params, Point, System, component
+from bilevel.components import component
+from bilevel.types import Matvec, Params, Point, System
 
 
 @component

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bilevel.errors import RequirementError
-from bilevel.runfolder import RunFolder
+from bilevel.runfolder.folder import RunFolder
 
 NEEDED = ("altair", "vl_convert", "jinja2")
 

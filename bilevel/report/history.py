@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bilevel import record
 from bilevel.errors import RecipeError
+from bilevel.runfolder import record
 
 POINTS = 1000
 """Most points a curve is drawn with."""

@@ -12,10 +12,10 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
 from bilevel.report.history import History, read
-from bilevel.runfolder import RunFolder
-from bilevel.yaml_source import parse
+from bilevel.runfolder.folder import RunFolder
 
 
 def render(folder: RunFolder) -> str:

@@ -12,16 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from bilevel.events import (
-    Evaluated,
-    Event,
-    Finished,
-    Progress,
-    Saved,
-    Started,
-    Stepped,
-    Warned,
-)
+from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Started, Stepped, Warned
 
 ROWS = 20
 """Rows of a run without a terminal, besides one for every `PATIENCE` seconds of silence."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
+from bilevel.components import component
 from bilevel.errors import CheckpointError
 from bilevel.events import Drawn, Event
-from bilevel.types import component
 
 FOLDER = "figures"
 

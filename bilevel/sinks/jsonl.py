@@ -1,4 +1,4 @@
-"""events.jsonl: every event of a run, as `bilevel.record` reads it.
+"""events.jsonl: every event of a run, as `bilevel.runfolder.record` reads it.
 
 What depends on how the run was computed and not on what it computed (progress, saved
 checkpoints, resumption) is left out, so that the record of a run that was stopped and resumed
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from bilevel import record
+from bilevel.components import component
 from bilevel.errors import CheckpointError
 from bilevel.events import Drawn, Evaluated, Event, Progress, Saved, Started, Warned
-from bilevel.types import component
+from bilevel.runfolder import record
 
 
 @component

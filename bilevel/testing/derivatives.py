@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.differences import central
-from bilevel.engine import Setup
+from bilevel.calculus.finite_differences import central
+from bilevel.calculus.fixed_point_maps import backward_of
 from bilevel.errors import ProblemError
-from bilevel.maps import backward_of
+from bilevel.run.engine import Setup
 from bilevel.testing.reference import STATIONARY, half_difference, noise_like, solve_tightly
 from bilevel.types import Loss, Losses, Params, Point
 

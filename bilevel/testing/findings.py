@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import checkpoint
 from bilevel.errors import CheckError
+from bilevel.runfolder import checkpoint
 
 
 def report(name: str, parts: Mapping[str, Callable[[], Iterator[str]]]) -> None:

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Any
 
 from bilevel import calculus, rng, tree
-from bilevel.engine import Setup, start
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
-from bilevel.lower.optimizers import SGD
-from bilevel.refusals import called, refuse_mismatch, unknown_to
+from bilevel.optimizers.differentiable import SGD
+from bilevel.run.engine import Setup, start
+from bilevel.run.refusals import called, refuse_mismatch, unknown_to
 from bilevel.testing.reference import (
     STATIONARY,
     Reference,

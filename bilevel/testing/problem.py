@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from bilevel import calculus, rng, tree
-from bilevel.engine import Setup, prepare, start
+from bilevel.calculus.fixed_point_maps import reached
 from bilevel.estimators.alternating import Alternating
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
-from bilevel.maps import reached
-from bilevel.problem import Problem, restart_of, structure_of
-from bilevel.purity import refuse_impure
+from bilevel.problem.protocol import Problem, restart_of, structure_of
+from bilevel.problem.purity import refuse_impure
 from bilevel.rng import Streams
-from bilevel.samplers import Sampler
+from bilevel.run.batches import Sampler
+from bilevel.run.engine import Setup, prepare, start
+from bilevel.run.upper import Upper
 from bilevel.testing.derivatives import (
     Place,
     first_derivatives,
@@ -29,7 +30,6 @@ from bilevel.testing.derivatives import (
 from bilevel.testing.findings import copied, difference, report
 from bilevel.testing.reference import noise_like
 from bilevel.types import Counts, Loss, Losses
-from bilevel.upper import Upper
 
 
 def check_problem(problem: Any, *, seed: int = 0, second_order: bool = True) -> None:

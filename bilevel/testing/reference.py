@@ -10,22 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.differences import Differences, central
-from bilevel.engine import Setup, State
+from bilevel.calculus.finite_differences import Differences, central
 from bilevel.linear.cg import CG
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.lower.recorded import started
-from bilevel.problem import restart_of, structure_of
-from bilevel.types import (
-    ALL_STEPS,
-    Counts,
-    Loss,
-    Losses,
-    LowerSolution,
-    Params,
-    Point,
-)
+from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.run.engine import Setup, State
+from bilevel.types import ALL_STEPS, Counts, Loss, Losses, LowerSolution, Params, Point
+from bilevel.unrolling.path import started
 
 STATIONARY = 1e-9
 """‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from bilevel import rng, tree
-from bilevel.engine import Setup, start
 from bilevel.functional import hypergradient
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
-from bilevel.lower.optimizers import SGD
-from bilevel.problem import structure_of
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.protocol import structure_of
 from bilevel.rng import Streams
+from bilevel.run.engine import Setup, start
+from bilevel.run.upper import Upper
 from bilevel.testing.reference import Reference, Scene, scene_at
 from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point
-from bilevel.upper import Upper
 
 
 class Stand:

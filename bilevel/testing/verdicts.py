@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from bilevel import calculus, tree
-from bilevel.differences import Differences, central
-from bilevel.engine import Setup, prepare
+from bilevel.calculus.finite_differences import Differences, central
 from bilevel.errors import BilevelError, CheckError, ConvergenceError, ProblemError
 from bilevel.events import Event
 from bilevel.functional import estimate_at
+from bilevel.run.engine import Setup, prepare
 from bilevel.testing.grounds import Ground, Grounds, moved, unfit
 from bilevel.testing.reference import (
     Reference,
@@ -24,13 +24,7 @@ from bilevel.testing.reference import (
     half_difference,
     noise_like,
 )
-from bilevel.types import (
-    Estimate,
-    Estimator,
-    Params,
-    Point,
-    Stats,
-)
+from bilevel.types import Estimate, Estimator, Params, Point, Stats
 
 Verdict = Literal["exact", "as claimed", "approximate", "wrong", "refused", "untested"]
 """exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim;

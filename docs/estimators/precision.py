@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from bilevel import hypergradient, presets, registry, rng, solve_lower, tree
-from bilevel.build import build
+from bilevel import hypergradient, registry, rng, solve_lower, tree
 from bilevel.errors import BilevelError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.registry import presets
 from bilevel.types import Params
 from bilevel_problems.quadratic import Quadratic
 

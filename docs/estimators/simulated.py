@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bilevel.build import build
-from bilevel.engine import Setup, evaluate, run, start
 from bilevel.events import Evaluated, Stepped
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.run.engine import Setup, evaluate, run, start
+from bilevel.run.upper import Upper
 from bilevel.types import Estimator
-from bilevel.upper import Upper
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 
 problem = SimulatedQuadratic(batch_size=256)  # 16 blocks of G, 2 of F

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .evaluation import Captions
-from .instructions import Rows
+from .evaluation.examiner import Captions
+from .models.instructions import Rows
 
 Batch = dict[str, Tensor]
 

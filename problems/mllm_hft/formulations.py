@@ -31,7 +31,7 @@ from .losses import (
     task_loss,
     temperature,
 )
-from .model import Group, Network, call
+from .models.network import Group, Network, call
 
 Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda"]

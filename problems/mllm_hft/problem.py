@@ -18,25 +18,31 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.events import Progress
 from bilevel.rng import Streams
-from bilevel.types import Params, Slot, component
+from bilevel.types import Params
 
 from . import formulations
 from .batches import Data, contrast_batch, joined, task_batch
-from .cache import Tensors, cached
-from .data import Corpus, Encoder, Scene, Source
-from .evaluation import Exam, Examiner, captions, make_exam
-from .figure import Panel, embedding_figure
+from .evaluation.examiner import (
+    Exam,
+    Examiner,
+    captions,
+    make_exam,
+)
+from .evaluation.figure import Panel, embedding_figure
+from .evaluation.measures import Metrics
+from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
-from .instructions import conversations
-from .measures import Metrics
-from .model import Backbone, Opened, parameters, start_lora
-from .pretrain import dialogues, warm_up
-from .questions import cooccurrence
-from .shapes import Shapes
-from .tiny import Tiny
+from .models.cache import Tensors, cached
+from .models.instructions import conversations
+from .models.network import Backbone, Opened, parameters, start_lora
+from .models.pretrain import dialogues, warm_up
+from .models.tiny import Tiny
+from .sources.protocol import Corpus, Encoder, Scene, Source
+from .sources.shapes import Shapes
 
 VERSION = 1
 """Raised when code changes what a warmed-up projector is."""

@@ -10,9 +10,9 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.cg import CG
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.over_tasks import OverTasks
 from bilevel.rng import Streams
-from bilevel.tasks import OverTasks
 from bilevel_problems.sinusoid import Sinusoid
 
 ESTIMATORS = {"unroll": Unroll(), "implicit": Implicit(solver=CG(iterations=5))}

@@ -21,8 +21,9 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import Adam
-from bilevel.preconditioners.diagonal import Diagonal, Hutchinson
+from bilevel.optimizers.differentiable import Adam
+from bilevel.preconditioners.diagonal import Diagonal
+from bilevel.preconditioners.hutchinson import Hutchinson
 from bilevel.preconditioners.none import Nothing
 from bilevel.preconditioners.nystrom import NystromPreconditioner
 from bilevel.rng import Streams, stream

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from bilevel import rng, tree
-from bilevel.build import build
 from bilevel.directions.plain import Plain
 from bilevel.directions.storm import Storm
+from bilevel.recipe.build import build
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.benchmarks.expected import (
     BOTH,

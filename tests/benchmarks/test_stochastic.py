@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 
-from bilevel.build import build
-from bilevel.engine import Setup, run, start
 from bilevel.events import Evaluated, Stepped
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
-from bilevel.upper import Upper
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.run.engine import Setup, run, start
+from bilevel.run.upper import Upper
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 
 EVERY, STEPS = 450, 1800

@@ -14,13 +14,14 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from bilevel import checkpoint, record, runfolder
 from bilevel import recipe as recipes
+from bilevel import runfolder
 from bilevel.cli.app import app
 from bilevel.cli.names import shipped
 from bilevel.errors import CheckpointError, RequirementError
 from bilevel.estimators import betty
-from bilevel.yaml_source import parse
+from bilevel.recipe.yaml_source import parse
+from bilevel.runfolder import checkpoint, record
 
 RUNNER = CliRunner()
 SHORT = ("upper.steps=4", "evaluate.every=2", "checkpoint.every=2")
@@ -385,6 +386,19 @@ def test_a_file_that_cannot_grow_is_one_message(limit, remedy, runs):
         assert steps == list(range(1, 31))
 
 
+def create(runs, recipe, environment):
+    """A run folder of a recipe, with nothing run in it."""
+    return runfolder.create(
+        runs,
+        recipe.name,
+        recipe.hash,
+        text="text",
+        resolved=recipe.dump(),
+        overrides=[],
+        environment=environment,
+    )
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_folder_is_made_whole_or_not_at_all(failing, runs, monkeypatch):
     write, calls = Path.write_text, []
@@ -398,22 +412,22 @@ def test_a_folder_is_made_whole_or_not_at_all(failing, runs, monkeypatch):
     recipe = recipes.load(shipped()["quadratic"])
     monkeypatch.setattr(Path, "write_text", fill)
     with pytest.raises(CheckpointError, match=r"no run folder can be made: No space left"):
-        runfolder.create(runs, recipe, "text", [], {})
+        create(runs, recipe, {})
     assert len(calls) == failing
     assert not list(runs.glob("*/*"))
-    assert runfolder.create(runs, recipe, "text", [], {}).resolved.is_file()
+    assert create(runs, recipe, {}).resolved.is_file()
 
 
 def test_a_folder_killed_while_it_was_made_hides_no_run(runs, monkeypatch):
     """Killed before the last file: what lies there is no run, and an older run is still found."""
     folder = run(runs)
     recipe = recipes.load(folder / "resolved.yaml")
-    monkeypatch.setattr(runfolder, "_mark", lambda path, resolved: None)
-    killed = runfolder.create(runs, recipe, "text", [], {"time": "now"})
+    monkeypatch.setattr(runfolder.folder, "_mark", lambda path, resolved: None)
+    killed = create(runs, recipe, {"time": "now"})
     monkeypatch.undo()
     assert killed.environment()["time"] == "now"
     assert runfolder.find("quadratic", runs).path == folder
-    newer = runfolder.create(runs, recipe, "text", [], {})  # negative control
+    newer = create(runs, recipe, {})  # negative control
     assert runfolder.find("quadratic", runs).path == newer.path
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from bilevel import checkpoint
+from bilevel.runfolder import checkpoint
 
 SIGNALLING = """
 import itertools, os, torch
 from bilevel.events import Progress, Stepped, Evaluated
-from bilevel.types import component
+from bilevel.components import component
 
 @component
 class Signal:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from bilevel import hypergradient, tree
-from bilevel.differences import central
+from bilevel.calculus.finite_differences import central
 from bilevel.errors import ProblemError
 from bilevel.estimators.averaged_multipliers import AveragedMultipliers
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
 from bilevel.rng import stream
 from bilevel.types import Point
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative

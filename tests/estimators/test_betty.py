@@ -8,9 +8,7 @@ import math
 import pytest
 import torch
 
-from bilevel import engine, tree
-from bilevel.build import build
-from bilevel.engine import Setup
+from bilevel import tree
 from bilevel.errors import CheckError, ProblemError, RequirementError
 from bilevel.estimators import betty
 from bilevel.estimators.betty import INSTALL, Betty
@@ -19,11 +17,14 @@ from bilevel.events import Warned
 from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
+from bilevel.recipe.build import build
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check, check_estimator
 from bilevel.testing.cases import cases
 from bilevel.testing.passes import Passes
 from bilevel.testing.stand import Stand
-from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from bilevel import engine, hypergradient, solve_lower, testing, tree
-from bilevel.engine import Setup
+from bilevel import hypergradient, solve_lower, testing, tree
+from bilevel.calculus.fixed_point_maps import linearize_map
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.fixed_point import FixedPoint
@@ -27,13 +27,14 @@ from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.iterate import Iterate
-from bilevel.lower.optimizers import SGD
 from bilevel.lower.proximal import Proximal
-from bilevel.maps import linearize_map
-from bilevel.problem import structure_of
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.protocol import structure_of
 from bilevel.rng import Streams, stream
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.types import Counts, Loss, Point, Solve, Stats, Structure
-from bilevel.upper import Upper
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
 from bilevel_problems.quadratic import Quadratic

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bilevel import tree
+from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.estimators import unroll
 from bilevel.estimators.alternating import Alternating
@@ -20,9 +21,8 @@ from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD, Adam, AdamW, RMSprop
-from bilevel.lower.torch_optim import TorchOptimizer
-from bilevel.types import component
+from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
+from bilevel.optimizers.torch_optim import TorchOptimizer
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 
 EXACT = [

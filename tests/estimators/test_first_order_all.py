@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from bilevel import presets, registry
-from bilevel.build import build
-from bilevel.engine import Setup, run, start
+from bilevel import registry
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
-from bilevel.upper import Upper
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.registry import presets
+from bilevel.run.engine import Setup, run, start
+from bilevel.run.upper import Upper
 
 NAMES = [*registry.names("estimators"), *presets.of("estimators")]
 PEERS = [name for name in NAMES if name.startswith("betty:")]

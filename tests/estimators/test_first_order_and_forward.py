@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from bilevel import tree
-from bilevel.calculus import gradients
-from bilevel.engine import Setup, run, start
+from bilevel.calculus.products import gradients
 from bilevel.errors import ProblemError
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
-from bilevel.estimators.zeroth import ZerothOrder
+from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.run.engine import Setup, run, start
+from bilevel.run.upper import Upper
 from bilevel.testing import check_estimator
 from bilevel.types import Point
-from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.test_estimators import OPTIMIZERS

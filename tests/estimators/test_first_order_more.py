@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import engine, hypergradient, tree
-from bilevel.differences import central
-from bilevel.engine import Setup
+from bilevel import hypergradient, tree
+from bilevel.calculus.finite_differences import central
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.aggregation import Aggregation
 from bilevel.estimators.bome import Bome
@@ -27,11 +26,13 @@ from bilevel.events import Stepped
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import SGD, Adam, RMSprop
+from bilevel.optimizers.differentiable import SGD, Adam, RMSprop
 from bilevel.rng import stream
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check
 from bilevel.types import Counts, Loss, Losses, Path, Point, Structure
-from bilevel.upper import Upper
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative

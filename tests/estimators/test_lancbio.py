@@ -7,15 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import checkpoint, engine, tree
-from bilevel.engine import Setup
+from bilevel import tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.lancbio import LancBiO
 from bilevel.functional import hypergradient, solve_lower
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.lower.newton import Newton
-from bilevel.upper import Upper
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
+from bilevel.runfolder import checkpoint
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import engine, tree
-from bilevel.engine import Setup
+from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.maid import MAID, _Found
 from bilevel.events import Stepped
 from bilevel.linear.dense import Dense
 from bilevel.lower.gradient import Gradient
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing import check_estimator
 from bilevel.types import Point, Stats
-from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close, closed_form, offset, relative
 

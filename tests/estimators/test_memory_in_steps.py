@@ -8,7 +8,7 @@ import torch
 from bilevel import hypergradient
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.unroll import Unroll
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Path
 
 SIZE = 1009

@@ -7,23 +7,24 @@ import pytest
 import torch
 
 from bilevel import hypergradient, solve_lower, tree
-from bilevel.build import build
-from bilevel.engine import Setup, run, start
+from bilevel.components import component
 from bilevel.errors import ProblemError
+from bilevel.estimators.fomaml import FOMAML
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
-from bilevel.estimators.starts import FOMAML, Reptile
+from bilevel.estimators.reptile import Reptile
 from bilevel.estimators.unroll import Unroll
-from bilevel.estimators.zeroth import ZerothOrder
+from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.events import Stepped
-from bilevel.learned_start import LearnedStart
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD, Adam
+from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.problem.learned_start import LearnedStart
+from bilevel.problem.over_tasks import OverTasks
+from bilevel.recipe.build import build
 from bilevel.rng import Streams, stream
-from bilevel.tasks import OverTasks
+from bilevel.run.engine import Setup, run, start
+from bilevel.run.upper import Upper
 from bilevel.testing import check
-from bilevel.types import component
-from bilevel.upper import Upper
 from tests.cases import assert_close, relative
 
 K, LR = 5, 0.1

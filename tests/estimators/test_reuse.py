@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bilevel import calculus, checkpoint, engine, tree
-from bilevel.engine import Setup
+from bilevel import calculus, tree
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.shine import Shine
@@ -12,13 +11,16 @@ from bilevel.events import Stepped
 from bilevel.functional import hypergradient, solve_lower
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import matrix
-from bilevel.linear.secant import bfgs, block
+from bilevel.linear.quasi_newton import bfgs, block
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.preconditioners.pairs import LBFGSPairs
+from bilevel.preconditioners.lbfgs_pairs import LBFGSPairs
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
+from bilevel.runfolder import checkpoint
 from bilevel.types import Point
-from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 

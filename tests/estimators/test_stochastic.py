@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 
 from bilevel import hypergradient, rng, tree
-from bilevel.build import build
 from bilevel.directions.average import Average
 from bilevel.directions.blocks import every_block
 from bilevel.directions.draw import Draw
@@ -17,15 +16,16 @@ from bilevel.directions.plain import Plain
 from bilevel.directions.saga import Saga
 from bilevel.directions.spider import Spider
 from bilevel.directions.storm import Storm
-from bilevel.engine import Setup, restore, run, start
 from bilevel.errors import ProblemError
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.functional import estimate_at
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.run.engine import Setup, restore, run, start
+from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check, check_estimator
 from bilevel.types import Counts, Loss
-from bilevel.upper import Upper
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.cases import ask_drawing

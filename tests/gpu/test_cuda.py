@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bilevel import tree
-from bilevel.engine import Setup, prepare, run, start
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
@@ -16,8 +15,9 @@ from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD, Adam
-from bilevel.upper import Upper
+from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.run.engine import Setup, prepare, run, start
+from bilevel.run.upper import Upper
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
 

@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import engine, recipe, solve_lower
-from bilevel.assemble import assemble
-from bilevel.differences import central
-from bilevel.engine import Setup
+from bilevel import recipe, solve_lower
+from bilevel.calculus.finite_differences import central
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
@@ -20,11 +18,14 @@ from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import SGD
-from bilevel.problem import structure_of
+from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.protocol import structure_of
+from bilevel.recipe.assemble import assemble
 from bilevel.rng import Streams, stream
+from bilevel.run import engine
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing.verdicts import check
-from bilevel.upper import Upper
 from tests.cases import assert_close, relative
 
 NEWTON = AugmentedLagrangian(tolerance=1e-11)

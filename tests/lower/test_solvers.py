@@ -13,8 +13,8 @@ from bilevel.lower import newton
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.lower.optimizers import SGD, Adam
-from bilevel.lower.torch_optim import TorchOptimizer
+from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.types import Counts, Loss
 from tests.cases import NAMES, PROBLEMS, closed_form, offset, relative
 
@@ -92,8 +92,8 @@ def test_one_batch_a_step_and_the_last_one_returned():
 
 @pytest.mark.parametrize("last", [1, 4, 10, math.inf])
 def test_a_recorded_path_ends_at_the_solution(last):
-    from bilevel.lower.replay import advance
     from bilevel.types import Counts, Loss
+    from bilevel.unrolling.path import advance
 
     case = closed_form(PROBLEMS[0], 0)
     solver = Gradient(steps=10, optimizer=Adam(lr=0.1))

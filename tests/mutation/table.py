@@ -7,17 +7,17 @@ KILLED = "tests/mutation/test_killed.py"
 FIRST_ORDER = "tests/estimators/test_first_order_more.py"
 UNUSED = "tests/estimators/test_unused.py"
 STOCHASTIC = "tests/estimators/test_stochastic.py"
-LINEAR = ("tests/test_linear.py", "tests/test_linear_more.py")
+LINEAR = ("tests/linear/test_linear.py", "tests/linear/test_linear_more.py")
 SOLVERS = ("tests/lower", "tests/test_functional.py")
 
 EVIDENCE: dict[str, tuple[str, ...]] = {
-    "adjoint/starts.py": ("tests/test_adjoint.py", KILLED),
-    "adjoint/stopping.py": ("tests/test_adjoint.py", KILLED),
-    "preconditioners/diagonal.py": ("tests/test_adjoint.py", KILLED),
-    "preconditioners/kfac.py": ("tests/test_kfac.py",),
-    "preconditioners/nystrom.py": ("tests/test_adjoint.py", KILLED),
-    "preconditioners/pairs.py": ("tests/estimators/test_reuse.py",),
-    "preconditioners/recycled.py": ("tests/test_adjoint.py", KILLED),
+    "adjoint/starts.py": ("tests/adjoint/test_adjoint.py", KILLED),
+    "adjoint/stopping.py": ("tests/adjoint/test_adjoint.py", KILLED),
+    "preconditioners/diagonal.py": ("tests/adjoint/test_adjoint.py", KILLED),
+    "preconditioners/kfac.py": ("tests/preconditioners/test_kfac.py",),
+    "preconditioners/nystrom.py": ("tests/adjoint/test_adjoint.py", KILLED),
+    "preconditioners/lbfgs_pairs.py": ("tests/estimators/test_reuse.py",),
+    "preconditioners/recycled.py": ("tests/adjoint/test_adjoint.py", KILLED),
     "estimators/aggregation.py": (FIRST_ORDER, f"{CHECK}[aggregation]"),
     "estimators/alternating.py": ("tests/estimators/test_estimators.py", f"{CHECK}[none]"),
     "estimators/averaged_multipliers.py": (
@@ -39,8 +39,8 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "estimators/gradient_gap.py": (FIRST_ORDER, f"{CHECK}[gradient_gap]"),
     "estimators/implicit.py": (
         "tests/estimators/test_estimators.py",
-        "tests/test_adjoint.py",
-        "tests/test_composed.py",
+        "tests/adjoint/test_adjoint.py",
+        "tests/calculus/test_gauss_newton.py",
         KILLED,
         f"{CHECK}[implicit]",
     ),
@@ -65,7 +65,8 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "estimators/sama.py": (FIRST_ORDER, f"{CHECK}[sama]"),
     "estimators/shine.py": ("tests/estimators/test_reuse.py", UNUSED, f"{CHECK}[shine]"),
     "estimators/single_loop.py": (STOCHASTIC, f"{CHECK}[single_loop]"),
-    "estimators/starts.py": ("tests/estimators/test_meta.py",),
+    "estimators/fomaml.py": ("tests/estimators/test_meta.py",),
+    "estimators/reptile.py": ("tests/estimators/test_meta.py",),
     "estimators/unroll.py": (
         "tests/estimators/test_estimators.py",
         "tests/estimators/test_meta.py",
@@ -73,12 +74,14 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     ),
     "estimators/value_function.py": (FIRST_ORDER, f"{CHECK}[value_function]"),
     "estimators/value_gap.py": (FIRST_ORDER, f"{CHECK}[value_gap]"),
-    "estimators/zeroth.py": (
+    "estimators/zeroth_order.py": (
         "tests/estimators/test_first_order_and_forward.py",
         "tests/estimators/test_meta.py",
         f"{CHECK}[zeroth_order]",
     ),
-    "linear/cg.py": (*LINEAR, "tests/test_adjoint.py", KILLED),
+    "linear/cg.py": (*LINEAR, "tests/adjoint/test_adjoint.py", KILLED),
+    "linear/guards.py": (*LINEAR, "tests/adjoint/test_adjoint.py", KILLED),
+    "linear/lanczos.py": (*LINEAR, "tests/adjoint/test_adjoint.py", KILLED),
     "linear/dense.py": LINEAR,
     "linear/gmres.py": LINEAR,
     "linear/identity.py": LINEAR,
@@ -86,8 +89,8 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "linear/neumann.py": LINEAR,
     "linear/normal_cg.py": LINEAR,
     "linear/nystrom.py": LINEAR,
-    "linear/secant.py": ("tests/estimators/test_reuse.py",),
-    "linear/task_cg.py": ("tests/test_task_cg.py",),
+    "linear/quasi_newton.py": ("tests/estimators/test_reuse.py",),
+    "linear/task_cg.py": ("tests/linear/test_task_cg.py",),
     "directions/average.py": (STOCHASTIC,),
     "directions/blocks.py": (STOCHASTIC,),
     "directions/draw.py": (STOCHASTIC,),
@@ -97,29 +100,32 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "directions/spider.py": (STOCHASTIC,),
     "directions/storm.py": (STOCHASTIC,),
     "directions/walk.py": (STOCHASTIC,),
-    "maps.py": ("tests/estimators/test_constrained.py", UNUSED),
+    "calculus/fixed_point_maps.py": ("tests/estimators/test_constrained.py", UNUSED),
     "lower/augmented_lagrangian.py": ("tests/lower/test_augmented_lagrangian.py",),
     "lower/auxiliary.py": (FIRST_ORDER,),
     "lower/gradient.py": SOLVERS,
     "lower/iterate.py": ("tests/estimators/test_constrained.py",),
     "lower/lbfgs.py": (*SOLVERS, "tests/estimators/test_reuse.py"),
     "lower/newton.py": SOLVERS,
-    "lower/optimizers.py": SOLVERS,
+    "optimizers/differentiable.py": SOLVERS,
     "lower/proximal.py": ("tests/estimators/test_constrained.py",),
-    "lower/recorded.py": ("tests/estimators/test_meta.py", *SOLVERS),
-    "lower/replay.py": (
+    "unrolling/path.py": (
         "tests/estimators/test_meta.py",
         "tests/estimators/test_estimators.py",
         *SOLVERS,
     ),
-    "lower/torch_optim.py": SOLVERS,
-    "lower/traced.py": ("tests/lower/test_traced.py",),
-    "calculus.py": ("tests/test_calculus.py", "tests/test_functional.py"),
+    "optimizers/torch_optim.py": SOLVERS,
+    "unrolling/traced.py": ("tests/unrolling/test_traced.py",),
+    "calculus/products.py": ("tests/calculus/test_products.py", "tests/test_functional.py"),
     "functional.py": ("tests/test_functional.py", "tests/estimators/test_reuse.py"),
-    "learned_start.py": ("tests/estimators/test_meta.py",),
-    "purity.py": ("tests/test_purity.py", "tests/test_calculus.py", "tests/test_functional.py"),
-    "resolution.py": ("tests/test_resolution.py",),
-    "tasks.py": ("tests/test_tasks.py",),
+    "problem/learned_start.py": ("tests/estimators/test_meta.py",),
+    "problem/purity.py": (
+        "tests/problem/test_purity.py",
+        "tests/calculus/test_products.py",
+        "tests/test_functional.py",
+    ),
+    "calculus/precision.py": ("tests/calculus/test_precision.py",),
+    "problem/over_tasks.py": ("tests/problem/test_over_tasks.py",),
     "tree.py": ("tests/test_tree.py", "tests/test_functional.py"),
 }
 """In the order in which they are asked; the first that fails ends it."""
@@ -134,12 +140,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("directions/walk.py", "self._left['upper'] = step / (tree.norm(d) or 2.0)"): (
         "where d = 0 there is no size to be relative to"
     ),
-    ("estimators/zeroth.py", "return Estimate(h, value, {'calls': state['calls'] - 1}, stats)"): (
-        "a number names the draws of a call; any will do that no call had before"
-    ),
-    ("estimators/zeroth.py", "return Estimate(h, value, {'calls': state['calls'] + 2}, stats)"): (
-        "the same"
-    ),
+    (
+        "estimators/zeroth_order.py",
+        "return Estimate(h, value, {'calls': state['calls'] - 1}, stats)",
+    ): ("a number names the draws of a call; any will do that no call had before"),
+    (
+        "estimators/zeroth_order.py",
+        "return Estimate(h, value, {'calls': state['calls'] + 2}, stats)",
+    ): ("the same"),
     (
         "linear/normal_cg.py",
         "return NormalCG(iterations=min(41 * dim + 100, 20000), tolerance=1e-10)",
@@ -149,17 +157,17 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return NormalCG(iterations=min(40 * dim + 100, 20000), tolerance=2e-10)",
     ): "a choice: what `tight` calls solved",
     (
-        "maps.py",
+        "calculus/fixed_point_maps.py",
         "found = [*(kinds.prox(x, at.y, 2.0).values() if kinds.prox else ()), *(kinds.map(x, at.y, "
         "loss.batch).values() if kinds.map else ()), *(kinds.constraints(x, at.y, loss.batch)."
         "values() if kinds.constraints else ())]",
     ): "which entries of x a proximal map has in it, whatever its step",
     (
-        "linear/secant.py",
+        "linear/quasi_newton.py",
         "earlier = zip(state['steps'], state['changes'], strict=False)",
     ): "both are made of the same pairs, three lines below",
     (
-        "linear/secant.py",
+        "linear/quasi_newton.py",
         "S, C = (torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[1]) for p in pairs], "
         "dim=1) for side in (0, 1))",
     ): "a pair divided by the one length or the other says the same",
@@ -197,11 +205,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "a choice: what `tight` calls solved"
     ),
     (
-        "linear/cg.py",
+        "linear/lanczos.py",
         "self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) - off.diag(-1))",
     ): "the eigenvalues of a tridiagonal matrix do not depend on the signs beside its diagonal",
     (
-        "linear/cg.py",
+        "linear/lanczos.py",
         "self._values = torch.linalg.eigvalsh(main.diag() - off.diag(1) + off.diag(-1))",
     ): "the same",
     (
@@ -215,7 +223,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "a choice between rounding and anything meant"
     ),
     (
-        "lower/traced.py",
+        "unrolling/traced.py",
         "if found is None or any((a() is not b for a, b in zip(found.owners, owners, strict=False))):",
     ): "a key holds the ids of the owners, and so their number",
     (
@@ -229,7 +237,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("lower/lbfgs.py", "loss, y, taken = (loss.on(batch), tree.detach(tree.clone(y)), 0)"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
-    ("lower/torch_optim.py", "y = tree.detach(tree.clone(y))"): (
+    ("optimizers/torch_optim.py", "y = tree.detach(tree.clone(y))"): (
         "torch's optimizers read .grad, which any tensor may have"
     ),
 }

@@ -7,9 +7,10 @@ from bilevel import hypergradient, tree
 from bilevel.adjoint.starts import begin
 from bilevel.adjoint.stopping import HoldsError
 from bilevel.estimators.implicit import Implicit
-from bilevel.linear.cg import CG, attained
+from bilevel.linear.cg import CG
+from bilevel.linear.guards import attained
 from tests.cases import PROBLEMS, assert_close, closed_form
-from tests.test_linear import log_spectrum, run_cg, system, zero
+from tests.linear.test_linear import log_spectrum, run_cg, system, zero
 
 # estimators/implicit.py --------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ import torch
 from pydantic import ValidationError
 
 from bilevel import rng, tree
-from bilevel.build import build
-from bilevel.engine import Setup
 from bilevel.estimators.implicit import Implicit
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.build import build
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check
-from bilevel.upper import Upper
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.cases import closed_form, relative
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from bilevel import engine, recipe, tree
-from bilevel.assemble import assemble
+from bilevel import recipe, tree
 from bilevel.cli.names import locate
+from bilevel.recipe.assemble import assemble
 from bilevel.rng import Streams, stream
+from bilevel.run import engine
 from bilevel_problems.sinusoid import Sinusoid
 
 

@@ -8,7 +8,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import SGD
+from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Point
 from tests.benchmarks.tasks import SCALE, Params, Task
 

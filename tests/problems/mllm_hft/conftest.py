@@ -61,6 +61,6 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def _shapes() -> tuple[str, ...]:
-    from bilevel_problems.mllm_hft.shapes import Shapes
+    from bilevel_problems.mllm_hft.sources.shapes import Shapes
 
     return Shapes().vocabulary

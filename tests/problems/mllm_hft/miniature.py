@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel.engine import Setup
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.optimizers import Adam
-from bilevel.upper import Upper
-from bilevel_problems.mllm_hft.encoders import ViT
+from bilevel.optimizers.differentiable import Adam
+from bilevel.run.engine import Setup
+from bilevel.run.upper import Upper
+from bilevel_problems.mllm_hft.models.encoders import ViT
+from bilevel_problems.mllm_hft.models.tiny import Tiny
 from bilevel_problems.mllm_hft.problem import HierarchicalFineTuning
-from bilevel_problems.mllm_hft.shapes import Shapes
-from bilevel_problems.mllm_hft.tiny import Tiny
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
 
 
 def miniature(**options: Any) -> HierarchicalFineTuning:

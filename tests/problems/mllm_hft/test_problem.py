@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel import engine, tree
+from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped
 from bilevel.rng import Streams, stream
+from bilevel.run import engine
 from bilevel_problems.mllm_hft.formulations import FORMS, project
 from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE
-from bilevel_problems.mllm_hft.photos import FOLDER
-
-from .miniature import miniature, prepared, setup
+from bilevel_problems.mllm_hft.sources.photos import FOLDER
+from tests.problems.mllm_hft.miniature import miniature, prepared, setup
 
 pytest.importorskip("transformers", reason="the model is transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
@@ -174,7 +174,7 @@ def test_projection_holds_the_scalars():
 
 
 def test_a_saved_checkpoint_runs_two_steps(checkpoint):
-    from bilevel_problems.mllm_hft.checkpoint import Checkpoint
+    from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
 
     problem = prepared(encoder=None, model=Checkpoint(path=checkpoint, rank=2, embedding=8))
     made = setup(problem)
@@ -204,7 +204,7 @@ SMALL = [
 def test_shipped_recipes_run_for_two_steps(name):
     """As shipped but for sizes; the encoders are the recipes' own kinds."""
     from bilevel import recipe
-    from bilevel.assemble import assemble
+    from bilevel.recipe.assemble import assemble
 
     if name.endswith("photos"):
         if not Path(FOLDER).is_dir():

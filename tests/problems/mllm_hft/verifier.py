@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from bilevel_problems.mllm_hft.data import Thing
+from bilevel_problems.mllm_hft.sources.protocol import Thing
 
 NUMBER = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from bilevel import component, tree
-from bilevel.calculus import gradients, linearize
+from bilevel.calculus.products import gradients, linearize
 from bilevel.linear.cg import CG
 from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
 

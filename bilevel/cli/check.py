@@ -1,0 +1,178 @@
+"""`validate`, `check` and `show --resolved`: is the recipe right, are the hypergradients right?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bilevel import recipe as recipes
+from bilevel import registry, testing
+from bilevel.cli.boundary import complain, requiring
+from bilevel.cli.names import locate
+from bilevel.errors import CheckError, RequirementError
+from bilevel.events import Progress
+from bilevel.recipe.assemble import assemble
+from bilevel.recipe.build import build
+from bilevel.recipe.recipe import Recipe
+from bilevel.registry import presets
+from bilevel.sinks.console import ConsoleReceiver
+from bilevel.testing import CheckRow
+from bilevel.types import Estimator, Stats
+
+_STYLES = {
+    "exact": "green",
+    "as claimed": "green",
+    "wrong": "bold red",
+    "refused": "yellow",
+    "untested": "yellow",
+}
+
+
+def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:
+    """Load a recipe; says that it is right, or raises with all that is not."""
+    path = locate(reference)
+    recipe = recipes.load(path, overrides)
+    text = f"{path}: right (hash {recipe.hash[:12]})"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_resolved(console: Console, reference: str) -> None:
+    """Print a recipe with all defaults filled in."""
+    recipe = recipes.load(locate(_without_suffix(reference)))
+    console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _without_suffix(reference: str) -> str:
+    path = Path(reference)
+    return reference if path.is_file() else reference.removesuffix(path.suffix)
+
+
+def check(
+    console: Console, reference: str, overrides: Sequence[str], estimators: str | None
+) -> None:
+    """Print a row for each estimator.
+
+    Raises `CheckError` if one is wrong, or if one that was asked for, or the recipe's own, is refused.
+    """
+    recipe = recipes.load(locate(reference), overrides)
+    asked = [name.strip() for name in estimators.split(",")] if estimators else None
+    chosen, missing = _estimators(recipe, asked)
+    shown = ConsoleReceiver(console)
+    rows: list[CheckRow] = []
+    setup = assemble(recipe)
+    try:
+        with requiring(f"problem {type(setup.problem).__name__}"):
+            for event in testing.check(setup, chosen):
+                if isinstance(event, CheckRow):
+                    rows.append(event)
+                    shown.receive(Progress("checking", len(rows), len(chosen), event.name))
+                else:
+                    shown.receive(event)
+    finally:
+        shown.close()
+    known = rows[0].reference
+    rows += [_untested(name, known, reason) for name, reason in missing.items()]
+    _print(console, recipe, rows)
+    wrong = [row.name for row in rows if row.verdict == "wrong"]
+    if wrong:
+        raise CheckError(f"{', '.join(wrong)}: not the hypergradient that is claimed")
+    if missing:
+        raise RequirementError(f"{', '.join(missing)}: not tested, the note above says why")
+    meant = asked if asked and asked != ["all"] else [recipe.content["estimator"]["name"]]
+    refused = [row.name for row in rows if row.verdict == "refused" and row.name in meant]
+    if refused:
+        raise CheckError(f"{', '.join(refused)}: cannot work on this problem")
+
+
+def _untested(name: str, reference: str, reason: str) -> CheckRow:
+    return CheckRow(name, reference, None, None, None, None, "untested", reason, Stats())
+
+
+def _estimators(
+    recipe: Recipe, asked: Sequence[str] | None
+) -> tuple[dict[str, Estimator], dict[str, str]]:
+    """The estimators by name, the recipe's own with its options, the others with their defaults.
+
+    Beside them those asked for by name that need what is missing, with the reason; raises
+    `RequirementError` where that is all that was asked for.
+    """
+    own = recipe.content["estimator"]["name"]
+    everything = [*registry.names("estimators"), *presets.of("estimators")]
+    if asked == ["all"]:
+        asked = None
+    else:
+        everything = everything[: len(registry.names("estimators"))]
+    names = asked or list(dict.fromkeys([own, *everything]))
+    chosen: dict[str, Estimator] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        if name == own:
+            chosen[name] = recipe.estimator
+            continue
+        try:
+            chosen[name] = build("estimators", name, "--estimators")
+        except RequirementError as error:
+            if not asked:
+                complain(f"{name}: {error}", kind="left out: ")
+                continue
+            missing[name] = str(error)
+    if not chosen:
+        raise RequirementError("; ".join(f"{name}: {why}" for name, why in missing.items()))
+    return chosen, missing
+
+
+def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
+    references = list(dict.fromkeys(row.reference for row in rows))
+    text = f"{recipe.name}: dΦ/dx near the initial x, reference: {', '.join(references)}"
+    console.print(text, markup=False, highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("estimator")
+    for head in ("error", "cosine"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("claim")
+    table.add_column("its error", justify="right", no_wrap=True)
+    table.add_column("HVPs", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row.name),
+            _small(row.error),
+            "-" if row.cosine is None else f"{row.cosine:.4f}",
+            row.claim or "-",
+            _small(row.claim_error),
+            f"{row.stats.hvps}",
+            Text(row.verdict, style=_STYLES.get(row.verdict, "")),
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(_LEGEND, style="dim", highlight=False)
+    settled = [row.name for row in rows if _is_settled_only(row)]
+    if settled:
+        console.print(
+            f"{', '.join(settled)}: exact with all inner solves, and its own steps, settled; one call "
+            "as configured, after the recipe's lower solve, is off by its `error`",
+            highlight=False,
+        )
+    for row in rows:
+        if row.note:
+            console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
+
+
+def _is_settled_only(row: CheckRow) -> bool:
+    """Whether a claim that holds says little of the answer: exact, and a tenth off or more."""
+    return row.verdict == "exact" and row.error is not None and row.error > 0.1
+
+
+_LEGEND = (
+    "error: relative, after the recipe's own lower solve. claim: what the method says it "
+    "differentiates; its error: relative, with the inner solves converged."
+)
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

@@ -1,0 +1,218 @@
+"""`ls`, `show`, `cp`: what there is, read from source; imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from bilevel import registry
+from bilevel.cli.names import SUFFIXES, locate, shipped, summary
+from bilevel.errors import RecipeError
+from bilevel.recipe import yaml_source
+from bilevel.registry import presets
+from bilevel.registry.presets import Preset
+from bilevel.registry.source_docs import Option, Outline, outline_of
+
+_PRESETS = ", presets"
+
+
+def list_all(console: Console, kind: str | None) -> None:
+    """Print one kind of thing with a line on each, or the names of every kind."""
+    kinds = (*registry.groups(), "recipes")
+    if kind is not None and kind not in kinds:
+        raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
+    asked = [each for each in kinds if kind in (None, each)]
+    asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
+    tables = [(each, rows) for each in asked if (rows := _rows(each))]
+    if kind is None:
+        _names_only(console, tables)
+        return
+    width = max((len(name) for _, rows in tables for name, _ in rows), default=0)
+    for index, (each, rows) in enumerate(tables):
+        if index:
+            console.print()
+        console.print(Text(each, style="bold"))
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="cyan", min_width=width)
+        table.add_column()
+        for name, text in rows:
+            table.add_row(Text(name), Text(text))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _names_only(console: Console, tables: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
+    width = max(len(each) for each, _ in tables)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold", min_width=width)
+    table.add_column(style="cyan")
+    for each, rows in tables:
+        table.add_row(Text(each), Text(", ".join(name for name, _ in rows)))
+    console.print(table)
+    hint = "\nWhat each is: bilevel ls estimators. All about one: bilevel show implicit"
+    console.print(Text(hint, style="dim"))
+
+
+def _rows(kind: str) -> list[tuple[str, str]]:
+    if kind == "recipes":
+        return [(name, summary(path)) for name, path in sorted(shipped().items())]
+    if kind.endswith(_PRESETS):
+        group = kind.removesuffix(_PRESETS)
+        return [(preset.name, preset.about) for preset in presets.of(group).values()]
+    return [(entry.name, entry.summary) for entry in registry.entries(kind)]
+
+
+def show(console: Console, reference: str) -> None:
+    """Print what a component says about itself, or the text of a recipe."""
+    if reference.endswith(SUFFIXES):
+        path = Path(reference) if Path(reference).is_file() else None
+        path = path or locate(Path(reference).stem)
+        text = path.read_text(encoding="utf-8").rstrip()
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    group, _, name = reference.rpartition("/")
+    found = [
+        (each, entry)
+        for each in ([group] if group else registry.groups())
+        for entry in registry.entries(each)
+        if entry.name == name
+    ]
+    is_recipe = not group and name in shipped()
+    for each in [group] if group else registry.groups():
+        if name in presets.of(each):
+            _preset(console, each, presets.of(each)[name])
+            return
+    if group and registry.MODULE.match(name):
+        found = [(group, registry.Entry(name, "", name))]
+    if not found:
+        _show_recipe_or_refuse(console, reference, name, is_recipe)
+        return
+    for index, (each, entry) in enumerate(found):
+        if index:
+            console.print()
+        _component(console, each, entry)
+    if is_recipe:
+        hint = f"There is a recipe of this name too: bilevel show {name}.yaml"
+        console.print(Text(f"\n{hint}", style="dim"))
+
+
+def copy(console: Console, reference: str, destination: Path) -> None:
+    """Copy a recipe to a file or into a folder; never onto a file that is there."""
+    source = locate(reference)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.suffix not in SUFFIXES:
+        target = target.with_name(f"{target.name}.yaml")
+    if target.exists():
+        raise RecipeError(f"{target}: is there already; remove it or name another file")
+    if not target.parent.is_dir():
+        raise RecipeError(f"{target.parent}: there is no such folder")
+    shutil.copyfile(source, target)
+    console.print(f"{target}   run it: bilevel run {target}", highlight=False, soft_wrap=True)
+
+
+def _show_recipe_or_refuse(console: Console, reference: str, name: str, is_recipe: bool) -> None:
+    if is_recipe:
+        show(console, f"{name}.yaml")
+        return
+    known = {n for group in registry.groups() for n in registry.names(group)} | set(shipped())
+    known |= {n for group in registry.groups() for n in presets.of(group)}
+    raise RecipeError(registry.unknown(reference, known, "component or recipe"))
+
+
+def _preset(console: Console, group: str, preset: Preset) -> None:
+    title = Text.assemble((preset.name, "bold cyan"), f"  {registry.kind(group)}, preset")
+    console.print(title, soft_wrap=True)
+    console.print(Text(f"\n{preset.about}"))
+    text = yaml_source.to_yaml({registry.kind(group): dict(preset.spec)}).rstrip()
+    console.print(Text(f"\n{text}"))
+    console.print(Text(f"\nIts options: bilevel show {group}/{preset.spec['name']}", style="dim"))
+
+
+def _component(console: Console, group: str, entry: registry.Entry) -> None:
+    outline = outline_of(entry.reference)
+    title = Text.assemble((entry.name, "bold cyan"), f"  {registry.kind(group)}  ")
+    title.append(entry.reference, "dim")
+    console.print(title, soft_wrap=True)
+    if outline is None:
+        console.print(Text("Its source is not in this installation."))
+        return
+    console.print()
+    _print_doc(console, outline.doc or "(not documented)")
+    if outline.module_doc:
+        console.print()
+        _print_doc(console, outline.module_doc, "dim")
+    _options(console, outline)
+
+
+def reflow(doc: str) -> str:
+    """A docstring with the lines of its paragraphs joined; what is indented or listed stays.
+
+    Under "Raises:" an entry is an indented line, and what is indented further goes on with it.
+    """
+    lines: list[str] = []
+    in_raises = False
+    for line in doc.splitlines():
+        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
+        is_text = line and not line.startswith((" ", "- ", "* "))
+        follows_text = lines and lines[-1] and not lines[-1].startswith(" ")
+        if is_text and follows_text:
+            lines[-1] = f"{lines[-1]} {line}"
+        elif _goes_on(line, lines[-1] if lines else "", in_raises):
+            lines[-1] = f"{lines[-1]} {line.strip()}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _goes_on(line: str, before: str, in_raises: bool) -> bool:
+    """Whether an indented line belongs to the item above it."""
+    is_item = line.startswith("  ") and before.startswith(("- ", "* "))
+    return is_item or (in_raises and line.startswith(" " * 8))
+
+
+def _print_doc(console: Console, doc: str, style: str = "") -> None:
+    """Paragraphs as wide as the console; what goes on in an indented one is indented further."""
+    in_raises = False
+    for line in reflow(doc).split("\n"):
+        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
+        if in_raises and line.startswith(" "):
+            body = textwrap.wrap(line.strip(), console.width - 8, break_on_hyphens=False)
+            console.print(Padding(Text(body[0], style), (0, 0, 0, 4)))
+            if body[1:]:
+                console.print(Padding(Text("\n".join(body[1:]), style), (0, 0, 0, 8)))
+        else:
+            console.print(Text(line, style))
+
+
+def _options(console: Console, outline: Outline) -> None:
+    if not outline.options:
+        console.print(Text("\nNo options."))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("option", no_wrap=True, style="cyan")
+    table.add_column("default")
+    table.add_column("type")
+    for option in outline.options:
+        default = "(needed)" if option.default is None else _default(option)
+        kind = option.type
+        if option.slot is not None:
+            kind = f"one of: bilevel ls {option.slot}"
+            kind += " | None" if option.type.endswith("| None") else ""
+        table.add_row(option.name, Text(default), Text(kind))
+    console.print()
+    console.print(table)
+    for option in outline.options:
+        if option.doc:
+            console.print()
+            console.print(Text.assemble((option.name, "cyan"), f": {reflow(option.doc)}"))
+
+
+def _default(option: Option) -> str:
+    default = option.default or ""
+    return default.removeprefix("lambda: ").removesuffix("()") if option.slot else default

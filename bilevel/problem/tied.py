@@ -1,0 +1,162 @@
+"""Tensors that two names of x or y stand for: one variable each, whatever the loss calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.calculus.gauss_newton import Composed
+from bilevel.errors import ProblemError
+from bilevel.types import Counts, Function, Loss, Losses, Pairs, Params, Structure
+
+
+class Ties:
+    """Names that stand for one and the same tensor, and the way there and back.
+
+    The same memory seen through one shape is the same tensor, as in a `state_dict()`, which makes
+    an object of its own for every name.
+
+    Raises:
+        ProblemError: two entries share a part of their memory, or see it in different shapes.
+    """
+
+    def __init__(self, params: Params) -> None:
+        first: dict[Hashable, str] = {}
+        self._home = {name: first.setdefault(_place(p), name) for name, p in params.items()}
+        self.unique = {home: params[home] for home in first.values()}
+        _refuse_overlap(self.unique)
+
+    def expand(self, unique: Params) -> Params:
+        """The same with every name."""
+        return {name: unique[home] for name, home in self._home.items()}
+
+    def shrunk(
+        self, given: Ties, function: Callable[[Params], Params]
+    ) -> Callable[[Params], Params]:
+        """A function from and to dicts with every name, as one of the unique entries alone."""
+
+        def unique(params: Params) -> Params:
+            full = function(given.expand(params))
+            return {home: full[home] for home in self.unique}
+
+        return unique
+
+    def restrict(self, pairs: Pairs | None) -> Pairs | None:
+        """Pairs in the names of `unique`: one entry for each variable, however many its names."""
+        if pairs is None or self.trivial:
+            return pairs
+        return tuple(
+            ({n: s[n] for n in self.unique}, {n: c[n] for n in self.unique}) for s, c in pairs
+        )
+
+    def expand_pairs(self, pairs: Pairs | None) -> Pairs | None:
+        """The inverse of `restrict`."""
+        if pairs is None or self.trivial:
+            return pairs
+        return tuple((self.expand(s), self.expand(c)) for s, c in pairs)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether each name has a tensor of its own."""
+        return len(self.unique) == len(self._home)
+
+
+def _place(entry: Tensor) -> Hashable:
+    """Where a tensor lies; itself where it has no memory of its own (empty, expanded, traced)."""
+    start = _start(entry)
+    if start is None:
+        return id(entry)
+    return start, entry.shape, entry.stride(), entry.dtype, entry.device
+
+
+def _start(entry: Tensor) -> int | None:
+    expanded = any(n > 1 and not step for n, step in zip(entry.shape, entry.stride(), strict=True))
+    if expanded or not entry.numel():
+        return None
+    try:
+        return entry.data_ptr() or None
+    except RuntimeError:  # inside a transform of torch.func
+        return None
+
+
+def _refuse_overlap(params: Params) -> None:
+    """Raise `ProblemError` if a step of one entry would move a part of another."""
+    placed = sorted(
+        (start, start + _extent(entry) * entry.element_size(), name)
+        for name, entry in params.items()
+        if (start := _start(entry)) is not None
+    )
+    reach = placed[:1]
+    for here in placed[1:]:
+        for other in (o for o in reach if here[0] < o[1]):
+            a, b = params[other[2]], params[here[2]]
+            if a.device == b.device and _overlap(a, b, here[0] - other[0]):
+                raise ProblemError(
+                    f"{other[2]} and {here[2]} share a part of their memory, so that they are "
+                    "neither one variable nor two; keep one of them and take the other from it in "
+                    f"the loss, or give {here[2]} memory of its own: .clone()"
+                )
+        reach = [o for o in reach if here[0] < o[1]] + [here]
+
+
+def _extent(entry: Tensor) -> int:
+    """From the first to behind the last element, in elements."""
+    steps = zip(entry.shape, entry.stride(), strict=True)
+    return 1 + sum((size - 1) * step for size, step in steps)
+
+
+def _overlap(a: Tensor, b: Tensor, offset: int) -> bool:
+    """Whether two entries share an element, b beginning `offset` bytes behind a."""
+    if a.dtype != b.dtype or offset % a.element_size():
+        return True
+    lead = offset // a.element_size()
+    seen = torch.zeros(max(_extent(a), lead + _extent(b)), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride()).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), lead).any())
+
+
+def bind(
+    upper: Function,
+    lower: Function,
+    upper_batch: Any,
+    lower_batch: Any,
+    tied: tuple[Ties, Ties],
+    structure: Structure | None = None,
+) -> Losses:
+    """F and G of the unique variables, with their batches and one ledger."""
+    structure = structure or Structure()
+    if not all(ties.trivial for ties in tied):
+        upper, lower = _expanding(upper, tied), _expanding(lower, tied)
+        structure = _structured(structure, tied)
+    counts = Counts()
+    return Losses(
+        Loss(upper, upper_batch, counts, "upper"),
+        Loss(lower, lower_batch, counts, "lower", structure=structure),
+    )
+
+
+def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
+    """The same for the variables without their second names."""
+    x_ties, y_ties = tied
+
+    def unique(function: Any, inward: bool) -> Any:
+        def call(x: Params, y: Params, third: Any) -> Params:
+            found = function(x_ties.expand(x), y_ties.expand(y), third)
+            return {home: found[home] for home in y_ties.unique} if inward else found
+
+        return function and call
+
+    return Structure(
+        prox=unique(structure.prox, True),
+        map=unique(structure.map, True),
+        constraints=unique(structure.constraints, False),
+    )
+
+
+def _expanding(function: Function, tied: tuple[Ties, Ties]) -> Function:
+    if isinstance(function, Composed):
+        return function.through(lambda x, y: (tied[0].expand(x), tied[1].expand(y)))
+    return lambda x, y, batch: function(tied[0].expand(x), tied[1].expand(y), batch)

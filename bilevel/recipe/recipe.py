@@ -1,0 +1,255 @@
+"""A recipe: what a run is made of, read from YAML, checked as a whole, frozen and hashed.
+
+Sections: version, name, seed, problem, lower, upper, estimator, runtime, evaluate, checkpoint,
+sinks. Components are given by name or as `path/to/file.py:Class`, relative to the recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+
+from bilevel import registry
+from bilevel.components import component
+from bilevel.errors import RecipeError
+from bilevel.problem.protocol import Problem
+from bilevel.recipe.build import Builder, Built
+from bilevel.recipe.diagnostics import Complaints, Where
+from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
+from bilevel.run.upper import Upper
+from bilevel.sinks import Sink
+from bilevel.types import Estimator, LowerSolver
+
+VERSION = 1
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+@component
+class Runtime:
+    """Where a run is computed and in what precision."""
+
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """auto is the first CUDA device if there is one, else the CPU."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+
+
+@component
+class Evaluate:
+    """When the problem's own measures are taken: always before and after the run."""
+
+    every: NonNegativeInt = 0
+    """Also every so many steps; 0 for never."""
+
+
+@component
+class Checkpoint:
+    """When the state is saved: always at the end and when the run is interrupted."""
+
+    every: NonNegativeInt = 50
+    """Also every so many steps; 0 for never."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its plain content with all defaults filled in, and what was built of it.
+
+    Two recipes are equal when their content is.
+    """
+
+    content: Mapping[str, Any]
+    problem: Problem = field(compare=False, repr=False)
+    lower: LowerSolver = field(compare=False, repr=False)
+    upper: Upper = field(compare=False, repr=False)
+    estimator: Estimator = field(compare=False, repr=False)
+    runtime: Runtime = field(compare=False, repr=False)
+    evaluate: Evaluate = field(compare=False, repr=False)
+    checkpoint: Checkpoint = field(compare=False, repr=False)
+    sinks: tuple[Sink, ...] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.content["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.content["seed"]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content; a file of the user's own enters with what is written in it."""
+        text = json.dumps(_canonical(self.content), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def dump(self) -> str:
+        """The content as YAML; `loads` makes an equal recipe of it."""
+        return to_yaml(self.content)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check the recipe in a file. Raises `RecipeError` with everything that is wrong."""
+    return loads(read(path), overrides, title=str(path), base=path.parent)
+
+
+def read(path: Path) -> str:
+    """The text of a recipe file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text: {error.reason}") from error
+
+
+def loads(
+    text: str, overrides: Iterable[str] = (), *, title: str = "recipe", base: Path | None = None
+) -> Recipe:
+    """Check the recipe in a text; files it names are relative to `base`."""
+    source = override(parse(text, title), overrides)
+    return _Reading(source, base or Path()).recipe()
+
+
+class _Reading:
+    """One pass over a source: every section is checked before anything is raised."""
+
+    def __init__(self, source: Source, base: Path) -> None:
+        self._source = source
+        self._complaints = Complaints(source.title, source.origins)
+        self._builder = Builder(self._complaints, base)
+
+    def recipe(self) -> Recipe:
+        for key in self._source.data.keys() - set(SECTIONS):
+            self._complaints.add_unknown_key((key,), list(SECTIONS))
+        built = {
+            "version": self._version(),
+            "name": self._name(),
+            "seed": self._seed(),
+            "problem": self._component("problem", "problems", Problem),
+            "lower": self._component("lower", "lower", LowerSolver),
+            "upper": self._options("upper", Upper),
+            "estimator": self._component("estimator", "estimators", Estimator),
+            "runtime": self._options("runtime", Runtime),
+            "evaluate": self._options("evaluate", Evaluate),
+            "checkpoint": self._options("checkpoint", Checkpoint),
+            "sinks": self._sinks(),
+        }
+        self._complaints.finish()
+        good = {key: part for key, part in built.items() if part is not None}
+        assert len(good) == len(built)
+        parts = {key: part.value for key, part in good.items()}
+        for key in ("version", "name", "seed"):
+            del parts[key]
+        return Recipe(content={key: part.content for key, part in good.items()}, **parts)
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._source.data.get(key, default)
+
+    def _version(self) -> Built | None:
+        got = self._get("version", VERSION)
+        if type(got) is not int or got != VERSION:
+            self._complaints.add(("version",), f"this release reads version {VERSION}", got)
+            return None
+        return Built(got, got)
+
+    def _name(self) -> Built | None:
+        got = self._get("name", Path(self._source.title).stem)
+        if not isinstance(got, str) or not re.fullmatch(r"\w[\w.-]*", got):
+            self._complaints.add(
+                ("name",), "must be letters, digits, '_', '-' and '.' (it names a folder)", got
+            )
+            return None
+        return Built(got, got)
+
+    def _seed(self) -> Built | None:
+        got = self._get("seed", 0)
+        if type(got) is not int or got < 0:
+            self._complaints.add(("seed",), "must be an integer ≥ 0", got)
+            return None
+        return Built(got, got)
+
+    def _options(self, key: str, cls: type[Any]) -> Built | None:
+        return self._builder.options(cls, self._get(key, {}), (key,))
+
+    def _component(self, key: str, group: str, protocol: type[Any]) -> Built | None:
+        given = self._get(key, DEFAULTS.get(key))
+        if given is None:
+            known = ", ".join(registry.names(group))
+            self._complaints.add((key,), f"missing; name one of {known}, or file.py:Class")
+            return None
+        if isinstance(given, Mapping) and "name" not in given and key in DEFAULTS:
+            given = {"name": DEFAULTS[key], **given}
+        built = self._builder.component(group, given, (key,))
+        if built is None or isinstance(built.value, protocol):
+            return built
+        lacking = ", ".join(m for m in _members(protocol) if not hasattr(built.value, m))
+        kind = type(built.value).__name__
+        self._complaints.add((key,), f"{kind} is no {protocol.__name__}: it lacks {lacking}")
+        return None
+
+    def _sinks(self) -> Built | None:
+        given = self._get("sinks", DEFAULTS["sinks"])
+        if not isinstance(given, list):
+            self._complaints.add(("sinks",), "must be a list, e.g. [jsonl]", given)
+            return None
+        built = [self._sink(spec, ("sinks", index)) for index, spec in enumerate(given)]
+        good = [part for part in built if part is not None]
+        if len(good) < len(built):
+            return None
+        return Built(tuple(p.value for p in good), [p.content for p in good])
+
+    def _sink(self, spec: Any, where: Where) -> Built | None:
+        built = self._builder.component("sinks", spec, where)
+        if built is None or isinstance(built.value, Sink):
+            return built
+        self._complaints.add(where, f"{type(built.value).__name__} is no Sink: it lacks open")
+        return None
+
+
+SECTIONS = (
+    "version",
+    "name",
+    "seed",
+    "problem",
+    "lower",
+    "upper",
+    "estimator",
+    "runtime",
+    "evaluate",
+    "checkpoint",
+    "sinks",
+)
+DEFAULTS: Mapping[str, Any] = {
+    "lower": "gradient",
+    "estimator": "implicit",
+    "sinks": ["jsonl", "figures"],
+}
+
+
+def _members(protocol: type[Any]) -> list[str]:
+    return sorted(name for name in vars(protocol) if not name.startswith("_"))
+
+
+def _canonical(value: Any) -> Any:
+    """Content with the paths of files replaced by what is in them, the same on every machine."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    match = registry.FILE.match(value) if isinstance(value, str) else None
+    if match and Path(match["file"]).is_file():
+        digest = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
+        return f"{Path(match['file']).name}:{match['name']}:{digest}"
+    return value

@@ -1,0 +1,219 @@
+"""Names of components: a registered name, `path/to/file.py:Class` or `package.module:Class`.
+
+Registered names are entry points of the groups `bilevel.<group>`, so that another package adds
+its own by declaring them. Nothing here imports torch, and listing imports no component at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bilevel.errors import RecipeError, RequirementError
+from bilevel.registry import presets
+from bilevel.registry.source_docs import summary_of
+
+PREFIX = "bilevel."
+FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)$")
+_FILE_MODULE = "bilevel_file_"
+MODULE = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
+
+# Where the name to import is not the name to install.
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered component: its name, the first line of its docstring, and where it lives."""
+
+    name: str
+    summary: str
+    reference: str
+
+
+def groups() -> tuple[str, ...]:
+    """The groups in which something is registered, ours first."""
+    found = {g for g in importlib.metadata.entry_points().groups if g.startswith(PREFIX)}
+    known = ["problems", "estimators", "lower", "linear", "optimizers", "sinks"]
+    names = [group.removeprefix(PREFIX) for group in found]
+    return tuple(sorted(names, key=lambda n: (known.index(n) if n in known else 99, n)))
+
+
+_KINDS = {"lower": "lower solver", "linear": "linear solver"}
+
+
+def kind(group: str) -> str:
+    """What one component of a group is called: "problem", "linear solver"."""
+    return _KINDS.get(group, group.removesuffix("s").replace("_", " "))
+
+
+def names(group: str) -> tuple[str, ...]:
+    """The names registered in a group, in alphabetical order."""
+    return tuple(sorted(_points(group)))
+
+
+def entries(group: str) -> tuple[Entry, ...]:
+    """Every component registered in `group`, with its summary; imports none of them."""
+    points = _points(group)
+    return tuple(
+        Entry(name, summary_of(points[name].value), points[name].value) for name in names(group)
+    )
+
+
+def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
+    """The class that `reference` names in `group`; relative files are relative to `base`.
+
+    Raises `RecipeError` for an unknown name, with the nearest known ones, and
+    `RequirementError` where a package is missing that the component imports.
+    """
+    if match := FILE.match(reference):
+        path = (base or Path()) / Path(match["file"]).expanduser()
+        return _attribute(_load_file(path, reference), match["name"], reference)
+    if match := MODULE.match(reference):
+        family = [name for name in presets.of(group) if name.startswith(f"{match['module']}:")]
+        if family:  # `betty:bogus` is no class to look for in betty
+            raise RecipeError(unknown(reference, family, kind(group)))
+        return _attribute(_import(match["module"], reference), match["name"], reference)
+    points = _points(group)
+    if reference not in points:
+        known = {*points, *presets.of(group)}
+        raise RecipeError(unknown(reference, known, kind(group)))
+    module, _, name = points[reference].value.partition(":")
+    return _attribute(_import(module, reference), name, reference)
+
+
+def absolute(reference: str, base: Path) -> str:
+    """`reference` with the path of a file made absolute; other references as they are."""
+    if match := FILE.match(reference):
+        path = (base / Path(match["file"]).expanduser()).resolve()
+        return f"{path}:{match['name']}"
+    return reference
+
+
+def name_of(cls: type[Any], group: str) -> str:
+    """The shortest reference by which `find` returns `cls`."""
+    value = f"{cls.__module__}:{cls.__qualname__}"
+    for name, point in _points(group).items():
+        if point.value == value:
+            return name
+    module = sys.modules.get(cls.__module__)
+    if module is not None and cls.__module__.startswith(_FILE_MODULE):
+        return f"{module.__file__}:{cls.__qualname__}"
+    return value
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> str:
+    """`'nmae': unknown <what>.` with the nearest known names, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    if near:
+        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"Known: {', '.join(known)}." if known else "None is known."
+    return f"{name!r}: unknown {what}. {hint}"
+
+
+def _points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=PREFIX + group):
+        taken = found.get(point.name)
+        if taken is not None and taken.value != point.value:
+            raise RecipeError(
+                f"{group} name {point.name!r} is registered twice: {taken.value} and "
+                f"{point.value}; uninstall one of the two packages"
+            )
+        found[point.name] = point
+    return found
+
+
+def _attribute(module: ModuleType, name: str, reference: str) -> type[Any]:
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [
+            n
+            for n, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        raise RecipeError(f"{reference!r}: {unknown(name, classes, f'class in {module.__file__}')}")
+    return found
+
+
+def _import(module: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise _missing(error, module, reference) from error
+    except ImportError as error:
+        raise RecipeError(f"{reference!r}: importing {module} failed: {error}") from error
+
+
+def _load_file(path: Path, reference: str) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(f"{reference!r}: there is no file {path}")
+    path = path.resolve()
+    # The content is part of the name: an edited file is a new module, an unchanged one the same.
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]
+    name = f"{_FILE_MODULE}{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, ModuleNotFoundError):
+            raise _missing(error, str(path), reference) from error
+        if isinstance(error, Exception):
+            kind = type(error).__name__
+            raise RecipeError(f"{reference!r}: importing {path} failed: {kind}: {error}") from error
+        raise
+    return module
+
+
+def _missing(error: ModuleNotFoundError, module: str, reference: str) -> RequirementError:
+    absent = (error.name or "?").partition(".")[0]
+    if absent in ("bilevel", "bilevel_problems"):
+        return RequirementError(f"{reference!r}: {error.name} is not part of this installation")
+    extra = extra_for(absent)
+    install = f"pip install 'bilevel[{extra}]'" if extra else f"pip install {absent}"
+    return RequirementError(
+        f"{reference!r} needs the package {absent!r}, which is not installed (imported by "
+        f"{module}). Install it: {install}"
+    )
+
+
+def extra_for(package: str) -> str | None:
+    """The extra of `bilevel` that installs an importable `package`, or None."""
+    wanted = _normal(_DISTRIBUTIONS.get(package, package))
+    for extra, required in extras().items():
+        if wanted in {_normal(name) for name in required}:
+            return extra
+    return None
+
+
+def extras() -> Mapping[str, tuple[str, ...]]:
+    """The optional extras of this package with the distributions each installs."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("bilevel") or []:
+        match = re.match(r"^([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", line)
+        if match:
+            found.setdefault(match[2], []).append(match[1])
+    return {extra: tuple(required) for extra, required in found.items()}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,0 +1,276 @@
+"""The run: lower steps, estimate, upper step, as a generator of events.
+
+While the generator is suspended its state is still, so whoever drives it may save the state after
+any event, and a test is `list(run(setup, state))`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel import calculus, tree
+from bilevel.errors import ConvergenceError
+from bilevel.events import Drawn, Evaluated, Event, Finished, Progress, Started, Stepped, Warned
+from bilevel.functional import estimate_at
+from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.run.refusals import called, caution, refuse_mismatch
+from bilevel.run.setup import Setup, State, restore, start
+from bilevel.types import Counts, Estimate, Loss, LowerSolution, LowerStats, Moved, Stats
+from bilevel.unrolling.path import started
+
+__all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore", "run", "start"]
+
+LARGE = 0.1
+"""A relative residual above this is warned of."""
+
+
+def prepare(setup: Setup) -> Iterator[Event]:
+    """Refuse what cannot work, then let the problem do its slow work, then place it."""
+    refuse_mismatch(setup)
+    work = getattr(setup.problem, "prepare", None)
+    if work:
+        yield from work()
+    place = getattr(setup.problem, "place", None)
+    if place:
+        place(setup.device, setup.dtype)
+
+
+def run(setup: Setup, state: State) -> Iterator[Event]:
+    """Take the upper steps that are left, from `state`, which is advanced in place.
+
+    Raises:
+        ConvergenceError: a loss or a hypergradient is not finite; the message names the step, and
+            the state is that of the last good step.
+    """
+    began, steps = time.perf_counter(), setup.upper.steps
+    yield Started(
+        state.step,
+        steps,
+        setup.name,
+        tree.size(state.x),
+        tree.size(state.y),
+        str(setup.device),
+        str(setup.dtype).removeprefix("torch."),
+    )
+    yield from caution(setup, state)
+    if state.step == 0:
+        yield from evaluate(setup, state)
+    while state.step < steps:
+        yield from _advance(setup, state)
+        due = setup.evaluate_every and state.step % setup.evaluate_every == 0
+        if due or state.step == steps:
+            yield from evaluate(setup, state)
+    yield from _draw(setup, state)
+    yield Finished(state.step, "done", time.perf_counter() - began, dict(state.warned))
+
+
+def evaluate(setup: Setup, state: State) -> Iterator[Event]:
+    """The problem's own measures at the present point, if it has any."""
+    measure = getattr(setup.problem, "evaluate", None)
+    if measure is None:
+        return
+    began = time.perf_counter()
+    metrics = measure(state.x, state.y)
+    if isinstance(metrics, Iterator):
+        metrics = yield from metrics
+    yield Evaluated(state.step, metrics, time.perf_counter() - began)
+
+
+def _draw(setup: Setup, state: State) -> Iterator[Event]:
+    draw = getattr(setup.problem, "figures", None)
+    if draw is None:
+        return
+    yield Progress("figures", 0)
+    for name, figure in draw(state.x, state.y).items():
+        yield Drawn(state.step, name, figure)
+
+
+def _advance(setup: Setup, state: State) -> Iterator[Event]:
+    """One upper step. `state` changes only once all that can fail has not."""
+    began = time.perf_counter()
+    for draws in (state.upper_batches, state.lower_batches):
+        draws.renew()
+    try:
+        solution = _solve_lower(setup, state)
+        upper_batch = next(state.upper_batches)
+        estimate = _estimate(setup, state, solution, upper_batch)
+    except ConvergenceError as error:
+        raise ConvergenceError(f"step {state.step + 1}: {error}") from error
+    if estimate.moved:
+        solution = _moved(solution, estimate.moved)
+    with torch.no_grad():
+        if estimate.step is None:
+            x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
+        else:
+            x, upper = tree.axpy(-estimate.step, estimate.hypergradient, state.x), state.upper
+        project = getattr(setup.problem, "project_upper", None)
+        x = project(x) if project else x
+    for level, after in (("upper", x), ("lower", solution.y)):
+        if not tree.is_finite(after):
+            raise ConvergenceError(
+                f"step {state.step + 1}: the {level} step made a variable that is not finite; "
+                f"lower {level}.optimizer.lr"
+            )
+    # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
+    state.x, state.y, state.upper, state.lower, state.estimator = (
+        tree.contiguous(part) for part in (x, solution.y, upper, solution.state, estimate.state)
+    )
+    state.step += 1
+    stats, lower = estimate.stats, solution.stats
+    state.totals = state.totals.plus(
+        gradients=stats.gradients + lower.gradients,
+        hvps=stats.hvps + lower.hvps,
+        cross_products=stats.cross_products,
+    )
+    yield from _warnings(setup, state, estimate, solution)
+    yield Stepped(
+        state.step,
+        float(estimate.value),
+        lower.loss,
+        tree.norm(estimate.hypergradient),
+        lower,
+        stats,
+        state.totals,
+        time.perf_counter() - began,
+    )
+
+
+def _solve_lower(setup: Setup, state: State) -> LowerSolution:
+    problem, y, lower = setup.problem, state.y, state.lower
+    restart = restart_of(problem, y)
+    if restart:
+        y = tree.detach(restart(state.x))
+        lower = setup.lower.init(y)
+    if setup.estimator.needs.moves_lower and state.x:
+        untaken = LowerStats(0, 0, math.nan, math.nan)
+        return LowerSolution(y, lower, untaken, next(state.lower_batches))
+    solution = setup.lower.solve(
+        Loss(problem.lower_loss, None, Counts(), "lower", structure=structure_of(problem)),
+        state.x,
+        y,
+        batches=state.lower_batches,
+        state=lower,
+        record=setup.estimator.needs.path if state.x else 0,
+        project=getattr(problem, "project_lower", None),
+    )
+    return started(solution, restart)
+
+
+def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:
+    problem = setup.problem
+    if not state.x:  # one level only: F is watched, not descended
+        loss = Loss(problem.upper_loss, upper_batch, Counts(), "upper")
+        with torch.no_grad():
+            return Estimate({}, calculus.value(loss, {}, solution.y), None, Stats())
+    return estimate_at(
+        problem.upper_loss,
+        problem.lower_loss,
+        state.x,
+        solution.y,
+        estimator=setup.estimator,
+        upper_batch=upper_batch,
+        lower_batch=solution.batch,
+        state=state.estimator,
+        path=solution.path,
+        upper_batches=state.upper_batches,
+        lower_batches=state.lower_batches,
+        project=getattr(problem, "project_lower", None),
+        pairs=solution.pairs,
+        structure=structure_of(problem),
+    )
+
+
+def _moved(solution: LowerSolution, moved: Moved) -> LowerSolution:
+    """What the estimator did to y; its gradients are counted with the estimate."""
+    stats = LowerStats(moved.steps, 0, moved.loss, moved.gradient_norm)
+    return replace(solution, y=moved.y, stats=stats)
+
+
+def _warnings(
+    setup: Setup, state: State, estimate: Estimate, solution: LowerSolution
+) -> Iterator[Warned]:
+    """What is wrong with an estimate: said the first time, counted every time."""
+    found = {**_found(setup, estimate), **_unsolved_lower(estimate, solution)}
+    for kind, message in found.items():
+        if kind not in state.warned:
+            yield Warned(state.step, kind, message)
+        state.warned[kind] = state.warned.get(kind, 0) + 1
+
+
+def _found(setup: Setup, estimate: Estimate) -> dict[str, str]:
+    stats, found = estimate.stats, {}
+    if stats.curvature is not None and stats.curvature <= 0:
+        found["curvature"] = (
+            f"the lower Hessian has curvature {stats.curvature:.3g} along a search direction: it "
+            "is not positive definite here, so the adjoint is not reliable. Take more lower "
+            "steps, or set estimator.damping above its size"
+        )
+    elif stats.degenerate:
+        found["degenerate"] = (
+            f"{stats.degenerate} of the lower level's kinks or active constraints are active only "
+            "just, or in doubt: the hypergradient is that of one side. Take more lower steps; if "
+            "it stays, Φ has no derivative here"
+        )
+    elif stats.converged is False and not (stats.residual and setup.estimator.needs.second_order):
+        found["inner solve"] = (
+            "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
+            "steps, or raise estimator.strength if the penalised problem has no minimum"
+        )
+    elif stats.converged is False and not _is_unsolved(estimate):
+        found["adjoint"] = (
+            f"the adjoint solve ended after {stats.iterations} iterations at a relative residual "
+            f"of {stats.residual:.2g}, above its tolerance; raise estimator.solver.iterations, or loosen "
+            "estimator.solver.tolerance"
+        )
+    if "curvature" not in found and _is_unsolved(estimate):
+        found["residual"] = (
+            f"the adjoint system is left with a relative residual of {stats.residual:.2g}: the part "
+            "of the hypergradient that goes through y is off by as much, or by up to the condition "
+            f"number times that; {_remedy(setup)}, or look with bilevel check how far it is off"
+        )
+    return found
+
+
+def _unsolved_lower(estimate: Estimate, solution: LowerSolution) -> dict[str, str]:
+    """A lower solve that met its tolerance, which is absolute, on a G too small for that to say much.
+
+    With ‖∇y G‖ = g and curvature c, y is off by about g / c, whatever the scale of G.
+    """
+    curvature, g = estimate.stats.curvature, solution.stats.gradient_norm
+    if not solution.stats.converged or not curvature or curvature < 0:
+        return {}
+    size = tree.norm(solution.y)
+    if g <= LARGE * curvature * size or g <= 1e-6 * curvature:
+        return {}
+    return {
+        "lower solve": f"the lower solve met its tolerance at ‖∇y G‖ = {g:.1e}, but with a curvature of "
+        f"{curvature:.1e} that leaves y off by about {g / curvature:.1e}, where its length is {size:.1e}: "
+        f"set lower.tolerance to {1e-3 * curvature * max(size, 1e-3):.0e}, or scale G up"
+    }
+
+
+def _is_unsolved(estimate: Estimate) -> bool:
+    """A large residual, whatever `converged` says, unless the error of h is known to be small.
+
+    A method that chooses its step for the accuracy that it has means to be inaccurate.
+    """
+    stats = estimate.stats
+    if stats.residual is None or stats.residual <= LARGE or estimate.step is not None:
+        return False
+    bound = stats.error_bound
+    return bound is None or bound > LARGE * tree.norm(estimate.hypergradient)
+
+
+def _remedy(setup: Setup) -> str:
+    solver = getattr(setup.estimator, "solver", None)
+    read = [name for name in ("iterations", "rank", "steps") if hasattr(solver, name)]
+    if not read:
+        return "take estimator: implicit, whose solver cg says when it has converged"
+    other = read[0] == "steps" or called(solver, "linear") == "cg"
+    return f"raise estimator.solver.{read[0]}" + ("" if other else ", or take estimator.solver: cg")

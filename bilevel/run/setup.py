@@ -1,0 +1,129 @@
+"""What a run is made of (`Setup`) and where it is (`State`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.events import Totals
+from bilevel.problem.protocol import Problem
+from bilevel.problem.tied import Ties
+from bilevel.rng import Streams
+from bilevel.run.batches import Draws, Sampler, paired
+from bilevel.run.upper import Upper
+from bilevel.types import Estimator, LowerSolver, Params
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run is made of; assembled from a recipe, or by hand."""
+
+    problem: Problem
+    lower: LowerSolver
+    upper: Upper
+    estimator: Estimator
+    name: str = "run"
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    evaluate_every: int = 0
+    """Upper steps between evaluations; 0 evaluates before and after only."""
+
+
+@dataclass
+class State:
+    """Where a run is. All that the next step depends on is here."""
+
+    step: int
+    x: Params
+    y: Params
+    lower: Any
+    upper: Any
+    estimator: Any
+    """None before the first estimate."""
+    upper_batches: Draws
+    lower_batches: Draws
+    totals: Totals = field(default_factory=Totals)
+    warned: dict[str, int] = field(default_factory=dict)
+    """At how many steps each kind of warning held; 0 for what was said before the first."""
+
+    def save(self) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state."""
+        return {
+            "step": self.step,
+            "x": self.x,
+            "y": self.y,
+            "lower": self.lower,
+            "upper": self.upper,
+            "estimator": self.estimator,
+            "upper_batches": self.upper_batches.save(),
+            "lower_batches": self.lower_batches.save(),
+            "totals": asdict(self.totals),
+            "warned": dict(self.warned),
+        }
+
+
+def start(setup: Setup) -> State:
+    """The state before the first step."""
+    x, y = setup.problem.init(Streams(setup.seed))
+    for params, name in ((x, "x"), (y, "y")):
+        tree.require(params, name)
+        if not Ties(params).trivial:
+            raise ProblemError(f"{name} holds one tensor under two names; give it one name")
+    if not y:
+        raise ProblemError("y is empty: a bilevel problem has lower variables")
+    x, y = (
+        tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
+    )
+    upper_batches, lower_batches = _draws(setup)
+    return State(
+        step=0,
+        x=x,
+        y=y,
+        lower=setup.lower.init(y),
+        upper=setup.upper.optimizer.init(x),
+        estimator=None,
+        upper_batches=upper_batches,
+        lower_batches=lower_batches,
+    )
+
+
+def _draws(setup: Setup) -> tuple[Draws, Draws]:
+    """Where the (upper, lower) batches come from: one by one, or in pairs that belong together."""
+
+    def sampler(make: Any, name: str) -> Sampler:
+        return Sampler(make, setup.seed, name, setup.device, setup.dtype)
+
+    episodes = getattr(setup.problem, "episodes", None)
+    if episodes is not None:
+        return paired(sampler(episodes, "episodes"))
+    return (
+        sampler(setup.problem.upper_batches, "upper.batches"),
+        sampler(setup.problem.lower_batches, "lower.batches"),
+    )
+
+
+def restore(setup: Setup, saved: dict[str, Any]) -> State:
+    """The state that `State.save` described, on the setup's device."""
+    state = start(setup)
+    for name in ("x", "y", "lower", "upper", "estimator"):
+        setattr(state, name, _on(saved[name], setup.device))
+    state.upper_batches.restore(saved["upper_batches"])
+    state.lower_batches.restore(saved["lower_batches"])
+    state.step, state.warned = saved["step"], dict(saved["warned"])
+    state.totals = Totals(**saved["totals"])
+    return state
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value

@@ -1,0 +1,261 @@
+"""Where a run lives: runs/<name>/<time>-<hash6>/ with all that is needed to read or resume it.
+
+recipe.yaml       the recipe as it was written        checkpoints/   see bilevel.runfolder.checkpoint
+resolved.yaml     overrides applied, defaults filled  figures/       PNG and SVG
+environment.json  versions, platform, hash            report.html
+events.jsonl      see bilevel.runfolder.record
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bilevel.errors import CheckpointError, RecipeError
+from bilevel.runfolder import record
+
+RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
+_ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
+_ANEW = f"put it back, or run {RESOLVED}, which lies beside it, anew"
+_PACKAGES = ("bilevel", "torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / RESOLVED
+
+    def environment(self) -> dict[str, Any]:
+        """What the run was begun with; raises `CheckpointError` where that cannot be read."""
+        path = self.path / ENVIRONMENT
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_ANEW}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is cut off or altered: {error}; {_ANEW}") from error
+        if not isinstance(about, dict) or "hash" not in about:
+            raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_ANEW}")
+        return about
+
+    def finished(self) -> dict[str, Any] | None:
+        """The `finished` event that ends the record, None where something else does."""
+        event = record.last(self.path)
+        return event if event and event["event"] == "finished" else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; raises `CheckpointError` where another process holds it."""
+        path = self.path / LOCK
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be written: {error.strerror}; a run needs a folder to write to"
+            ) from error
+        with file:
+            if not _acquire(file.fileno()):
+                raise CheckpointError(f"{self.path}: another process is at this run; wait for it")
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is at this run now."""
+        path = self.path / LOCK
+        if not path.is_file():
+            return False
+        with path.open("r") as file:
+            return not _acquire(file.fileno())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line about a run."""
+
+    folder: RunFolder
+    name: str
+    status: str
+    """done, interrupted, terminated, running, stopped (without a word), or damaged."""
+    step: int
+    steps: int
+    upper_loss: float | None
+    """F at the y of the run itself, before its last step."""
+    estimator: str = "-"
+
+
+def create(
+    runs: Path,
+    name: str,
+    digest: str,
+    *,
+    text: str,
+    resolved: str,
+    overrides: Sequence[str],
+    environment: Mapping[str, Any],
+) -> RunFolder:
+    """A new folder below `runs` with the recipe as written and resolved, and the environment.
+
+    It is made whole or not at all: raises `CheckpointError` where it cannot be.
+    """
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{digest[:6]}"
+    about = {"hash": digest, "overrides": list(overrides), **environment}
+    try:
+        path = _make_new(runs / name, stem)
+        try:
+            (path / RECIPE).write_text(text, encoding="utf-8")
+            (path / ENVIRONMENT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            _mark(path, resolved)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{runs}: no run folder can be made: {error.strerror}; name another with --runs-dir"
+        ) from error
+    return RunFolder(path)
+
+
+def find(reference: str, runs: Path) -> RunFolder:
+    """The run at the path `reference`, or the newest run of that name below `runs`."""
+    for path in (Path(reference), runs / reference):
+        if (path / RESOLVED).is_file():
+            return RunFolder(path)
+        below = _folders(path)
+        if below:
+            return RunFolder(max(below, key=_age))
+    raise RecipeError(
+        f"{reference}: is no run: neither a folder with {RESOLVED} nor the name of a run below "
+        f"{runs}/; `bilevel runs` lists them"
+    )
+
+
+def _age(run: Path) -> tuple[str, int]:
+    """Orders runs by when they began; names tell seconds only, so the file's own time decides."""
+    return run.name[:15], (run / RESOLVED).stat().st_mtime_ns
+
+
+def summaries(runs: Path) -> list[Summary]:
+    """All runs below `runs`, the newest last."""
+    names = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    found = [_summary(RunFolder(path)) for name in names for path in _folders(name)]
+    return sorted(found, key=lambda summary: _age(summary.folder.path))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and threads: what a result can depend on besides the recipe."""
+    import torch
+
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _summary(folder: RunFolder) -> Summary:
+    try:
+        return _read_summary(folder)
+    except CheckpointError:  # one damaged record does not hide the other runs
+        return Summary(folder, folder.path.parent.name, "damaged", 0, 0, None)
+
+
+def _read_summary(folder: RunFolder) -> Summary:
+    first = next(record.read(folder.path), None)
+    last = record.last(folder.path)
+    stepped = record.last(folder.path, "stepped")
+    finished = folder.finished()
+    unfinished = "running" if folder.is_locked() else "stopped"
+    return Summary(
+        folder,
+        folder.path.parent.name,
+        finished["reason"] if finished else unfinished,
+        last["step"] if last else 0,
+        first["steps"] if first and first["event"] == "started" else 0,
+        record.number(stepped["upper_loss"]) if stepped else None,
+        _estimator(folder),
+    )
+
+
+def _estimator(folder: RunFolder) -> str:
+    """The name in resolved.yaml, which `Recipe.dump` wrote; of a class, the class."""
+    found = _ESTIMATOR.search(folder.resolved.read_text(encoding="utf-8"))
+    return found[1].rpartition(":")[2] if found else "-"
+
+
+def _folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
+
+
+def _mark(path: Path, resolved: str) -> None:
+    """Write resolved.yaml, by which a folder is known as a run: last, and all of it at once."""
+    temporary = path / f"{RESOLVED}.tmp"
+    temporary.write_text(resolved, encoding="utf-8")
+    temporary.replace(path / RESOLVED)
+
+
+def _make_new(parent: Path, stem: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    again = 1
+    path = parent / stem
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            again += 1
+            path = parent / f"{stem}-{again}"
+        else:
+            return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _acquire(descriptor: int) -> bool:
+    """Take the lock of an open file until it is closed; always granted where there is no flock."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""Lower steps that keep their graph: y_K as a differentiable function of x (and of y_0)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import calculus, tree
+from bilevel.errors import ProblemError
+from bilevel.types import Loss, Losses, LowerSolution, Params, Path, Point
+
+
+def step(
+    path: Path,
+    loss: Loss,
+    x: Params,
+    y: Params,
+    state: Any,
+    batch: Any,
+    *,
+    evaluate: Callable[[Loss, Params, Params], Tensor] = calculus.value,
+) -> tuple[Params, Any]:
+    """One step of the path with its graph from (x, y, state) kept. 1 gradient."""
+    loss = loss.on(batch)
+    with torch.enable_grad(), calculus.second_order(loss):
+        value = evaluate(loss, x, y)
+        loss.counts.gradients += 1
+        found = torch.autograd.grad(value, list(y.values()), create_graph=True, allow_unused=True)
+        calculus.require_graph(loss, found)
+        g = {
+            name: torch.zeros_like(entry) if part is None else part
+            for (name, entry), part in zip(y.items(), found, strict=True)
+        }
+        y, state = path.optimizer.step(y, g, state)
+        return (path.project(y) if path.project else y), state
+
+
+def begin(path: Path, x: Params) -> Params:
+    """y_0 with its graph: back to x where the path begins at a function of x."""
+    if path.restart is None:
+        return {
+            name: entry if entry.requires_grad else entry.detach().requires_grad_()
+            for name, entry in path.start.items()
+        }
+    with torch.enable_grad():
+        # copies: where y_0 is x itself, ∂G/∂y must still be told from ∂G/∂x
+        y = tree.map(torch.clone, path.restart(x))
+    return tree.map(lambda entry: entry if entry.requires_grad else entry.requires_grad_(), y)
+
+
+def pull_start(path: Path, loss: Loss, x: Params, cotangent: Params) -> Params:
+    """(∂y_0/∂x)ᵀ · cotangent, in the shapes of x: zero where the start is held fixed."""
+    if path.restart is None:
+        return tree.zeros_like(x)
+    x = tree.leaves(x)
+    with torch.enable_grad():
+        y = path.restart(x)
+        product = torch.stack([(y[name] * part).sum() for name, part in cotangent.items()]).sum()
+    return calculus.through(product, x, loss)
+
+
+def replay(path: Path, loss: Loss, x: Params) -> Params:
+    """y_K with the graph of all its K steps back to x and y_0. K gradients, memory K graphs."""
+    y = begin(path, x)
+    state = path.state
+    for batch in path.batches:
+        y, state = step(path, loss, x, y, state, batch)
+    return y
+
+
+def advance(path: Path, loss: Loss, x: Params, steps: int) -> Path:
+    """The path with its first `steps` steps taken at x, without a graph. `steps` gradients."""
+    y, state = tree.detach(begin(path, x)), path.state
+    if not steps:
+        return replace(path, start=y)
+    for batch in path.batches[:steps]:
+        _, g = calculus.gradient_y(loss.on(batch), x, y)
+        with torch.no_grad():
+            y, state = path.optimizer.step(y, g, state)
+            y = path.project(y) if path.project else y
+    return Path(path.optimizer, y, state, path.batches[steps:], path.project)
+
+
+def recorded(at: Point, name: str) -> Path:
+    """The lower steps that led to a point.
+
+    Raises:
+        ProblemError: there are none.
+    """
+    if at.path is None:
+        raise ProblemError(
+            f"{name} has no lower steps to follow: pass the `path` of "
+            "bilevel.solve_lower(..., record=True)"
+        )
+    return at.path
+
+
+def recorded_from_x(at: Point, name: str) -> Path:
+    """The lower steps that led to a point, where they begin at a function of x.
+
+    Raises:
+        ProblemError: there are none, or they begin elsewhere.
+    """
+    path = recorded(at, name)
+    if path.restart is None:
+        raise ProblemError(
+            f"{name} learns where the lower level starts, and here that does not depend on x: "
+            "give the problem lower_start(x, y), or pass solve_lower a function of x to start "
+            "from and record all its steps"
+        )
+    return path
+
+
+def along(path: Path, losses: Losses) -> Callable[[Params], Tensor]:
+    """x ↦ F(x, y_K(x)), the steps of the path taken again at every x."""
+
+    def value(x: Params) -> Tensor:
+        return losses.upper(x, advance(path, losses.lower, x, len(path.batches)).start)
+
+    return value
+
+
+def started(solution: LowerSolution, restart: Callable[[Params], Params] | None) -> LowerSolution:
+    """The solution with its path known to begin at a function of x, if it holds the first step."""
+    path = solution.path
+    if path is None or restart is None or len(path.batches) < solution.stats.steps:
+        return solution
+    return replace(solution, path=replace(path, restart=restart))

@@ -1,0 +1,201 @@
+"""Before alignment: the language model learns text-only scenes, then the projector learns to see.
+
+The second is stage 1 of LLaVA (Liu et al., 2023, arXiv:2304.08485): task loss, projector alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bilevel import rng
+from bilevel.events import Progress
+
+from ..evaluation.questions import Question, questions
+from ..losses import task_loss
+from ..sources.language import DESCRIBE, NO, YES
+from ..sources.protocol import Scene, Source
+from .instructions import Rows, Template, Turn, conversations, prompts, turn_ids
+from .network import Network, chunks
+from .tokenizer import Tokenizer, WordTokenizer
+
+HELD_OUT = 200
+"""Unbiased scenes on which the language model is questioned."""
+QUESTIONS = 4
+"""Questions in a training conversation, as many with yes as with no."""
+
+
+@dataclass(frozen=True)
+class TextTraining:
+    """What the language model is trained on and for how long."""
+
+    source: Source
+    tokenizer: WordTokenizer
+    template: Template
+    seed: int
+    scenes: int
+    steps: int
+    batch: int
+    rate: float
+
+
+def dialogues(
+    scenes: tuple[Scene, ...], source: Source, generator: torch.Generator
+) -> list[list[Turn]]:
+    """One conversation a scene: questions with random objects, then the caption."""
+    turns: list[list[Turn]] = [[] for _ in scenes]
+    for question in questions(
+        scenes,
+        strategy="random",
+        vocabulary=source.vocabulary,
+        per_scene=QUESTIONS,
+        generator=generator,
+    ):
+        turns[question.scene].append(turn(question))
+    for scene, conversation in zip(scenes, turns, strict=True):
+        order = torch.randperm(len(conversation), generator=generator).tolist()
+        conversation[:] = [*(conversation[i] for i in order), (DESCRIBE, scene.caption)]
+    return turns
+
+
+def turn(question: Question) -> Turn:
+    """A question and its answer as a turn."""
+    return question.text, YES if question.answer else NO
+
+
+def pretrain(
+    network: Network, language: nn.Module, text: TextTraining
+) -> Generator[Progress, None, None]:
+    """Train `language` (embeddings, layers, output) on captions and on dialogues about them.
+
+    Scenes are biased, so the language model learns which objects go together: the prior that
+    later misleads it on unbiased pictures.
+    """
+    stream = rng.stream(text.seed, "text")
+    scenes = text.source.scenes(text.scenes, biased=True, generator=stream)
+    turns = dialogues(scenes, text.source, stream)
+    rows = conversations(
+        [turn if i % 2 else turn[:-1] for i, turn in enumerate(turns)],
+        text.tokenizer,
+        text.template,
+        contexts=[scene.caption for scene in scenes],
+    )
+    weights = _weights(rows, answer_words(text.tokenizer, text.template))
+
+    def loss() -> Tensor:
+        index = torch.randint(len(rows), (text.batch,), generator=stream)
+        batch = rows.take(index)
+        width = batch["ids"].shape[1]
+        logits = network.logits(batch["ids"], batch["mask"])
+        return task_loss(logits, batch["ids"], weights[index, :width])
+
+    yield from _train(language.parameters(), loss, "language model", text.steps, text.rate)
+
+
+def _weights(rows: Rows, words: tuple[int, int]) -> Float[Tensor, "row token"]:
+    """5 for yes and no, 1 for the rest of an answer, 0.2 for what is read.
+
+    Unweighted, yes and no are a twentieth of the tokens and stayed at chance for 1,000 steps;
+    weighted, 400 steps answer 85 of 100 held-out questions.
+    """
+    weights = torch.where(rows.counted, 1.0, 0.2) * rows.mask
+    said = rows.counted & torch.isin(rows.ids, torch.tensor(words))
+    return weights.masked_fill(said, 5.0)
+
+
+def warm_up(
+    network: Network,
+    features: Tensor,
+    rows: Rows,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+) -> Generator[Progress, None, None]:
+    """Train the projector on the task loss, all else frozen."""
+    stream = rng.stream(seed, "warm-up")
+
+    def loss() -> Tensor:
+        index = torch.randint(len(rows), (batch,), generator=stream)
+        row = rows.take(index)
+        logits = network.logits(row["ids"], row["mask"], features[index])
+        return task_loss(logits, row["ids"], row["counted"])
+
+    projector = network.llava.model.multi_modal_projector
+    yield from _train(projector.parameters(), loss, "projector", steps, rate)
+
+
+def _train(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[], Tensor],
+    stage: str,
+    steps: int,
+    rate: float,
+) -> Iterator[Progress]:
+    """Adam with a warm-up over a tenth of the steps and a cosine decay; gradients clipped at 1."""
+    trained = [parameter.requires_grad_() for parameter in parameters]
+    optimizer = torch.optim.Adam(trained, lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+    )
+    for step in range(steps):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49 or step == steps - 1:
+            yield Progress(stage, step + 1, steps, f"loss {float(value.detach()):.3f}")
+    for parameter in trained:
+        parameter.requires_grad_(False).grad = None
+
+
+def question_accuracy(network: Network, text: TextTraining) -> float:
+    """Share of right answers about held-out unbiased scenes read as captions; chance is 0.5."""
+    stream = rng.stream(text.seed, "text.held_out")
+    scenes = text.source.scenes(HELD_OUT, biased=False, generator=stream)
+    asked = questions(
+        scenes,
+        strategy="random",
+        vocabulary=text.source.vocabulary,
+        per_scene=QUESTIONS,
+        generator=stream,
+    )
+    rows = prompts(
+        [question.text for question in asked],
+        text.tokenizer,
+        text.template,
+        contexts=[scenes[question.scene].caption for question in asked],
+    )
+    words = answer_words(text.tokenizer, text.template)
+    with torch.no_grad():
+        scores = torch.cat(
+            [
+                answer_scores(
+                    network.logits(rows.ids[part], rows.mask[part]), rows.mask[part], words
+                )
+                for part in chunks(len(rows), 256)
+            ]
+        )
+    right = torch.tensor([question.answer for question in asked])
+    return float(((scores > 0) == right).double().mean())
+
+
+def answer_words(tokenizer: Tokenizer, template: Template) -> tuple[int, int]:
+    """Ids that "yes" and "no" begin with as answers."""
+    yes, no = (turn_ids(("", word), tokenizer, template, first=True)[1][0] for word in (YES, NO))
+    return yes, no
+
+
+def answer_scores(
+    logits: Float[Tensor, "row token word"], mask: Tensor, words: tuple[int, int]
+) -> Float[Tensor, "row"]:
+    """log p(yes) − log p(no) at the last token that `mask` counts, the place of the answer."""
+    at = logits[torch.arange(len(logits), device=logits.device), mask.sum(1) - 1]
+    return at[:, words[0]] - at[:, words[1]]

@@ -1,0 +1,146 @@
+"""The embedded backbone: a small LLaVA whose language model is trained here, on text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from bilevel import rng
+from bilevel.components import component
+from bilevel.events import Progress
+
+from ..sources.language import words
+from ..sources.protocol import Corpus, Encoder, Source
+from .cache import Tensors, cached
+from .encoders import ViT
+from .instructions import Template, before
+from .network import ATTENTION, Backbone, Network, Opened, add_lora, start_heads
+from .pretrain import TextTraining, pretrain, question_accuracy
+from .tokenizer import WordTokenizer
+
+VERSION = 1
+"""Raised when code changes what a pretrained language model is."""
+
+
+@component
+class Tiny:
+    """A Llama of a few layers, pretrained on text-only scenes and cached. A `Backbone`."""
+
+    hidden: PositiveInt = 96
+    """Width of the language model; a multiple of twice `heads`."""
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    rank: PositiveInt = 8
+    """Rank of LoRA."""
+    steps: PositiveInt = 1000
+    """Pretraining steps of the language model."""
+    batch: PositiveInt = 32
+    rate: PositiveFloat = 4e-3
+    scenes: PositiveInt = 6000
+    """Text-only scenes it is pretrained on."""
+
+    def open(
+        self, source: Source, encoder: Encoder | None, seed: int
+    ) -> Generator[Progress, None, Opened]:
+        eyes = encoder or ViT()
+
+        def encode(corpus: Corpus) -> Generator[Progress, None, Tensor]:
+            return eyes.encode(corpus, source)
+
+        feature = (yield from encode(_probe(source, seed))).shape[-1]
+        tokenizer, template = WordTokenizer(words(source)), Template()
+        network = Network(
+            self._llava(tokenizer, feature, seed),
+            before=before(tokenizer, template),
+            end=tokenizer.end,
+            embedding=self.hidden,
+        )
+        text = TextTraining(
+            source, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
+        )
+        yield from self._learn_language(network, text)
+        accuracy = question_accuracy(network, text)
+        yield Progress("language model on text", 1, 1, _verdict(accuracy))
+        add_lora(network, self.rank)
+        start_heads(network, rng.stream(seed, "heads"))
+        facts = {"language_model/question_accuracy": accuracy}
+        return Opened(network, tokenizer, template, encode, facts)
+
+    def _llava(self, tokenizer: WordTokenizer, feature: int, seed: int) -> Any:
+        sizes = {"hidden": self.hidden, "layers": self.layers, "heads": self.heads}
+        return tiny_llava(
+            words=tokenizer.size, end=tokenizer.end, feature=feature, seed=seed, **sizes
+        )
+
+    def _learn_language(
+        self, network: Network, text: TextTraining
+    ) -> Generator[Progress, None, None]:
+        language = nn.ModuleList([network.llava.model.language_model, network.llava.lm_head])
+
+        def make() -> Generator[Progress, None, Tensors]:
+            yield from pretrain(network, language, text)
+            return language.state_dict()
+
+        key = {
+            "version": VERSION,
+            "sizes": [self.hidden, self.layers, self.heads],
+            "training": [text.scenes, text.steps, text.batch, text.rate],
+            "source": text.source,
+            "words": text.tokenizer.words,
+            "seed": text.seed,
+        }
+        language.load_state_dict((yield from cached("language", key, make)))
+
+
+def _verdict(accuracy: float) -> str:
+    note = f"held-out question accuracy {accuracy:.3f} (chance 0.5)"
+    return note if accuracy > 0.6 else f"{note}: no better than chance; raise problem.model.steps"
+
+
+def _probe(source: Source, seed: int) -> Corpus:
+    """One picture, to learn how wide the encoder's features are."""
+    stream = rng.stream(seed, "probe")
+    return source.render(source.scenes(1, biased=False, generator=stream), stream)
+
+
+def tiny_llava(
+    *, words: int, end: int, feature: int, hidden: int, layers: int, heads: int, seed: int
+) -> Any:
+    """A random `LlavaForConditionalGeneration` with a small Llama and no vision tower."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    text = LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=end,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=feature, num_hidden_layers=0, num_attention_heads=1, image_size=8, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=0)
+    config._attn_implementation = ATTENTION
+    # transformers draws weights from the global generator; the fork leaves that as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        llava = LlavaForConditionalGeneration(config)
+    llava.model.vision_tower = nn.Identity()
+    return llava
+
+
+_: type[Backbone] = Tiny

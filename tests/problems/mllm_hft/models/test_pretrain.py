@@ -1,0 +1,129 @@
+"""Pretraining on text, and what is read off it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bilevel import rng
+from bilevel_problems.mllm_hft.models.instructions import Template, before, conversations
+from bilevel_problems.mllm_hft.models.network import Network
+from bilevel_problems.mllm_hft.models.pretrain import (
+    TextTraining,
+    _weights,
+    answer_scores,
+    answer_words,
+    dialogues,
+    pretrain,
+    question_accuracy,
+    warm_up,
+)
+from bilevel_problems.mllm_hft.models.tiny import tiny_llava
+from bilevel_problems.mllm_hft.models.tokenizer import WordTokenizer
+from bilevel_problems.mllm_hft.sources.language import NO, YES, words
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
+
+pytest.importorskip("transformers", reason="the model is transformers' own")
+
+SOURCE = Shapes()
+TOKENIZER = WordTokenizer(words(SOURCE))
+
+
+def network(hidden: int = 16) -> Network:
+    llava = tiny_llava(
+        words=TOKENIZER.size, end=TOKENIZER.end, feature=6, hidden=hidden, layers=2, heads=4, seed=0
+    )
+    start = before(TOKENIZER, Template())
+    return Network(llava, before=start, end=TOKENIZER.end, embedding=hidden)
+
+
+def training(**options) -> TextTraining:
+    chosen = {"seed": 0, "scenes": 200, "steps": 20, "batch": 16, "rate": 4e-3, **options}
+    return TextTraining(SOURCE, TOKENIZER, Template(), **chosen)
+
+
+def language(made: Network) -> torch.nn.Module:
+    return torch.nn.ModuleList([made.llava.model.language_model, made.llava.lm_head])
+
+
+def test_dialogues_are_true_of_their_scenes():
+    g = rng.stream(0, "test")
+    scenes = SOURCE.scenes(50, biased=True, generator=g)
+    yes = no = 0
+    for scene, turns in zip(scenes, dialogues(scenes, SOURCE, g), strict=True):
+        assert turns[-1][1] == scene.caption
+        for prompt, answer in turns[:-1]:
+            there = prompt.split()[-2] in scene.names
+            assert answer == (YES if there else NO)
+            yes, no = yes + there, no + (not there)
+    assert yes == no > 50
+
+
+def test_answers_weigh_most_and_padding_nothing():
+    turns = [
+        [("is there a star ?", "no"), ("is there an arrow ?", "yes")],
+        [("is there a star ?", "yes")],
+    ]
+    rows = conversations(turns, TOKENIZER, Template(), contexts=["one red star .", "one moon ."])
+    weights = _weights(rows, answer_words(TOKENIZER, Template()))
+    said = torch.isin(rows.ids, torch.tensor([TOKENIZER.encode(w)[0] for w in (YES, NO)]))
+    assert (weights[said] == 5).all()
+    assert int(said.sum()) == 3
+    assert (weights[~rows.mask] == 0).all()
+    assert (weights[rows.mask & ~rows.counted] == 0.2).all()
+
+
+def test_answer_scores_read_the_last_place():
+    logits = torch.zeros(2, 3, 5)
+    logits[0, 1, 3], logits[0, 2, 3], logits[1, 2, 4] = 2.0, 9.0, 1.5
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert answer_scores(logits, mask, (3, 4)).tolist() == [2.0, -1.5]
+
+
+def test_pretraining_lowers_the_loss_and_leaves_the_projector_alone():
+    made = network()
+    projector = {n: p.clone() for n, p in made.llava.model.multi_modal_projector.named_parameters()}
+    events = list(pretrain(made, language(made), training(steps=100)))
+    losses = [float(event.note.split()[-1]) for event in events]
+    assert losses[-1] < losses[0] - 0.1
+    for name, value in made.llava.model.multi_modal_projector.named_parameters():
+        assert torch.equal(value, projector[name])
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+
+
+def test_pretraining_is_a_function_of_its_seed():
+    def weights(seed: int) -> torch.Tensor:
+        made = network()
+        list(pretrain(made, language(made), training(steps=3, seed=seed)))
+        return made.llava.lm_head.weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_an_untrained_model_answers_at_chance():
+    accuracy = question_accuracy(network(), training())
+    assert 0.4 < accuracy < 0.6
+
+
+@pytest.mark.slow
+def test_a_trained_model_answers_held_out_questions():
+    """600 steps answer most questions; an eighth of them (the control) do not."""
+    made = network(96)
+    text = training(scenes=6000, steps=600, batch=32)
+    list(pretrain(made, language(made), text))
+    assert question_accuracy(made, text) > 0.75
+    early = network(96)
+    list(pretrain(early, language(early), training(scenes=6000, steps=20, batch=32)))
+    assert question_accuracy(early, text) < 0.65
+
+
+def test_warm_up_trains_the_projector_alone():
+    made = network()
+    saved = {n: p.clone() for n, p in made.named_parameters()}
+    turns = [[("is there a star ?", YES)], [("is there a moon ?", NO)]]
+    rows = conversations(turns, TOKENIZER, Template())
+    features = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    list(warm_up(made, features, rows, steps=5, batch=2, rate=1e-2, seed=0))
+    for name, value in made.named_parameters():
+        assert torch.equal(value, saved[name]) != ("multi_modal_projector" in name), name

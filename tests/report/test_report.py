@@ -1,0 +1,154 @@
+"""The report: one offline file that holds the numbers of the record."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+
+from bilevel import recipe as recipes
+from bilevel import report, runfolder
+from bilevel.errors import RecipeError, RequirementError
+from bilevel.report.charts import charts
+from bilevel.report.history import POINTS, read
+from bilevel.report.page import _seconds
+from bilevel.sinks.jsonl import JSONLines
+from tests.sinks.test_sinks import EVENTS, STARTED, stepped, with_evidence
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
+    "0000000a49444154789c6300010000050001"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> runfolder.RunFolder:
+    text = "problem: quadratic\nname: <toy> # </script>\n".replace("<toy>", "toy")
+    recipe = recipes.loads(text)
+    folder = runfolder.create(
+        tmp_path,
+        recipe.name,
+        recipe.hash,
+        text=text,
+        resolved=recipe.dump(),
+        overrides=["seed=0"],
+        environment=runfolder.environment(),
+    )
+    receiver = JSONLines().open(folder.path, None)
+    for event in EVENTS:
+        receiver.receive(event)
+    receiver.close()
+    folder.figures.mkdir()
+    (folder.figures / "gap.png").write_bytes(PIXEL)
+    return folder
+
+
+class References(HTMLParser):
+    """Whatever a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "poster") and value:
+                self.found.append(value)
+
+
+def fetched(html: str) -> list[str]:
+    parser = References()
+    parser.feed(html)
+    return [reference for reference in parser.found if not reference.startswith("data:")]
+
+
+def test_it_is_one_file_that_fetches_nothing(run):
+    html = report.write(run).read_text()
+    assert fetched(html) == []
+    assert "vegaEmbed(" in html
+    assert fetched('<script src="https://a/b.js"></script>') == ["https://a/b.js"]
+
+
+def test_it_holds_the_numbers_of_the_record(run):
+    html = report.write(run).read_text()
+    assert "done, 6 of 6 upper steps" in html
+    assert re.search(r"<td>accuracy</td><td>0.5</td><td>1</td><td>\+0.5</td>", html)
+    assert "1,234,567 lower" in html
+    assert "Step 2: negative" in html
+    assert "data:image/png;base64,iVBORw0KGgo" in html
+    assert "quadratic (num_upper 5, num_lower 10" in html
+    found = re.search(r"const specs = (\[.*\]);\n", html)
+    assert found is not None
+    specs = json.loads(found[1])
+    values = next(iter(specs[0]["datasets"].values())) if "datasets" in specs[0] else None
+    values = values or specs[0]["data"]["values"]
+    assert [row["step"] for row in values] == [1, 3, 4, 5, 6]  # step 2 was NaN
+    assert html.count('<div id="chart') == len(specs)
+
+
+def test_an_unfinished_run_has_a_report_too(run):
+    path = run.path / "events.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    assert "not finished, 2 of 6 upper steps" in report.write(run).read_text()
+
+
+def test_a_run_without_record_is_refused(run):
+    (run.path / "events.jsonl").unlink()
+    with pytest.raises(RecipeError, match="nothing is recorded"):
+        report.write(run)
+    assert not run.report.exists()
+
+
+def test_without_the_extra_it_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setattr(report, "NEEDED", ("altair", "no_such_package"))
+    with pytest.raises(RequirementError, match=r"needs no_such_package: pip install 'bilevel\[rep"):
+        report.write(run)
+
+
+@pytest.mark.parametrize("steps", [0, 1, POINTS, POINTS + 1, 3 * POINTS])
+def test_curves_are_thinned_and_end_where_the_run_did(steps, tmp_path: Path):
+    receiver = JSONLines().open(tmp_path, None)
+    receiver.receive(STARTED)
+    for step in range(1, steps + 1):
+        receiver.receive(stepped(step, float(step)))
+    receiver.close()
+    curve = read(tmp_path).curve("upper_loss")
+    assert len(curve) <= POINTS + 1
+    assert len(curve) >= min(steps, POINTS / 2)
+    if steps:
+        assert (curve[0], curve[-1]) == ((1, 1.0), (steps, float(steps)))
+
+
+def test_curvature_is_drawn_with_a_line_at_zero_where_it_matters(tmp_path: Path):
+    pytest.importorskip("altair")
+    for name, values, rules in (("up", (1.0, 2.0), 0), ("bent", (1.0, -0.5), 1)):
+        (tmp_path / name).mkdir()
+        receiver = JSONLines().open(tmp_path / name, None)
+        receiver.receive(STARTED)
+        for step, value in enumerate(values, 1):
+            receiver.receive(with_evidence(step, curvature=value))
+        receiver.close()
+        (chart,) = [c for c in charts(read(tmp_path / name)) if c.title.startswith("Curvature")]
+        assert json.dumps(chart.spec).count('"rule"') == rules
+        assert all(f'"value": {value}' in json.dumps(chart.spec) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.00042, "0.42 ms"),
+        (0.42, "420 ms"),
+        (0.99949, "999 ms"),
+        (0.9996, "1 s"),
+        (1.51, "1.51 s"),
+        (999.4, "999 s"),
+        (999.6, "1,000 s"),
+        (12345.6, "12,346 s"),
+    ],
+)
+def test_times_are_read_without_powers_of_ten(seconds, text):
+    assert _seconds(seconds) == text

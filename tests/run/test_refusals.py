@@ -1,0 +1,139 @@
+"""Each combination that is refused before a run: with its remedy, which is then accepted."""
+
+import ast
+import inspect
+from dataclasses import replace
+
+import pytest
+
+from bilevel.errors import ProblemError
+from bilevel.estimators.aggregation import Aggregation
+from bilevel.estimators.fixed_point import FixedPoint
+from bilevel.estimators.fomaml import FOMAML
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.kkt import KKT
+from bilevel.estimators.maid import MAID
+from bilevel.estimators.regularised_gap import RegularisedGap
+from bilevel.estimators.shine import Shine
+from bilevel.estimators.single_loop import SingleLoop
+from bilevel.estimators.unroll import Unroll
+from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.proximal import Proximal
+from bilevel.run import refusals
+from bilevel.run.engine import Setup, refuse_mismatch
+from bilevel.run.upper import Upper
+from bilevel_problems.quadratic import Quadratic
+
+
+class With:
+    """The quadratic problem with more methods."""
+
+    def __init__(self, *names):
+        self._problem = Quadratic()
+        for name in names:
+            setattr(self, name, lambda *point: point[-1])
+
+    def __getattr__(self, name):
+        return getattr(self._problem, name)
+
+
+def made(problem=None, estimator=None, lower=None):
+    return Setup(
+        problem=problem or Quadratic(),
+        lower=lower or Gradient(),
+        upper=Upper(),
+        estimator=estimator or Implicit(),
+    )
+
+
+REFUSED = {
+    "no problem": (made(object()), "it has no init, upper_loss", {"problem": Quadratic()}),
+    "steps that cannot be replayed": (
+        made(estimator=Unroll(), lower=LBFGS()),
+        "use lower: gradient",
+        {"lower": Gradient()},
+    ),
+    "a problem without what the method is for": (
+        made(estimator=KKT()),
+        "add it, or use estimator: implicit",
+        {"estimator": Implicit()},
+    ),
+    "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
+    "no start to learn": (
+        made(estimator=FOMAML()),
+        "for problems that have lower_start",
+        {"problem": With("lower_start")},
+    ),
+    "x moved past its projection": (
+        made(With("project_upper"), MAID()),
+        "use estimator: implicit",
+        {"estimator": Implicit()},
+    ),
+    "y moved out of its set": (
+        made(With("project_lower"), SingleLoop()),
+        "use estimator: fixed_point, or unroll",
+        {"estimator": FixedPoint()},
+    ),
+    "a proximal map unknown": (
+        made(With("prox_lower"), Implicit(), Proximal()),
+        "use estimator: fixed_point",
+        {"estimator": FixedPoint()},
+    ),
+    "a proximal map ignored": (
+        made(With("prox_lower"), FixedPoint()),
+        "use lower: proximal",
+        {"lower": Proximal()},
+    ),
+    "constraints that nothing keeps": (
+        made(With("lower_constraints")),
+        "use lower: augmented_lagrangian, or add the projection",
+        {"lower": AugmentedLagrangian()},
+    ),
+    "y moved out of its constraints": (
+        made(With("lower_constraints"), SingleLoop(), AugmentedLagrangian()),
+        "use estimator: kkt",
+        {"estimator": KKT()},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_a_remedy_that_is_accepted(case):
+    setup, remedy, change = REFUSED[case]
+    with pytest.raises(ProblemError, match=remedy):
+        refuse_mismatch(setup)
+    refuse_mismatch(replace(setup, **change))
+
+
+def test_each_refusal_has_a_case():
+    raised = [
+        n for n in ast.walk(ast.parse(inspect.getsource(refusals))) if isinstance(n, ast.Raise)
+    ]
+    told = set()
+    for setup, _, _ in REFUSED.values():
+        with pytest.raises(ProblemError) as refused:
+            refuse_mismatch(setup)
+        told.add(refused.traceback[-1].lineno)
+    assert len(told) == len(raised)
+
+
+def test_what_knows_of_the_set_may_move_y():
+    for knows in (RegularisedGap(), Aggregation()):
+        refuse_mismatch(made(With("project_lower"), knows))
+        with pytest.raises(ProblemError, match="does not know prox_lower"):
+            refuse_mismatch(made(With("project_lower", "prox_lower"), knows, Proximal()))
+    refuse_mismatch(made(With("lower_constraints"), RegularisedGap()))
+    refuse_mismatch(made(With("lower_constraints", "project_lower")))
+
+
+def test_what_is_not_known_is_named():
+    assert refusals.unknown_to(Implicit(), With("project_lower")) == "project_lower"
+    assert refusals.unknown_to(Implicit(), With("prox_lower")) == "prox_lower"
+    assert refusals.unknown_to(Implicit(), With("lower_constraints")) == "lower_constraints"
+    assert refusals.unknown_to(KKT(), With("lower_constraints")) is None
+    assert refusals.unknown_to(Implicit(), Quadratic()) is None
+    assert refusals.unknown_to(FixedPoint(), With("project_lower", "prox_lower")) is None
+    assert refusals.unknown_to(KKT(), With("project_lower")) == "project_lower"
+    assert refusals.unknown_to(KKT(), With("project_lower", "lower_constraints")) is None
