@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field
+
+from bilevel.errors import BilevelError
 
 COMPONENT = ConfigDict(
     extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -21,10 +24,47 @@ def component(cls: type[C]) -> type[C]:
 
     The fields of a component are at once its recipe schema, its documentation and its
     defaults. Unknown or mistyped options raise `pydantic.ValidationError`, which the recipe
-    loader turns into a `RecipeError` with the line.
+    loader turns into a `RecipeError` with the line; one given by position raises `TypeError`.
     """
     decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
-    return cast("type[C]", decorate(cls))
+    made = cast("type[C]", decorate(cls))
+    made.__new__ = _by_name_only(made)
+    return made
+
+
+def _by_name_only(made: type[Any]) -> Any:
+    """A `__new__` that refuses options by position.
+
+    Pydantic's dataclass takes a field declared with `Field(...)` by position whatever `kw_only`
+    says, and writes `__init__` anew when it resolves a forward reference; `__new__` it leaves.
+    """
+    create = cast("Callable[..., Any]", made.__new__)
+
+    def __new__(cls: type[Any], *args: Any, **options: Any) -> Any:
+        if args:
+            raise TypeError(_by_position(cls, args))
+        return create(cls) if create is object.__new__ else create(cls, **options)
+
+    return __new__
+
+
+def _by_position(cls: type[Any], args: tuple[Any, ...]) -> str:
+    """What to write instead: each option that takes the value, or all options there are."""
+    known = list(cls.__pydantic_fields__)
+    fitting = [name for name in known if len(args) == 1 and _takes(cls, name, args[0])]
+    given = ", ".join(map(repr, args))
+    hint = f"its options are {', '.join(known)}" if known else "it has no options"
+    if fitting:
+        hint = "write " + " or ".join(f"{cls.__name__}({name}={given})" for name in fitting)
+    return f"{cls.__name__}({given}): options are given by name; {hint}"
+
+
+def _takes(cls: type[Any], name: str, value: Any) -> bool:
+    try:
+        cls(**{name: value})
+    except (TypeError, ValueError, BilevelError):  # pydantic's ValidationError is a ValueError
+        return False
+    return True
 
 
 @dataclass(frozen=True)

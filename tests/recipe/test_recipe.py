@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bilevel.recipe.recipe import SECTIONS
 from bilevel import recipe as recipes
 from bilevel.errors import RecipeError
 from bilevel.linear.cg import CG
 from bilevel.optimizers.differentiable import SGD
+from bilevel.recipe.recipe import SECTIONS
 from bilevel.recipe.yaml_source import override, parse, to_yaml
 
 FOLDER = Path(__file__).parents[2] / "recipes"

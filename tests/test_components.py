@@ -1,0 +1,95 @@
+"""Components: options by name, from the class itself and from classes of users."""
+
+import copy
+import inspect
+import pickle
+from typing import Annotated
+
+import pydantic
+import pytest
+from pydantic import Field
+
+from bilevel import registry
+from bilevel.components import component
+from bilevel.linear.cg import CG
+from bilevel.optimizers.differentiable import SGD, Adam
+
+REGISTERED = [(group, name) for group in registry.groups() for name in registry.names(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), REGISTERED, ids=lambda part: part)
+def test_every_registered_component_takes_its_options_by_name(group, name):
+    cls = registry.find(group, name)
+    kinds = {p.kind for p in inspect.signature(cls).parameters.values()}
+    assert kinds <= {inspect.Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}\(0\.5\): options are given by name"):
+        cls(0.5)
+
+
+def test_the_refusal_says_which_options_take_the_value():
+    with pytest.raises(TypeError) as caught:
+        CG(50)
+    hint = "write CG(iterations=50) or CG(tolerance=50)"
+    assert str(caught.value) == f"CG(50): options are given by name; {hint}"
+    with pytest.raises(TypeError, match=r"its options are iterations, tolerance$"):
+        CG(20, 1e-3)
+    with pytest.raises(TypeError, match=r"write Adam\(lr=0.1\) or Adam\(beta1=0.1\)"):
+        Adam(0.1)
+
+
+@component
+class Mine:
+    first: int = Field(default=1, ge=0)
+    second: Annotated[int, Field(ge=0)] = 2
+    third: float = Field(3.0)
+    later: "Later | None" = None
+
+
+@component
+class Child(Mine):
+    fourth: int = Field(default=4)
+
+
+SEEN = []
+
+
+@component
+class Made:
+    n: int = Field(default=1)
+
+    def __new__(cls, **options):
+        SEEN.append(options)
+        return object.__new__(cls)
+
+
+@component
+class Bare:
+    pass
+
+
+def test_so_do_components_of_users():
+    for cls in (Mine, Child, Made):
+        with pytest.raises(TypeError, match="given by name"):
+            cls(5)
+    with pytest.raises(TypeError, match=r"Bare.5.: options are given by name; it has no options"):
+        Bare(5)
+    assert Made(n=3).n == 3
+    assert SEEN[-1] == {"n": 3}
+    assert (Child(fourth=7, first=3).first, Child(fourth=7).fourth) == (3, 7)
+
+
+class Later:
+    pass
+
+
+def test_a_class_that_pydantic_completes_later_is_no_exception():
+    pydantic.dataclasses.rebuild_dataclass(Mine, force=True)
+    assert Mine(first=2, later=Later()).first == 2
+    with pytest.raises(TypeError, match="given by name"):
+        Mine(5)
+
+
+def test_what_copies_a_component_is_not_disturbed():
+    solver = CG(iterations=3)
+    assert copy.deepcopy(solver) == copy.copy(solver) == pickle.loads(pickle.dumps(solver))
+    assert pydantic.TypeAdapter(SGD).validate_python({"lr": 0.5}, strict=False) == SGD(lr=0.5)
