@@ -125,6 +125,12 @@ class Point:
     """What a quasi-Newton lower solver learned on the way to y."""
 
 
+Stopped = Literal["tolerance", "iterations", "curvature", "rounding", "stagnation", "asked"]
+"""Why a solve ended: its tolerance is met; its budget is spent; a direction has no positive
+curvature; its residual is as small as the dtype can tell; no step gains anything more; whoever
+watched it asked for the end."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """The evidence that comes with a hypergradient; None where a method has nothing to say."""
@@ -144,7 +150,10 @@ class Stats:
     condition: float | None = None
     """Estimate (a lower bound) of the condition number of A, from Ritz values."""
     converged: bool | None = None
-    """Whether the adjoint solve reached its tolerance."""
+    """Whether the solve reached its tolerance, or as much of it as the dtype allows; None where it
+    has none to reach."""
+    stopped: Stopped | None = None
+    """Why the solve ended; None where it is none, or does not say."""
     degenerate: int | None = None
     """Kinks or constraints of the lower level that are active only just, or of a wrong sign: where
     there are any, Φ may have no derivative, or y is not solved well enough to tell."""

@@ -16,18 +16,16 @@ import torch
 
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError
-from bilevel.events import Drawn, Evaluated, Event, Finished, Progress, Started, Stepped, Warned
+from bilevel.events import Drawn, Evaluated, Event, Finished, Progress, Started, Stepped
 from bilevel.functional import estimate_at
 from bilevel.problem.protocol import restart_of, structure_of
-from bilevel.run.refusals import called, caution, refuse_mismatch
+from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.setup import Setup, State, restore, start
+from bilevel.run.warnings import warn
 from bilevel.types import Counts, Estimate, Loss, LowerSolution, LowerStats, Moved, Stats
 from bilevel.unrolling.path import started
 
 __all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore", "run", "start"]
-
-LARGE = 0.1
-"""A relative residual above this is warned of."""
 
 
 def prepare(setup: Setup) -> Iterator[Event]:
@@ -128,7 +126,7 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
         hvps=stats.hvps + lower.hvps,
         cross_products=stats.cross_products,
     )
-    yield from _warnings(setup, state, estimate, solution)
+    yield from warn(setup, state, estimate, solution)
     yield Stepped(
         state.step,
         float(estimate.value),
@@ -190,87 +188,3 @@ def _moved(solution: LowerSolution, moved: Moved) -> LowerSolution:
     """What the estimator did to y; its gradients are counted with the estimate."""
     stats = LowerStats(moved.steps, 0, moved.loss, moved.gradient_norm)
     return replace(solution, y=moved.y, stats=stats)
-
-
-def _warnings(
-    setup: Setup, state: State, estimate: Estimate, solution: LowerSolution
-) -> Iterator[Warned]:
-    """What is wrong with an estimate: said the first time, counted every time."""
-    found = {**_found(setup, estimate), **_unsolved_lower(estimate, solution)}
-    for kind, message in found.items():
-        if kind not in state.warned:
-            yield Warned(state.step, kind, message)
-        state.warned[kind] = state.warned.get(kind, 0) + 1
-
-
-def _found(setup: Setup, estimate: Estimate) -> dict[str, str]:
-    stats, found = estimate.stats, {}
-    if stats.curvature is not None and stats.curvature <= 0:
-        found["curvature"] = (
-            f"the lower Hessian has curvature {stats.curvature:.3g} along a search direction: it "
-            "is not positive definite here, so the adjoint is not reliable. Take more lower "
-            "steps, or set estimator.damping above its size"
-        )
-    elif stats.degenerate:
-        found["degenerate"] = (
-            f"{stats.degenerate} of the lower level's kinks or active constraints are active only "
-            "just, or in doubt: the hypergradient is that of one side. Take more lower steps; if "
-            "it stays, Φ has no derivative here"
-        )
-    elif stats.converged is False and not (stats.residual and setup.estimator.needs.second_order):
-        found["inner solve"] = (
-            "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
-            "steps, or raise estimator.strength if the penalised problem has no minimum"
-        )
-    elif stats.converged is False and not _is_unsolved(estimate):
-        found["adjoint"] = (
-            f"the adjoint solve ended after {stats.iterations} iterations at a relative residual "
-            f"of {stats.residual:.2g}, above its tolerance; raise estimator.solver.iterations, or loosen "
-            "estimator.solver.tolerance"
-        )
-    if "curvature" not in found and _is_unsolved(estimate):
-        found["residual"] = (
-            f"the adjoint system is left with a relative residual of {stats.residual:.2g}: the part "
-            "of the hypergradient that goes through y is off by as much, or by up to the condition "
-            f"number times that; {_remedy(setup)}, or look with bilevel check how far it is off"
-        )
-    return found
-
-
-def _unsolved_lower(estimate: Estimate, solution: LowerSolution) -> dict[str, str]:
-    """A lower solve that met its tolerance, which is absolute, on a G too small for that to say much.
-
-    With ‖∇y G‖ = g and curvature c, y is off by about g / c, whatever the scale of G.
-    """
-    curvature, g = estimate.stats.curvature, solution.stats.gradient_norm
-    if not solution.stats.converged or not curvature or curvature < 0:
-        return {}
-    size = tree.norm(solution.y)
-    if g <= LARGE * curvature * size or g <= 1e-6 * curvature:
-        return {}
-    return {
-        "lower solve": f"the lower solve met its tolerance at ‖∇y G‖ = {g:.1e}, but with a curvature of "
-        f"{curvature:.1e} that leaves y off by about {g / curvature:.1e}, where its length is {size:.1e}: "
-        f"set lower.tolerance to {1e-3 * curvature * max(size, 1e-3):.0e}, or scale G up"
-    }
-
-
-def _is_unsolved(estimate: Estimate) -> bool:
-    """A large residual, whatever `converged` says, unless the error of h is known to be small.
-
-    A method that chooses its step for the accuracy that it has means to be inaccurate.
-    """
-    stats = estimate.stats
-    if stats.residual is None or stats.residual <= LARGE or estimate.step is not None:
-        return False
-    bound = stats.error_bound
-    return bound is None or bound > LARGE * tree.norm(estimate.hypergradient)
-
-
-def _remedy(setup: Setup) -> str:
-    solver = getattr(setup.estimator, "solver", None)
-    read = [name for name in ("iterations", "rank", "steps") if hasattr(solver, name)]
-    if not read:
-        return "take estimator: implicit, whose solver cg says when it has converged"
-    other = read[0] == "steps" or called(solver, "linear") == "cg"
-    return f"raise estimator.solver.{read[0]}" + ("" if other else ", or take estimator.solver: cg")

@@ -28,9 +28,8 @@ from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel.run.batches import RTOL, Sampler, glimpse
-from bilevel.run.engine import Setup, _unsolved_lower, prepare, restore, run, start
+from bilevel.run.engine import Setup, prepare, restore, run, start
 from bilevel.run.upper import Upper
-from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
 
@@ -586,15 +585,6 @@ def test_a_tolerance_that_says_nothing_at_the_scale_of_g_is_said(solver):
     assert not [e for e in run(better, start(better)) if isinstance(e, Warned)]
     plain = setup(Quadratic(), steps=2, lower=solver, estimator=Implicit())  # negative control
     assert not [e for e in run(plain, start(plain)) if isinstance(e, Warned)]
-
-
-def test_y_at_zero_is_not_called_unsolved():
-    """Its length says nothing of how far it is from a y* of zero."""
-    y, stats = {"y": torch.full((3,), 1e-14, dtype=torch.float64)}, Stats(curvature=2.0)
-    for g, said in ((1e-13, []), (1e-3, ["lower solve"])):
-        solution = LowerSolution(y, None, LowerStats(3, 3, 0.0, g, converged=True), None)
-        found = _unsolved_lower(Estimate({}, torch.zeros(()), None, stats), solution)
-        assert list(found) == said
 
 
 def test_warnings_are_counted_across_a_resume():
