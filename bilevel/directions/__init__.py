@@ -3,3 +3,16 @@
 A file is named as what it registers; `oracles` draws the gradients and products, `walk` moves
 along them. `estimators/single_loop` composes.
 """
+
+from typing import TYPE_CHECKING
+
+from bilevel.registry.exports import exports
+
+if TYPE_CHECKING:
+    from bilevel.directions.average import Average as Average
+    from bilevel.directions.plain import Plain as Plain
+    from bilevel.directions.saga import Saga as Saga
+    from bilevel.directions.spider import Spider as Spider
+    from bilevel.directions.storm import Storm as Storm
+else:
+    __getattr__, __dir__ = exports(__name__, "directions")

@@ -3,3 +3,16 @@
 `differentiable` has those whose steps autograd can differentiate, `torch_optim` all of torch's.
 No loss is evaluated here.
 """
+
+from typing import TYPE_CHECKING
+
+from bilevel.registry.exports import exports
+
+if TYPE_CHECKING:
+    from bilevel.optimizers.differentiable import SGD as SGD
+    from bilevel.optimizers.differentiable import Adam as Adam
+    from bilevel.optimizers.differentiable import AdamW as AdamW
+    from bilevel.optimizers.differentiable import RMSprop as RMSprop
+    from bilevel.optimizers.torch_optim import TorchOptimizer as TorchOptimizer
+else:
+    __getattr__, __dir__ = exports(__name__, "optimizers")

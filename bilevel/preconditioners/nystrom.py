@@ -18,7 +18,7 @@ from bilevel.types import Matvec, Params, Point, System
 
 
 @component
-class NystromPreconditioner:
+class Nystrom:
     """M⁻¹ = ℓ U Λ⁻¹ Uᵀ + (I − U Uᵀ) with A ≈ U Λ Uᵀ of rank `rank`, and ℓ its smallest eigenvalue.
 
     What is left of the condition number is about ℓ over the smallest eigenvalue of A: it helps

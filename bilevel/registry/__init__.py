@@ -1,7 +1,8 @@
 """Names of components, found without importing them. Nothing here imports torch.
 
 `entries` finds registered components and those in files; `presets` are names for a component with
-options (`presets.toml`); `source_docs` reads docstrings and options from source.
+options (`presets.toml`); `exports` offers the classes in the folder of their group, imported when
+used; `source_docs` reads docstrings and options from source.
 """
 
 from bilevel.registry.entries import (
@@ -17,6 +18,7 @@ from bilevel.registry.entries import (
     kind,
     name_of,
     names,
+    references,
     unknown,
 )
 
@@ -33,5 +35,6 @@ __all__ = [
     "kind",
     "name_of",
     "names",
+    "references",
     "unknown",
 ]

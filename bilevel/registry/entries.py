@@ -62,6 +62,11 @@ def names(group: str) -> tuple[str, ...]:
     return tuple(sorted(_points(group)))
 
 
+def references(group: str) -> dict[str, str]:
+    """What each registered name stands for, `module:Class`."""
+    return {name: point.value for name, point in _points(group).items()}
+
+
 def entries(group: str) -> tuple[Entry, ...]:
     """Every component registered in `group`, with its summary; imports none of them."""
     points = _points(group)

@@ -4,3 +4,15 @@
 cannot work together, `warnings` what a step is warned of, `engine` the loop. No file is written
 here and nothing is printed.
 """
+
+from typing import TYPE_CHECKING
+
+from bilevel.registry.exports import exports
+
+if TYPE_CHECKING:
+    from bilevel.run.setup import Setup as Setup
+    from bilevel.run.upper import Upper as Upper
+else:
+    __getattr__, __dir__ = exports(
+        __name__, also={"Setup": "bilevel.run.setup", "Upper": "bilevel.run.upper"}
+    )

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from bilevel.registry.exports import exports
+
 if TYPE_CHECKING:
     from bilevel.events import Event
+    from bilevel.sinks.figures import Figures as Figures
+    from bilevel.sinks.jsonl import JSONLines as JSONLines
+else:
+    __getattr__, __dir__ = exports(__name__, "sinks")
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from bilevel.linear.task_cg import TaskCG
 from bilevel.preconditioners.diagonal import Diagonal
 from bilevel.preconditioners.hutchinson import Hutchinson
 from bilevel.preconditioners.none import Nothing
-from bilevel.preconditioners.nystrom import NystromPreconditioner
+from bilevel.preconditioners.nystrom import Nystrom
 from bilevel.preconditioners.rebuild import RebuildRule
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.rng import stream
@@ -341,7 +341,7 @@ def test_nystrom_is_built_when_it_would_have_paid_and_is_exact_at_full_rank():
     case = closed_form(PROBLEMS[1], 0)
     made, A = seen_by(case)
     n = tree.size(case.y)
-    chosen = NystromPreconditioner(rank=n)
+    chosen = Nystrom(rank=n)
     state = chosen.init(made.at)
     inverse, state = chosen.prepare(made, state)
     assert inverse is None, "nothing spent so far"
@@ -360,10 +360,10 @@ def test_nystrom_is_built_when_it_would_have_paid_and_is_exact_at_full_rank():
 def test_nystrom_keeps_to_its_memory_and_leaves_indefinite_matrices_alone():
     case = closed_form(PROBLEMS[1], 0)
     made, _ = seen_by(case, spent=1000)
-    few = NystromPreconditioner(memory=8.0 * 40 * 5)
+    few = Nystrom(memory=8.0 * 40 * 5)
     assert few.prepare(made, few.init(made.at))[1]["U"].shape == (40, 5)
     upside = replace(made, matvec=lambda v: tree.scale(-1.0, made.matvec(v)))
-    chosen = NystromPreconditioner(rank=10)
+    chosen = Nystrom(rank=10)
     inverse, state = chosen.prepare(upside, chosen.init(made.at))
     assert inverse is None
     assert state["refused"] == 1
@@ -421,7 +421,7 @@ def test_recycled_directions_without_curvature_are_left_out(factor):
     assert float(torch.linalg.eigvalsh((M + M.T) / 2)[0]) > 0
 
 
-PRECONDITIONERS = [Nothing(), Hutchinson(), NystromPreconditioner(rank=20), Recycled()]
+PRECONDITIONERS = [Nothing(), Hutchinson(), Nystrom(rank=20), Recycled()]
 
 
 @pytest.mark.parametrize("chosen", PRECONDITIONERS, ids=lambda p: type(p).__name__)
@@ -737,7 +737,7 @@ def test_nystrom_is_built_where_A_has_less_rank_than_asked_for(seed):
     """The core matrix is then singular, and has a factor only for the shift by rounding."""
     spectrum = [0.0] * 35 + [1.0, 2.0, 3.0, 4.0, 5.0]
     matvec, A, b = system(spectrum, seed)
-    chosen = NystromPreconditioner(rank=20, seed=seed)
+    chosen = Nystrom(rank=20, seed=seed)
     made = System(matvec, b, None, None, 0.0, 1000)
     inverse, state = chosen.prepare(made, chosen.init(Point({}, b)))
     assert (state["built"], state["refused"]) == (1, 0)

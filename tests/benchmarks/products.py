@@ -25,7 +25,7 @@ from bilevel.optimizers.differentiable import Adam
 from bilevel.preconditioners.diagonal import Diagonal
 from bilevel.preconditioners.hutchinson import Hutchinson
 from bilevel.preconditioners.none import Nothing
-from bilevel.preconditioners.nystrom import NystromPreconditioner
+from bilevel.preconditioners.nystrom import Nystrom
 from bilevel.rng import Streams, stream
 from bilevel.types import Counts, Loss, Params, Point
 from bilevel_problems.logistic import Logistic
@@ -147,7 +147,7 @@ METHODS = {
     "start: linear, no preconditioner": replace(ALONE, start="linear"),
     "start: galerkin, no preconditioner": ALONE,
     "preconditioner: hutchinson": replace(ASKED, preconditioner=Hutchinson()),
-    "preconditioner: nystrom": replace(ASKED, preconditioner=NystromPreconditioner()),
+    "preconditioner: nystrom": replace(ASKED, preconditioner=Nystrom()),
     "preconditioner: diagonal": replace(ASKED, preconditioner=Diagonal()),
     "start: warm": replace(ASKED, start="warm"),
     "start: linear": replace(ASKED, start="linear"),
