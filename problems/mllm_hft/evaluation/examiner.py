@@ -26,9 +26,10 @@ from ..models.instructions import (
 from ..models.network import Network, call, chunks
 from ..models.pretrain import answer_scores, answer_words, dialogues
 from ..models.tokenizer import Tokenizer
-from ..sources.language import DESCRIBE, mentioned
+from ..sources.language import DESCRIBE
+from ..sources.mentions import Lexicon
 from ..sources.protocol import Scene, Source
-from .measures import Metrics, chair, gap, pope
+from .measures import Metrics, blind, chair, gap, pope, without_object
 from .questions import STRATEGIES, questions
 
 CHUNK = 128
@@ -41,6 +42,8 @@ class Asked(NamedTuple):
     rows: Rows
     scene: Int[Tensor, "question"]
     answers: Bool[Tensor, "question"]
+    names: tuple[str, ...]
+    """What each asks about."""
 
 
 class Embeddings(NamedTuple):
@@ -125,6 +128,7 @@ def make_exam(
             prompts([question.text for question in found], tokenizer, template),
             torch.tensor([question.scene for question in found]),
             torch.tensor([question.answer for question in found]),
+            tuple(question.name for question in found),
         )
     turns = dialogues(scenes, source, generator)
     return Exam(
@@ -204,11 +208,13 @@ class Examiner:
         return gap(*found, exam.captions.present, [scene.caption for scene in exam.scenes])
 
     def _chair(self, weights: Params, exam: Exam) -> Metrics:
-        said = [mentioned(line, self.vocabulary) for line in self.describe(weights, exam)]
-        return chair(said, [scene.names for scene in exam.scenes])
+        reader = Lexicon(self.vocabulary)
+        said = [reader.names(line) for line in self.describe(weights, exam)]
+        found = chair(said, [scene.names for scene in exam.scenes])
+        return {**found, "without_object": without_object(said)}
 
     def _pope(self, weights: Params, exam: Exam, name: str) -> Metrics:
-        rows, scene, answers = exam.asked[name]
+        rows, scene, answers, names = exam.asked[name]
         words = answer_words(self.tokenizer, self.template)
         scores = []
         for part in chunks(len(rows), 2 * CHUNK):
@@ -222,7 +228,7 @@ class Examiner:
                 features=self._move(exam.features[scene[part]]),
             )
             scores.append(answer_scores(logits, batch["mask"], words).cpu())
-        return pope(torch.cat(scores), answers)
+        return {**pope(torch.cat(scores), answers), **blind(names, answers, scene.tolist())}
 
     def _task_loss(self, parameters: Params, exam: Exam) -> float:
         total, tokens = 0.0, 0

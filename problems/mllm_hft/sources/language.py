@@ -8,12 +8,19 @@ single spaces, "." "," and "?" are tokens of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
+from .mentions import mentioned
 from .protocol import Thing
+from .words import article, plural
+
+__all__ = [
+    "DESCRIBE", "NO", "NUMBERS", "OPPOSITE", "YES", "Group", "Names", "Relation", "Statement",
+    "article", "ask_colour", "ask_object", "describe", "mentioned", "plural", "words", "write",
+]  # fmt: skip
 
 NUMBERS = ("one", "two", "three", "four", "five")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -22,7 +29,6 @@ DESCRIBE = "describe the picture :"
 YES, NO = "yes", "no"
 
 _GRAMMAR = ("a", "an", "the", "and", "is", "are", "there", "left", "right", "of", "above", "below")
-_PLURALS = {"sheep": "sheep", "fish": "fish", "mouse": "mice", "leaf": "leaves", "knife": "knives"}
 CLEAR = 0.15
 """The least distance, as a part of the picture, at which a relation is stated."""
 
@@ -83,22 +89,6 @@ def words(source: Names) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*sentence, *_GRAMMAR, *NUMBERS, *source.colours, *names)))
 
 
-def plural(name: str) -> str:
-    """The plural of an object's name."""
-    if name in _PLURALS:
-        return _PLURALS[name]
-    if name.endswith(("s", "x", "ch", "sh", "o")):
-        return name + "es"
-    if name.endswith("y") and name[-2] not in "aeiou":
-        return name[:-1] + "ies"
-    return name + "s"
-
-
-def article(name: str) -> str:
-    """ "a" or "an"."""
-    return "an" if name[0] in "aeiou" else "a"
-
-
 def ask_object(name: str) -> str:
     """The question whether an object is there."""
     return f"is there {article(name)} {name} ?"
@@ -107,12 +97,6 @@ def ask_object(name: str) -> str:
 def ask_colour(name: str, colour: str) -> str:
     """The question whether the one object of that name has that colour."""
     return f"is the {name} {colour} ?"
-
-
-def mentioned(text: str, vocabulary: Iterable[str]) -> frozenset[str]:
-    """The object names, singular or plural, that a text says."""
-    tokens = set(text.split())
-    return frozenset(name for name in vocabulary if name in tokens or plural(name) in tokens)
 
 
 def describe(things: tuple[Thing, ...], names: Sequence[str], random: Random) -> Statement:
