@@ -234,6 +234,28 @@ def test_the_readme_is_readable_at_80_columns():
     assert [line for line in lines if len(line) > 80] == []
 
 
+LONG = re.compile(r"from bilevel\.(\w+)\.\w+ import (\w[\w, ]*)")
+
+
+def long_imports(text):
+    """Names that are imported from their file where their folder offers them."""
+    found = []
+    for folder, names in LONG.findall(text):
+        offered = getattr(importlib.import_module(f"bilevel.{folder}"), "__all__", ())
+        found += [name for name in names.split(", ") if name in offered]
+    return found
+
+
+def test_pages_and_docstrings_import_as_users_do():
+    written = [*EXECUTED, *DOCS.rglob("*.py"), *(ROOT / "tests" / "third_party").rglob("*.py")]
+    found = {path.name: long_imports(path.read_text(encoding="utf-8")) for path in written}
+    for path in [*(ROOT / "bilevel").rglob("*.py"), *(ROOT / "problems").rglob("*.py")]:
+        lines = [line for line in path.read_text().splitlines() if ">>>" in line]
+        found[str(path)] = long_imports("\n".join(lines))
+    assert {path: names for path, names in found.items() if names} == {}
+    assert long_imports(">>> from bilevel.linear.cg import CG, ritz") == ["CG"]
+
+
 def test_nothing_is_left_out_without_need():
     shown = [
         command

@@ -15,9 +15,8 @@ import torch
 
 from bilevel import hypergradient, registry, rng, solve_lower, tree
 from bilevel.errors import BilevelError
-from bilevel.lower.gradient import Gradient
-from bilevel.lower.lbfgs import LBFGS
-from bilevel.optimizers.differentiable import SGD
+from bilevel.lower import LBFGS, Gradient
+from bilevel.optimizers import SGD
 from bilevel.recipe.build import build
 from bilevel.registry import presets
 from bilevel.types import Params

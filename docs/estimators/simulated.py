@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from bilevel.events import Evaluated, Stepped
-from bilevel.lower.gradient import Gradient
-from bilevel.optimizers.differentiable import SGD
+from bilevel.lower import Gradient
+from bilevel.optimizers import SGD
 from bilevel.recipe.build import build
-from bilevel.run.engine import Setup, evaluate, run, start
-from bilevel.run.upper import Upper
+from bilevel.run import Setup, Upper
+from bilevel.run.engine import evaluate, run, start
 from bilevel.types import Estimator
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from bilevel import component, tree
-from bilevel.calculus.products import gradients, linearize
-from bilevel.linear.cg import CG
+from bilevel.calculus import gradients, linearize
+from bilevel.linear import CG
 from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
 
 
