@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from bilevel.runfolder import checkpoint
+from bilevel import runfolder
+from bilevel.runfolder import checkpoint, record
+from tests.cli.commands import invoke, run, unfinished
 
 SIGNALLING = """
 import itertools, os, torch
@@ -240,3 +243,33 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
     result = bilevel("resume", run, code=2)
     assert "was changed since the run began" in result.stderr
     assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_not_resumed(runs):
+    folder = run(runs)
+    before = (folder / "events.jsonl").read_bytes()
+    result = invoke("resume", folder, code=2)
+    assert "this run is done (4 steps)" in result.stderr
+    assert (folder / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_run_without_its_environment_is_one_message(content, runs):
+    folder = unfinished(runs)
+    path = folder / "environment.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    result = invoke("resume", folder, code=1)
+    assert f"error: {path}: " in result.stderr
+    assert "put it back" in result.stderr
+
+
+def test_a_run_that_is_going_on_is_not_resumed(runs):
+    folder = run(runs)
+    path = folder / record.FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with runfolder.RunFolder(folder).lock():
+        assert re.search(r"running +4/4", invoke("runs", "--runs-dir", runs).output)
+        assert "another process is at this run" in invoke("resume", folder, code=1).stderr
+    invoke("resume", folder)

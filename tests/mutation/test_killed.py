@@ -10,7 +10,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.guards import attained
 from tests.cases import PROBLEMS, assert_close, closed_form
-from tests.linear.test_linear import log_spectrum, run_cg, system, zero
+from tests.linear.systems import log_spectrum, run_cg, system, zero
 
 # estimators/implicit.py --------------------------------------------------------------------------
 

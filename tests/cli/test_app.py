@@ -1,0 +1,99 @@
+"""The commands there are, and what they import."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer.main
+
+from bilevel.cli.app import app
+
+COMMANDS = {
+    "ls": ["KIND?"],
+    "show": ["NAME", "--resolved"],
+    "cp": ["RECIPE", "DESTINATION"],
+    "validate": ["RECIPE", "OVERRIDES?"],
+    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run"],
+    "resume": ["RUN", "--runs-dir"],
+    "check": ["RECIPE", "OVERRIDES?", "--estimators"],
+    "compare": [
+        "RECIPE",
+        "OVERRIDES?",
+        "--estimators",
+        "--with",
+        "--seeds",
+        "--budget",
+        "--runs-dir",
+    ],
+    "report": ["RUN", "--runs-dir"],
+    "runs": ["--runs-dir"],
+    "schema": [],
+    "doctor": [],
+}
+
+
+def test_commands_and_options_are_frozen():
+    """Changing this table is a decision: scripts out there depend on it."""
+    group: Any = typer.main.get_command(app)
+    got = {
+        name: [
+            param.opts[0] if param.opts[0].startswith("-") else _argument(param)
+            for param in command.params
+            if param.name != "help"
+        ]
+        for name, command in group.commands.items()
+    }
+    assert got == COMMANDS
+    top = [param.opts[0] for param in group.params if param.name not in ("help",)]
+    assert top == ["--debug", "--install-completion", "--show-completion"]
+
+
+def _argument(param) -> str:
+    return param.name.upper() + ("" if param.required else "?")
+
+
+LIGHT = [
+    ["--help"],
+    ["run", "--help"],
+    ["ls"],
+    ["ls", "recipes"],
+    ["show", "cg"],
+    ["show", "quadratic"],
+    ["show", "quadratic.yaml"],
+    ["runs", "--runs-dir", "no/such/folder"],
+]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_looking_imports_no_torch(arguments):
+    _assert_light(arguments, {})
+
+
+def test_completion_imports_no_torch():
+    environment = {
+        "_BILEVEL_COMPLETE": "complete_bash",
+        "COMP_WORDS": "bilevel run qu",
+        "COMP_CWORD": "2",
+    }
+    assert "quadratic" in _assert_light([], environment)
+
+
+def test_validating_does_import_torch():  # negative control of the two above
+    with pytest.raises(AssertionError, match="imports torch"):
+        _assert_light(["validate", "quadratic"], {})
+
+
+def _assert_light(arguments, environment) -> str:
+    code = (
+        f"import os, sys; sys.argv = ['bilevel', *{arguments!r}]; os.environ.update({environment!r})\n"
+        "from bilevel.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "print('imports torch' if 'torch' in sys.modules else 'light', file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.strip().endswith("light"), "imports torch"
+    return result.stdout

@@ -1,0 +1,150 @@
+"""Errors are one message and a code."""
+
+from pathlib import Path
+
+import pytest
+
+from bilevel.cli.app import app
+from bilevel.errors import RequirementError
+from bilevel.runfolder import record
+from tests.cli.commands import RUNNER, invoke
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "quadratc"], 2, "Did you mean 'quadratic'?"),
+        (["run", "absent/quadratic.yaml"], 2, "There is a recipe called 'quadratic'"),
+        (["run", "quadratic", "runtime.device=cuda:99"], 3, "runtime.device = 'cuda:99'"),
+        (["run", "quadratic", "estimator=unroll", "lower=newton"], 2, "cannot be replayed"),
+        (["run"], 2, "Missing argument"),
+        (["resume", "absent"], 2, "is no run"),
+        (["report", "absent"], 2, "is no run"),
+        (["check", "quadratic", "--estimators", "implict"], 2, "Did you mean 'implicit'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_message_and_a_code(arguments, code, message, runs):
+    where = ["--runs-dir", str(runs)] if arguments[0] in ("run", "resume", "report") else []
+    result = invoke(*arguments, *where, code=code)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not runs.exists()
+
+
+def test_debug_shows_the_traceback():
+    result = RUNNER.invoke(app, ["--debug", "run", "quadratc"])
+    assert type(result.exception).__name__ == "RecipeError"
+    RUNNER.invoke(app, ["ls", "sinks"])
+    assert RUNNER.invoke(app, ["run", "quadratc"]).exit_code == 2
+
+
+PROBLEM = """
+import itertools, torch
+class Mine:
+    def init(self, streams):
+        {init}
+        return {{"x": torch.ones(2)}}, {{"y": torch.ones(2)}}
+    def prepare(self):
+        {prepare}
+        yield from ()
+    def upper_loss(self, x, y, batch): return y["y"].square(){reduced}
+    def lower_loss(self, x, y, batch): return (y["y"] - x["x"]).square().sum()
+    def upper_batches(self, stream): return itertools.repeat(None)
+    def lower_batches(self, stream): return itertools.repeat(None)
+"""
+
+
+def _mine(folder: Path, init: str = "", prepare: str = "", reduced: str = ".sum()") -> Path:
+    parts = {"init": init or "pass", "prepare": prepare or "pass", "reduced": reduced}
+    (folder / "mine.py").write_text(PROBLEM.format(**parts))
+    path = folder / "mine.yaml"
+    path.write_text("problem: mine.py:Mine\nupper: {steps: 2}\n")
+    return path
+
+
+def test_a_run_refused_at_its_first_step_leaves_no_folder(tmp_path: Path, runs):
+    recipe = _mine(tmp_path, reduced="")
+    result = invoke("run", recipe, "--runs-dir", runs, code=2)
+    assert "scalar" in result.stderr
+    assert not list(runs.glob("*/*"))
+    invoke("run", _mine(tmp_path), "--runs-dir", runs)  # negative control
+    assert len(list(runs.glob("*/*"))) == 1
+
+
+@pytest.mark.parametrize("where", ["init", "prepare"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import no_such.module", "needs the module 'no_such', which is not installed"),
+        ("open('no/such/file.csv')", "needs no/such/file.csv, and there is no such file"),
+        ("raise FileNotFoundError('no data: get it')", "problem Mine: no data: get it"),
+        ("raise ModuleNotFoundError('no backend')", "problem Mine: no backend"),
+    ],
+)
+def test_what_a_problem_misses_is_one_message(where, line, message, tmp_path: Path, runs):
+    recipe = _mine(tmp_path, **{where: line})
+    result = invoke("run", recipe, "--runs-dir", runs, code=3)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(runs.glob("*/*"))
+    traced = RUNNER.invoke(app, ["--debug", "run", str(recipe), "--runs-dir", str(runs)])
+    assert isinstance(traced.exception, RequirementError)
+    assert isinstance(traced.exception.__cause__, (ModuleNotFoundError, FileNotFoundError))
+    RUNNER.invoke(app, ["ls", "sinks"])
+
+
+@pytest.mark.parametrize("where", ["init", "prepare"])
+def test_check_says_what_a_problem_misses_as_run_does(where, tmp_path: Path, runs):
+    recipe = _mine(tmp_path, **{where: "import no_such.module"})
+    asked = ["check", recipe, "--estimators", "implicit"]
+    checked, ran = (
+        invoke(*command, code=3) for command in (asked, ["run", recipe, "--runs-dir", runs])
+    )
+    assert checked.stderr == ran.stderr
+    assert "pip install no_such" in checked.stderr
+    invoke("check", _mine(tmp_path), "--estimators", "implicit")  # negative control
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_another_error_of_a_problem_keeps_its_traceback(command, tmp_path: Path, runs):
+    recipe = _mine(tmp_path, init="raise ZeroDivisionError('mine')")
+    where = ["--runs-dir", str(runs)] if command == "run" else []
+    result = RUNNER.invoke(app, [command, str(recipe), *where])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("step", "raised", "kept"),
+    [
+        (1, "ZeroDivisionError('mine')", False),  # there is nothing to go on from
+        (1, "__import__('bilevel').errors.ConvergenceError('diverged')", True),  # a result
+        (1, "OSError('disk')", True),  # the machine's, and may pass
+        (2, "ZeroDivisionError('mine')", True),  # a step is on record
+    ],
+)
+def test_an_error_before_the_first_step_is_done_leaves_no_folder(
+    step, raised, kept, tmp_path: Path, runs
+):
+    recipe, path = _mine(tmp_path), tmp_path / "mine.py"
+    text = path.read_text().replace(
+        "upper_batches(self, stream): return itertools.repeat(None)", BATCHES
+    )
+    fails = f"if int(batch) == {step}: raise {raised}"
+    path.write_text(text.replace("batch): return y", f"batch):\n        {fails}\n        return y"))
+    result = RUNNER.invoke(app, ["run", str(recipe), "--runs-dir", str(runs)])
+    assert result.exit_code
+    folders = list(runs.glob("*/*"))
+    assert bool(folders) is kept
+    if step == 2:
+        assert [e["step"] for e in record.read(folders[0]) if e["event"] == "stepped"] == [1]
+
+
+BATCHES = "upper_batches(self, stream): return map(torch.tensor, itertools.count(1))"
+
+
+def test_a_run_that_diverges_exits_with_its_own_code(runs):
+    overrides = ["lower.optimizer.lr=1e200", "upper.steps=4"]
+    result = invoke("run", "quadratic", *overrides, "--runs-dir", runs, code=5)
+    assert "step 1" in result.stderr
+    assert "Traceback" not in result.stderr

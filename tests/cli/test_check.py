@@ -1,0 +1,78 @@
+"""`check`: a row for each estimator, and when it fails."""
+
+import re
+from pathlib import Path
+
+from bilevel.errors import RequirementError
+from bilevel.estimators import betty
+from tests.cli.commands import invoke
+
+
+def test_check_shows_a_row_for_each_estimator():
+    text = invoke("check", "quadratic").output
+    assert "reference: closed form" in text
+    for name in ("implicit", "none", "one_step", "unroll"):
+        verdict = "exact" if name == "implicit" else "as claimed"
+        assert re.search(rf"^{name} .* {verdict}", text, re.MULTILINE)
+    only = invoke("check", "quadratic", "--estimators", "implicit,none").output
+    assert "unroll" not in only
+    assert max(map(len, text.splitlines())) <= 80
+
+
+WRONG = """
+from bilevel import tree
+from bilevel.estimators.implicit import Implicit
+from dataclasses import replace
+class Wrong:
+    claim = "solution"
+    needs = Implicit().needs
+    def init(self, at): return Implicit().init(at)
+    def estimate(self, losses, at, state):
+        got = Implicit().estimate(losses, at, state)
+        return replace(got, hypergradient=tree.scale(1.01, got.hypergradient))
+"""
+
+
+def test_check_says_which_are_exact_only_once_settled():
+    text = " ".join(invoke("check", "quadratic", "--estimators", "implicit,lancbio").output.split())
+    assert re.search(r"lancbio 4.\de-01 .* exact ", text)
+    assert "lancbio: exact with all inner solves" in text
+    assert "implicit, lancbio: exact with" not in text  # it is 2.5e-02 off
+
+
+def test_one_that_is_not_installed_costs_the_others_nothing(monkeypatch):
+    def absent():
+        raise RequirementError("betty-ml is not installed")
+
+    monkeypatch.setattr(betty, "require", absent)
+    result = invoke("check", "quadratic", "--estimators", "none,betty:neumann", code=3)
+    assert re.search(r"^none .* as claimed", result.output, re.MULTILINE)
+    assert re.search(r"^betty:neumann .* untested", result.output, re.MULTILINE)
+    assert "betty:neumann: betty-ml is not installed" in result.output
+    assert "betty:neumann: not tested" in result.stderr
+    alone = invoke("check", "quadratic", "--estimators", "betty:neumann", code=3)
+    assert "betty-ml is not installed" in alone.stderr
+    assert "betty-ml  is not installed" in invoke("doctor").output.replace("betty-ml is", "is")
+
+
+def test_a_preset_that_is_not_there_is_no_class_of_that_module():
+    got = invoke("check", "quadratic", "--estimators", "betty:neuman", code=2).stderr
+    assert "unknown estimator. Did you mean 'betty:neumann'" in got
+    assert "site-packages" not in invoke("run", "quadratic", "estimator=betty:bogus", code=2).stderr
+
+
+def test_a_wrong_estimator_fails_the_check(tmp_path: Path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    path = tmp_path / "wrong.yaml"
+    path.write_text("problem: quadratic\nestimator: wrong.py:Wrong\n")
+    result = invoke("check", path, code=4)
+    assert re.search(r"wrong *$", result.output, re.MULTILINE)
+    assert "not the hypergradient that is claimed" in result.stderr
+
+
+def test_one_that_was_asked_for_and_cannot_work_fails_the_check():
+    result = invoke("check", "quadratic", "--estimators", "implicit,kkt", code=4)
+    assert re.search(r"^kkt .* refused", result.output, re.MULTILINE)
+    assert "lower_constraints" in result.output
+    assert "kkt: cannot work on this problem" in result.stderr
+    invoke("check", "quadratic", "--estimators", "implicit")  # negative control

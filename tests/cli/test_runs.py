@@ -1,0 +1,37 @@
+"""`runs`: what became of them, damaged ones too."""
+
+import importlib.util
+import re
+
+from bilevel.runfolder import record
+from tests.cli.commands import invoke, run, unfinished
+
+
+def test_runs_lists_what_became_of_them(runs):
+    assert "No runs in" in invoke("runs", "--runs-dir", runs).output
+    folder = run(runs)
+    text = invoke("runs", "--runs-dir", runs).output
+    assert re.search(rf"quadratic/{folder.name} +done +4/4 +implicit +\S+e", text)
+
+
+def test_runs_say_which_estimator_and_which_y(runs):
+    run(runs, "estimator=bome")
+    run(runs, "estimator=betty:neumann") if importlib.util.find_spec("betty") else None
+    text = " ".join(invoke("runs", "--runs-dir", runs).output.split())
+    assert re.search(r"done 4/4 bome \d", text)
+    assert "F at the y of the run itself" in text
+
+
+def test_a_damaged_record_is_one_message_and_hides_no_other_run(runs):
+    whole, folder = run(runs), unfinished(runs)
+    path = folder / record.FILE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "{torn\n", *lines[3:]]))
+    assert f"error: {path}:3: " in invoke("resume", folder, code=1).stderr
+    text = invoke("runs", "--runs-dir", runs).output
+    assert re.search(rf"{whole.name} +done", text)
+    assert re.search(rf"{folder.name} +stopped", text)
+    path.write_text("".join([*lines[:-1], "{torn\n"]))
+    assert re.search(rf"{folder.name} +damaged", invoke("runs", "--runs-dir", runs).output)
+    path.write_text("".join(lines))
+    invoke("resume", folder)

@@ -1,0 +1,26 @@
+"""`validate`: every error with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from bilevel import recipe as recipes
+from bilevel.cli.names import shipped
+from tests.cli.commands import invoke
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_recipes_are_right(name):
+    assert "right (hash" in invoke("validate", name).output
+    assert "right (hash" in invoke("validate", shipped()[name]).output
+    recipe = recipes.load(shipped()[name])
+    assert recipes.loads(recipe.dump()) == recipe
+
+
+def test_validate_shows_every_error_with_its_line(tmp_path: Path):
+    path = tmp_path / "my.yaml"
+    path.write_text("problem: quadratic\nupper:\n  stpes: 3\nseed: -1\n")
+    text = invoke("validate", path, "estimator.damping=-1", code=2).stderr
+    assert f"{path}:3: upper.stpes: unknown key. Did you mean 'steps'?" in text
+    assert f"{path}:4: seed = -1; must be an integer ≥ 0" in text
+    assert "override 'estimator.damping=-1': estimator.damping = -1; must be ≥ 0" in text
