@@ -1,15 +1,28 @@
 """The table of warnings: what makes each line hold, and what keeps it back."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bilevel import tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.unroll import Unroll
+from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
+from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.lower.gradient import Gradient
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.optimizers.differentiable import SGD
+from bilevel.run.engine import restore, run, start
 from bilevel.run.warnings import TABLE, Step, found
 from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
+from bilevel_problems.quadratic import Quadratic
+from tests.run.setups import setup
 
 RIGHT = Stats(residual=1e-8, curvature=1.0, converged=True, stopped="tolerance")
 SHORT = replace(RIGHT, residual=1e-3, converged=False)
@@ -81,3 +94,103 @@ def test_y_at_zero_is_not_called_unsolved(g, said):
     near = step(replace(RIGHT, curvature=2.0), Implicit(solver=CG()), gradient_norm=g)
     zero = replace(near.lower, y={"y": torch.full((3,), 1e-14, dtype=torch.float64)})
     assert list(found(replace(near, lower=zero))) == said
+
+
+def test_negative_curvature_and_truncation_are_said_once():
+    class Saddle(Quadratic):
+        def lower_loss(self, x, y, batch):
+            return super().lower_loss(x, y, batch) - 2 * y["y"][0] ** 2
+
+    s = setup(Saddle(), lower=Gradient(steps=1, optimizer=SGD(lr=1e-3)), steps=4)
+    warned = [e for e in run(s, start(s)) if isinstance(e, Warned)]
+    assert [w.kind for w in warned] == ["curvature"]
+    assert "damping" in warned[0].message
+    s = setup(steps=4, estimator=Implicit(solver=CG(iterations=7)))
+    warned = [e for e in run(s, start(s)) if isinstance(e, Warned)]
+    assert [w.kind for w in warned] == ["adjoint"]
+    s = setup(steps=4, estimator=Implicit(solver=CG(iterations=99)))
+    assert not [e for e in run(s, start(s)) if isinstance(e, Warned)]
+
+
+def test_a_projection_below_is_cautioned_about():
+    class Boxed(Quadratic):
+        def project_lower(self, y):
+            return y
+
+    s = setup(Boxed(), steps=1)
+    assert "projection" in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]
+    s = setup(Boxed(), Unroll(), steps=1)
+    assert "projection" not in [e.kind for e in run(s, start(s)) if isinstance(e, Warned)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "remedy"),
+    [
+        (Neumann(iterations=2), "raise estimator.solver.iterations, or take estimator.solver: cg"),
+        (Nystrom(rank=1), "raise estimator.solver.rank, or take estimator.solver: cg"),
+        (CG(iterations=1, tolerance=0.9), "raise estimator.solver.iterations, or look"),
+    ],
+    ids=repr,
+)
+def test_a_large_residual_is_said_whatever_converged_says(solver, remedy):
+    """Once, with what it means and what helps, and counted at each step."""
+    s = setup(steps=3, estimator=Implicit(solver=solver, start="cold"))
+    events = list(run(s, start(s)))
+    residuals = [e.estimate.residual for e in events if isinstance(e, Stepped)]
+    assert min(residuals) > 0.1
+    assert {e.estimate.converged for e in events if isinstance(e, Stepped)} <= {None, True}
+    (warned,) = [e for e in events if isinstance(e, Warned)]
+    assert (warned.step, warned.kind) == (1, "residual")
+    assert remedy in warned.message
+    assert f"{residuals[0]:.2g}" in warned.message
+    assert events[-1].warned == {"residual": 3}
+
+
+def test_a_small_residual_or_a_small_bound_is_not_warned_of():
+    s = setup(steps=3, estimator=Implicit(solver=Neumann(iterations=500, scale=0.5)))
+    events = list(run(s, start(s)))
+    assert not [e for e in events if isinstance(e, Warned)]
+    assert events[-1].warned == {}
+    bounds = {"strong_convexity": 0.1, "cross_norm": 1e-6}  # as if x hardly moved y
+    s = setup(steps=1, estimator=Implicit(solver=CG(iterations=1, tolerance=0.9), **bounds))
+    events = list(run(s, start(s)))
+    assert [e.estimate.residual > 0.1 for e in events if isinstance(e, Stepped)] == [True]
+    assert not [e for e in events if isinstance(e, Warned)]
+
+
+class Scaled(Quadratic):
+    """G times a constant: another G with the same y*, the same hypergradient."""
+
+    def lower_loss(self, x, y, batch):
+        return SCALE * super().lower_loss(x, y, batch)
+
+
+SCALE = 1e-12
+
+
+@pytest.mark.parametrize("solver", [Newton(), LBFGS()], ids=repr)
+def test_a_tolerance_that_says_nothing_at_the_scale_of_g_is_said(solver):
+    """‖∇y G‖ ≤ 1e-10 is met at the start, where y is nowhere near y*."""
+    s = setup(Scaled(), steps=2, lower=solver, estimator=Implicit())
+    state = start(s)
+    events = list(run(s, state))
+    assert [e.lower.converged for e in events if isinstance(e, Stepped)] == [True, True]
+    assert tree.norm(tree.sub(state.y, s.problem.lower_solution(state.x))) > 0.1
+    (warned,) = [e for e in events if isinstance(e, Warned)]
+    assert warned.kind == "lower solve"
+    asked = float(re.search(r"set lower\.tolerance to (\S+),", warned.message).group(1))
+    better = setup(Scaled(), steps=2, lower=replace(solver, tolerance=asked), estimator=Implicit())
+    assert not [e for e in run(better, start(better)) if isinstance(e, Warned)]
+    plain = setup(Quadratic(), steps=2, lower=solver, estimator=Implicit())  # negative control
+    assert not [e for e in run(plain, start(plain)) if isinstance(e, Warned)]
+
+
+def test_warnings_are_counted_across_a_resume():
+    s = setup(steps=4, estimator=Implicit(solver=Neumann(iterations=2)))
+    state = start(s)
+    for event in run(s, state):
+        if isinstance(event, Stepped) and event.step == 2:
+            break
+    events = list(run(s, restore(s, state.save())))
+    assert not [e for e in events if isinstance(e, Warned)]
+    assert events[-1].warned == {"residual": 4}
