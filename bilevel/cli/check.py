@@ -16,9 +16,9 @@ from bilevel.cli.names import locate
 from bilevel.errors import CheckError, RequirementError
 from bilevel.events import Progress
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.build import build
 from bilevel.recipe.recipe import Recipe
 from bilevel.registry import presets
+from bilevel.registry.build import build
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.testing import CheckRow
 from bilevel.types import Estimator, Stats

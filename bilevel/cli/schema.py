@@ -12,7 +12,9 @@ import pydantic
 from bilevel import registry
 from bilevel.components import COMPONENT
 from bilevel.errors import BilevelError
-from bilevel.recipe.fields import (
+from bilevel.recipe.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
+from bilevel.registry import presets
+from bilevel.registry.fields import (
     NOTHING,
     Field,
     describe,
@@ -21,8 +23,6 @@ from bilevel.recipe.fields import (
     open_annotation,
     plain,
 )
-from bilevel.recipe.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
-from bilevel.registry import presets
 from bilevel.registry.presets import Preset
 from bilevel.registry.source_docs import outline_of
 from bilevel.run.upper import Upper

@@ -1,8 +1,8 @@
 """From YAML to the parts of a run. At package level nothing here imports torch.
 
-`yaml_source` reads text and overrides; `diagnostics` collects all that is wrong with them; `fields`
-and `build` make components of plain data; `recipe` is the checked whole; `assemble` puts a run
-together, the only place that does. Nothing here runs anything.
+`yaml_source` reads text and overrides; `recipe` is the checked whole, its components made by
+`registry.build`; `assemble` puts a run together, the only place that does. Nothing here runs
+anything.
 """
 
 from importlib import import_module

@@ -20,9 +20,9 @@ from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RecipeError
 from bilevel.problem.protocol import Problem
-from bilevel.recipe.build import Builder, Built
-from bilevel.recipe.diagnostics import Complaints, Where
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
+from bilevel.registry.build import Builder, Built
+from bilevel.registry.diagnostics import Complaints, Where
 from bilevel.run.upper import Upper
 from bilevel.sinks import Sink
 from bilevel.types import Estimator, LowerSolver

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from bilevel.errors import RecipeError
-from bilevel.recipe.diagnostics import Complaints, Origin, Where
+from bilevel.registry.diagnostics import Complaints, Origin, Where
 
 _AFTER_THE_FILE = 10**9
 

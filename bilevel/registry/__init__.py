@@ -1,8 +1,9 @@
-"""Names of components, found without importing them. Nothing here imports torch.
+"""Names of components, found without importing them, and components made of names and options.
 
 `entries` finds registered components and those in files; `presets` are names for a component with
 options (`presets.toml`); `exports` offers the classes in the folder of their group, imported when
-used; `source_docs` reads docstrings and options from source.
+used; `source_docs` reads docstrings and options from source. `fields` and `build` make components
+of plain data, `diagnostics` collects all that is wrong with it. Nothing here imports torch.
 """
 
 from bilevel.registry.entries import (

@@ -17,8 +17,8 @@ from bilevel import hypergradient, registry, rng, solve_lower, tree
 from bilevel.errors import BilevelError
 from bilevel.lower import LBFGS, Gradient
 from bilevel.optimizers import SGD
-from bilevel.recipe.build import build
 from bilevel.registry import presets
+from bilevel.registry.build import build
 from bilevel.types import Params
 from bilevel_problems.quadratic import Quadratic
 

@@ -7,7 +7,7 @@ import torch
 from bilevel.events import Evaluated, Stepped
 from bilevel.lower import Gradient
 from bilevel.optimizers import SGD
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run import Setup, Upper
 from bilevel.run.engine import evaluate, run, start
 from bilevel.types import Estimator

@@ -16,7 +16,7 @@ import torch
 from bilevel import rng, tree
 from bilevel.directions.plain import Plain
 from bilevel.directions.storm import Storm
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.benchmarks.expected import (
     BOTH,

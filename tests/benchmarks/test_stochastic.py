@@ -13,7 +13,7 @@ import torch
 from bilevel.events import Evaluated, Stepped
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic

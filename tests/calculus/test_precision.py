@@ -12,8 +12,8 @@ from bilevel.calculus import precision
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.lower.gradient import Gradient
-from bilevel.recipe.build import build
 from bilevel.registry import presets
+from bilevel.registry.build import build
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper

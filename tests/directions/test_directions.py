@@ -9,7 +9,7 @@ from bilevel.directions.draw import Draw
 from bilevel.directions.saga import Saga
 from bilevel.directions.spider import Spider
 from bilevel.directions.storm import Storm
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 
 
 def vector(*values):

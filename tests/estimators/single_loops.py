@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from bilevel import rng
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from tests.cases import ask_drawing
 
 N, M = 3, 2  # blocks of G, of F

@@ -17,7 +17,7 @@ from bilevel.events import Warned
 from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper

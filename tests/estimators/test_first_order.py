@@ -11,8 +11,8 @@ from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.recipe.build import build
 from bilevel.registry import presets
+from bilevel.registry.build import build
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
 from tests.estimators.shared import OnceOnly

@@ -11,7 +11,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.learned_start import LearnedStart
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
 from bilevel.testing import check

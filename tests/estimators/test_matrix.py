@@ -29,8 +29,8 @@ from bilevel.linear.dense import Dense, matrix
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.build import build
 from bilevel.registry import presets
+from bilevel.registry.build import build
 from bilevel.run import refusals
 from bilevel.testing import CheckRow, Scene, check
 from bilevel.testing.grounds import Grounds

@@ -15,7 +15,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.learned_start import LearnedStart
 from bilevel.problem.over_tasks import OverTasks
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.rng import Streams, stream
 from tests.cases import assert_close, relative
 from tests.estimators.starts import LR, STARTS, K, Sine, X, ask, lower, solved, upper

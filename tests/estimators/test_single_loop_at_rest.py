@@ -14,7 +14,7 @@ from bilevel.directions.storm import Storm
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run.engine import Setup, restore, run, start
 from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check, check_estimator

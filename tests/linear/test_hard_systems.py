@@ -21,7 +21,7 @@ from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.task_cg import TaskCG
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from tests.hard import LARGE, System, contraction, singular, spread, symmetric, vector
 
 EPS = torch.finfo(torch.float64).eps

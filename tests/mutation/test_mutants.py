@@ -9,7 +9,7 @@ import pytest
 
 from bilevel import calculus, registry, tree
 from bilevel.errors import RequirementError
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from tests.mutation.held import CLAIMS_NOTHING, LEFT_OUT, first_complaint
 
 NAMES = [name for name in registry.names("estimators") if name not in LEFT_OUT]

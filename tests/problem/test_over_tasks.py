@@ -20,7 +20,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.problem.over_tasks import OverTasks, at, stack
-from bilevel.recipe import build
+from bilevel.registry import build
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel.run.engine import Setup

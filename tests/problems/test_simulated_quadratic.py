@@ -8,7 +8,7 @@ from bilevel import rng, tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check

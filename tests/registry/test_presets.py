@@ -8,8 +8,8 @@ from bilevel import recipe, registry
 from bilevel.cli.schema import recipe_schema
 from bilevel.errors import RecipeError, RequirementError
 from bilevel.estimators.one_step import OneStep
-from bilevel.recipe.build import build
 from bilevel.registry import presets
+from bilevel.registry.build import build
 
 ALL = [(group, preset) for group in registry.groups() for preset in presets.of(group).values()]
 

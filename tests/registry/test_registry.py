@@ -12,8 +12,8 @@ from bilevel.errors import RecipeError, RequirementError
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.optimizers.differentiable import SGD, Adam
-from bilevel.recipe.build import build
 from bilevel.registry import source_docs
+from bilevel.registry.build import build
 
 TOYS = '''
 from __future__ import annotations

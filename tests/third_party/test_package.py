@@ -59,7 +59,7 @@ def rows(shown: str, name: str) -> list[str]:
 
 
 CHECKS = """
-from bilevel.recipe.build import build
+from bilevel.registry.build import build
 from bilevel.testing import check_estimator, check_problem
 
 check_estimator(build("estimators", "response"))

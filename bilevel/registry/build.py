@@ -19,9 +19,16 @@ import pydantic
 from bilevel import registry
 from bilevel.components import COMPONENT, Slot
 from bilevel.errors import BilevelError, RecipeError, RequirementError
-from bilevel.recipe.diagnostics import Complaints, Where
-from bilevel.recipe.fields import Field, content_of, describe, fields_of, open_annotation, readable
 from bilevel.registry import presets
+from bilevel.registry.diagnostics import Complaints, Where
+from bilevel.registry.fields import (
+    Field,
+    content_of,
+    describe,
+    fields_of,
+    open_annotation,
+    readable,
+)
 
 
 @dataclass(frozen=True)
