@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .evaluation.examiner import Captions
+from .models import pictures
 from .models.instructions import Rows
+from .models.pictures import Pictures
 
 Batch = dict[str, Tensor]
 
@@ -20,21 +21,21 @@ Batch = dict[str, Tensor]
 class Data:
     """A split that batches are drawn from."""
 
-    features: Float[Tensor, "scene patch feature"]
+    pictures: Pictures
     dialogues: Rows
     captions: Captions
 
 
 def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     """Pictures and conversations about them."""
-    index = torch.randint(len(data.features), (size,), generator=stream)
-    return {"features": data.features[index], **data.dialogues.take(index)}
+    index = torch.randint(len(data.pictures), (size,), generator=stream)
+    return {**data.pictures.take(index), **data.dialogues.take(index)}
 
 
 def contrast_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     """Pictures, each with its caption and hallucinated captions."""
-    index = torch.randint(len(data.features), (size,), generator=stream)
-    return {"features": data.features[index], **data.captions.take(index)}
+    index = torch.randint(len(data.pictures), (size,), generator=stream)
+    return {**data.pictures.take(index), **data.captions.take(index)}
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -44,4 +45,5 @@ def joined(batches: Sequence[Batch]) -> Batch:
         name: torch.cat([pad(batch[name], (0, width - batch[name].shape[1])) for batch in batches])
         for name in ("ids", "mask", "counted")
     }
-    return {"features": torch.cat([batch["features"] for batch in batches]), **rows}
+    prefix = torch.cat([batch["prefix"] for batch in batches])
+    return {**pictures.joined(batches), **rows, "prefix": prefix}

@@ -106,14 +106,19 @@ def split(parameters: Params) -> tuple[Params, Params]:
 def task(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
     """L_T on a batch of conversations about pictures."""
     weights, _ = split(parameters)
-    inputs = {name: batch[name] for name in ("ids", "mask", "features")}
+    inputs = {name: batch[name] for name in ("ids", "mask", "prefix")} | seen(batch)
     return task_loss(call(network, weights, "logits", **inputs), batch["ids"], batch["counted"])
+
+
+def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch says what its pictures are."""
+    return {name: batch[name] for name in ("features", "layout", "grid") if name in batch}
 
 
 def contrast(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
     """L_C on a batch of pictures, each with its caption (first) and hallucinated captions."""
     weights, scalars = split(parameters)
-    image = call(network, weights, "image", features=batch["features"])
+    image = call(network, weights, "image", **seen(batch))
     pairs, lines, _ = batch["ids"].shape
     text = call(
         network, weights, "text", ids=batch["ids"].flatten(0, 1), mask=batch["mask"].flatten(0, 1)

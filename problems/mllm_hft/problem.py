@@ -36,9 +36,10 @@ from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
+from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.instructions import conversations
-from .models.network import Backbone, Opened, parameters, start_lora
+from .models.network import Backbone, Opened, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
 from .sources.protocol import Corpus, Encoder, Scene, Source
@@ -141,7 +142,7 @@ class HierarchicalFineTuning:
         """Move the frozen model, and what losses compare with."""
         held = self._held
         held.device, held.dtype = torch.device(device), dtype
-        held.opened.network.to(held.device, dtype)
+        held.opened.network.place(held.device, dtype)
         held.reference = tree.to(held.reference, held.device, dtype)
         held.constants = tree.to(held.constants, held.device, dtype)
 
@@ -241,11 +242,10 @@ class HierarchicalFineTuning:
     def _start(self, held: Held, stream: torch.Generator | None) -> tuple[Params, Params]:
         """x and y to start from; without a stream LoRA is zero, which is the same function."""
         network = held.opened.network
-        lora = parameters(network, "lora")
         parts: dict[str, Params] = {
             "projector": parameters(network, "projector"),
             "heads": parameters(network, "heads"),
-            "lora": start_lora(network, stream) if stream else tree.zeros_like(lora),
+            "lora": start_lora(network, stream),
             **{name: {name: value} for name, value in held.constants.items()},
         }
         x = {n: v for part in self._form.upper for n, v in parts[part].items()}
@@ -261,20 +261,20 @@ class HierarchicalFineTuning:
     ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
         yield Progress("pictures", 0, None, f"{size} for {split}")
         corpus = self._corpus(split, size, biased=biased)
-        features = yield from opened.encode(corpus)
+        pictures = yield from opened.encode(corpus)
         stream = rng.stream(self.seed, f"dialogues.{split}")
         turns = dialogues(corpus.scenes, self.source, stream)
         rows = conversations(turns, opened.tokenizer, opened.template)
         lines = captions(corpus.scenes, self.source, opened.tokenizer)
-        return Data(features, rows, lines), corpus.scenes
+        return Data(pictures, rows, lines), corpus.scenes
 
     def _exam(self, opened: Opened, training: tuple[Scene, ...]) -> Generator[Progress, None, Exam]:
         yield Progress("pictures", 0, None, f"{self.test} for {self.split}")
         corpus = self._corpus(self.split, self.test, biased=False)
-        features = yield from opened.encode(corpus)
+        pictures = yield from opened.encode(corpus)
         return make_exam(
             corpus.scenes,
-            features,
+            pictures,
             self.source,
             opened.tokenizer,
             opened.template,
@@ -285,14 +285,14 @@ class HierarchicalFineTuning:
 
     def _warm_up(self, opened: Opened, train: Data) -> Generator[Progress, None, None]:
         """Stage 1, cached; sets the network's projector."""
-        projector = opened.network.llava.model.multi_modal_projector
+        projector = opened.network.projector
         # A copy: training writes into these tensors, and the key is hashed again when it is kept.
         start = tree.clone(parameters(opened.network, "projector"))
 
         def make() -> Generator[Progress, None, Tensors]:
             yield from warm_up(
                 opened.network,
-                train.features,
+                train.pictures,
                 train.dialogues,
                 steps=self.warm_up,
                 batch=self.lower_batch,
@@ -306,7 +306,7 @@ class HierarchicalFineTuning:
             "version": VERSION,
             "start": start,
             "model": frozen,
-            "features": train.features,
+            "pictures": train.pictures,
             "dialogues": train.dialogues,
             "steps": self.warm_up,
             "batch": self.lower_batch,

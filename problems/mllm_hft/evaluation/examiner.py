@@ -18,14 +18,16 @@ from bilevel.types import Params
 from ..formulations import split, task
 from ..models.instructions import (
     Rows,
-    Template,
     conversations,
+    prompt_ids,
     prompts,
     texts,
 )
 from ..models.network import Network, call, chunks
+from ..models.pictures import Pictures
 from ..models.pretrain import answer_scores, answer_words, dialogues
-from ..models.tokenizer import Tokenizer
+from ..models.template import Template
+from ..models.tokenizer import Tokenizer, until_end
 from ..sources.language import DESCRIBE
 from ..sources.mentions import Lexicon
 from ..sources.protocol import Scene, Source
@@ -96,7 +98,7 @@ class Exam:
     """A split with everything that is asked about it."""
 
     scenes: tuple[Scene, ...]
-    features: Float[Tensor, "scene patch feature"]
+    pictures: Pictures
     dialogues: Rows
     asked: Mapping[str, Asked]
     captions: Captions
@@ -104,7 +106,7 @@ class Exam:
 
 def make_exam(
     scenes: tuple[Scene, ...],
-    features: Tensor,
+    pictures: Pictures,
     source: Source,
     tokenizer: Tokenizer,
     template: Template,
@@ -133,7 +135,7 @@ def make_exam(
     turns = dialogues(scenes, source, generator)
     return Exam(
         scenes,
-        features,
+        pictures,
         conversations(turns, tokenizer, template),
         asked,
         captions(scenes, source, tokenizer),
@@ -177,7 +179,7 @@ class Examiner:
         found = []
         for part in chunks(len(exam.scenes), CHUNK):
             lines = self._move(exam.captions.take(part))
-            image = call(self.network, weights, "image", features=self._move(exam.features[part]))
+            image = call(self.network, weights, "image", **self._move(exam.pictures.take(part)))
             flat = {name: lines[name].flatten(0, 1) for name in ("ids", "mask")}
             text = call(self.network, weights, "text", **flat).unflatten(0, lines["ids"].shape[:2])
             found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
@@ -185,23 +187,23 @@ class Examiner:
 
     def describe(self, weights: Params, exam: Exam) -> list[str]:
         """Greedy captions."""
-        asked = self.tokenizer.encode(self.template.prompt(DESCRIBE, first=True))
+        asked = prompt_ids(DESCRIBE, self.tokenizer, self.template)
         lines = []
         for part in chunks(len(exam.scenes), CHUNK):
             tokens = call(
                 self.network,
                 weights,
                 "captions",
-                features=self._move(exam.features[part]),
                 ids=torch.tensor(asked, device=self.device),
                 length=CAPTION_TOKENS,
+                **self._move(exam.pictures.take(part)),
             )
             lines += [self._until_end(row) for row in tokens.tolist()]
         return lines
 
     def _until_end(self, ids: list[int]) -> str:
-        stop = ids.index(self.tokenizer.end) if self.tokenizer.end in ids else len(ids)
-        return self.tokenizer.decode(ids[:stop])
+        said, _ = until_end(ids, self.tokenizer.ends)
+        return self.tokenizer.decode(said)
 
     def _gap(self, parameters: Params, exam: Exam) -> Metrics:
         found = self.embed(parameters, exam)
@@ -225,7 +227,8 @@ class Examiner:
                 "logits",
                 ids=batch["ids"],
                 mask=batch["mask"],
-                features=self._move(exam.features[scene[part]]),
+                prefix=batch["prefix"],
+                **self._move(exam.pictures.take(scene[part])),
             )
             scores.append(answer_scores(logits, batch["mask"], words).cpu())
         return {**pope(torch.cat(scores), answers), **blind(names, answers, scene.tolist())}
@@ -235,7 +238,7 @@ class Examiner:
         for part in chunks(len(exam.scenes), CHUNK):
             batch = exam.dialogues.take(torch.arange(len(exam.scenes))[part])
             count = int(batch["counted"].sum())
-            batch = self._move({**batch, "features": exam.features[part]})
+            batch = self._move({**batch, **exam.pictures.take(part)})
             total += float(task(self.network, parameters, batch)) * count
             tokens += count
         return total / tokens

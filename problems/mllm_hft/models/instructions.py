@@ -9,38 +9,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bilevel.errors import ProblemError
-
+from .template import Template
 from .tokenizer import Tokenizer
 
 Turn = tuple[str, str]
 """A prompt and its answer."""
-
-PICTURE = "<image>"
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a turn is written around the picture: "<image>\\n{prompt}" with the model's own marks."""
-
-    turn: str = "<image> {prompt}"
-
-    def __post_init__(self) -> None:
-        if self.turn.count(PICTURE) != 1 or self.turn.count("{prompt}") != 1:
-            raise ProblemError(
-                f"template = {self.turn!r}; must hold {PICTURE!r} and '{{prompt}}' once each, "
-                "for example 'USER: <image>\\n{prompt} ASSISTANT:'"
-            )
-
-    @property
-    def before(self) -> str:
-        """What stands in front of the picture."""
-        return self.turn.split(PICTURE)[0].strip()
-
-    def prompt(self, prompt: str, *, first: bool) -> str:
-        """A prompt as it stands after the picture (first) or later, when there is none."""
-        form = self.turn.split(PICTURE)[1] if first else self.turn.replace(PICTURE, "")
-        return form.replace("{prompt}", prompt).strip()
 
 
 @dataclass(frozen=True)
@@ -50,6 +23,8 @@ class Rows:
     ids: Int[Tensor, "row token"]
     mask: Bool[Tensor, "row token"]
     counted: Bool[Tensor, "row token"]
+    prefix: Int[Tensor, "row"]
+    """How many tokens the first prompt has: what a model with prefix attention sees both ways."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,24 +37,32 @@ class Rows:
             "ids": self.ids[index, :width],
             "mask": mask[:, :width],
             "counted": self.counted[index, :width],
+            "prefix": self.prefix[index],
         }
 
 
 def before(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """Ids that every sequence begins with."""
-    return (*tokenizer.start, *tokenizer.encode(template.before))
+    """Ids that every sequence begins with: the tokenizer's own, and what precedes the picture."""
+    ids = tokenizer.encode(template.before, then=tokenizer.picture)
+    written = tuple(ids[: len(tokenizer.start)]) == tokenizer.start
+    return tuple(ids) if written else (*tokenizer.start, *ids)
 
 
 def turn_ids(
-    turn: Turn, tokenizer: Tokenizer, template: Template, *, first: bool
+    turn: Turn, tokenizer: Tokenizer, template: Template, *, first: bool, after: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt, and of what its answer adds to it, end token included.
 
-    Encoded together, because many tokenizers write a word otherwise at the start of a text.
+    Encoded together, because many tokenizers write a word otherwise at the start of a text; what
+    both have in common is the prompt. A later turn stands after the token that ended an answer.
     """
+    follows = tokenizer.picture if first else after
     asked = template.prompt(turn[0], first=first)
-    prompt = tokenizer.encode(asked)
-    return prompt, [*tokenizer.encode(f"{asked} {turn[1]}")[len(prompt) :], tokenizer.end]
+    whole = tokenizer.encode(f"{asked}{template.answer(turn[1])}", follows)
+    alone = tokenizer.encode(asked, follows)
+    differ = (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b)
+    shared = next(differ, min(len(alone), len(whole)))
+    return whole[:shared], whole[shared:] + ([] if template.close else [tokenizer.end])
 
 
 def conversations(
@@ -95,12 +78,14 @@ def conversations(
     rows = []
     for i, conversation in enumerate(turns):
         ids = tokenizer.encode(contexts[i]) if contexts else []
-        counted = [False] * len(ids)
+        counted, prefix = [False] * len(ids), 0
         for j, turn in enumerate(conversation):
-            asked, said = turn_ids(turn, tokenizer, template, first=j == 0)
+            after = ids[-1] if j else None
+            asked, said = turn_ids(turn, tokenizer, template, first=j == 0, after=after)
             ids += asked + said
             counted += [False] * len(asked) + [True] * len(said)
-        rows.append((ids, counted))
+            prefix = prefix or len(ids) - len(said)
+        rows.append((ids, counted, prefix))
     return pad(rows, tokenizer)
 
 
@@ -114,24 +99,30 @@ def prompts(
     rows = []
     for i, line in enumerate(lines):
         context = tokenizer.encode(contexts[i]) if contexts else []
-        asked = tokenizer.encode(template.prompt(line, first=True))
-        rows.append(([*context, *asked, tokenizer.end], []))
+        ids = [*context, *prompt_ids(line, tokenizer, template)]
+        rows.append(([*ids, tokenizer.end], [], len(ids)))
     return pad(rows, tokenizer)
+
+
+def prompt_ids(line: str, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """A first prompt, as it stands after the picture."""
+    return tokenizer.encode(template.prompt(line, first=True), tokenizer.picture)
 
 
 def texts(lines: Sequence[str], tokenizer: Tokenizer) -> Rows:
     """A row a text, with the end token at which its embedding is read."""
-    return pad([([*tokenizer.encode(line), tokenizer.end], []) for line in lines], tokenizer)
+    rows = [[*tokenizer.opening, *tokenizer.encode(line), tokenizer.end] for line in lines]
+    return pad([(ids, [], 0) for ids in rows], tokenizer)
 
 
-def pad(rows: Sequence[tuple[list[int], list[bool]]], tokenizer: Tokenizer) -> Rows:
+def pad(rows: Sequence[tuple[list[int], list[bool], int]], tokenizer: Tokenizer) -> Rows:
     """Rows of one width; padded on the right, where causal attention never looks."""
-    width = max((len(ids) for ids, _ in rows), default=0)
+    width = max((len(ids) for ids, _, _ in rows), default=0)
     ids = torch.full((len(rows), width), tokenizer.pad)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     counted = torch.zeros_like(mask)
-    for i, (line, counts) in enumerate(rows):
+    for i, (line, counts, _) in enumerate(rows):
         ids[i, : len(line)] = torch.tensor(line)
         mask[i, : len(line)] = True
         counted[i, : len(counts)] = torch.tensor(counts, dtype=torch.bool)
-    return Rows(ids, mask, counted)
+    return Rows(ids, mask, counted, torch.tensor([prefix for _, _, prefix in rows]))

@@ -1,4 +1,4 @@
-"""A LLaVA of transformers seen from its features: projector, language model with LoRA, two heads.
+"""A multimodal model seen from its encoded pictures: projector, language model with LoRA, two heads.
 
 LLaVA: Liu et al., 2023, arXiv:2304.08485; LoRA: Hu et al., 2021, arXiv:2106.09685. The vision
 encoder is frozen, so pictures arrive as features computed once. Image and text embeddings are
@@ -9,7 +9,7 @@ has no forward-over-reverse derivative, and needs placeholder tokens for nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,42 +18,71 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel.errors import ProblemError
 from bilevel.events import Progress
 from bilevel.types import Params
 
 from ..sources.protocol import Corpus, Encoder, Source
-from .instructions import Template
+from .families import family_of
+from .pictures import FEATURE, NEWLINE, PADDING, Pictures
+from .template import Template
 from .tokenizer import Tokenizer
 
 Group = Literal["lora", "projector", "heads"]
 
 ATTENTION = "eager"
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-_MARKS: dict[Group, str] = {
-    "lora": ".lora_",
-    "projector": ".multi_modal_projector.",
-    "heads": "_head.",
-}
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Network(nn.Module):
-    """Logits, embeddings and captions of a LLaVA whose pictures are already encoded.
+    """Logits, embeddings and captions of a multimodal model whose pictures are already encoded.
 
     A sequence is [before][picture][ids]; `before` begins every sequence, with a picture or not.
+    `layout` and `grid` are those of `Pictures`, `prefix` that of `Rows`.
     """
 
     before: Tensor
 
-    def __init__(self, llava: Any, *, before: tuple[int, ...], end: int, embedding: int) -> None:
+    def __init__(
+        self,
+        mllm: Any,
+        *,
+        before: tuple[int, ...],
+        end: int,
+        embedding: int,
+        ends: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.llava = _checked(llava)
-        hidden = llava.lm_head.in_features
+        self.family = family_of(getattr(getattr(mllm, "config", None), "model_type", "none"))
+        self.mllm = mllm
+        hidden = mllm.lm_head.in_features
         self.image_head = nn.Linear(hidden, embedding, bias=False)
         self.text_head = nn.Linear(hidden, embedding, bias=False)
-        self.end = end
+        self.end, self.ends = end, ends or (end,)
+        self.continued = False
         self.register_buffer("before", torch.tensor(before, dtype=torch.long), persistent=False)
         self.requires_grad_(False).eval()
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps a picture's features into the language model."""
+        return self.mllm.get_submodule(self.family.projector)
+
+    @property
+    def language(self) -> nn.Module:
+        """The decoder."""
+        return self.mllm.get_submodule(self.family.language)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move to a device; trained parts in `dtype`, and the frozen rest too unless it is half.
+
+        Weights that came in bfloat16 or float16 stay so: what is trained through them is not.
+        """
+        trained = {n for g in ("lora", "projector", "heads") for n in parameters(self, g)}
+        for name, value in self.named_parameters():
+            kept = value.dtype in HALF and name not in trained
+            value.data = value.data.to(device, None if kept else dtype)
+        for value in self.buffers():
+            value.data = value.data.to(device)
 
     def forward(self, of: Literal["logits", "image", "text", "captions"], **inputs: Any) -> Tensor:
         """The method named `of`; one door, so that `functional_call` reaches every one."""
@@ -63,16 +92,33 @@ class Network(nn.Module):
         self,
         ids: Int[Tensor, "row token"],
         mask: Bool[Tensor, "row token"],
-        features: Float[Tensor, "row patch feature"] | None = None,
+        features: Float[Tensor, "row place feature"] | None = None,
+        layout: Int[Tensor, "row place"] | None = None,
+        grid: Int[Tensor, "row place 3"] | None = None,
+        prefix: Int[Tensor, "row"] | None = None,
     ) -> Float[Tensor, "row token word"]:
         """logits[:, j] predict ids[:, j] from all that stands before it."""
-        states = self._states(ids, mask, features)
-        return self.llava.lm_head(states[:, -ids.shape[1] - 1 : -1])
+        sequence = self._sequence(ids, mask, features, layout, grid, prefix)
+        states = self._states(sequence)
+        front = states.shape[1] - ids.shape[1]
+        # What precedes ids[:, 0] is the last place of the picture, not the padding behind it.
+        count = sequence.mask[:, :front].sum(1, keepdim=True)
+        first = states.gather(1, (count - 1)[..., None].expand(-1, -1, states.shape[2]))
+        states = torch.cat([first, states[:, front:-1]], dim=1)
+        logits = self.family.head(self.mllm, states)
+        return logits.to(self.image_head.weight.dtype)
 
-    def image(self, features: Float[Tensor, "row patch feature"]) -> Float[Tensor, "row embedding"]:
+    def image(
+        self,
+        features: Float[Tensor, "row place feature"],
+        layout: Int[Tensor, "row place"] | None = None,
+        grid: Int[Tensor, "row place 3"] | None = None,
+    ) -> Float[Tensor, "row embedding"]:
         """ê_v: the last-layer state at an end token put after the picture alone, through a head."""
         ids = self.before.new_full((len(features), 1), self.end)
-        return self.image_head(self._states(ids, torch.ones_like(ids).bool(), features)[:, -1])
+        sequence = self._sequence(ids, torch.ones_like(ids).bool(), features, layout, grid)
+        states = self._states(sequence)[:, -1]
+        return self.image_head(states.to(self.image_head.weight.dtype))
 
     def text(
         self, ids: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
@@ -81,49 +127,111 @@ class Network(nn.Module):
 
         The place comes from the mask: `ids == end` also finds padding where pad and end agree.
         """
-        states = self._states(ids, mask)
+        states = self._states(self._sequence(ids, mask))
         last = len(self.before) + mask.sum(1) - 1
-        return self.text_head(states[torch.arange(len(ids), device=ids.device), last])
+        states = states[torch.arange(len(ids), device=ids.device), last]
+        return self.text_head(states.to(self.text_head.weight.dtype))
 
     def captions(
         self,
-        features: Float[Tensor, "row patch feature"],
+        features: Float[Tensor, "row place feature"],
         ids: Int[Tensor, "token"],
         length: int,
+        layout: Int[Tensor, "row place"] | None = None,
+        grid: Int[Tensor, "row place 3"] | None = None,
     ) -> Int[Tensor, "row length"]:
-        """Greedy continuation of [before][picture][ids], at most `length` tokens, end-padded."""
+        """Greedy continuation of [before][picture][ids], at most `length` tokens.
+
+        A row is over at any of `ends` and filled with `end` behind it; one without an end token
+        was cut.
+        """
         rows = ids.expand(len(features), -1)
-        embeddings, cache = self._embed(rows, features), None
-        tokens: list[Tensor] = []
+        prefix = torch.full((len(rows),), len(ids), device=ids.device)
+        sequence = self._sequence(
+            rows, torch.ones_like(rows).bool(), features, layout, grid, prefix
+        )
+        mask, place = sequence.mask, sequence.positions[..., -1:]
+        ends = torch.tensor(self.ends, device=features.device)
         ended = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-        while len(tokens) < length and not ended.all():
-            out = self.llava.model.language_model(
-                inputs_embeds=embeddings, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            token = self.llava.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+        tokens: list[Tensor] = []
+        out = self._decode(sequence, use_cache=True)
+        while True:
+            token = self.family.head(self.mllm, out.last_hidden_state[:, -1]).argmax(-1)
             tokens.append(token.masked_fill(ended, self.end))
-            ended = ended | (token == self.end)
-            embeddings = self._words(tokens[-1][:, None])
-        return torch.stack(tokens, dim=1)
+            ended = ended | torch.isin(token, ends)
+            if len(tokens) == length or ended.all():
+                return torch.stack(tokens, dim=1)
+            mask, place = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), place + 1
+            out = self.language(
+                inputs_embeds=self._words(tokens[-1][:, None]),
+                attention_mask=mask.long(),
+                position_ids=place,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
 
-    def _states(self, ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        embeddings = self._embed(ids, features)
-        before = mask.new_ones(len(ids), embeddings.shape[1] - ids.shape[1])
-        return self.llava.model.language_model(
+    def _states(self, sequence: _Sequence) -> Tensor:
+        return self._decode(sequence, use_cache=False).last_hidden_state
+
+    def _decode(self, sequence: _Sequence, *, use_cache: bool) -> Any:
+        embeddings, mask = sequence.embeddings, sequence.mask
+        return self.language(
             inputs_embeds=embeddings,
-            attention_mask=torch.cat([before, mask], dim=1).long(),
-            use_cache=False,
-        ).last_hidden_state
+            attention_mask=self.family.attention(self.mllm, embeddings, mask, sequence.prefix),
+            position_ids=sequence.positions,
+            use_cache=use_cache,
+        )
 
-    def _embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
-        parts = [self._words(self.before.expand(len(ids), -1))]
+    def _sequence(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        features: Tensor | None = None,
+        layout: Tensor | None = None,
+        grid: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> _Sequence:
+        front, rows = len(self.before), len(ids)
+        embeddings = [self._words(self.before.expand(rows, -1)), self._words(ids)]
+        masks = [mask.new_ones(rows, front), mask]
+        width = 0
         if features is not None:
-            parts.append(self.llava.model.multi_modal_projector(features))
-        return torch.cat([*parts, self._words(ids)], dim=1)
+            embeddings.insert(1, self._picture(features, layout))
+            width = features.shape[1]
+            masks.insert(1, mask.new_ones(rows, width) if layout is None else layout != PADDING)
+        whole, end = torch.cat(masks, dim=1), front + width
+        both_ways = None
+        if features is not None:
+            seen = end if prefix is None else (end + prefix)[:, None]
+            both_ways = whole & (torch.arange(whole.shape[1], device=whole.device) < seen)
+        positions = self.family.positions(whole, slice(front, end), grid)
+        return _Sequence(torch.cat(embeddings, dim=1), whole, positions, both_ways)
+
+    def _picture(self, features: Tensor, layout: Tensor | None) -> Tensor:
+        """Embeddings of a picture's block: projected features, tokens and newlines in between."""
+        words = self._words(self.before[:0])
+        dtype = next(self.projector.parameters()).dtype
+        seen = self.family.project(self.projector, features.to(dtype)).to(words.dtype)
+        if layout is None:
+            return seen
+        others = self._words(layout.clamp_min(0))
+        seen = torch.where((layout == FEATURE)[..., None], seen, others)
+        if (newline := getattr(self.mllm.model, "image_newline", None)) is not None:
+            seen = torch.where((layout == NEWLINE)[..., None], newline.to(words.dtype), seen)
+        return seen
 
     def _words(self, ids: Tensor) -> Tensor:
-        return self.llava.model.language_model.get_input_embeddings()(ids)
+        return self.mllm.get_input_embeddings()(ids)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What the decoder reads: `prefix` marks what is seen both ways where a family does so."""
+
+    embeddings: Float[Tensor, "row place hidden"]
+    mask: Bool[Tensor, "row place"]
+    positions: Int[Tensor, "*axis row place"]
+    prefix: Bool[Tensor, "row place"] | None
 
 
 def call(network: Network, parameters: Params, of: str, **inputs: Any) -> Tensor:
@@ -133,34 +241,13 @@ def call(network: Network, parameters: Params, of: str, **inputs: Any) -> Tensor
 
 def parameters(network: Network, group: Group) -> Params:
     """The network's own parameters of a group, by in-memory name; they share its memory."""
-    mark = _MARKS[group]
-    found = {n: p.detach() for n, p in network.named_parameters() if mark in n}
-    return {n: p for n, p in found.items() if group != "heads" or not n.startswith("llava.")}
-
-
-def add_lora(network: Network, rank: int) -> None:
-    """Put LoRA on every linear map of the language model's layers, through peft; no dropout.
-
-    Names gain `base_layer` and `lora_A.default`, `lora_B.default`; the function stays the same,
-    because B starts at 0.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # peft draws A from the global generator; `start_lora` draws it anew
-        inject_adapter_in_model(config, network.llava)
-    network.requires_grad_(False).eval()
-
-
-def start_lora(network: Network, generator: torch.Generator) -> Params:
-    """LoRA to start from: A normal with variance 1 / inputs, B = 0."""
-    return {
-        name: torch.randn(value.shape, generator=generator) / value.shape[1] ** 0.5
-        if ".lora_A." in name
-        else torch.zeros(value.shape)
-        for name, value in parameters(network, "lora").items()
+    projector = f"mllm.{network.family.projector}."
+    is_in: dict[Group, Callable[[str], bool]] = {
+        "lora": lambda name: ".lora_" in name,
+        "projector": lambda name: name.startswith(projector),
+        "heads": lambda name: name.startswith(("image_head.", "text_head.")),
     }
+    return {n: p.detach() for n, p in network.named_parameters() if is_in[group](n)}
 
 
 def start_heads(network: Network, generator: torch.Generator) -> None:
@@ -181,8 +268,8 @@ class Opened:
     network: Network
     tokenizer: Tokenizer
     template: Template
-    encode: Callable[[Corpus], Generator[Progress, None, Tensor]]
-    """Features per picture, what the network's projector takes."""
+    encode: Callable[[Corpus], Generator[Progress, None, Pictures]]
+    """Pictures as the network's projector takes them."""
     facts: Mapping[str, float]
     """What was measured on the way, shown with every evaluation."""
 
@@ -196,22 +283,6 @@ class Backbone(Protocol):
     ) -> Generator[Progress, None, Opened]:
         """Make or load the model, yielding progress; `encoder` None is the backbone's choice."""
         ...
-
-
-def _checked(llava: Any) -> Any:
-    for path in ("model.multi_modal_projector", "model.language_model", "lm_head"):
-        if not _reaches(llava, path.split(".")):
-            raise ProblemError(
-                f"{type(llava).__name__} has no `{path}`; expected a model of the LLaVA family, "
-                "such as LlavaForConditionalGeneration"
-            )
-    return llava
-
-
-def _reaches(value: Any, names: Sequence[str]) -> bool:
-    for name in names:
-        value = getattr(value, name, None)
-    return value is not None
 
 
 def chunks(size: int, chunk: int) -> Iterator[slice]:

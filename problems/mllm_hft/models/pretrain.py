@@ -13,20 +13,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bilevel import rng
+from bilevel.errors import ProblemError
 from bilevel.events import Progress
 
 from ..evaluation.questions import Question, questions
 from ..losses import task_loss
 from ..sources.language import DESCRIBE, NO, YES
 from ..sources.protocol import Scene, Source
-from .instructions import Rows, Template, Turn, conversations, prompts, turn_ids
+from .instructions import Rows, Turn, conversations, prompts, turn_ids
 from .network import Network, chunks
+from .pictures import Pictures
+from .template import Template
 from .tokenizer import Tokenizer, WordTokenizer
 
 HELD_OUT = 200
 """Unbiased scenes on which the language model is questioned."""
 QUESTIONS = 4
 """Questions in a training conversation, as many with yes as with no."""
+Words = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens that say yes, and tokens that say no."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,20 @@ def pretrain(
     yield from _train(language.parameters(), loss, "language model", text.steps, text.rate)
 
 
-def _weights(rows: Rows, words: tuple[int, int]) -> Float[Tensor, "row token"]:
+def _weights(rows: Rows, words: Words) -> Float[Tensor, "row token"]:
     """5 for yes and no, 1 for the rest of an answer, 0.2 for what is read.
 
     Unweighted, yes and no are a twentieth of the tokens and stayed at chance for 1,000 steps;
     weighted, 400 steps answer 85 of 100 held-out questions.
     """
     weights = torch.where(rows.counted, 1.0, 0.2) * rows.mask
-    said = rows.counted & torch.isin(rows.ids, torch.tensor(words))
+    said = rows.counted & torch.isin(rows.ids, torch.tensor([*words[0], *words[1]]))
     return weights.masked_fill(said, 5.0)
 
 
 def warm_up(
     network: Network,
-    features: Tensor,
+    pictures: Pictures,
     rows: Rows,
     *,
     steps: int,
@@ -123,11 +128,11 @@ def warm_up(
     def loss() -> Tensor:
         index = torch.randint(len(rows), (batch,), generator=stream)
         row = rows.take(index)
-        logits = network.logits(row["ids"], row["mask"], features[index])
+        inputs = {"prefix": row["prefix"], **pictures.take(index)}
+        logits = network.logits(row["ids"], row["mask"], **inputs)
         return task_loss(logits, row["ids"], row["counted"])
 
-    projector = network.llava.model.multi_modal_projector
-    yield from _train(projector.parameters(), loss, "projector", steps, rate)
+    yield from _train(network.projector.parameters(), loss, "projector", steps, rate)
 
 
 def _train(
@@ -187,15 +192,42 @@ def question_accuracy(network: Network, text: TextTraining) -> float:
     return float(((scores > 0) == right).double().mean())
 
 
-def answer_words(tokenizer: Tokenizer, template: Template) -> tuple[int, int]:
-    """Ids that "yes" and "no" begin with as answers."""
-    yes, no = (turn_ids(("", word), tokenizer, template, first=True)[1][0] for word in (YES, NO))
-    return yes, no
+def answer_words(tokenizer: Tokenizer, template: Template) -> Words:
+    """The tokens with which an answer can say yes, and no: "yes", "Yes", " Yes", … as they occur.
+
+    Which of them a model answers with is left to its probabilities. A token that only begins a
+    word counts where no token is the whole of it. Raises `ProblemError` where no token tells them
+    apart.
+    """
+    yes, no = (_first_tokens(word, tokenizer, template) for word in (YES, NO))
+    both = set(yes) & set(no)
+    says_yes, says_no = (tuple(i for i in ids if i not in both) for ids in (yes, no))
+    if not says_yes or not says_no:
+        raise ProblemError(
+            f"answers {YES!r} and {NO!r} begin with the same token for this tokenizer and template "
+            f"({template.turn!r}), so their logits cannot be compared; end the template without "
+            "white space"
+        )
+    return says_yes, says_no
+
+
+def _first_tokens(word: str, tokenizer: Tokenizer, template: Template) -> list[int]:
+    forms = [
+        ids[0]
+        for text in tokenizer.spellings(word)
+        for ids in (
+            turn_ids(("", text), tokenizer, template, first=True)[1],
+            tokenizer.encode(text),
+        )
+    ]
+    whole = [i for i in forms if tokenizer.decode([i]).strip().lower() == word]
+    return list(dict.fromkeys(whole or forms))
 
 
 def answer_scores(
-    logits: Float[Tensor, "row token word"], mask: Tensor, words: tuple[int, int]
+    logits: Float[Tensor, "row token word"], mask: Tensor, words: Words
 ) -> Float[Tensor, "row"]:
     """log p(yes) − log p(no) at the last token that `mask` counts, the place of the answer."""
     at = logits[torch.arange(len(logits), device=logits.device), mask.sum(1) - 1]
-    return at[:, words[0]] - at[:, words[1]]
+    yes, no = (at[:, list(ids)].logsumexp(1) for ids in words)
+    return yes - no

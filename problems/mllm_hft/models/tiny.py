@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
 from bilevel import rng
 from bilevel.components import component
@@ -15,11 +15,14 @@ from bilevel.events import Progress
 
 from ..sources.language import words
 from ..sources.protocol import Corpus, Encoder, Source
+from .adapters import add_lora
 from .cache import Tensors, cached
 from .encoders import ViT
-from .instructions import Template, before
-from .network import ATTENTION, Backbone, Network, Opened, add_lora, start_heads
+from .instructions import before
+from .network import ATTENTION, Backbone, Network, Opened, start_heads
+from .pictures import Pictures
 from .pretrain import TextTraining, pretrain, question_accuracy
+from .template import Template
 from .tokenizer import WordTokenizer
 
 VERSION = 1
@@ -48,10 +51,10 @@ class Tiny:
     ) -> Generator[Progress, None, Opened]:
         eyes = encoder or ViT()
 
-        def encode(corpus: Corpus) -> Generator[Progress, None, Tensor]:
-            return eyes.encode(corpus, source)
+        def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
+            return Pictures((yield from eyes.encode(corpus, source)))
 
-        feature = (yield from encode(_probe(source, seed))).shape[-1]
+        feature = (yield from encode(_probe(source, seed))).features.shape[-1]
         tokenizer, template = WordTokenizer(words(source)), Template()
         network = Network(
             self._llava(tokenizer, feature, seed),
@@ -79,7 +82,7 @@ class Tiny:
     def _learn_language(
         self, network: Network, text: TextTraining
     ) -> Generator[Progress, None, None]:
-        language = nn.ModuleList([network.llava.model.language_model, network.llava.lm_head])
+        language = nn.ModuleList([network.language, network.mllm.lm_head])
 
         def make() -> Generator[Progress, None, Tensors]:
             yield from pretrain(network, language, text)

@@ -28,13 +28,38 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def opening(self) -> tuple[int, ...]:
+        """What a text begins with that has no picture before it, beside `start`."""
+        ...
+
+    @property
     def pad(self) -> int: ...
 
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """What ends an answer or a text that this package writes."""
+        ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, nothing put before or after."""
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Everything at which a generated text is over; `end` is one of them."""
+        ...
+
+    @property
+    def picture(self) -> int | None:
+        """The token that a picture's place is written with; None where there is none."""
+        ...
+
+    def spellings(self, word: str) -> tuple[str, ...]:
+        """The ways of writing a word that the vocabulary may hold."""
+        ...
+
+    def encode(self, text: str, after: int | None = None, then: int | None = None) -> list[int]:
+        """Ids of the text, nothing put before or behind.
+
+        `after` and `then` are the special tokens beside it: many tokenizers write a word otherwise
+        at the start of a text, and some special tokens take in the white space next to them.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -42,10 +67,18 @@ class Tokenizer(Protocol):
         ...
 
 
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+    """Generated ids before the first end token, and whether there is one (else they were cut)."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return list(ids[:place]), True
+    return list(ids), False
+
+
 class WordTokenizer:
     """One id a word of a closed vocabulary; words are separated by spaces."""
 
-    pad, end, start = 0, 2, (1,)
+    pad, end, ends, start, opening, picture = 0, 2, (2,), (1,), (), None
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = (*SPECIAL, *dict.fromkeys(words))
@@ -58,7 +91,10 @@ class WordTokenizer:
     def _ids(self) -> dict[str, int]:
         return {word: i for i, word in enumerate(self.words)}
 
-    def encode(self, text: str) -> list[int]:
+    def spellings(self, word: str) -> tuple[str, ...]:
+        return (word,)
+
+    def encode(self, text: str, after: int | None = None, then: int | None = None) -> list[int]:
         """Raises `ProblemError` for a word outside the vocabulary."""
         return [self._id(word, text) for word in text.split()]
 
@@ -77,36 +113,74 @@ class WordTokenizer:
 
 
 class PretrainedTokenizer:
-    """A tokenizer of transformers seen through the four facts that the problem needs."""
+    """A tokenizer of transformers, held to the rows of the model's embeddings.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `ends` are those of the model's generation_config; without them the tokenizer's own end token.
+    Raises `ProblemError` where there is no end token at all, and for text whose tokens have no row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        rows: int | None = None,
+        ends: Sequence[int] = (),
+        picture: int | None = None,
+        start: Sequence[int] | None = None,
+        opening: Sequence[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
-        if tokenizer.eos_token_id is None:
+        own: int | None = tokenizer.eos_token_id
+        if own is None and not ends:
             raise ProblemError(
-                "the checkpoint's tokenizer has no end token (eos_token_id is None), at which "
-                "embeddings are read; set `eos_token` in its tokenizer_config.json"
+                "the checkpoint has no end token, at which embeddings are read: neither "
+                "`eos_token_id` in generation_config.json nor `eos_token` in tokenizer_config.json; "
+                "set one of them"
             )
+        self.rows = len(tokenizer) if rows is None else rows
+        self.ends: tuple[int, ...] = tuple(ends) if own is None or ends else (own,)
+        self.end: int = self.ends[0] if own is None or own not in self.ends else own
+        self.picture = picture
+        self.opening = tuple(opening)
+        self.start = self._start() if start is None else tuple(start)
 
     @property
     def size(self) -> int:
-        return len(self.tokenizer)
-
-    @property
-    def start(self) -> tuple[int, ...]:
-        bos = self.tokenizer.bos_token_id
-        return () if bos is None else (bos,)
+        return self.rows
 
     @property
     def pad(self) -> int:
+        """The tokenizer's, unless it was added without a row in the embeddings: masks rule it out."""
         pad = self.tokenizer.pad_token_id
-        return self.end if pad is None else pad
+        return self.end if pad is None or pad >= self.rows else pad
 
-    @property
-    def end(self) -> int:
-        return self.tokenizer.eos_token_id
+    def spellings(self, word: str) -> tuple[str, ...]:
+        return word, word.capitalize(), word.upper()
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, text: str, after: int | None = None, then: int | None = None) -> list[int]:
+        left, right = ([] if mark is None else [mark] for mark in (after, then))
+        marks = [self.tokenizer.convert_ids_to_tokens(i) for i in (*left, *right)]
+        whole = f"{marks[0] if left else ''}{text}{marks[-1] if right else ''}"
+        ids = self.tokenizer.encode(whole, add_special_tokens=False)
+        ids = ids[len(left) : len(ids) - len(right)]
+        beyond = [i for i in ids if i >= self.rows and i != self.picture]
+        if beyond:
+            raise ProblemError(
+                f"the token {self.tokenizer.convert_ids_to_tokens(beyond[0])!r} of {text!r} has id "
+                f"{beyond[0]}, and the model has {self.rows} rows of embeddings: the tokenizer was "
+                "extended and the model was not; call model.resize_token_embeddings("
+                "len(tokenizer)), train the new rows and save both"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _start(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False)
+        whole = self.tokenizer.encode("a")
+        for place in range(len(whole) - len(bare) + 1):
+            if whole[place : place + len(bare)] == bare:
+                return tuple(whole[:place])
+        return ()

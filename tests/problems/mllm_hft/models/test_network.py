@@ -6,21 +6,10 @@ import pytest
 import torch
 
 from bilevel.errors import ProblemError, RequirementError
-from bilevel_problems.mllm_hft.models.instructions import (
-    Template,
-    before,
-    conversations,
-    prompts,
-    texts,
-)
-from bilevel_problems.mllm_hft.models.network import (
-    Network,
-    add_lora,
-    call,
-    parameters,
-    start_heads,
-    start_lora,
-)
+from bilevel_problems.mllm_hft.models.adapters import add_lora, start_lora
+from bilevel_problems.mllm_hft.models.instructions import before, conversations, prompts, texts
+from bilevel_problems.mllm_hft.models.network import Network, call, parameters, start_heads
+from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tiny import tiny_llava
 from bilevel_problems.mllm_hft.models.tokenizer import PretrainedTokenizer, WordTokenizer
 
@@ -42,14 +31,15 @@ WORDS = [
     "no",
     "one",
 ]
+TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
 
 
 def network(*, lora: bool = True, dtype: torch.dtype = torch.float64) -> Network:
     tokenizer = WordTokenizer(WORDS)
-    llava = tiny_llava(
+    mllm = tiny_llava(
         words=tokenizer.size, end=tokenizer.end, feature=6, hidden=16, layers=2, heads=2, seed=0
     )
-    made = Network(llava, before=before(tokenizer, Template()), end=tokenizer.end, embedding=16)
+    made = Network(mllm, before=before(tokenizer, Template()), end=tokenizer.end, embedding=16)
     if lora:
         add_lora(made, 2)
     start_heads(made, torch.Generator().manual_seed(0))
@@ -69,15 +59,6 @@ def test_words_go_to_ids_and_back():
     )
     with pytest.raises(ProblemError, match=r"'catt'.*Did the source mean 'cat'\?"):
         tokenizer.encode("is there a catt ?")
-
-
-def test_a_template_needs_its_places():
-    assert Template("USER: <image>\n{prompt} ASSISTANT:").before == "USER:"
-    later = Template("USER: <image>\n{prompt} ASSISTANT:").prompt("why ?", first=False)
-    assert "<image>" not in later
-    assert later.startswith("USER:")
-    with pytest.raises(ProblemError, match="once each"):
-        Template("{prompt}")
 
 
 def test_rows_count_answers_and_their_end():
@@ -111,10 +92,10 @@ def test_logits_are_those_of_transformers_own_forward(pictures):
     """Own concatenation against `LlavaForConditionalGeneration.forward` with `inputs_embeds`."""
     made, tokenizer = network(), WordTokenizer(WORDS)
     rows = prompts(["is there a cat ?"], tokenizer, Template())
-    words = made.llava.get_input_embeddings()
-    picture = made.llava.model.multi_modal_projector(pictures[:1])
+    words = made.mllm.get_input_embeddings()
+    picture = made.mllm.model.multi_modal_projector(pictures[:1])
     joined = torch.cat([words(made.before)[None], picture, words(rows.ids)], dim=1)
-    theirs = made.llava(inputs_embeds=joined, use_cache=False).logits
+    theirs = made.mllm(inputs_embeds=joined, use_cache=False).logits
     ours = made.logits(rows.ids, rows.mask, pictures[:1])
     torch.testing.assert_close(ours, theirs[:, 4:-1], rtol=1e-6, atol=1e-8)
     assert not torch.allclose(ours, theirs[:, 5:], rtol=1e-3)
@@ -219,7 +200,7 @@ def test_second_derivatives_exist_and_are_right(pictures):
 
 
 def test_a_model_of_another_family_is_refused():
-    with pytest.raises(ProblemError, match="multi_modal_projector"):
+    with pytest.raises(ProblemError, match="known are llava, llava_next"):
         Network(torch.nn.Linear(2, 2), before=(), end=0, embedding=2)
 
 
@@ -239,16 +220,19 @@ def test_a_checkpoint_sees_as_transformers_does(checkpoint, tmp_path, monkeypatc
     monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     source, g = Shapes(), torch.Generator().manual_seed(0)
     corpus = source.render(source.scenes(3, biased=False, generator=g), g)
-    opened = _finish(Checkpoint(path=checkpoint, rank=2, embedding=8).open(source, None, 0))
+    opened = _finish(
+        Checkpoint(path=checkpoint, template=TEMPLATE, rank=2, embedding=8).open(source, None, 0)
+    )
     features = _finish(opened.encode(corpus))
-    assert features.shape == (3, 9, 8)
+    assert features.features.shape == (3, 9, 8)
+    assert features.layout is None
     transformers = pytest.importorskip("transformers")
     pictures = transformers.AutoImageProcessor.from_pretrained(checkpoint)
     pixels = pictures(images=list(corpus.images), return_tensors="pt")["pixel_values"]
     theirs = torch.stack(
-        list(opened.network.llava.get_image_features(pixel_values=pixels).pooler_output)
+        list(opened.network.mllm.get_image_features(pixel_values=pixels).pooler_output)
     )
-    ours = opened.network.llava.model.multi_modal_projector(features)
+    ours = opened.network.projector(features.features)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(ours[0], theirs[1], rtol=1e-3)
     assert isinstance(opened.tokenizer, PretrainedTokenizer)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bilevel import rng
-from bilevel_problems.mllm_hft.models.instructions import Template, before, conversations
+from bilevel_problems.mllm_hft.models.instructions import before, conversations
 from bilevel_problems.mllm_hft.models.network import Network
+from bilevel_problems.mllm_hft.models.pictures import Pictures
 from bilevel_problems.mllm_hft.models.pretrain import (
     TextTraining,
     _weights,
@@ -18,6 +19,7 @@ from bilevel_problems.mllm_hft.models.pretrain import (
     question_accuracy,
     warm_up,
 )
+from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tiny import tiny_llava
 from bilevel_problems.mllm_hft.models.tokenizer import WordTokenizer
 from bilevel_problems.mllm_hft.sources.language import NO, YES, words
@@ -43,7 +45,7 @@ def training(**options) -> TextTraining:
 
 
 def language(made: Network) -> torch.nn.Module:
-    return torch.nn.ModuleList([made.llava.model.language_model, made.llava.lm_head])
+    return torch.nn.ModuleList([made.mllm.model.language_model, made.mllm.lm_head])
 
 
 def test_dialogues_are_true_of_their_scenes():
@@ -77,16 +79,16 @@ def test_answer_scores_read_the_last_place():
     logits = torch.zeros(2, 3, 5)
     logits[0, 1, 3], logits[0, 2, 3], logits[1, 2, 4] = 2.0, 9.0, 1.5
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert answer_scores(logits, mask, (3, 4)).tolist() == [2.0, -1.5]
+    assert answer_scores(logits, mask, ((3,), (4,))).tolist() == [2.0, -1.5]
 
 
 def test_pretraining_lowers_the_loss_and_leaves_the_projector_alone():
     made = network()
-    projector = {n: p.clone() for n, p in made.llava.model.multi_modal_projector.named_parameters()}
+    projector = {n: p.clone() for n, p in made.mllm.model.multi_modal_projector.named_parameters()}
     events = list(pretrain(made, language(made), training(steps=100)))
     losses = [float(event.note.split()[-1]) for event in events]
     assert losses[-1] < losses[0] - 0.1
-    for name, value in made.llava.model.multi_modal_projector.named_parameters():
+    for name, value in made.mllm.model.multi_modal_projector.named_parameters():
         assert torch.equal(value, projector[name])
     assert not any(parameter.requires_grad for parameter in made.parameters())
 
@@ -95,7 +97,7 @@ def test_pretraining_is_a_function_of_its_seed():
     def weights(seed: int) -> torch.Tensor:
         made = network()
         list(pretrain(made, language(made), training(steps=3, seed=seed)))
-        return made.llava.lm_head.weight
+        return made.mllm.lm_head.weight
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
@@ -124,6 +126,6 @@ def test_warm_up_trains_the_projector_alone():
     turns = [[("is there a star ?", YES)], [("is there a moon ?", NO)]]
     rows = conversations(turns, TOKENIZER, Template())
     features = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    list(warm_up(made, features, rows, steps=5, batch=2, rate=1e-2, seed=0))
+    list(warm_up(made, Pictures(features), rows, steps=5, batch=2, rate=1e-2, seed=0))
     for name, value in made.named_parameters():
         assert torch.equal(value, saved[name]) != ("multi_modal_projector" in name), name
