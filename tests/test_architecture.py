@@ -1,111 +1,230 @@
-"""The rooms and their doors: imports go one way, and the command line starts without torch."""
+"""The house: imports go one way, what must start fast does, and the tests have the same folders."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-ORDER = [
-    ["errors", "components"],
-    ["types"],
-    ["tree", "rng", "events"],
-    ["registry"],
-    ["calculus"],
-    ["optimizers", "linear"],
-    ["unrolling"],
-    ["problem"],
-    ["preconditioners", "adjoint", "lower", "directions"],
-    ["estimators"],
-    ["functional"],
-    ["run"],
-    ["runfolder"],
-    ["sinks"],
-    ["recipe"],
-    ["testing"],
-    ["report"],
-    ["comparing"],
-    ["cli"],
-]
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
+from tests.imports import FLOORS, PACKAGE, ROOT, circle, climbs, files, imported, rooms
 
 FOLDERS = ["directions", "estimators", "linear", "lower", "optimizers", "preconditioners"]
 FOLDERS += ["problem", "run", "sinks"]
 """They offer the classes that live in them, imported when used."""
 
-FILES = sorted((ROOT / "bilevel").rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = ROOT / "tests"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    room = path.relative_to(ROOT / "bilevel").parts[0].removesuffix(".py")
-    if room == "__init__":
-        return
-    assert room in LEVEL, f"{room} has no place in ORDER"
-    for name in imports(path):
-        parts = name.split(".")
-        assert parts[0] != "bilevel_problems", f"{path.name} imports a problem"
-        if parts[0] != "bilevel" or len(parts) < 2 or parts[1] not in LEVEL:
-            continue
-        assert LEVEL[parts[1]] <= LEVEL[room], f"{room} imports {name}"
+def imports(path):
+    return list(imported(path.read_text(encoding="utf-8")))
+
+
+def folders(root):
+    """The folders of Python below a folder, as relative paths."""
+    found = {path.parent.relative_to(root) for path in root.rglob("*.py")}
+    return {str(folder) for folder in found} - {"."}
+
+
+# the order of rooms
+
+
+def test_every_room_has_its_floor():
+    assert sorted(name for floor in FLOORS for name in floor) == sorted(rooms(files()))
+
+
+def test_imports_go_one_way():
+    assert climbs(rooms(files()), FLOORS) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle(files()) is None
+
+
+def test_an_arrow_upwards_a_neighbour_and_a_circle_are_found(tmp_path):
+    package = tmp_path / "bilevel"
+    for name, text in {
+        "__init__": "if TYPE_CHECKING:\n    from bilevel.high.one import f",  # offered lazily
+        "low/__init__": "",
+        "low/one": "def f():\n    from bilevel.low import two",
+        "low/two": "from bilevel.low.one import f",
+        "side": "from bilevel.low import one",
+        "high/__init__": "if TYPE_CHECKING:\n    from bilevel.high.one import f",
+        "high/one": "import bilevel.low.two\nfrom bilevel.high import f",
+    }.items():
+        path = package / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    graph = files(package)
+    assert graph["bilevel.high.one"] == {"bilevel.low.two", "bilevel.high"}
+    assert set(circle(graph) or ()) == {"bilevel.low.one", "bilevel.low.two"}
+    arrows = rooms(graph)
+    assert arrows == {"low": set(), "side": {"low"}, "high": {"low"}}
+    assert climbs(arrows, [["low"], ["side", "high"]]) == []
+    assert climbs(arrows, [["low", "side"], ["high"]]) == ["side imports low"]
+    assert climbs(arrows, [["high"], ["low"], ["side"]]) == ["high imports low"]
+
+
+def test_nothing_imports_a_problem():
+    for path in FILES:
+        assert not [n for n in imports(path) if n.split(".")[0] == "bilevel_problems"], path
 
 
 def test_estimators_never_import_each_other():
-    for path in (ROOT / "bilevel" / "estimators").glob("[!_]*.py"):
+    for path in (PACKAGE / "estimators").glob("[!_]*.py"):
         assert not [n for n in imports(path) if n.startswith("bilevel.estimators")]
 
 
 def test_linear_solvers_know_no_losses():
-    for path in (ROOT / "bilevel" / "linear").glob("*.py"):
+    for path in (PACKAGE / "linear").glob("*.py"):
         found = {n.split(".")[1] for n in imports(path) if n.startswith("bilevel.")}
         assert found <= {"tree", "types", "errors", "rng", "components", "linear", "registry"}
 
 
 def test_only_the_command_line_and_the_console_import_rich():
     for path in FILES:
-        room = path.relative_to(ROOT / "bilevel")
+        room = path.relative_to(PACKAGE)
         if room.parts[0] == "cli" or room == Path("sinks/console.py"):
             continue
         assert not [n for n in imports(path) if n.split(".")[0] == "rich"], room
 
 
 def test_sinks_see_events_alone():
-    for path in (ROOT / "bilevel" / "sinks").glob("*.py"):
+    for path in (PACKAGE / "sinks").glob("*.py"):
         rooms = {n.split(".")[1] for n in imports(path) if n.startswith("bilevel.")}
         assert not rooms & {"run", "problem", "estimators", "linear", "lower", "calculus"}
 
 
+def imports_torch(code, *arguments):
+    """Whether torch is there once a process has run this code; it must end well."""
+    told = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+    command = [sys.executable, "-c", told + code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return {"True": True, "False": False}[result.stderr.strip().splitlines()[-1]]
+
+
 @pytest.mark.parametrize(
-    "command",
+    "code",
     [
         "import bilevel",
+        "import bilevel.registry",
+        "import bilevel.recipe",
+        "import bilevel.runfolder",
         "from bilevel import " + ", ".join(FOLDERS) + "; [dir(folder) for folder in (linear, run)]",
-        "from bilevel.cli import main; import sys; sys.argv = ['bilevel', '--help']; main()",
-        "from bilevel.cli import main; import sys; sys.argv = ['bilevel', 'ls']; main()",
     ],
-    ids=["import", "import of components' folders", "--help", "ls"],
 )
-def test_torch_is_not_imported_before_it_is_needed(command):
-    code = f"""
-import atexit, sys
-atexit.register(lambda: print("torch" in sys.modules, file=sys.stderr))
-{command}
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.strip().endswith("False")
+def test_torch_is_not_imported_at_package_level(code):
+    assert not imports_torch(code)
+
+
+@pytest.mark.parametrize("command", ["--help", "ls", "runs"])
+def test_what_only_looks_imports_no_torch(command, tmp_path):
+    at = ["--runs-dir", tmp_path] if command == "runs" else []
+    assert not imports_torch("from bilevel.cli import main; main()", command, *at)
+
+
+@pytest.mark.parametrize("code", ["import bilevel.functional", "import bilevel; bilevel.unroll"])
+def test_and_where_it_is_needed_it_is_seen(code):
+    assert imports_torch(code)
+
+
+# how large the house is, and what its doors say
+
+
+def test_at_most_ten_files_stand_beside_the_folders():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+DENIAL = re.compile(r"\b(no|none|nothing|not|never|nobody|only|alone)\b", re.IGNORECASE)
+
+
+def map_of(text):
+    """What is wrong with the docstring of an `__init__` as a map of its folder."""
+    lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+    if not 3 <= len(lines) <= 12:
+        return f"{len(lines)} lines; expected 3 to 12 that say what lives there and what may not"
+    if not any(DENIAL.search(line) for line in lines):
+        return "does not say what may not live there"
+    return None
+
+
+@pytest.mark.parametrize("folder", sorted(folders(PACKAGE)))
+def test_each_folder_says_what_lives_there_and_what_may_not(folder):
+    assert map_of((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "0 lines"),
+        ('"""Sinks."""', "1 lines"),
+        ('"""Sinks.\n\nEverything that takes events.\n"""', "does not say"),
+        ('"""Sinks.\n\nThey take events and nothing else.\n"""', None),
+    ],
+)
+def test_a_map_that_says_too_little_is_told(text, said):
+    assert said in map_of(text) if said else map_of(text) is None
+
+
+# the tests have the same rooms
+
+BESIDE = {"benchmarks", "benchmarks/peers", "gpu", "mutation", "third_party"}
+BESIDE |= {"third_party/package/bilevel_example"}
+"""Tests of no single folder: what is measured, what needs a device, who tests the tests, a package."""
+
+
+def strangers(tests, package, problems):
+    """(folders of tests that mirror nothing, folders that have no tests)"""
+    mirrored = package | {"problems"} | {f"problems/{folder}" for folder in problems}
+    return tests - mirrored - BESIDE, mirrored - tests
+
+
+def test_the_tests_mirror_the_package():
+    problems = folders(ROOT / "problems")
+    assert strangers(folders(TESTS), folders(PACKAGE), problems) == (set(), set())
+
+
+def test_a_folder_without_a_counterpart_is_found():
+    found = strangers({"linear", "solvers", "gpu", "problems"}, {"linear", "run"}, {"hft"})
+    assert found == ({"solvers"}, {"run", "problems/hft"})
+
+
+def unfit(path, text):
+    """What is wrong with a file of tests, or None."""
+    if path.stem.endswith("_more"):
+        return "is named for nothing"
+    if len(text.splitlines()) > 600:
+        return "is longer than 600 lines"
+    if [n for n in imported(text) if n.startswith("tests.") and ".test_" in n]:
+        return "imports from a file of tests; what both need belongs in a module beside them"
+    return None
+
+
+def test_files_of_tests_are_short_and_share_nothing_but_helpers():
+    found = {str(path): unfit(path, path.read_text("utf-8")) for path in TESTS.rglob("*.py")}
+    assert len(found) > 100
+    assert {path: why for path, why in found.items() if why} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("test_linear_more.py", "", "named"),
+        ("test_linear.py", "\n" * 601, "longer"),
+        ("test_linear.py", "\n" * 600, None),
+        ("test_linear.py", "from tests.run.test_engine import setup", "imports"),
+        ("test_linear.py", "from tests.run.setups import setup", None),
+    ],
+)
+def test_a_file_of_tests_that_is_unfit_is_found(name, text, said):
+    found = unfit(Path(name), text)
+    assert said in found if said else found is None
+
+
+# what is seen from outside
 
 
 def test_the_public_names():

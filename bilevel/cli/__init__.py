@@ -1,4 +1,9 @@
-"""The command line. `main` is the entry point of the command `bilevel`."""
+"""The command line: a file bears its command's name, and `main` is the entry point of `bilevel`.
+
+`app` has the commands and their options, `boundary` turns errors into messages and exit codes,
+`names` finds recipes and completes, `signals` is Ctrl-C. What computes is elsewhere: a command loads,
+calls and prints, and nothing else in the package prints but the console sink.
+"""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Preconditioners M⁻¹ ≈ A⁻¹ of the adjoint system, symmetric positive definite.
 
-A file is named as what it registers. They build; `linear` applies.
+A file is named as what it registers; `rebuild` says when one is made again. They build M⁻¹;
+`linear` applies it, and no solver is here.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,8 @@
-"""The report of a run: one HTML file that needs no network, made from the run folder alone."""
+"""The report of a run: one HTML file that needs no network, made from the run folder alone.
+
+`history` reads the record, `charts` draws, `page` puts both into the template. No problem, no
+estimator and no tensor is seen here.
+"""
 
 from __future__ import annotations
 

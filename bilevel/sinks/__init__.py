@@ -1,4 +1,8 @@
-"""Where events go. A sink is a frozen component; `open` begins its record in a run folder."""
+"""Where events go. A sink is a frozen component; `open` begins its record in a run folder.
+
+`jsonl` is the record, `figures` what a problem drew, `console` the progress that is shown. A sink
+sees events and nothing of the run behind them.
+"""
 
 from __future__ import annotations
 

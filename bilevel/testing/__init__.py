@@ -5,7 +5,8 @@ through a re-solved lower level; else a converged adjoint whose products are ver
 differences of ∇G. Everything is in float64.
 
 For authors: `check_problem` and `check_estimator` hold a problem and an estimator to the contract
-of their protocols, and raise `CheckError` with all that is wrong.
+of their protocols, and raise `CheckError` with all that is wrong. Nothing
+in a run imports it.
 """
 
 from bilevel.testing.estimator import check_estimator

@@ -8,6 +8,7 @@ import pytest
 import typer.main
 
 from bilevel.cli.app import app
+from tests.cli.commands import run
 
 COMMANDS = {
     "ls": ["KIND?"],
@@ -79,7 +80,12 @@ def test_completion_imports_no_torch():
     assert "quadratic" in _assert_light([], environment)
 
 
-def test_validating_does_import_torch():  # negative control of the two above
+def test_listing_a_run_imports_no_torch(runs):
+    folder = run(runs)
+    assert folder.name in _assert_light(["runs", "--runs-dir", str(runs)], {})
+
+
+def test_validating_does_import_torch():  # negative control of the three above
     with pytest.raises(AssertionError, match="imports torch"):
         _assert_light(["validate", "quadratic"], {})
 

@@ -201,6 +201,7 @@ def test_first_order_ones_take_no_second_derivative(estimator):
     at = {"w": torch.zeros(2, dtype=torch.float64)}
     solution = solve_lower(loss, at, lambda x: x, solver=Gradient(steps=2), record=True)
     options = {"estimator": estimator, "path": solution.path}
+    assert estimator.needs.second_order is isinstance(estimator, Unroll)
     if estimator.needs.second_order:
         with pytest.raises(ProblemError, match="once_differentiable"):
             hypergradient(loss, loss, at, solution.y, **options)

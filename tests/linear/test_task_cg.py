@@ -15,7 +15,7 @@ from bilevel.problem.over_tasks import OverTasks, at, stack
 from bilevel.rng import Streams
 from tests.cases import assert_close, relative
 from tests.linear.systems import log_spectrum, system
-from tests.problem.test_over_tasks import Fit
+from tests.problem.fits import Fit
 
 CONDITIONS = [1.0, 3.0, 30.0, 1e3, 1e4]
 EPS = torch.finfo(torch.float64).eps

@@ -231,6 +231,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "sama_multitask=False)",
     ): "betty then leaves displaced the copy of y that it was given, which nobody reads again",
     (
+        "estimators/reptile.py",
+        "if not (count > 0).all() or not torch.allclose(totals[name], count * entry, rtol=0.002):",
+    ): "a choice: between copies of x and anything else lies more than either",
+    (
         "estimators/sama.py",
         "return {name: torch.zeros_like(entry) if part is None else part for (name, entry), part in "
         "zip(g.items(), found, strict=False)}",

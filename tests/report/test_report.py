@@ -17,7 +17,7 @@ from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
 from bilevel.report.page import _seconds
 from bilevel.sinks.jsonl import JSONLines
-from tests.sinks.test_sinks import EVENTS, STARTED, stepped, with_evidence
+from tests.sinks.events import EVENTS, STARTED, stepped, with_evidence
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"

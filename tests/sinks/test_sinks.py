@@ -28,30 +28,7 @@ from bilevel.sinks import Receiver, Sink
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.figures import Figures
 from bilevel.sinks.jsonl import JSONLines, JSONLinesWriter
-from bilevel.types import LowerStats, Stats
-
-
-def stepped(step: int, upper_loss: float = 1.0, seconds: float = 0.0) -> Stepped:
-    lower = LowerStats(steps=3, gradients=3, loss=-0.5, gradient_norm=math.inf)
-    stats = Stats(hvps=2, residual=1e-3, condition=None)
-    return Stepped(step, upper_loss, -0.5, 0.25, lower, stats, Totals(step, step, step), seconds)
-
-
-STARTED = Started(0, 6, "toy", 3, 1234567, "cpu", "float64")
-EVENTS = [
-    Progress("data", 1, 2),
-    STARTED,
-    Evaluated(0, {"accuracy": 0.5, "gap": math.nan}),
-    stepped(1),
-    Warned(2, "curvature", "negative"),
-    stepped(2, math.nan),
-    Evaluated(2, {"accuracy": 0.75, "gap": 1.0}),
-    Saved(2, Path("checkpoints/step-00000002")),
-    *(stepped(step) for step in range(3, 7)),
-    Evaluated(6, {"accuracy": 1.0, "gap": 2.0}),
-    Drawn(6, "plot", object()),
-    Finished(6, "done", 1.0),
-]
+from tests.sinks.events import EVENTS, STARTED, stepped, with_evidence
 
 
 def write(folder: Path, events, step=None) -> str:
@@ -294,10 +271,6 @@ def test_a_terminal_shows_a_bar_and_leaves_the_table():
     assert "6/6" in text
     assert "F 1.000e+00" in text
     assert re.search(r"accuracy +0.5 +1\n", text)
-
-
-def with_evidence(step: int, **evidence) -> Stepped:
-    return Stepped(**{**vars(stepped(step)), "estimate": Stats(hvps=2, **evidence)})
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])

@@ -14,7 +14,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.types import Counts, Loss
 from bilevel.unrolling import forward_over_reverse
-from tests.unrolling.test_traced import OPTIMIZERS, Net, X, Y, ask, batch, draw, off
+from tests.unrolling.nets import OPTIMIZERS, Net, X, Y, ask, batch, draw, off
 
 K = 7
 

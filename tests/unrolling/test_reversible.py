@@ -18,7 +18,7 @@ from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.types import Counts, Loss, Path, Point
 from bilevel.unrolling import reversible
 from bilevel.unrolling.reversible import UNIT, Ratio, Reel
-from tests.unrolling.test_traced import Net, X, Y, ask, batch, draw, off
+from tests.unrolling.nets import Net, X, Y, ask, batch, draw, off
 
 OPTIMIZERS = [
     SGD(lr=0.1, momentum=0.9),
