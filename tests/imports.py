@@ -16,8 +16,8 @@ PACKAGE = ROOT / "bilevel"
 
 FLOORS = [
     ["errors", "rng"],
-    ["types", "registry", "components", "runfolder"],
-    ["tree", "events"],
+    ["types", "components", "runfolder"],
+    ["tree", "events", "registry"],
     ["calculus", "linear", "optimizers", "sinks"],
     ["problem", "preconditioners", "directions", "unrolling", "lower"],
     ["adjoint"],
