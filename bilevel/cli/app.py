@@ -208,6 +208,22 @@ def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new or empty folder.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="One whole model, not adapters on top of its base.")
+    ] = False,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Write what a run learned in a form that other programs read."""
+    with boundary():
+        from bilevel.cli.export import export as export_run
+
+        export_run(_console(), run, runs_dir, to, merged)
+
+
+@app.command()
 def runs(runs_dir: RunsOption = Path("runs")) -> None:
     """List runs and what became of them."""
     with boundary():

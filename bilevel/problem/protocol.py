@@ -30,6 +30,7 @@ class Problem(Protocol):
     - `lower_start(x, y) -> y`: where each lower solve starts (MAML, cold start); default: the last
       y; differentiable in x, where unrolling is to see that y_0 depends on x;
     - `lower_solution(x) -> y` and `hypergradient(x) -> dict`: closed forms, used by `bilevel check`;
+    - `export(x, y, folder, merged)`: write what was learned for other programs (`bilevel export`);
     - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
     - `episodes(stream) -> Iterator[(lower batch, upper batch)]`: batches that belong together, as
       the two halves of a task do; a run then draws one pair an upper step and nothing else;

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
 from .models.adapters import start_lora
 from .models.cache import Tensors, cached
+from .models.export import export
 from .models.instructions import conversations
 from .models.network import Backbone, Opened, parameters
 from .models.pretrain import dialogues, warm_up
@@ -211,6 +213,10 @@ class HierarchicalFineTuning:
             embeddings = self._examiner.embed(at, held.exam)
             panels.append(Panel.of(title, embeddings, held.exam.captions.present, TRIPLES))
         return {"embeddings": embedding_figure(panels)}
+
+    def export(self, x: Params, y: Params, folder: Path, merged: bool) -> None:
+        """Write the model at (x, y) for transformers and peft; see `models.export`."""
+        export(self._held.opened, {**x, **y}, folder, merged=merged)
 
     @property
     def _examiner(self) -> Examiner:

@@ -28,6 +28,7 @@ COMMANDS = {
         "--runs-dir",
     ],
     "report": ["RUN", "--runs-dir"],
+    "export": ["RUN", "--to", "--merged", "--runs-dir"],
     "runs": ["--runs-dir"],
     "schema": [],
     "doctor": [],

@@ -23,7 +23,7 @@ from .network import Network, parameters
 Adapter = Literal["merge", "continue"]
 CONFIG = "adapter_config.json"
 NAME = "default"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def add_lora(network: Network, rank: int) -> Coverage:
         target_parameters=list(found.fused) or None,
     )
     _inject(network.mllm, config)
+    network.adapter = config
     network.requires_grad_(False).eval()
     return found
 
@@ -120,8 +121,8 @@ def load_adapter(mllm: Any, folder: Path, how: Adapter, language: str) -> Any:
             f"{folder / CONFIG}: an adapter of type {config.peft_type}; LoRA alone can be merged "
             "or continued here: merge it with peft (`merge_and_unload`) and save the model"
         )
-    weights = {n.removeprefix(_PREFIX): value for n, value in saved.items() if ".lora_" in n}
-    whole = {n.removeprefix(_PREFIX): value for n, value in saved.items() if ".lora_" not in n}
+    weights = {n.removeprefix(PREFIX): value for n, value in saved.items() if ".lora_" in n}
+    whole = {n.removeprefix(PREFIX): value for n, value in saved.items() if ".lora_" not in n}
     outside = sorted(n for n in weights if not n.startswith(f"{language}."))
     if how == "continue" and outside:
         raise ProblemError(
@@ -173,6 +174,7 @@ def _merge(mllm: Any) -> None:
             module.merge(safe_merge=True)
             parent, _, own = name.rpartition(".")
             setattr(mllm.get_submodule(parent), own, module.get_base_layer())
+    del mllm.peft_config  # else peft takes the next adapter for a second one
 
 
 def _first_line(error: Exception) -> str:

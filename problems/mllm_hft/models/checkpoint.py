@@ -77,12 +77,14 @@ class Checkpoint:
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
             return self._encode(found, network, corpus)
 
-        return Opened(network, tokenizer, found.template, encode, {})
+        return Opened(
+            network, tokenizer, found.template, encode, found.companions, found.base, facts={}
+        )
 
     def _lora(self, network: Network, found: Folder) -> str:
         if found.adapter is None:
             return str(add_lora(network, self.rank))
-        network.continued = True
+        network.continued, network.adapter = True, found.adapter
         return f"{adapted(network)}, continued from the folder"
 
     def _encode(

@@ -45,6 +45,11 @@ class Folder:
     notes: tuple[str, ...]
     """What a user should know of it."""
 
+    def companions(self, to: Path) -> None:
+        """Write tokenizer, with its chat template, and picture processor."""
+        self.tokenizer.tokenizer.save_pretrained(to)
+        self.processor.save_pretrained(to)
+
 
 def read(path: str, *, template: str | None, adapter: Adapter, dtype: Any) -> Folder:
     """Load the model at `path`.
@@ -63,19 +68,19 @@ def _read(
     config = _config(transformers, path, base)
     family = family_of(config.model_type)
     mllm, notes = _model(transformers, path, base, dtype)
-    kept = None
+    kept, frozen = None, base
     if adapted is not None:
         kept = load_adapter(mllm, adapted, adapter, family.language)
         notes.append(f"the folder's adapter (LoRA of rank {kept.r}): {adapter}")
         if adapter == "merge":
-            kept, base = None, ""
+            kept, frozen = None, None
     home = path if adapted is None or (adapted / "tokenizer_config.json").is_file() else base
     raw = _part(transformers.AutoTokenizer, home or path, "tokenizer")
     processor = _part(transformers.AutoImageProcessor, base or path, "picture processor", "pil")
     tokenizer = _tokenizer(mllm, family, raw)
     written = _template(transformers, raw, home or path, family, template, tokenizer)
     notes += _generation_notes(mllm)
-    return Folder(mllm, family, tokenizer, written, processor, base or None, kept, tuple(notes))
+    return Folder(mllm, family, tokenizer, written, processor, frozen, kept, tuple(notes))
 
 
 def _transformers() -> Any:
@@ -126,6 +131,8 @@ def _config(transformers: Any, path: str, base: str) -> Any:
         said = _json(path, file)
         if any(mark in key for key in said for mark in _ORIGINAL):
             raise _refused(path, "its config.json names an `mm_vision_tower`", CONVERT)
+    elif Path(base).is_dir():
+        raise _refused(path, f"{file} is missing")
     with _Refusing(path):
         known, _ = transformers.PreTrainedConfig.get_config_dict(base)
         family_of(known.get("model_type", "none"))
@@ -199,6 +206,7 @@ def _template(
         return Template(given)
     chat = _chat_template(transformers, raw, path)
     if chat is not None:
+        raw.chat_template = chat
 
         def render(messages: list[dict[str, Any]], opens: bool) -> str:
             return raw.apply_chat_template(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +59,8 @@ class Network(nn.Module):
         self.image_head = nn.Linear(hidden, embedding, bias=False)
         self.text_head = nn.Linear(hidden, embedding, bias=False)
         self.end, self.ends = end, ends or (end,)
+        self.adapter: Any = None
+        """peft's config of the LoRA that is in place."""
         self.continued = False
         self.register_buffer("before", torch.tensor(before, dtype=torch.long), persistent=False)
         self.requires_grad_(False).eval()
@@ -270,6 +273,10 @@ class Opened:
     template: Template
     encode: Callable[[Corpus], Generator[Progress, None, Pictures]]
     """Pictures as the network's projector takes them."""
+    companions: Callable[[Path], None]
+    """Writes tokenizer and picture processor into a folder."""
+    base: str | None
+    """Where the frozen weights are, None where they are in no folder."""
     facts: Mapping[str, float]
     """What was measured on the way, shown with every evaluation."""
 

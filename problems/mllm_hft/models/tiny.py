@@ -71,7 +71,9 @@ class Tiny:
         add_lora(network, self.rank)
         start_heads(network, rng.stream(seed, "heads"))
         facts = {"language_model/question_accuracy": accuracy}
-        return Opened(network, tokenizer, template, encode, facts)
+        return Opened(
+            network, tokenizer, template, encode, tokenizer.save_pretrained, base=None, facts=facts
+        )
 
     def _llava(self, tokenizer: WordTokenizer, feature: int, seed: int) -> Any:
         sizes = {"hidden": self.hidden, "layers": self.layers, "heads": self.heads}
@@ -113,7 +115,11 @@ def _probe(source: Source, seed: int) -> Corpus:
 def tiny_llava(
     *, words: int, end: int, feature: int, hidden: int, layers: int, heads: int, seed: int
 ) -> Any:
-    """A random `LlavaForConditionalGeneration` with a small Llama and no vision tower."""
+    """A random `LlavaForConditionalGeneration` with a small Llama and a vision tower of no layer.
+
+    The tower is there so that plain transformers can read what is exported; features come from
+    an `Encoder`, and enter at the projector.
+    """
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -141,9 +147,7 @@ def tiny_llava(
     # transformers draws weights from the global generator; the fork leaves that as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = nn.Identity()
-    return llava
+        return LlavaForConditionalGeneration(config)
 
 
 _: type[Backbone] = Tiny

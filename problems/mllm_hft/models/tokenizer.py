@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bilevel.errors import ProblemError
@@ -107,6 +108,17 @@ class WordTokenizer:
             f"the word {word!r} of {text!r} is not among the {len(self.words) - len(SPECIAL)} "
             f"words of this source; add it to the source's vocabulary.{hint}"
         )
+
+    def save_pretrained(self, folder: Path) -> None:
+        """As a tokenizer of transformers that gives the same ids."""
+        import tokenizers
+        import transformers
+
+        raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(self._ids, unk_token=SPECIAL[0]))
+        raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        marks = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
+        fast.save_pretrained(folder)
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.words[i] for i in ids if i >= len(SPECIAL))

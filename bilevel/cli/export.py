@@ -1,0 +1,53 @@
+"""`export`: the model of a run, in a folder that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from bilevel import recipe as recipes
+from bilevel import runfolder
+from bilevel.cli.boundary import complain, requiring
+from bilevel.errors import CheckpointError, RecipeError
+from bilevel.recipe.assemble import assemble
+from bilevel.run import engine
+from bilevel.runfolder import checkpoint
+from bilevel.sinks.console import ConsoleReceiver
+
+
+def export(console: Console, reference: str, runs: Path, to: Path, merged: bool) -> None:
+    """Write what a run learned, as of its newest whole checkpoint, by the problem's `export`.
+
+    Raises `RecipeError` for a problem without one, and `CheckpointError` for a run without a
+    checkpoint or a folder that is not empty.
+    """
+    folder = runfolder.find(reference, runs)
+    recipe = recipes.load(folder.resolved)
+    write: Any = getattr(recipe.problem, "export", None)
+    if write is None:
+        raise RecipeError(
+            f"{folder.path}: problem {recipe.content['problem']['name']} has no `export(x, y, "
+            "folder, merged)`; its variables are in the checkpoints: "
+            f"{folder.checkpoints}/…/tensors.safetensors"
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise CheckpointError(f"{to}: is not an empty folder; name a new one with --to")
+    found = checkpoint.latest(folder.checkpoints)
+    if found is None:
+        raise CheckpointError(f"{folder.path}: has no checkpoint yet; resume it first")
+    for reason in found.skipped:
+        complain(f"passed over {reason}", kind="warning: ")
+    setup = assemble(recipe)
+    shown = ConsoleReceiver(console)
+    try:
+        with requiring(f"problem {type(recipe.problem).__name__}"):
+            for event in engine.prepare(setup):
+                shown.receive(event)
+            state = engine.restore(setup, checkpoint.load(found.path))
+            write(state.x, state.y, to, merged)
+    finally:
+        shown.close()
+    console.print(Text(f"{to}/  step {found.step}"), soft_wrap=True)

@@ -1,0 +1,147 @@
+"""What is exported says the same as the model in the run, read by transformers and peft alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bilevel.errors import CheckpointError
+from bilevel_problems.mllm_hft.models.adapters import start_lora
+from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
+from bilevel_problems.mllm_hft.models.export import export
+from bilevel_problems.mllm_hft.models.families import FAMILIES
+from bilevel_problems.mllm_hft.models.instructions import prompt_ids
+from bilevel_problems.mllm_hft.models.network import Opened, call, parameters
+from bilevel_problems.mllm_hft.sources.protocol import Corpus
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
+from tests.problems.mllm_hft.miniature import prepared
+
+pytest.importorskip("transformers", reason="the models are transformers' own")
+pytest.importorskip("peft", reason="LoRA goes through peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"  # peft asks transformers by its old name
+)
+
+LENGTH = 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+
+
+def finish(generator: Any) -> Any:
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
+def moved(opened: Opened) -> dict[str, torch.Tensor]:
+    """Every trained part away from where it began, as after a run."""
+    g = torch.Generator().manual_seed(3)
+    at = start_lora(opened.network, g) | parameters(opened.network, "projector")
+    at |= parameters(opened.network, "heads")
+    return {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in at.items()}
+
+
+def loaded(to: Path, *, merged: bool) -> Any:
+    """By transformers and peft alone."""
+    import transformers
+    from peft import PeftConfig, PeftModel
+
+    kind = transformers.AutoModelForImageTextToText
+    if merged:
+        return kind.from_pretrained(to)
+    base = PeftConfig.from_pretrained(str(to)).base_model_name_or_path
+    return PeftModel.from_pretrained(kind.from_pretrained(base), str(to))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_checkpoint_says_the_same_after_export(family, merged, folder, tmp_path):
+    opened = finish(
+        Checkpoint(path=str(folder(family)), rank=2, embedding=8).open(Shapes(), None, 0)
+    )
+    g = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (1, 3, 60, 100), generator=g, dtype=torch.uint8)
+    pictures = finish(opened.encode(Corpus((), image)))
+    asked = prompt_ids("What do you see?", opened.tokenizer, opened.template)
+    values = moved(opened)
+    given = {"ids": torch.tensor(asked), "length": LENGTH, **pictures.take(slice(0, 1))}
+    ours = call(opened.network, values, "captions", **given)[0].tolist()
+    assert ours != opened.network.captions(**given)[0].tolist()  # else it proves nothing
+    before = {n: v.clone() for n, v in opened.network.state_dict().items()}
+    export(opened, values, tmp_path / "out", merged=merged)
+    assert all(torch.equal(v, before[n]) for n, v in opened.network.state_dict().items())
+
+    theirs = loaded(tmp_path / "out", merged=merged)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    picture = tokenizer.convert_tokens_to_ids("<image>")
+    layout = pictures.layout
+    block = [picture] * pictures.features.shape[1] if layout is None else [
+        picture if code < 0 else code for code in layout[0].tolist()
+    ]  # fmt: skip
+    ids = torch.tensor([[*opened.network.before.tolist(), *block, *asked]])
+    nested = [[image[0]]] if family in ("idefics3", "smolvlm") else [image[0]]
+    extra = {}
+    if family.startswith("qwen"):
+        extra = {"mm_token_type_ids": (ids == picture).int()}
+    if family == "paligemma":
+        extra = {"token_type_ids": torch.zeros_like(ids)}
+    said = theirs.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LENGTH,
+        pad_token_id=opened.tokenizer.end, **processor(images=nested, return_tensors="pt"), **extra,
+    )[0, ids.shape[1] :]  # fmt: skip
+    assert said.tolist() == ours[: len(said)]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_embedded_model_says_the_same_after_export(merged, tmp_path):
+    problem = prepared(formulation="weighted")
+    with torch.no_grad():
+        _says_the_same(problem, merged, tmp_path)
+
+
+def _says_the_same(problem, merged, tmp_path):
+    opened, exam = problem._held.opened, problem._held.exam
+    values = moved(opened)
+    x = {n: v for n, v in values.items() if ".lora_" in n}
+    y = {n: v for n, v in values.items() if n not in x}
+    asked = torch.tensor(prompt_ids("describe the picture .", opened.tokenizer, opened.template))
+    batch = exam.pictures.take(slice(0, 1))
+    ours = call(opened.network, values, "captions", ids=asked, length=LENGTH, **batch)[0].tolist()
+    problem.export(x, y, tmp_path / "out", merged)
+    theirs = loaded(tmp_path / "out", merged=merged)
+    plain = theirs if merged else theirs.get_base_model()
+    words = plain.get_input_embeddings()
+    seen = plain.model.multi_modal_projector(batch["features"])
+    parts = [words(opened.network.before)[None], seen, words(asked)[None]]
+    joined = torch.cat(parts, dim=1)
+    mask = torch.ones(joined.shape[:2], dtype=torch.long)
+    said = theirs.generate(
+        inputs_embeds=joined, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH,
+        pad_token_id=opened.tokenizer.pad,
+    )[0].tolist()  # fmt: skip
+    assert said == ours[: len(said)]
+    import transformers
+
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words.encode("describe the picture .", add_special_tokens=False) == asked.tolist()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    problem = prepared(formulation="task_only")
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        problem.export({}, {}, tmp_path / "out", False)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
