@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bilevel.functional import hypergradient as hypergradient
     from bilevel.functional import solve_lower as solve_lower
     from bilevel.functional import unroll as unroll
+    from bilevel.run.minimize import iterate as iterate
+    from bilevel.run.minimize import minimize as minimize
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,8 @@ _HOMES = {
     "BilevelError": "errors",
     "component": "components",
     "hypergradient": "functional",
+    "iterate": "run.minimize",
+    "minimize": "run.minimize",
     "solve_lower": "functional",
     "unroll": "functional",
 }
@@ -28,6 +32,8 @@ __all__ = [
     "__version__",
     "component",
     "hypergradient",
+    "iterate",
+    "minimize",
     "solve_lower",
     "unroll",
 ]

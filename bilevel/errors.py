@@ -8,7 +8,7 @@ class BilevelError(Exception):
 
 
 class RecipeError(BilevelError):
-    """The recipe, an override or a command-line argument is wrong."""
+    """The recipe, an override, a command-line argument or a component asked for is wrong."""
 
     exit_code = 2
 

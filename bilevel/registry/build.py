@@ -20,7 +20,7 @@ from bilevel import registry
 from bilevel.components import COMPONENT, Slot
 from bilevel.errors import BilevelError, RecipeError, RequirementError
 from bilevel.registry import presets
-from bilevel.registry.diagnostics import Complaints, Where
+from bilevel.registry.diagnostics import Complaints, Where, show
 from bilevel.registry.fields import (
     Field,
     content_of,
@@ -51,6 +51,37 @@ def build(group: str, spec: Any, where: str = "", base: Path | None = None) -> A
     complaints.finish()
     assert built is not None
     return built.value
+
+
+def resolve(group: str, given: Any, where: str) -> Any:
+    """The component that a caller means: an instance as it is, one made of a name or a mapping.
+
+    Raises `RecipeError` for an unknown name or option, and for what is no component: a class
+    (an instance is asked for), a number, None.
+    """
+    if isinstance(given, (str, Mapping)):
+        return build(group, given, where)
+    known = ", ".join(registry.names(group))
+    if isinstance(given, type):
+        raise RecipeError(
+            f"{where} = {given.__name__}, a class; expected an instance: {given.__name__}(…)"
+        )
+    if not hasattr(given, DOES[group]):
+        raise RecipeError(
+            f"{where} = {show(given)}; expected an instance, a name ({known}), or a mapping with a "
+            "name and options"
+        )
+    return given
+
+
+DOES = {
+    "problems": "lower_loss",
+    "estimators": "estimate",
+    "lower": "solve",
+    "linear": "solve",
+    "optimizers": "step",
+}
+"""The method by which a component of a group is known."""
 
 
 class Builder:

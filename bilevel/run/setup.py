@@ -12,6 +12,7 @@ from bilevel.errors import ProblemError
 from bilevel.events import Totals
 from bilevel.problem.protocol import Problem
 from bilevel.problem.tied import Ties
+from bilevel.registry.build import resolve
 from bilevel.rng import Streams
 from bilevel.run.batches import Draws, Sampler, paired
 from bilevel.run.upper import Upper
@@ -32,6 +33,15 @@ class Setup:
     dtype: torch.dtype = torch.float32
     evaluate_every: int = 0
     """Upper steps between evaluations; 0 evaluates before and after only."""
+
+    def __post_init__(self) -> None:
+        """Components may be given by name; a class in place of an instance is refused."""
+        for name, group in (
+            ("problem", "problems"),
+            ("lower", "lower"),
+            ("estimator", "estimators"),
+        ):
+            object.__setattr__(self, name, resolve(group, getattr(self, name), name))
 
 
 @dataclass
