@@ -66,7 +66,7 @@ def resolve(group: str, given: Any, where: str) -> Any:
         raise RecipeError(
             f"{where} = {given.__name__}, a class; expected an instance: {given.__name__}(…)"
         )
-    if not hasattr(given, DOES[group]):
+    if group in DOES and not hasattr(given, DOES[group]):
         raise RecipeError(
             f"{where} = {show(given)}; expected an instance, a name ({known}), or a mapping with a "
             "name and options"
@@ -75,13 +75,12 @@ def resolve(group: str, given: Any, where: str) -> Any:
 
 
 DOES = {
-    "problems": "lower_loss",
     "estimators": "estimate",
     "lower": "solve",
     "linear": "solve",
     "optimizers": "step",
 }
-"""The method by which a component of a group is known."""
+"""The method by which a component of a group is known; what a problem lacks, a run says."""
 
 
 class Builder:
