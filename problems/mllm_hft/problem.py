@@ -21,7 +21,7 @@ from torch import Tensor
 from bilevel import rng, tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.events import Progress
+from bilevel.events import Progress, Warned
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -34,7 +34,7 @@ from .evaluation.examiner import (
     make_exam,
 )
 from .evaluation.figure import Panel, embedding_figure
-from .evaluation.measures import Metrics
+from .evaluation.measures import Metrics, Row
 from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
 from .models.adapters import start_lora
@@ -44,7 +44,7 @@ from .models.instructions import conversations
 from .models.network import Backbone, Opened, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
-from .sources.protocol import Corpus, Encoder, Scene, Source
+from .sources.protocol import Corpus, Encoder, Scene, Source, Split
 from .sources.shapes import Shapes
 
 VERSION = 1
@@ -66,6 +66,8 @@ class Held:
     reference: Params = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    """Of the last evaluation."""
 
 
 @component
@@ -90,7 +92,10 @@ class HierarchicalFineTuning:
     split: Literal["test", "development"] = "test"
     """What is evaluated on: choose settings on development, report test."""
     questions: PositiveInt = 6
-    """Questions a picture in each POPE split, half of them with yes."""
+    """Questions a picture in each POPE split, half of them with yes; where pictures come with
+    questions, those are asked."""
+    generate_answers: bool = False
+    """Also measure answers that the model writes out, and not its logits alone: slower."""
     warm_up: NonNegativeInt = 600
     """Steps of the projector alone on the task, before anything else."""
     warm_up_rate: PositiveFloat = 5e-3
@@ -131,8 +136,8 @@ class HierarchicalFineTuning:
     def prepare(self) -> Iterator[Progress]:
         """Model and language model, features, projector: cached, so only the first time is slow."""
         opened = yield from self.model.open(self.source, self.encoder, self.seed)
-        train, scenes = yield from self._data(opened, "train", self.train, biased=True)
-        upper, _ = yield from self._data(opened, "upper", self.upper, biased=False)
+        train, scenes = yield from self._data(opened, "train", self.train)
+        upper, _ = yield from self._data(opened, "upper", self.upper)
         exam = yield from self._exam(opened, scenes)
         yield from self._warm_up(opened, train)
         scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
@@ -196,15 +201,23 @@ class HierarchicalFineTuning:
     def project_lower(self, y: Params) -> Params:
         return formulations.project(y)
 
-    def evaluate(self, x: Params, y: Params) -> Generator[Progress, None, Metrics]:
+    @property
+    def rows(self) -> dict[str, list[Row]]:
+        """Questions, captions and pictures of the last evaluation, one row each."""
+        return self._held.rows
+
+    def evaluate(self, x: Params, y: Params) -> Generator[Progress | Warned, None, Metrics]:
         """Every measure on the evaluated split; yields its progress and returns them."""
         held = self._held
         found = yield from self._examiner.measure({**x, **y}, held.exam)
-        return {**found, **held.opened.facts, **self._learned({**x, **y})}
+        held.rows = found.rows
+        return {**found.metrics, **held.opened.facts, **self._learned({**x, **y})}
 
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
         """Embeddings before and after, in one projection."""
         held = self._held
+        if not held.exam.has_captions:
+            return {}
         before = tree.to(
             dict(zip("xy", self._start(held, None), strict=True)), held.device, held.dtype
         )
@@ -226,9 +239,10 @@ class HierarchicalFineTuning:
             opened.network,
             opened.tokenizer,
             opened.template,
-            self.source.vocabulary,
+            self.source.kinds,
             held.device,
             held.dtype,
+            self.generate_answers,
         )
 
     def _learned(self, at: Params) -> Metrics:
@@ -258,15 +272,18 @@ class HierarchicalFineTuning:
         y = {n: v for part in self._form.lower for n, v in parts[part].items()}
         return x, y
 
-    def _corpus(self, split: str, size: int, *, biased: bool) -> Corpus:
+    def _corpus(self, split: Split, size: int) -> Generator[Progress, None, Corpus]:
+        yield Progress("pictures", 0, None, f"{size} for {split}")
         stream = rng.stream(self.seed, f"scenes.{split}")
-        return self.source.render(self.source.scenes(size, biased=biased, generator=stream), stream)
+        corpus = self.source.corpus(split, size, generator=stream)
+        for note in corpus.notes:
+            yield Progress("pictures", 1, 1, note)
+        return corpus
 
     def _data(
-        self, opened: Opened, split: str, size: int, *, biased: bool
+        self, opened: Opened, split: Split, size: int
     ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
-        yield Progress("pictures", 0, None, f"{size} for {split}")
-        corpus = self._corpus(split, size, biased=biased)
+        corpus = yield from self._corpus(split, size)
         pictures = yield from opened.encode(corpus)
         stream = rng.stream(self.seed, f"dialogues.{split}")
         turns = dialogues(corpus.scenes, self.source, stream)
@@ -275,11 +292,10 @@ class HierarchicalFineTuning:
         return Data(pictures, rows, lines), corpus.scenes
 
     def _exam(self, opened: Opened, training: tuple[Scene, ...]) -> Generator[Progress, None, Exam]:
-        yield Progress("pictures", 0, None, f"{self.test} for {self.split}")
-        corpus = self._corpus(self.split, self.test, biased=False)
+        corpus = yield from self._corpus(self.split, self.test)
         pictures = yield from opened.encode(corpus)
         return make_exam(
-            corpus.scenes,
+            corpus,
             pictures,
             self.source,
             opened.tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.events import Progress
+from bilevel.events import Progress, Warned
 from bilevel.types import Params
 
 from ..formulations import split, task
@@ -28,24 +28,26 @@ from ..models.pictures import Pictures
 from ..models.pretrain import answer_scores, answer_words, dialogues
 from ..models.template import Template
 from ..models.tokenizer import Tokenizer, until_end
-from ..sources.language import DESCRIBE
-from ..sources.mentions import Lexicon
-from ..sources.protocol import Scene, Source
-from .measures import Metrics, blind, chair, gap, pope, without_object
-from .questions import STRATEGIES, questions
+from ..sources.mentions import Association, Lexicon
+from ..sources.protocol import Corpus, Kind, Scene, Source
+from .measures import Metrics, gap
+from .questions import STRATEGIES, Question, own_questions, questions
+from .reports import Findings, report_captions, report_pictures, report_questions
 
 CHUNK = 128
 CAPTION_TOKENS = 48
+ANSWER_TOKENS = 8
 
 
 class Asked(NamedTuple):
-    """Questions of one POPE split."""
+    """Questions of one group, such as a POPE split."""
 
     rows: Rows
-    scene: Int[Tensor, "question"]
-    answers: Bool[Tensor, "question"]
-    names: tuple[str, ...]
-    """What each asks about."""
+    questions: tuple[Question, ...]
+
+    @property
+    def scene(self) -> Int[Tensor, "question"]:
+        return torch.tensor([question.scene for question in self.questions])
 
 
 class Embeddings(NamedTuple):
@@ -89,7 +91,9 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
     shape = (len(scenes), 1 + len(source.kinds))
     present = [[kind in scene.hallucinated for kind in source.kinds] for scene in scenes]
     return Captions(
-        rows.ids.unflatten(0, shape), rows.mask.unflatten(0, shape), torch.tensor(present)
+        rows.ids.unflatten(0, shape),
+        rows.mask.unflatten(0, shape),
+        torch.tensor(present, dtype=torch.bool),
     )
 
 
@@ -100,12 +104,22 @@ class Exam:
     scenes: tuple[Scene, ...]
     pictures: Pictures
     dialogues: Rows
+    talked: Int[Tensor, "row"]
+    """The scene of each dialogue: those of which nothing is said have none."""
     asked: Mapping[str, Asked]
+    """By group, "pope_random" for example."""
     captions: Captions
+    lexicon: Lexicon
+    association: Association | None = None
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every picture has a true caption, which the gap is measured with."""
+        return all(scene.caption for scene in self.scenes)
 
 
 def make_exam(
-    scenes: tuple[Scene, ...],
+    corpus: Corpus,
     pictures: Pictures,
     source: Source,
     tokenizer: Tokenizer,
@@ -115,30 +129,40 @@ def make_exam(
     cooccurrence: Tensor,
     generator: torch.Generator,
 ) -> Exam:
-    """POPE's three splits, dialogues for the task loss, and captions for the embeddings."""
-    asked = {}
-    for strategy in STRATEGIES:
-        found = questions(
-            scenes,
-            strategy=strategy,
-            vocabulary=source.vocabulary,
-            per_scene=per_scene,
-            generator=generator,
-            cooccurrence=cooccurrence,
-        )
-        asked[strategy] = Asked(
-            prompts([question.text for question in found], tokenizer, template),
-            torch.tensor([question.scene for question in found]),
-            torch.tensor([question.answer for question in found]),
-            tuple(question.name for question in found),
-        )
+    """Questions, dialogues for the task loss, and captions for the embeddings.
+
+    Questions are those that come with the pictures; where there are none, POPE's three splits are
+    made from the objects.
+    """
+    scenes = corpus.scenes
+    groups = own_questions(scenes)
+    if not groups:
+        groups = {
+            f"pope_{strategy}": questions(
+                scenes,
+                strategy=strategy,
+                vocabulary=source.vocabulary,
+                per_scene=per_scene,
+                generator=generator,
+                cooccurrence=cooccurrence,
+            )
+            for strategy in STRATEGIES
+        }
     turns = dialogues(scenes, source, generator)
+    talked = [i for i, conversation in enumerate(turns) if conversation]
     return Exam(
         scenes,
         pictures,
-        conversations(turns, tokenizer, template),
-        asked,
+        conversations([turns[i] for i in talked], tokenizer, template),
+        torch.tensor(talked),
+        {
+            group: Asked(prompts([q.text for q in found], tokenizer, template), found)
+            for group, found in groups.items()
+            if found
+        },
         captions(scenes, source, tokenizer),
+        corpus.lexicon or Lexicon(source.vocabulary),
+        corpus.association,
     )
 
 
@@ -149,28 +173,33 @@ class Examiner:
     network: Network
     tokenizer: Tokenizer
     template: Template
-    vocabulary: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     device: torch.device
     dtype: torch.dtype
+    generate_answers: bool = False
+    """Measure answers that are written out, too, beside those read off the logits."""
 
-    def measure(self, parameters: Params, exam: Exam) -> Generator[Progress, None, Metrics]:
-        """Held-out task loss, POPE, CHAIR with coverage, and the gap, by "group/name"."""
+    def measure(
+        self, parameters: Params, exam: Exam
+    ) -> Generator[Progress | Warned, None, Findings]:
+        """Task loss, answers, captions and the gap, with a row for each question and picture."""
         weights, _ = split(parameters)
-        stages = [
-            ("task loss", lambda: {"task_loss": self._task_loss(parameters, exam)}),
-            *((f"pope_{name}", partial(self._pope, weights, exam, name)) for name in exam.asked),
-            ("chair", lambda: self._chair(weights, exam)),
-            ("gap", lambda: self._gap(parameters, exam)),
+        found = Findings()
+        stages: list[tuple[str, Callable[[], None]]] = [
+            ("task loss", lambda: found.add("", self._task_loss(parameters, exam))),
+            *((name, partial(self._ask, found, weights, exam, name)) for name in exam.asked),
+            ("captions", lambda: self._caption(found, weights, exam)),
         ]
-        found: Metrics = {}
-        for done, (group, measure) in enumerate(stages):
-            yield Progress("evaluation", done, len(stages), group)
+        if exam.has_captions:
+            stages.append(("gap", lambda: self._gap(found, parameters, exam)))
+        for done, (name, stage) in enumerate(stages):
+            yield Progress("evaluation", done, len(stages), name)
             with torch.no_grad():
-                measured = measure()
-            prefix = "" if group == "task loss" else f"{group}/"
-            found |= {f"{prefix}{name}": value for name, value in measured.items()}
+                stage()
         yield Progress("evaluation", len(stages), len(stages))
-        return found
+        for kind, message in found.warnings.items():
+            yield Warned(0, kind, message)
+        return found.finish()
 
     @torch.no_grad()
     def embed(self, parameters: Params, exam: Exam) -> Embeddings:
@@ -185,38 +214,57 @@ class Examiner:
             found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
         return Embeddings(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def describe(self, weights: Params, exam: Exam) -> list[str]:
-        """Greedy captions."""
-        asked = prompt_ids(DESCRIBE, self.tokenizer, self.template)
+    def describe(self, weights: Params, exam: Exam) -> tuple[list[str], list[bool]]:
+        """Greedy captions, and whether each ended by itself before `CAPTION_TOKENS`."""
+        by_instruction: dict[str, list[int]] = {}
+        for i, scene in enumerate(exam.scenes):
+            by_instruction.setdefault(scene.instruction, []).append(i)
+        said: dict[int, tuple[str, bool]] = {}
+        for instruction, places in by_instruction.items():
+            asked = prompt_ids(instruction, self.tokenizer, self.template)
+            lines = self._generate(weights, exam, torch.tensor(places), asked, CAPTION_TOKENS)
+            said |= dict(zip(places, lines, strict=True))
+        found = [said[i] for i in range(len(exam.scenes))]
+        return [text for text, _ in found], [ended for _, ended in found]
+
+    def _generate(
+        self, weights: Params, exam: Exam, scene: Tensor, asked: list[int], length: int
+    ) -> list[tuple[str, bool]]:
+        """Greedy continuations of one prompt about some scenes."""
         lines = []
-        for part in chunks(len(exam.scenes), CHUNK):
+        for part in scene.split(CHUNK):
             tokens = call(
                 self.network,
                 weights,
                 "captions",
                 ids=torch.tensor(asked, device=self.device),
-                length=CAPTION_TOKENS,
+                length=length,
                 **self._move(exam.pictures.take(part)),
             )
             lines += [self._until_end(row) for row in tokens.tolist()]
         return lines
 
-    def _until_end(self, ids: list[int]) -> str:
-        said, _ = until_end(ids, self.tokenizer.ends)
-        return self.tokenizer.decode(said)
+    def _until_end(self, ids: list[int]) -> tuple[str, bool]:
+        said, ended = until_end(ids, self.tokenizer.ends)
+        return self.tokenizer.decode(said), ended
 
-    def _gap(self, parameters: Params, exam: Exam) -> Metrics:
-        found = self.embed(parameters, exam)
-        return gap(*found, exam.captions.present, [scene.caption for scene in exam.scenes])
+    def _gap(self, found: Findings, parameters: Params, exam: Exam) -> None:
+        embeddings, present = self.embed(parameters, exam), exam.captions.present
+        found.add("gap", gap(*embeddings, present, [scene.caption for scene in exam.scenes]))
+        report_pictures(found, *embeddings, present, self.kinds, exam.scenes)
 
-    def _chair(self, weights: Params, exam: Exam) -> Metrics:
-        reader = Lexicon(self.vocabulary)
-        said = [reader.names(line) for line in self.describe(weights, exam)]
-        found = chair(said, [scene.names for scene in exam.scenes])
-        return {**found, "without_object": without_object(said)}
+    def _caption(self, found: Findings, weights: Params, exam: Exam) -> None:
+        said, ended = self.describe(weights, exam)
+        report_captions(found, said, ended, exam.scenes, exam.lexicon, exam.association)
 
-    def _pope(self, weights: Params, exam: Exam, name: str) -> Metrics:
-        rows, scene, answers, names = exam.asked[name]
+    def _ask(self, found: Findings, weights: Params, exam: Exam, name: str) -> None:
+        asked = exam.asked[name]
+        scores = self._scores(weights, exam, asked)
+        said = self._answers(weights, exam, asked) if self.generate_answers else None
+        report_questions(found, name, asked.questions, exam.scenes, scores, said)
+
+    def _scores(self, weights: Params, exam: Exam, asked: Asked) -> Float[Tensor, "question"]:
+        rows, scene = asked.rows, asked.scene
         words = answer_words(self.tokenizer, self.template)
         scores = []
         for part in chunks(len(rows), 2 * CHUNK):
@@ -231,17 +279,30 @@ class Examiner:
                 **self._move(exam.pictures.take(scene[part])),
             )
             scores.append(answer_scores(logits, batch["mask"], words).cpu())
-        return {**pope(torch.cat(scores), answers), **blind(names, answers, scene.tolist())}
+        return torch.cat(scores)
 
-    def _task_loss(self, parameters: Params, exam: Exam) -> float:
+    def _answers(self, weights: Params, exam: Exam, asked: Asked) -> list[str]:
+        """Answers written out; questions of one wording go together."""
+        places: dict[str, list[int]] = {}
+        for i, question in enumerate(asked.questions):
+            places.setdefault(question.text, []).append(i)
+        said: dict[int, str] = {}
+        for text, rows in places.items():
+            prompt = prompt_ids(text, self.tokenizer, self.template)
+            scene = asked.scene[torch.tensor(rows)]
+            lines = self._generate(weights, exam, scene, prompt, ANSWER_TOKENS)
+            said |= {i: line for i, (line, _) in zip(rows, lines, strict=True)}
+        return [said[i] for i in range(len(asked.questions))]
+
+    def _task_loss(self, parameters: Params, exam: Exam) -> Metrics:
         total, tokens = 0.0, 0
-        for part in chunks(len(exam.scenes), CHUNK):
-            batch = exam.dialogues.take(torch.arange(len(exam.scenes))[part])
+        for part in chunks(len(exam.talked), CHUNK):
+            batch = exam.dialogues.take(torch.arange(len(exam.talked))[part])
             count = int(batch["counted"].sum())
-            batch = self._move({**batch, **exam.pictures.take(part)})
+            batch = self._move({**batch, **exam.pictures.take(exam.talked[part])})
             total += float(task(self.network, parameters, batch)) * count
             tokens += count
-        return total / tokens
+        return {"task_loss": total / tokens} if tokens else {}
 
     def _move(self, value: Any) -> Any:
         return tree.to(value, self.device, self.dtype)

@@ -58,7 +58,7 @@ def questions(
 ) -> tuple[Question, ...]:
     """Up to `per_scene` questions a scene, exactly as many answered yes as no.
 
-    A scene with fewer present (or absent) names than `per_scene / 2` gets fewer of both.
+    None about a scene of which it is not known what is absent. A scene with fewer present (or absent) names than `per_scene / 2` gets fewer of both.
     `vocabulary` is ordered, most frequent first, and this order is what "popular" means and what
     breaks ties. `cooccurrence` is counted on training scenes, in the order of `vocabulary`, and
     needed by "adversarial" alone. Raises `ProblemError` where it is missing or of another size,
@@ -68,6 +68,8 @@ def questions(
     random = _random(generator)
     asked = []
     for index, scene in enumerate(scenes):
+        if not scene.annotated:
+            continue
         present = [name for name in vocabulary if name in scene.names]
         absent = [name for name in vocabulary if name not in scene.names]
         half = min(per_scene // 2, len(present), len(absent))
@@ -81,6 +83,16 @@ def questions(
             asked.append(Question(index, ask_object(right), True, right))
             asked.append(Question(index, ask_object(lie), False, lie))
     return tuple(asked)
+
+
+def own_questions(scenes: Sequence[Scene]) -> dict[str, tuple[Question, ...]]:
+    """The questions that come with scenes, by group."""
+    found: dict[str, list[Question]] = {}
+    for index, scene in enumerate(scenes):
+        for own in scene.questions:
+            question = Question(index, own.text, own.answer, own.name or own.text)
+            found.setdefault(own.group, []).append(question)
+    return {group: tuple(asked) for group, asked in found.items()}
 
 
 def colour_questions(

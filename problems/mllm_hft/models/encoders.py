@@ -22,7 +22,7 @@ from bilevel.events import Progress
 from bilevel.rng import stream
 
 from ..sources.packages import require
-from ..sources.protocol import Corpus, Source
+from ..sources.protocol import Corpus, Simulator, Source, simulator
 from .cache import Tensors, cached
 
 Run = Generator[Progress, None, Tensors]
@@ -60,8 +60,9 @@ class ViT:
     def encode(
         self, corpus: Corpus, source: Source
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
+        drawn = simulator(source, "encoder vit", "encoder efficientnet or model checkpoint")
         key = {"encoder": self, "source": source, "version": VERSION}
-        weights = yield from cached("vit", key, lambda: self._train(source))
+        weights = yield from cached("vit", key, lambda: self._train(drawn))
         model = self._model(corpus.images.shape[-1])
         model.load_state_dict(weights)
         found = yield from cached(
@@ -90,12 +91,14 @@ class ViT:
             torch.manual_seed(self.seed)
             return transformers.CLIPVisionModel(config).eval()
 
-    def _train(self, source: Source) -> Run:
+    def _train(self, source: Simulator) -> Run:
         """Weights after `steps` steps of AdamW under a one-cycle schedule."""
         random = stream(self.seed, "vit")
         yield Progress("vision encoder", 0, self.steps, "drawing pictures")
         corpus = source.render(source.scenes(self.scenes, biased=False, generator=random), random)
-        model = self._model(corpus.images.shape[-1]).train()
+        images = corpus.images
+        assert isinstance(images, Tensor)  # a simulator draws, and all of one size
+        model = self._model(images.shape[-1]).train()
         names, colours = _labels(corpus, source, self.patch)
         # Zero, since drawing its weights would move the global generator.
         head = skip_init(nn.Linear, self.width, len(source.vocabulary) + len(source.colours) + 2)
@@ -106,7 +109,7 @@ class ViT:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, max(self.steps, 1))
         for step in range(self.steps):
             rows = torch.randint(self.scenes, (self.batch,), generator=random)
-            scores = head(_tokens(model, corpus.images[rows]))
+            scores = head(_tokens(model, images[rows]))
             name, colour = scores.split([len(source.vocabulary) + 1, len(source.colours) + 1], 2)
             loss = _loss(name, names[rows]) + _loss(colour, colours[rows])
             optimizer.zero_grad()

@@ -18,8 +18,8 @@ from bilevel.events import Progress
 
 from ..evaluation.questions import Question, questions
 from ..losses import task_loss
-from ..sources.language import DESCRIBE, NO, YES
-from ..sources.protocol import Scene, Source
+from ..sources.language import NO, YES
+from ..sources.protocol import Scene, Simulator, Source
 from .instructions import Rows, Turn, conversations, prompts, turn_ids
 from .network import Network, chunks
 from .pictures import Pictures
@@ -38,7 +38,7 @@ Words = tuple[tuple[int, ...], tuple[int, ...]]
 class TextTraining:
     """What the language model is trained on and for how long."""
 
-    source: Source
+    source: Simulator
     tokenizer: WordTokenizer
     template: Template
     seed: int
@@ -51,7 +51,10 @@ class TextTraining:
 def dialogues(
     scenes: tuple[Scene, ...], source: Source, generator: torch.Generator
 ) -> list[list[Turn]]:
-    """One conversation a scene: questions with random objects, then the caption."""
+    """One conversation a scene: its own; else yes/no questions, then the caption.
+
+    Questions are the scene's own (`QUESTIONS` of them) or ask for random objects.
+    """
     turns: list[list[Turn]] = [[] for _ in scenes]
     for question in questions(
         scenes,
@@ -62,8 +65,14 @@ def dialogues(
     ):
         turns[question.scene].append(turn(question))
     for scene, conversation in zip(scenes, turns, strict=True):
-        order = torch.randperm(len(conversation), generator=generator).tolist()
-        conversation[:] = [*(conversation[i] for i in order), (DESCRIBE, scene.caption)]
+        if scene.turns:
+            conversation[:] = scene.turns
+            continue
+        own = [(question.text, YES if question.answer else NO) for question in scene.questions]
+        asked = own or conversation
+        order = torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist()
+        described = [(scene.instruction, scene.caption)] if scene.caption else []
+        conversation[:] = [*(asked[i] for i in order), *described]
     return turns
 
 

@@ -14,7 +14,7 @@ from bilevel.components import component
 from bilevel.events import Progress
 
 from ..sources.language import words
-from ..sources.protocol import Corpus, Encoder, Source
+from ..sources.protocol import Corpus, Encoder, Simulator, Source, simulator
 from .adapters import add_lora
 from .cache import Tensors, cached
 from .encoders import ViT
@@ -49,12 +49,13 @@ class Tiny:
     def open(
         self, source: Source, encoder: Encoder | None, seed: int
     ) -> Generator[Progress, None, Opened]:
+        drawn = simulator(source, "model tiny", "model checkpoint")
         eyes = encoder or ViT()
 
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
             return Pictures((yield from eyes.encode(corpus, source)))
 
-        feature = (yield from encode(_probe(source, seed))).features.shape[-1]
+        feature = (yield from encode(_probe(drawn, seed))).features.shape[-1]
         tokenizer, template = WordTokenizer(words(source)), Template()
         network = Network(
             self._llava(tokenizer, feature, seed),
@@ -63,7 +64,7 @@ class Tiny:
             embedding=self.hidden,
         )
         text = TextTraining(
-            source, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
+            drawn, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
         )
         yield from self._learn_language(network, text)
         accuracy = question_accuracy(network, text)
@@ -106,7 +107,7 @@ def _verdict(accuracy: float) -> str:
     return note if accuracy > 0.6 else f"{note}: no better than chance; raise problem.model.steps"
 
 
-def _probe(source: Source, seed: int) -> Corpus:
+def _probe(source: Simulator, seed: int) -> Corpus:
     """One picture, to learn how wide the encoder's features are."""
     stream = rng.stream(seed, "probe")
     return source.render(source.scenes(1, biased=False, generator=stream), stream)

@@ -14,7 +14,7 @@ from random import Random
 from typing import Protocol
 
 from .mentions import mentioned
-from .protocol import Thing
+from .protocol import DESCRIBE, Thing
 from .words import article, plural
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
 
 NUMBERS = ("one", "two", "three", "four", "five")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-DESCRIBE = "describe the picture :"
-"""The instruction that asks for a caption."""
 YES, NO = "yes", "no"
 
 _GRAMMAR = ("a", "an", "the", "and", "is", "are", "there", "left", "right", "of", "above", "below")

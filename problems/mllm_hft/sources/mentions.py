@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from .words import plurals
 
-WORD = re.compile(r"[^\W\d_]+")
+WORD = re.compile(r"o['\u2019]clock|[^\W\d_]+", re.I)
 JOINT = re.compile(r"[\s\-\u2010\u2011]+")
 """What may stand between two words of one phrase."""
 KINDS_OF = (

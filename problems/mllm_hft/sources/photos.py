@@ -21,7 +21,7 @@ from bilevel.components import component
 from bilevel.errors import RequirementError
 
 from .packages import require
-from .protocol import Corpus, Kind, Scene, Thing
+from .protocol import Corpus, Kind, Scene, Split, Thing, simulated
 from .scenes import World
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -123,6 +123,9 @@ class Photos:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return ("object", "relation", "count")
+
+    def corpus(self, split: Split, size: int, *, generator: Generator) -> Corpus:
+        return simulated(self, split, size, generator=generator)
 
     def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
         return self._world.scenes(size, biased=biased, generator=generator)

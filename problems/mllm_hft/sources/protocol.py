@@ -1,20 +1,30 @@
-"""What the alignment problem needs of its data: scenes with exact truth, pictures, one interface."""
+"""What the alignment problem needs of its data: pictures, and what is true and false of them."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from bilevel.errors import ProblemError
 from bilevel.events import Progress
 
-Kind = Literal["object", "attribute", "relation", "count"]
-"""What a hallucinated caption gets wrong."""
+from .mentions import Association, Lexicon
+from .pictures import PictureFiles
+
+Split = Literal["train", "upper", "development", "test"]
+"""Which pictures: the lower level's, the upper level's, those to choose settings on, the rest."""
+SPLITS: tuple[Split, ...] = ("train", "upper", "development", "test")
+Kind = Literal["object", "attribute", "relation", "count", "other"]
+"""What a hallucinated caption gets wrong; "other" where that is not said (a rejected answer)."""
 KINDS: tuple[Kind, ...] = ("object", "attribute", "relation", "count")
+DESCRIBE = "describe the picture :"
+"""The instruction that asks for a caption, in the closed language."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +38,44 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class OwnQuestion:
+    """A yes/no question that comes with a picture, and the benchmark split it belongs to."""
+
+    text: str
+    answer: bool
+    group: str
+    """Measures are named after it: "pope_adversarial", "amber_existence"."""
+    name: str = ""
+    """What it asks about; the blind rule sees this and nothing else. "": the whole text."""
+
+
+@dataclass(frozen=True)
 class Scene:
-    """The exact truth about a picture, its caption, and captions that are wrong in one known way."""
+    """What is known of a picture: objects, a caption, and captions that are wrong in a known way."""
 
     things: tuple[Thing, ...]
     caption: str
+    """"" where the source has none."""
     hallucinated: Mapping[Kind, str]
     """Only the kinds that this scene allows (no colour: no attribute swap)."""
+    id: str = ""
+    objects: frozenset[str] | None = None
+    """Names of what is there, where places are not known; None: those of `things`."""
+    annotated: bool = True
+    """Whether what is not among `names` is known to be absent: else nothing is asked of it."""
+    lures: frozenset[str] = frozenset()
+    """Absent objects that a model is expected to invent (AMBER)."""
+    questions: tuple[OwnQuestion, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    """A conversation about the picture that comes with it: prompts and answers."""
+    instruction: str = DESCRIBE
+    """What `caption` answers, and what asks the model for one."""
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the objects that are there."""
+        if self.objects is not None:
+            return self.objects
         return frozenset(thing.name for thing in self.things)
 
 
@@ -47,20 +84,37 @@ class Corpus:
     """Scenes with their pictures, in the same order."""
 
     scenes: tuple[Scene, ...]
-    images: UInt8[Tensor, "scene 3 height width"]
+    images: UInt8[Tensor, "scene 3 height width"] | PictureFiles
+    """A tensor, or pictures of any size that are read when they are asked for."""
+    lexicon: Lexicon | None = None
+    """How captions are read for objects; None: the vocabulary in its plain forms."""
+    association: Association | None = None
+    """AMBER's word lists, where it is the benchmark."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of this split: captions that could not be altered, pictures left out."""
+
+
+class StaticMembers(type(Protocol)):
+    """Members are looked for and not read, as of Python 3.12: `isinstance` opens no file."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if not cls.__dict__.get("_is_protocol", False):
+            return super().__instancecheck__(instance)
+        protocols = [base for base in cls.__mro__ if base.__dict__.get("_is_protocol", False)]
+        members = {name for base in protocols for name in base.__dict__ if name[0] != "_"}
+        return all(getattr_static(instance, name, None) is not None for name in members)
 
 
 @runtime_checkable
-class Source(Protocol):
-    """Where scenes come from. A frozen component, pure in the generator.
+class Source(Protocol, metaclass=StaticMembers):
+    """Where pictures come from: a frozen component, told the split, pure in the generator.
 
-    `biased=True` draws objects that co-occur as in a language prior (training data); False draws
-    them independently (clean and test data), so that a prior misleads.
+    PictureFiles of different splits are different pictures.
     """
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Every object name that can occur, most frequent (under bias) first."""
+        """Every object name that can occur, most frequent (in training data) first."""
         ...
 
     @property
@@ -70,8 +124,22 @@ class Source(Protocol):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of hallucinated caption this source can write."""
+        """The kinds of hallucinated caption this source has."""
         ...
+
+    def corpus(self, split: Split, size: int, *, generator: torch.Generator) -> Corpus:
+        """At most `size` pictures of a split, in an order that depends on the generator alone."""
+        ...
+
+
+@runtime_checkable
+class Simulator(Source, Protocol):
+    """A source that draws any number of scenes, with exact truth and places.
+
+    `biased=True` draws objects that co-occur as in a language prior (training data); False draws
+    them independently (clean and test data), so that a prior misleads. What is pretrained here,
+    the `tiny` language model and the `vit` encoder, is pretrained on such scenes.
+    """
 
     def scenes(self, size: int, *, biased: bool, generator: torch.Generator) -> tuple[Scene, ...]:
         """The truth alone, without pictures: cheap, for text-only pretraining."""
@@ -80,6 +148,22 @@ class Source(Protocol):
     def render(self, scenes: tuple[Scene, ...], generator: torch.Generator) -> Corpus:
         """Draw the pictures."""
         ...
+
+
+def simulated(source: Simulator, split: Split, size: int, *, generator: torch.Generator) -> Corpus:
+    """`Source.corpus` of a simulator: training scenes are biased, all others are not."""
+    scenes = source.scenes(size, biased=split == "train", generator=generator)
+    return source.render(scenes, generator)
+
+
+def simulator(source: Source, asked_by: str, instead: str) -> Simulator:
+    """The source, as one that draws scenes. Raises `ProblemError` that names what to use instead."""
+    if not isinstance(source, Simulator):
+        raise ProblemError(
+            f"{asked_by} is pretrained on scenes that a source draws, and source "
+            f"{type(source).__name__} reads files; use {instead}"
+        )
+    return source
 
 
 @runtime_checkable

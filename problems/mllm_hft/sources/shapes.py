@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from bilevel.components import component
 
 from .outlines import OUTLINES
-from .protocol import KINDS, Corpus, Kind, Scene
+from .protocol import KINDS, Corpus, Kind, Scene, Split, simulated
 from .scenes import World
 
 PAIRS = (
@@ -72,6 +72,9 @@ class Shapes:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return KINDS
+
+    def corpus(self, split: Split, size: int, *, generator: Generator) -> Corpus:
+        return simulated(self, split, size, generator=generator)
 
     def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
         return self._world.scenes(size, biased=biased, generator=generator)

@@ -239,3 +239,46 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped():
     for name, value in whole.y.items():
         assert torch.equal(value, second.y[name]), name
     assert any(not torch.equal(value, saved["y"][name]) for name, value in whole.y.items())
+
+
+def test_files_on_disk_and_a_checkpoint_run_two_steps(checkpoint, tmp_path):
+    """POPE's questions about COCO's pictures, training captions from LLaVA's layout."""
+    from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
+    from bilevel_problems.mllm_hft.sources.by_split import BySplit
+    from bilevel_problems.mllm_hft.sources.coco import Coco
+    from bilevel_problems.mllm_hft.sources.llava import Llava
+    from bilevel_problems.mllm_hft.sources.pope import Pope
+    from tests.problems.mllm_hft.sources import layouts
+
+    files = layouts.coco(
+        tmp_path / "coco",
+        {i: [18 if i % 2 else 17] for i in range(1, 7)},
+        {i: ["one red dog ." if i % 2 else "two cats ."] for i in range(1, 7)},
+    )
+    asked = [(i, "dog", "yes" if i % 2 else "no") for i in range(1, 5)]
+    talk = [
+        (str(i), f"{i}.png", ["describe the picture", "one dog , two cats ."]) for i in range(6)
+    ]
+    source = BySplit(
+        train=Llava(path=layouts.llava(tmp_path / "llava", talk)),
+        upper=Coco(**layouts.coco(tmp_path / "upper", {9: [3], 8: [1]}, {9: ["a car ."]})),
+        test=Pope(popular=layouts.pope(tmp_path / "p.json", asked), about=Coco(**files)),
+    )
+    template = "USER: <image>\n{prompt} ASSISTANT:"
+    model = Checkpoint(path=checkpoint, template=template, rank=2, embedding=8)
+    problem = prepared(encoder=None, model=model, source=source, generate_answers=True)
+    made = setup(problem)
+    events = list(engine.run(made, engine.start(made)))
+    measured = [event.metrics for event in events if isinstance(event, Evaluated)][-1]
+    assert {"pope_popular/accuracy", "pope_popular/parsed_accuracy"} <= measured.keys()
+    assert measured["pope_popular/blind_accuracy"] <= 0.5  # the name says nothing here
+    assert "chair/chair_i" in measured
+    assert not any(name.startswith("pope_random") for name in measured)
+    assert [len(problem.rows[name]) for name in ("questions", "captions", "pictures")] == [4] * 3
+
+
+def test_what_is_pretrained_on_scenes_refuses_files(tmp_path):
+    from bilevel_problems.mllm_hft.sources.jsonl import Jsonl
+
+    with pytest.raises(ProblemError, match=r"model tiny is pretrained .* use model checkpoint"):
+        list(miniature(source=Jsonl(path=str(tmp_path / "unread.jsonl"))).prepare())

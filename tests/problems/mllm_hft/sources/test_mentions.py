@@ -33,6 +33,7 @@ COCO = Lexicon(NAMES, SYNONYMS)
         ("skis", ("skis",), {"skis"}),
         ("one ski", ("skis",), {"skis"}),
         ("a glass, a bus", ("glass", "bus"), {"glass", "bus"}),
+        ("at 5 o'clock", ("clock",), set()),
         ("", ("dog",), set()),
         ("a dog", (), set()),
         ("a teddy bear", ("bear",), set()),

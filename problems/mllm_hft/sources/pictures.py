@@ -1,0 +1,85 @@
+"""Picture files of any size and mode, opened when they are asked for and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from bilevel.errors import ProblemError
+
+from .packages import require
+
+Picture = UInt8[Tensor, "3 height width"]
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Files in order, as red, green, blue bytes.
+
+    `pictures[i]` reads one; a slice reads some, as a list of tensors, or as one tensor where
+    `pixels` makes all of one size. Equal instances hold equal pictures: a file that was changed
+    has another stamp, so that what is cached under this value is made again.
+    """
+
+    files: tuple[str, ...]
+    stamps: tuple[tuple[int, int], ...]
+    """Bytes and time of the last change (ns) of each file."""
+    pixels: int | None = None
+    """Height and width to which the shorter side is scaled, and the middle is cut out; None: as is."""
+
+    @classmethod
+    def of(cls, files: Sequence[Path], pixels: int | None = None) -> PictureFiles:
+        """Of files that are there. Only their sizes and times are read."""
+        stats = [file.stat() for file in files]
+        stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return cls(tuple(map(str, files)), stamps, pixels)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> Any: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, int):
+            return read_picture(self.files[index], self.pixels)
+        found = [read_picture(file, self.pixels) for file in self.files[index]]
+        if self.pixels is None:
+            return found
+        return torch.stack(found) if found else torch.empty(self.shape, dtype=torch.uint8)[:0]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As a tensor's. Raises `ProblemError` where pictures are of many sizes."""
+        if self.pixels is None:
+            raise ProblemError(
+                "this encoder needs pictures of one size, and these are read as they come; "
+                "set source.pixels, for example to 224"
+            )
+        return len(self), 3, self.pixels, self.pixels
+
+
+def read_picture(file: str, pixels: int | None = None) -> Picture:
+    """The picture upright as a viewer shows it. Raises `ProblemError` for what is no picture."""
+    image = require("PIL.Image", "pillow")
+    operations = require("PIL.ImageOps", "pillow")
+    try:
+        with image.open(file) as opened:
+            picture = operations.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ProblemError(f"{file}: cannot be read as a picture ({error})") from error
+    if pixels is not None:
+        picture = operations.fit(picture, (pixels, pixels))
+    content = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return content.reshape(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
