@@ -9,8 +9,10 @@ accumulated in float32 or wider, so 16-bit parameters lose nothing but their own
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -228,19 +230,77 @@ def contiguous(value: Any) -> Any:
 
 
 def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Tensors inside dicts, lists and tuples on `device`; floating ones in `dtype`.
+    """The tensors of a nested value on `device`; floating ones in `dtype`, others as they are."""
 
-    Anything that is no tensor or container of them comes back as it is.
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return map_nested(move, value)
+
+
+def map_nested(function: Callable[..., Any], value: Any, *others: Any) -> Any:
+    """function applied to the leaves of nested values of one structure, as a batch may be.
+
+    Nested are mappings, lists, tuples, named tuples and dataclasses, each of which comes back as
+    what it was; a leaf is anything else.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {key: to(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to(item, device, dtype) for item in value))
+    if isinstance(value, Mapping):
+        entries = {
+            key: map_nested(function, part, *(other[key] for other in others))
+            for key, part in value.items()
+        }
+        return entries if type(value) is dict else _refilled(value, entries)
     if isinstance(value, (list, tuple)):
-        return type(value)(to(item, device, dtype) for item in value)
-    return value
+        rows = zip(value, *others, strict=True)
+        mapped = [map_nested(function, *row) for row in rows]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # neither __init__ nor __post_init__ is run again: they need not take what they made
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            row = (getattr(one, field.name) for one in (value, *others))
+            object.__setattr__(made, field.name, map_nested(function, *row))
+        return made
+    return function(value, *others)
+
+
+def _refilled(value: Any, entries: dict[Any, Any]) -> Any:
+    """A mapping of another kind than dict with other values."""
+    made = copy.copy(value)
+    for key, entry in entries.items():
+        made[key] = entry
+    return made
+
+
+def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(where, part) of what a nested value is made of: nothing for a leaf."""
+    if isinstance(value, Mapping):
+        yield from ((f"{name}[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = getattr(value, "_fields")  # noqa: B009
+        yield from ((f"{name}.{key}", part) for key, part in zip(fields, value, strict=True))
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in fields)
+
+
+def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(where, leaf) of a nested value: ("batch['a'][0]", tensor)."""
+    if not is_nested(value):
+        yield name, value
+    for where, part in parts(value, name):
+        yield from named(part, where)
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a value is a container that batches may be, rather than a leaf."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return True
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def require(value: object, name: str) -> None:

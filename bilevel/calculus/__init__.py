@@ -2,30 +2,35 @@
 
 `products` has gradients, Hessian and cross products, counted; `gauss_newton` the products without
 the curvature of a model; `fixed_point_maps` the maps T with y* = T(x, y*); `finite_differences`
-central differences; `precision` whether a dtype resolves them. No solver and no estimator.
+central differences; `unsupported` what torch cannot differentiate; `precision` whether a dtype resolves them. No solver and no estimator.
 """
 
 from bilevel.calculus.products import (
     Linearization,
+    gradient_with_graph,
     gradient_x,
     gradient_y,
     gradients,
     linearize,
     require_graph,
+    require_y,
     scalar,
-    second_order,
     through,
     value,
     vjp,
 )
+from bilevel.calculus.unsupported import grad, second_order
 
 __all__ = [
     "Linearization",
+    "grad",
+    "gradient_with_graph",
     "gradient_x",
     "gradient_y",
     "gradients",
     "linearize",
     "require_graph",
+    "require_y",
     "scalar",
     "second_order",
     "through",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus.products import second_order
+from bilevel.calculus.unsupported import grad, second_order
 from bilevel.errors import ProblemError
 from bilevel.types import Loss, Matvec, Params, Point
 
@@ -66,18 +66,17 @@ def gauss_newton(loss: Loss, at: Point) -> Matvec:
     with torch.enable_grad(), second_order(loss):
         z = made.outputs(x, y, loss.batch)
         dual = torch.zeros_like(z, requires_grad=True)
-        pulled = torch.autograd.grad(z, entries, dual, create_graph=True, allow_unused=True)
+        pulled = grad(loss, [z], entries, grad_outputs=[dual], create_graph=True)
         inputs = [*tree.leaves(at.y).values(), z.detach().requires_grad_()]
         output = made.loss(x, dict(zip(names, inputs, strict=False)), inputs[-1], loss.batch)
-        slopes = torch.autograd.grad(output, inputs, create_graph=True, allow_unused=True)
+        slopes = grad(loss, [output], inputs, create_graph=True)
     loss.counts.gradients += 1
 
     def product(u: Params) -> Params:
         loss.counts.hvps += 1
-        with second_order(loss):
-            Ju = _zip_grad(pulled, [dual], [u[name] for name in names])[0]
-            bent = _zip_grad(slopes, inputs, [*(u[name] for name in names), Ju])
-            back = torch.autograd.grad(z, entries, bent[-1], retain_graph=True, allow_unused=True)
+        Ju = _zip_grad(loss, pulled, [dual], [u[name] for name in names])[0]
+        bent = _zip_grad(loss, slopes, inputs, [*(u[name] for name in names), Ju])
+        back = grad(loss, [z], entries, grad_outputs=[bent[-1]], retain_graph=True)
         return {
             name: (direct if part is None else direct + part).detach()
             for name, direct, part in zip(names, bent, back, strict=False)
@@ -87,7 +86,7 @@ def gauss_newton(loss: Loss, at: Point) -> Matvec:
 
 
 def _zip_grad(
-    outputs: Sequence[Tensor | None], inputs: list[Tensor], vectors: list[Tensor]
+    loss: Loss, outputs: Sequence[Tensor | None], inputs: list[Tensor], vectors: list[Tensor]
 ) -> list[Tensor]:
     """Σ over outputs of (∂output/∂input)ᵀ vector; zeros where nothing depends on the input."""
     live = [
@@ -95,12 +94,12 @@ def _zip_grad(
     ]
     if not live:
         return [torch.zeros_like(entry) for entry in inputs]
-    found = torch.autograd.grad(
+    found = grad(
+        loss,
         [o for o, _ in live],
         inputs,
-        [v.to(o.dtype) for o, v in live],
+        grad_outputs=[v.to(o.dtype) for o, v in live],
         retain_graph=True,
-        allow_unused=True,
     )
     return [
         torch.zeros_like(entry) if part is None else part

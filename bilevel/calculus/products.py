@@ -7,8 +7,7 @@ rebuilding it for each product, and faster than forward-over-reverse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.calculus.unsupported import grad, second_order
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.types import Loss, Params, Point
-
-_NO_SECOND_DERIVATIVE = ("is not implemented", "does not support", "not differentiable twice")
 
 
 def value(loss: Loss, x: Params, y: Params) -> Tensor:
@@ -40,19 +38,42 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
 
 def scalar(loss: Loss, x: Params, y: Params) -> Tensor:
     """`value` for a point where the loss is known to be finite, or where it is being traced."""
-    result = loss(x, y)
+    with second_order(loss):
+        result = loss(x, y)
     if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
         raise ProblemError(f"{loss.level}_loss must return a scalar tensor, got {got}")
     return result.reshape(())
 
 
-def _grad(output: Tensor, *inputs: Params, **options: Any) -> list[Tensor | None]:
-    """autograd.grad with None for what is not reached, also where the output has no graph."""
-    entries = [entry for tree_ in inputs for entry in tree_.values()]
+def _grad(loss: Loss, output: Tensor, *inputs: Params, **options: Any) -> list[Tensor | None]:
+    """∂output with None for what is not reached, also where the output has no graph."""
+    entries = [entry for params in inputs for entry in params.values()]
     if not output.requires_grad or not entries:
         return [None] * len(entries)
-    return list(torch.autograd.grad(output, entries, allow_unused=True, **options))
+    return grad(loss, [output], entries, **options)
+
+
+def require_y(loss: Loss, output: Tensor, at_y: Iterable[Tensor | None]) -> None:
+    """Raise `ProblemError` if a loss does not depend on y: its gradient would be a silent zero."""
+    if any(part is not None for part in at_y):
+        return
+    level = loss.level
+    if not output.requires_grad:
+        raise ProblemError(
+            f"{level}_loss is cut from its graph, so every derivative would be zero: it depends on "
+            "neither x nor y, or what it returns was computed under torch.no_grad() or went "
+            "through .detach(), .item(), .data, float() or numpy; compute it with torch, from the "
+            "x and y that it is given"
+        )
+    meant = (
+        f"; where it is meant not to, add 0 * y[...].sum(), or minimise {level}_loss over x alone"
+    )
+    raise ProblemError(
+        f"{level}_loss does not depend on y: it uses another tensor in its place (a module's own "
+        "parameters, a copy), or cuts y off by .detach(), .item(), .data or torch.no_grad()"
+        + (meant if level == "upper" else "")
+    )
 
 
 def _filled(gradients: Iterable[Tensor | None], like: Params, *inputs: Params) -> Params:
@@ -87,9 +108,10 @@ def gradients(loss: Loss, at: Point) -> tuple[Tensor, Params, Params]:
     x, y = tree.leaves(at.x), tree.leaves(at.y)
     with torch.enable_grad():
         output = value(loss, x, y)
-        found = _grad(output, x, y)
+        found = _grad(loss, output, x, y)
     loss.counts.gradients += 1
     at_x, at_y = found[: len(x)], found[len(x) :]
+    require_y(loss, output, at_y)
     _note(loss, x, at_x)
     return output.detach(), _filled(at_x, x), _filled(at_y, y)
 
@@ -105,8 +127,9 @@ def gradient_y(loss: Loss, x: Params, y: Params) -> tuple[Tensor, Params]:
     y = tree.leaves(y)
     with torch.enable_grad():
         output = value(loss, tree.detach(x), y)
-        found = _grad(output, y)
+        found = _grad(loss, output, y)
     loss.counts.gradients += 1
+    require_y(loss, output, found)
     return output.detach(), _filled(found, y)
 
 
@@ -136,16 +159,13 @@ class Linearization:
         entries = [entry for params in wrt for entry in params.values()]
         if not self._graph or not entries:
             return [None] * len(entries)
-        with second_order(self._loss):
-            return list(
-                torch.autograd.grad(
-                    list(self._graph.values()),
-                    entries,
-                    grad_outputs=[vector[name].to(g.dtype) for name, g in self._graph.items()],
-                    retain_graph=retain,
-                    allow_unused=True,
-                )
-            )
+        return grad(
+            self._loss,
+            list(self._graph.values()),
+            entries,
+            grad_outputs=[vector[name].to(g.dtype) for name, g in self._graph.items()],
+            retain_graph=retain,
+        )
 
     def hvp_yy(self, vector: Params) -> Params:
         """(∂²yy G) · vector. 1 HVP."""
@@ -160,8 +180,9 @@ class Linearization:
         self._loss.counts.cross_products += 1
         if "slope" not in self._cache:
             self._loss.counts.gradients += 1
-            with torch.enable_grad(), second_order(self._loss):
-                found = _grad(value(self._loss, self._x, self._y), self._x, create_graph=True)
+            with torch.enable_grad():
+                output = value(self._loss, self._x, self._y)
+                found = _grad(self._loss, output, self._x, create_graph=True)
             _note(self._loss, self._x, found)
             self._cache["slope"] = {
                 n: g
@@ -171,14 +192,13 @@ class Linearization:
         slope = self._cache["slope"]
         if not slope:
             return tree.zeros_like(self._y)
-        with second_order(self._loss):
-            found = torch.autograd.grad(
-                list(slope.values()),
-                list(self._y.values()),
-                grad_outputs=[vector[name].to(g.dtype) for name, g in slope.items()],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        found = grad(
+            self._loss,
+            list(slope.values()),
+            list(self._y.values()),
+            grad_outputs=[vector[name].to(g.dtype) for name, g in slope.items()],
+            retain_graph=True,
+        )
         return _filled(found, self._y, vector)
 
     def vjp_xy(self, vector: Params) -> Params:
@@ -207,14 +227,25 @@ def linearize(loss: Loss, at: Point) -> Linearization:
     The graph is freed with the returned object.
     """
     x, y = tree.leaves(at.x), tree.leaves(at.y)
-    with torch.enable_grad(), second_order(loss):
+    with torch.enable_grad():
         output = value(loss, x, y)
-        found = _grad(output, y, create_graph=True)
+        found = gradient_with_graph(loss, output, y)
     loss.counts.gradients += 1
-    require_graph(loss, found)
     graph = {n: g for n, g in zip(y, found, strict=True) if g is not None and g.requires_grad}
     absent = frozenset(n for n, g in zip(y, found, strict=True) if g is None)
     return Linearization(output.detach(), _filled(found, y), loss, x, y, graph, absent)
+
+
+def gradient_with_graph(loss: Loss, output: Tensor, y: Params) -> list[Tensor | None]:
+    """∇y of a loss that was evaluated at y, to be differentiated again; None where y is not used.
+
+    Raises:
+        ProblemError: the loss does not depend on y, or its gradient depends on nothing.
+    """
+    found = _grad(loss, output, y, create_graph=True)
+    require_y(loss, output, found)
+    require_graph(loss, found)
+    return found
 
 
 def require_graph(loss: Loss, gradient: Iterable[Tensor | None]) -> None:
@@ -222,8 +253,7 @@ def require_graph(loss: Loss, gradient: Iterable[Tensor | None]) -> None:
     if not any(part is not None and part.requires_grad for part in gradient):
         raise ProblemError(
             f"the gradient of {loss.level}_loss in y depends on neither y nor x, so every second "
-            "derivative would be zero: the loss is linear in y, or does not use y, or holds a "
-            "custom autograd.Function whose backward is once_differentiable"
+            "derivative would be zero: the loss is linear in y, or holds a custom autograd.Function whose backward is once_differentiable"
         )
 
 
@@ -231,7 +261,7 @@ def gradient_x(loss: Loss, x: Params, y: Params) -> Params:
     """∇x of a loss at fixed y, detached. 1 gradient."""
     x = tree.leaves(x)
     with torch.enable_grad():
-        found = _grad(value(loss, x, tree.detach(y)), x)
+        found = _grad(loss, value(loss, x, tree.detach(y)), x)
     loss.counts.gradients += 1
     _note(loss, x, found)
     return _filled(found, x)
@@ -239,8 +269,7 @@ def gradient_x(loss: Loss, x: Params, y: Params) -> Params:
 
 def through(value_and_graph: Tensor, x: Params, loss: Loss) -> Params:
     """The gradient of a scalar with respect to x, through whatever graph it carries."""
-    with second_order(loss):
-        found = _grad(value_and_graph, x)
+    found = _grad(loss, value_and_graph, x)
     _note(loss, x, found)
     return _filled(found, x)
 
@@ -255,33 +284,13 @@ def vjp(
     live = {name: output for name, output in outputs.items() if output.requires_grad}
     if not live or not inputs:
         return tree.zeros_like(inputs)
-    with second_order(loss):
-        found = torch.autograd.grad(
-            list(live.values()),
-            list(inputs.values()),
-            grad_outputs=[vector[name].to(output.dtype) for name, output in live.items()],
-            retain_graph=True,
-            allow_unused=True,
-        )
+    found = grad(
+        loss,
+        list(live.values()),
+        list(inputs.values()),
+        grad_outputs=[vector[name].to(output.dtype) for name, output in live.items()],
+        retain_graph=True,
+    )
     if upper:
         _note(loss, inputs, found)
     return _filled(found, inputs, vector)
-
-
-@contextmanager
-def second_order(loss: Loss) -> Iterator[None]:
-    """Turn torch's word for a missing second derivative into a `ProblemError` with the remedy."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        if "derivative" not in text or not any(part in text for part in _NO_SECOND_DERIVATIVE):
-            raise
-        kernel = text.split("derivative for ")[-1].split(" ")[0].removeprefix("aten::")
-        raise ProblemError(
-            f"{loss.level}_loss uses {kernel}, which has no second derivative. "
-            "For attention: attn_implementation='eager', or evaluate the loss under "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for cuDNN RNNs: "
-            "torch.backends.cudnn.flags(enabled=False); or an estimator that takes no second "
-            "derivative (estimator=none, one_step with finite_difference)."
-        ) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import rng, tree
-from bilevel.calculus.products import second_order, value
+from bilevel.calculus import grad, value
 from bilevel.components import component
 from bilevel.preconditioners.rebuild import RebuildRule
 from bilevel.types import Matvec, Params, Point, System
@@ -164,13 +164,13 @@ class _Call:
 def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) -> dict[str, _Seen]:
     """The factors of every layer, from one graph of ∂G/∂s; `probes` products with ∂²G/∂s²."""
     loss, mode = system.losses.lower, _LinearLayers(tree.leaves(system.at.y))
-    with torch.enable_grad(), second_order(loss):
+    with torch.enable_grad():
         with mode:
             output = value(loss, tree.detach(system.at.x), mode.y)
         shifts = [call.shift for call in mode.calls]
         if not shifts:
             return {}
-        slopes = torch.autograd.grad(output, shifts, create_graph=True, allow_unused=True)
+        slopes = grad(loss, [output], shifts, create_graph=True)
     loss.counts.gradients += 1
     curvatures = [tree.wide(shift.new_zeros(shift.shape[-1], shift.shape[-1])) for shift in shifts]
     kept: list[_Draws] = [[] for _ in shifts]
@@ -178,14 +178,13 @@ def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) ->
     for _ in range(probes if live else 0):
         loss.counts.hvps += 1
         signs = {i: _signs(g, stream) for i, g in live}
-        with second_order(loss):
-            bent = torch.autograd.grad(
-                [g for _, g in live],
-                [shifts[i] for i, _ in live],
-                list(signs.values()),
-                retain_graph=True,
-                allow_unused=True,
-            )
+        bent = grad(
+            loss,
+            [g for _, g in live],
+            [shifts[i] for i, _ in live],
+            grad_outputs=list(signs.values()),
+            retain_graph=True,
+        )
         for (i, _), product in zip(live, bent, strict=True):
             if product is not None:
                 draw = _rows(signs[i]) / probes**0.5, _rows(product) / probes**0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Annotated, Any, Self
@@ -84,7 +85,18 @@ class OverTasks:
         """One value a task."""
         if not self.batched:
             return torch.stack([function(x, y_i, at(batch, i)) for i, y_i in self._tasks(y)])
-        return self._map(function, (None, 0, None if batch is None else 0), x, y, batch)
+        # as a list: vmap knows neither dataclasses nor other people's mappings
+        leaves = [leaf for _, leaf in tree.named(batch) if isinstance(leaf, Tensor)]
+
+        @functools.wraps(function)
+        def one(x: Params, y: Params, leaves: list[Tensor]) -> Tensor:
+            given = iter(leaves)
+            whole = tree.map_nested(
+                lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, batch
+            )
+            return function(x, y, whole)
+
+        return self._map(one, (None, 0, 0 if leaves else None), x, y, leaves)
 
     def _map(self, function: Callable[..., Any], dims: tuple[Any, ...], *arguments: Any) -> Any:
         try:
@@ -130,29 +142,20 @@ _LIFTED: dict[str, Callable[[OverTasks, Any], Any]] = {
 
 def stack(items: list[Any]) -> Any:
     """Batches of the same structure as one, with a leading dimension; None stays None."""
-    first = items[0]
+    return tree.map_nested(_stacked, *items)
+
+
+def _stacked(first: Any, *others: Any) -> Any:
     if isinstance(first, Tensor):
-        return torch.stack(items)
-    if isinstance(first, dict):
-        return {key: stack([item[key] for item in items]) for key in first}
-    if isinstance(first, (tuple, list)):
-        parts = [stack(list(parts)) for parts in zip(*items, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+        return torch.stack([first, *others])
     if first is None:
         return None
     raise ProblemError(
         f"the batch of a task holds {type(first).__name__}; tasks are batched, so it must be "
-        "tensors in dicts, lists or tuples"
+        "tensors in dicts, lists, tuples or dataclasses"
     )
 
 
 def at(batch: Any, index: int) -> Any:
     """The part of one task in a batch that `stack` made."""
-    if isinstance(batch, Tensor):
-        return batch[index]
-    if isinstance(batch, dict):
-        return {key: at(part, index) for key, part in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        parts = [at(part, index) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return tree.map_nested(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, batch)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import calculus, rng, tree
 from bilevel.errors import ProblemError
+from bilevel.problem.writes import refuse_writes
 from bilevel.types import Counts, Loss, Params, Point
 
 LOST = 0.1
@@ -42,7 +43,8 @@ def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
     devices = {entry.device for entry in (*x.values(), *y.values()) if entry.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), _NoStatistics(loss.level):
         before = _random_states(devices)
-        first = calculus.value(apart, x, y)
+        with refuse_writes(loss, x, y):
+            first = calculus.value(apart, x, y)
         moved = _random_states(devices)
         second = calculus.value(apart, x, y)
         if moved != before and _random_states(devices) != moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -119,17 +120,16 @@ RTOL = 0.02
 
 def glimpse(batch: Any, most: int = 64) -> Tensor:
     """Up to `most` numbers of each tensor of a batch, evenly spread: enough to tell two apart."""
+    seen = [torch.zeros(0, dtype=torch.float64)]
     if isinstance(batch, Mapping):
-        parts = [glimpse(batch[key], most) for key in sorted(batch, key=str)]
-    elif isinstance(batch, (list, tuple)):
-        parts = [glimpse(part, most) for part in batch]
+        seen += [glimpse(batch[key], most) for key in sorted(batch, key=str)]
+    elif tree.is_nested(batch):
+        seen += [glimpse(part, most) for _, part in tree.parts(batch)]
     else:
-        try:
+        with suppress(TypeError, ValueError, RuntimeError):  # text, or an object of its own kind
             flat = torch.as_tensor(batch).detach().reshape(-1)
-            parts = [flat[:: max(1, len(flat) // most)][:most].cpu().double()]
-        except (TypeError, ValueError, RuntimeError):  # text, or an object of the problem's own
-            parts = []
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+            seen.append(flat[:: max(1, len(flat) // most)][:most].cpu().double())
+    return torch.cat(seen)
 
 
 class Paired:

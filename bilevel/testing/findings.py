@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.errors import CheckError
 from bilevel.runfolder import checkpoint
 
@@ -28,20 +30,33 @@ def report(name: str, parts: Mapping[str, Callable[[], Iterator[str]]]) -> None:
 
 
 def difference(a: Any, b: Any, where: str = "") -> str | None:
-    """Where two nested states differ, to the bit; None if they do not."""
+    """Where two nested values differ, to the bit; None if they do not."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = (a.shape, a.dtype) == (b.shape, b.dtype)
         same = alike and torch.equal(a.nan_to_num(), b.nan_to_num())
         return None if same else f"{where or 'it'} differs"
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        if a.keys() != b.keys():
-            return f"{where or 'it'} has other names: {sorted(map(str, a.keys() ^ b.keys()))}"
-        return _first(difference(a[key], b[key], f"{where}[{key!r}]") for key in a)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return _first(
-            difference(p, q, f"{where}[{i}]") for i, (p, q) in enumerate(zip(a, b, strict=True))
+    if not tree.is_nested(a):
+        return (
+            None if type(a) is type(b) and _equal(a, b) else f"{where or 'it'}: {a!r} is not {b!r}"
         )
-    return None if type(a) is type(b) and a == b else f"{where or 'it'}: {a!r} is not {b!r}"
+    if type(a) is not type(b) and not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return f"{where or 'it'} is {type(b).__name__}, and was {type(a).__name__}"
+    ours, theirs = dict(tree.parts(a, where)), dict(tree.parts(b, where))
+    if ours.keys() != theirs.keys():
+        return f"{where or 'it'} has other names: {sorted(ours.keys() ^ theirs.keys())}"
+    return _first(difference(part, theirs[name], name) for name, part in ours.items())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """a == b, also for arrays, which say it for each entry; an object of its own kind is not judged."""
+    try:
+        return (
+            bool(np.array_equal(a, b, equal_nan=True))
+            if isinstance(a, np.ndarray)
+            else bool(a == b)
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return True
 
 
 def _first(found: Iterator[str | None]) -> str | None:
@@ -56,10 +71,6 @@ def through_a_checkpoint(state: Any) -> Any:
 
 def copied(value: Any) -> Any:
     """Nested containers with the tensors in memory of their own."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(copied, value))
-    return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
+    return tree.map_nested(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value
+    )

@@ -75,10 +75,17 @@ def along(loss: Loss, x: Params, y: Params, u: Params) -> tuple[Params, Params]:
     x, y = tree.leaves(x), tree.leaves(tree.contiguous(y))
     loss.counts.gradients += 1
     _load()
-    with _refused(loss), torch.enable_grad(), forward_ad.dual_level():
+    with (
+        calculus.second_order(loss),
+        _refused(loss),
+        torch.enable_grad(),
+        forward_ad.dual_level(),
+    ):
         moving = {n: forward_ad.make_dual(entry, u[n].to(entry.dtype)) for n, entry in y.items()}
         with _Constants():
             value = calculus.scalar(loss, x, moving)
+        if not value.requires_grad:
+            calculus.require_y(loss, value, ())
         found = torch.autograd.grad(value, [*x.values(), *y.values()], allow_unused=True)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
     if all(tangent is None for tangent in tangents):

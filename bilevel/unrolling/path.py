@@ -26,11 +26,10 @@ def step(
 ) -> tuple[Params, Any]:
     """One step of the path with its graph from (x, y, state) kept. 1 gradient."""
     loss = loss.on(batch)
-    with torch.enable_grad(), calculus.second_order(loss):
+    with torch.enable_grad():
         value = evaluate(loss, x, y)
         loss.counts.gradients += 1
-        found = torch.autograd.grad(value, list(y.values()), create_graph=True, allow_unused=True)
-        calculus.require_graph(loss, found)
+        found = calculus.gradient_with_graph(loss, value, y)
         g = {
             name: torch.zeros_like(entry) if part is None else part
             for (name, entry), part in zip(y.items(), found, strict=True)

@@ -1,0 +1,92 @@
+"""What torch cannot differentiate, said with the remedy instead of in torch's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import ProblemError
+from bilevel.types import Loss
+
+_FIRST_ORDER = (
+    "an estimator that takes no second derivative (penalty, one_step with finite_difference)"
+)
+_MISSING = ("is not implemented", "does not support", "not differentiable twice")
+_REMEDIES = {
+    "does not currently support double backward": (
+        "calls a function compiled by torch.compile, which has no second derivative; call the "
+        "function itself (torch.compiler.set_stance('force_eager') while the loss is evaluated, or "
+        f"backend='eager'), or use {_FIRST_ORDER}"
+    ),
+    "FlexAttention does not support backward": (
+        "uses flex_attention, which has no derivative on this device; use attention that is "
+        "computed by hand (attn_implementation='eager')"
+    ),
+    "use_reentrant=True": (
+        "uses torch.utils.checkpoint with use_reentrant=True, which autograd.grad cannot enter; "
+        "give it use_reentrant=False"
+    ),
+}
+
+
+@contextmanager
+def second_order(loss: Loss) -> Iterator[None]:
+    """Turn torch's word for a missing derivative into a `ProblemError` with the remedy."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        said = _said(str(error))
+        if said is None:
+            raise
+        raise ProblemError(f"{loss.level}_loss {said}") from error
+
+
+def _said(text: str) -> str | None:
+    """What is wrong and what helps, where torch's words are known."""
+    for words, said in _REMEDIES.items():
+        if words in text:
+            return said
+    if "derivative" not in text or not any(part in text for part in _MISSING):
+        return None
+    kernel = text.split("derivative for ")[-1].split(" ")[0].removeprefix("aten::").strip("'")
+    return (
+        f"uses {kernel}, which has no second derivative. "
+        "For attention: attn_implementation='eager', or evaluate the loss under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for cuDNN RNNs: "
+        "torch.backends.cudnn.flags(enabled=False); for others: the same function written with "
+        f"elementary operations; or {_FIRST_ORDER}"
+    )
+
+
+def grad(
+    loss: Loss, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: Any
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` with `allow_unused`, for outputs that have a graph.
+
+    Raises:
+        ProblemError: autograd cannot; or a gradient is sparse, which no method here computes with.
+    """
+    with second_order(loss):
+        try:
+            found = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            # a vector of another shape is the caller's, not the loss's: a state of another problem
+            if _said(str(error)) is not None or "Mismatch in shape: grad_output" in str(error):
+                raise
+            raise ProblemError(
+                f"autograd cannot differentiate {loss.level}_loss: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+    for gradient in found:
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ProblemError(
+                f"{loss.level}_loss has a sparse gradient, which cannot be computed with; give "
+                "nn.Embedding, nn.EmbeddingBag or their functions sparse=False"
+            )
+    return list(found)
