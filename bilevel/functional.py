@@ -16,7 +16,11 @@ from bilevel.calculus.precision import require_resolved
 from bilevel.errors import CheckError, ConvergenceError, ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.purity import refuse_cut, refuse_impure
+from bilevel.problem.purity import refuse_impure
+from bilevel.problem.second_derivatives import (
+    refuse_missing_second_derivative,
+    require_second_derivative,
+)
 from bilevel.problem.tied import Ties, bind
 from bilevel.types import (
     ALL_STEPS,
@@ -144,7 +148,7 @@ def estimate_at(
         for loss in (losses.upper, losses.lower):
             refuse_impure(loss, at.x, at.y)
         if estimator.needs.second_order and losses.lower.structure.map is None:
-            refuse_cut(losses.lower, at)
+            refuse_missing_second_derivative(losses.lower, at)
         state = estimator.init(at)
     try:
         estimate = estimator.estimate(losses, at, state)
@@ -250,10 +254,13 @@ def unroll(
     """y_K after K lower steps from y, differentiable in x and y by ordinary autograd.
 
     Entries of x and y that require grad are the ones that gradients flow to. Memory grows with
-    K graphs; `Unroll(memory="recompute")` gives the hypergradient without that.
+    K graphs; `Unroll(memory="recompute")` gives the hypergradient without that. Before the first
+    step G is looked at once (`bilevel.problem.purity`, `bilevel.problem.second_derivatives`): four
+    evaluations, 1 gradient and 1 product of each kind, none of them inside torch.func.
 
     Raises:
-        ProblemError: the optimizer's steps cannot be differentiated.
+        ProblemError: the optimizer's steps cannot be differentiated; or G is not a function of
+            (x, y, batch) alone, writes into something, or has no second derivative.
         ConvergenceError: G became NaN or infinite.
     """
     optimizer = optimizer or SGD()
@@ -266,6 +273,10 @@ def unroll(
     loss = bind(lower_loss, lower_loss, batch, batch, tied).lower
     draws = tuple(itertools.islice(_batches(batch, batches), steps))
     start = tied[1].unique
+    if draws:
+        at, first = Point(tree.detach(tied[0].unique), tree.detach(start)), loss.on(draws[0])
+        refuse_impure(first, at.x, at.y)
+        require_second_derivative(first, at)
     path = Path(optimizer, start, optimizer.init(start), draws)
     return tied[1].expand(replay(path, loss, tied[0].unique))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bilevel import tree
 from bilevel.errors import ProblemError
@@ -24,7 +24,39 @@ class Bound:
     parameters: Params
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, self.parameters, args, kwargs)
+        with _holding(self.module, self.parameters):
+            return self.module(*args, **kwargs)
+
+
+@contextmanager
+def _holding(module: nn.Module, values: Params) -> Iterator[None]:
+    """The module with some parameters replaced, wherever it holds them, and put back afterwards.
+
+    Differs from `torch.func.functional_call`, which gives a layer that stands under two names a
+    plain tensor back, and leaves a recurrent layer's list of flat weights as it was replaced.
+    """
+    by_id = {id(_held(module, name)): value for name, value in values.items()}
+    before = [
+        (owner, dict(owner._parameters), vars(owner).get("_flat_weights"))
+        for owner in module.modules()
+    ]
+    try:
+        for owner, own, flat in before:
+            if any(id(p) in by_id for p in own.values()):
+                owner._parameters.update({n: by_id.get(id(p), p) for n, p in own.items()})
+            if flat is not None:
+                vars(owner)["_flat_weights"] = [by_id.get(id(p), p) for p in flat]
+        yield
+    finally:
+        for owner, own, flat in before:
+            owner._parameters.update(own)
+            if flat is not None:
+                vars(owner)["_flat_weights"] = flat
+
+
+def _held(module: nn.Module, name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path)._parameters[leaf]
 
 
 ModuleLoss = Callable[[Bound, Bound, Any], Tensor]

@@ -59,7 +59,17 @@ def refuse_writes(loss: Loss, x: Params, y: Params) -> Iterator[None]:
             raise _refusal(loss.level, changed[0])
 
 
+def batch_norm_refusal(level: str) -> ProblemError:
+    """What is said of a normalisation that updates its running statistics."""
+    return ProblemError(
+        f"{level}_loss runs BatchNorm in training mode, which changes its buffers at every "
+        "evaluation; call module.eval(), or build it with track_running_stats=False, or use GroupNorm"
+    )
+
+
 def _refusal(level: str, where: str, operation: str = "") -> ProblemError:
+    if where.endswith("of BatchNorm"):
+        return batch_norm_refusal(level)
     by = f" ({operation})" if operation else ""
     if "embedding_renorm" in operation:
         remedy = (
@@ -68,7 +78,7 @@ def _refusal(level: str, where: str, operation: str = "") -> ProblemError:
             "project_lower"
         )
     elif where.startswith("buffer"):
-        remedy = "call module.eval(), or compute what it holds anew from what the loss is given"
+        remedy = "call module.eval(), or compute what it holds from what the loss is given"
     else:
         remedy = f"compute a new one ({_out_of_place(operation)}), or .clone() it first"
     return ProblemError(

@@ -134,7 +134,8 @@ class Started:
 
     def upper_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
         alone = 0.5 * RHO * (tree.flatten(x) - batch["p"]).square().sum()
-        return alone if self.is_blind else alone + 0.25 * (_rows(y) - batch["t"]).square().sum()
+        weight = 0.0 if self.is_blind else 0.25
+        return alone + weight * (_rows(y) - batch["t"]).square().sum()
 
     def lower_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
         off, far = _rows(y) - batch["c"], _rows(y) - tree.flatten(x)

@@ -154,7 +154,7 @@ def test_a_loss_that_writes():
                 batch["c"] += 1e-9
             return loss
 
-    assert "lower_loss writes into the batch: ['c'] differs" in complaint(Wrong())
+    assert "lower_loss writes into the batch['c']" in complaint(Wrong())
 
 
 def test_constants_of_another_dtype():

@@ -1,0 +1,255 @@
+"""Second derivatives that are lost in a custom function, or are wrong in torch: refused before use."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel
+from bilevel import functional
+from bilevel.errors import ProblemError
+from bilevel.estimators.fixed_point import FixedPoint
+from bilevel.estimators.forward import Forward
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.lancbio import LancBiO
+from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.unroll import Unroll
+from bilevel.linear.dense import Dense
+from bilevel.lower.gradient import Gradient
+from bilevel.problem.second_derivatives import refuse_missing_second_derivative
+from bilevel.types import Counts, Loss, Point
+
+X = {"x": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)}
+Y = {"y": torch.tensor([0.3, 0.0, -1.2], dtype=torch.float64)}
+
+
+def square(x, y, batch):
+    return (y["y"] - x["x"]).square().sum()
+
+
+def upper(x, y, batch):
+    return y["y"].sum()
+
+
+def lower_of(function, batch=None):
+    return Loss(function, batch, Counts(), "lower")
+
+
+def estimate(lower, estimator=None, y=None, x=None):
+    x = x or X
+    solved = bilevel.solve_lower(lower, x, y or Y, solver=Gradient(steps=40), record=True)
+    return bilevel.hypergradient(
+        upper, lower, x, solved.y, estimator=estimator or Implicit(), path=solved.path
+    )
+
+
+class Double(torch.autograd.Function):
+    """Linear, so that its backward rightly depends on nothing but what comes in."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return 2 * a
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return 2 * grads[0]
+
+
+class Once(Double):
+    """The same, which loses nothing as the last function of a sum, and what follows it otherwise."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(Double.backward))
+
+
+def cut(derivative, once):
+    """y ↦ Σ f(y) with the given derivative, and a backward of which torch loses the graph."""
+
+    def backward(ctx, *grads):
+        (y,) = ctx.saved_tensors
+        return derivative(y if once else y.detach()) * grads[0], None
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y, value):
+            ctx.save_for_backward(y)
+            return value.detach().clone()
+
+    kind = torch.autograd.function.once_differentiable(backward) if once else backward
+    return type("Cut", (Cut,), {"backward": staticmethod(kind)}).apply
+
+
+ONCE = cut(lambda y: 2 * y, once=True)
+DETACHED = cut(lambda y: 4 * y**3 + 2 * y, once=False)
+CUTS = {
+    "once_differentiable": lambda x, y, b: ONCE(y["y"], y["y"].square().sum()) + square(x, y, b),
+    "detached": lambda x, y, b: (
+        DETACHED(y["y"], (y["y"] ** 4 + y["y"] ** 2).sum()) + square(x, y, b)
+    ),
+}
+CUTS["what follows"] = lambda x, y, b: (
+    nn.functional.softplus(Once.apply(y["y"])).sum() + 0.1 * square(x, y, b)
+)
+SECOND = [Implicit(), Unroll(), Unroll(memory="recompute"), Forward(), LancBiO(), FixedPoint()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("loss", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("estimator", SECOND, ids=lambda e: f"{type(e).__name__}")
+def test_a_term_without_its_second_derivative_is_refused(estimator, loss, dtype):
+    x, y = ({n: p.to(dtype) for n, p in part.items()} for part in (X, Y))
+    with pytest.raises(
+        ProblemError, match=r"loses part of its second derivative.*(Cut|Once).*penalty"
+    ):
+        estimate(loss, estimator, y, x)
+
+
+def test_without_the_check_the_hypergradient_would_be_wrong(monkeypatch):
+    """The control: G = y² + (y − x)², dΦ/dx = 1/2, and 1 with the first term's Hessian lost."""
+    monkeypatch.setattr(functional, "refuse_missing_second_derivative", lambda *_: None)
+    got = estimate(CUTS["once_differentiable"], Implicit()).hypergradient["x"]
+    assert torch.allclose(got, torch.ones_like(got))
+
+
+def test_the_remedy_is_accepted_and_right():
+    class Whole(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.save_for_backward(y)
+            return y.square().sum()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return 2 * ctx.saved_tensors[0] * grads[0]
+
+    got = estimate(lambda x, y, b: Whole.apply(y["y"]) + square(x, y, b)).hypergradient["x"]
+    assert torch.allclose(got, torch.full_like(got, 0.5))
+    first_order = estimate(CUTS["once_differentiable"], Penalty(strength=1e4)).hypergradient["x"]
+    assert torch.isfinite(first_order).all()
+
+
+class Relu(torch.autograd.Function):
+    """The same as torch's, as a custom function: its derivative is constant but for the kink."""
+
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (ctx.saved_tensors[0] > 0) * grads[0]
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator: a gradient that is meant to be none of the value."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return a.round()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0]
+
+
+def network(activation, width, data):
+    """A perceptron on random data: many kinks within any step, and none of them a fault."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    inputs, targets = draw(data, 5), draw(data)
+    y = {"in": draw(5, width), "out": draw(width) / width**0.5}
+
+    def loss(x, y, batch):
+        hidden = activation(inputs.to(y["in"]) @ y["in"])
+        miss = hidden @ y["out"] - targets.to(y["in"])
+        return miss.square().mean() + x["x"].exp().sum() * 1e-2 * y["in"].square().sum()
+
+    return loss, y
+
+
+def scaled(x, y, batch):
+    weights = torch.logspace(0, -6, 3).to(y["y"])
+    return 0.5 * (weights * y["y"].square()).sum() + Double.apply(y["y"]) @ x["x"]
+
+
+def logistic(x, y, batch):
+    return nn.functional.softplus(-3 * Double.apply(y["y"])).sum() + square(x, y, batch)
+
+
+HARMLESS = {
+    "relu": network(Relu.apply, 40, 200),
+    "relu, wide": network(Relu.apply, 400, 2000),
+    "relu² at its kink": (
+        lambda x, y, b: (Relu.apply(y["y"]) * y["y"]).sum() + square(x, y, b),
+        {"y": torch.zeros(3, dtype=torch.float64)},
+    ),
+    "abs at its kink": (
+        lambda x, y, b: Double.apply(y["y"]).abs().sum() + square(x, y, b),
+        {"y": torch.zeros(3, dtype=torch.float64)},
+    ),
+    "hinge": (lambda x, y, b: Relu.apply(1 - y["y"]).sum() + square(x, y, b), Y),
+    "max-pool": (
+        lambda x, y, b: (
+            nn.functional.max_pool1d(Double.apply(y["y"])[None], 2).square().sum() + square(x, y, b)
+        ),
+        Y,
+    ),
+    "straight through": (
+        lambda x, y, b: (3 * Rounded.apply(y["y"]) - x["x"]).square().sum(),
+        {"y": 10 * Y["y"]},
+    ),
+    "condition 1e6": (scaled, Y),
+    "condition 1e6, far out": (scaled, {"y": 1e6 * Y["y"]}),
+    "logistic": (logistic, Y),
+    "linear": (lambda x, y, b: Double.apply(y["y"]) @ x["x"], Y),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("loss", "y"), HARMLESS.values(), ids=HARMLESS)
+def test_custom_functions_that_lose_nothing_are_accepted(loss, y, dtype, scale):
+    x, y = ({n: p.to(dtype) for n, p in part.items()} for part in (X, y))
+    if not math.isfinite(float(loss(x, y, None)) * scale):
+        pytest.skip("overflows")
+    refuse_missing_second_derivative(lower_of(lambda x, y, b: loss(x, y, b) * scale), Point(x, y))
+
+
+def test_the_check_is_not_counted_and_costs_one_evaluation_without_custom_functions():
+    loss = lower_of(square)
+    refuse_missing_second_derivative(loss, Point(X, Y))
+    assert loss.counts == Counts()
+    calls = []
+
+    def counted(x, y, batch):
+        calls.append(1)
+        return square(x, y, batch)
+
+    refuse_missing_second_derivative(lower_of(counted), Point(X, Y))
+    assert len(calls) == 1
+
+
+# tensors without memory
+
+
+@pytest.mark.parametrize(
+    "estimator", [Implicit(), Implicit(solver=Dense()), *SECOND[1:]], ids=lambda e: repr(e)[:30]
+)
+def test_an_entry_seen_through_its_absolute_value_alone(estimator):
+    """abs has a second derivative of zeros that torch keeps no memory for."""
+
+    def lower(x, y, batch):
+        return 0.5 * (y["y"] - x["x"]).square().sum() + y["kink"].abs().sum()
+
+    y = {"y": X["x"].clone(), "kink": torch.tensor([0.3, -2.0], dtype=torch.float64)}
+    solved = bilevel.solve_lower(lower, X, y, solver=Gradient(steps=60), record=True)
+
+    def squares(x, y, batch):
+        return 0.5 * y["y"].square().sum()
+
+    got = bilevel.hypergradient(
+        squares, lower, X, solved.y, estimator=estimator, path=solved.path
+    ).hypergradient["x"]
+    # y* = x, and dΦ/dx = x: the kinked part reaches nothing
+    assert torch.allclose(got, X["x"], rtol=3e-3), (got, X["x"])
