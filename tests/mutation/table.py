@@ -168,6 +168,8 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
         "tests/calculus/test_products.py",
         "tests/test_functional.py",
     ),
+    "problem/writes.py": ("tests/problem/test_writes.py",),
+    "problem/second_derivatives.py": ("tests/problem/test_second_derivatives.py",),
     "calculus/precision.py": ("tests/calculus/test_precision.py",),
     "problem/over_tasks.py": ("tests/problem/test_over_tasks.py",),
     "tree.py": ("tests/test_tree.py", "tests/test_functional.py"),

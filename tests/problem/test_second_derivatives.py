@@ -1,7 +1,9 @@
 """Second derivatives that are lost in a custom function, or are wrong in torch: refused before use."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,11 +15,15 @@ from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.lancbio import LancBiO
+from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.dense import Dense
 from bilevel.lower.gradient import Gradient
+from bilevel.problem import second_derivatives
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
+from bilevel.run.engine import Setup, run, start
+from bilevel.run.upper import Upper
 from bilevel.types import Counts, Loss, Point
 
 X = {"x": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)}
@@ -253,3 +259,248 @@ def test_an_entry_seen_through_its_absolute_value_alone(estimator):
     ).hypergradient["x"]
     # y* = x, and dΦ/dx = x: the kinked part reaches nothing
     assert torch.allclose(got, X["x"], rtol=3e-3), (got, X["x"])
+
+
+# the cross product
+
+
+class Dot(torch.autograd.Function):
+    """⟨w, r⟩ with the right gradient, from copies that have no graph."""
+
+    @staticmethod
+    def forward(ctx, w, r):
+        ctx.kept = w.detach(), r.detach()
+        return (w * r).sum()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        w, r = ctx.kept
+        return grads[0] * r, grads[0] * w
+
+
+class NumpyDot(Dot):
+    """The same, computed by numpy both ways."""
+
+    @staticmethod
+    def forward(ctx, w, r):
+        ctx.kept = w.detach().numpy(), r.detach().numpy()
+        return torch.as_tensor(np.dot(*ctx.kept))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        w, r = ctx.kept
+        return torch.as_tensor(grads[0].item() * r), torch.as_tensor(grads[0].item() * w)
+
+
+class WholeDot(torch.autograd.Function):
+    """The same, as it should be written."""
+
+    @staticmethod
+    def forward(ctx, w, r):
+        ctx.save_for_backward(w, r)
+        return (w * r).sum()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        w, r = ctx.saved_tensors
+        return grads[0] * r, grads[0] * w
+
+
+class HalfDot(WholeDot):
+    """∇y is whole, so that ∂y then ∂x is right; ∇x is cut, so that ∂x then ∂y is lost."""
+
+    @staticmethod
+    def backward(ctx, *grads):
+        w, r = ctx.saved_tensors
+        return grads[0] * r.detach(), grads[0] * w
+
+
+GOAL = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+
+def alone(function):
+    """G = Σ s (w − b)² at s = 1: y* = 2, ∂yy G = 6, ∂xy G = 2 (2 − b), and with F = y²
+
+    ∇y F = 4, dΦ/ds = −2 (2 − b) · 4 / 6 = (−4/3, 0, 4/3).
+    """
+    return lambda x, y, batch: function.apply(x["s"], (y["w"] - GOAL) ** 2)
+
+
+def weighted(function):
+    """The same + 3 (w − 2)², whose ∂yy is 6 more: half of that."""
+
+    def lower(x, y, batch):
+        return function.apply(x["s"], (y["w"] - GOAL) ** 2) + 3 * (y["w"] - 2) ** 2
+
+    return lower
+
+
+S, W = {"s": torch.ones_like(GOAL)}, {"w": torch.tensor(2.0, dtype=torch.float64)}
+RIGHT = torch.tensor([-4 / 3, 0.0, 4 / 3], dtype=torch.float64)
+LOSING = {
+    "detached": alone(Dot),
+    "detached, one term of two": weighted(Dot),
+    "numpy": weighted(NumpyDot),
+    "from the other side": weighted(HalfDot),
+}
+
+
+def squares(x, y, batch):
+    return y["w"].square().sum()
+
+
+@pytest.mark.parametrize("loss", LOSING.values(), ids=LOSING)
+@pytest.mark.parametrize("estimator", [*SECOND, OneStep()], ids=lambda e: f"{type(e).__name__}")
+def test_a_lost_cross_product_is_refused(estimator, loss):
+    solved = bilevel.solve_lower(loss, S, W, solver=Gradient(steps=3), record=True)
+    with pytest.raises(ProblemError, match=r"loses part of its second derivative.*Dot"):
+        bilevel.hypergradient(squares, loss, S, solved.y, estimator=estimator, path=solved.path)
+
+
+@pytest.mark.parametrize("loss", LOSING.values(), ids=LOSING)
+def test_unroll_and_a_run_refuse_it_too(loss):
+    with pytest.raises(ProblemError, match=r"loses part of its second derivative.*Dot"):
+        bilevel.unroll(loss, S, W, steps=2)
+
+    class Lost:
+        def init(self, streams):
+            return S, W
+
+        def upper_loss(self, x, y, batch):
+            return squares(x, y, batch)
+
+        def lower_loss(self, x, y, batch):
+            return loss(x, y, batch)
+
+        def upper_batches(self, stream):
+            return itertools.repeat(None)
+
+        lower_batches = upper_batches
+
+    setup = Setup(Lost(), Gradient(steps=3), Upper(steps=2), Implicit(), dtype=torch.float64)
+    with pytest.raises(ProblemError, match=r"loses part of its second derivative.*Dot"):
+        list(run(setup, start(setup)))
+
+
+def test_the_same_function_written_whole_is_accepted_and_right():
+    for loss, expected in ((alone(WholeDot), RIGHT), (weighted(WholeDot), RIGHT / 2)):
+        got = bilevel.hypergradient(squares, loss, S, W, estimator=Implicit()).hypergradient["s"]
+        assert torch.allclose(got, expected, rtol=1e-10)
+
+
+def test_without_the_check_the_cross_product_would_be_lost(monkeypatch):
+    """The control: 0, with all evidence green, where (−4/3, 0, 4/3) is right."""
+    monkeypatch.setattr(functional, "refuse_missing_second_derivative", lambda *_: None)
+    got = bilevel.hypergradient(squares, alone(Dot), S, W, estimator=Implicit())
+    assert not got.hypergradient["s"].any()
+    assert got.stats.converged
+
+
+class Through(torch.autograd.Function):
+    """Σ round(s) r, with the gradient in s of Σ s r: straight through the rounding."""
+
+    @staticmethod
+    def forward(ctx, s, r):
+        ctx.save_for_backward(s, r)
+        return (s.round() * r).sum()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        s, r = ctx.saved_tensors
+        return grads[0] * r.detach(), grads[0] * s.round().detach()
+
+
+def test_a_surrogate_gradient_in_x_is_accepted():
+    def lower(x, y, batch):
+        return Through.apply(x["s"], (y["w"] - GOAL) ** 2)
+
+    refuse_missing_second_derivative(lower_of(lower), Point({"s": 1.3 * S["s"]}, W))
+
+
+# torch's own
+
+
+def normed(v, g, dim):
+    """g v / ‖v‖ over all dimensions but `dim`, by hand."""
+    others = [d for d in range(v.ndim) if d != dim]
+    return g * v / v.norm(dim=others, keepdim=True)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weight_norm_of_torch_is_refused_and_the_remedy_is_right(dim):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    v, goal = draw(2, 3), draw(2, 3)
+    g = torch.ones(2, 1) if dim == 0 else torch.ones(1, 3)
+    g = g.double()
+
+    def lower(weight):
+        def loss(x, y, batch):
+            w = weight(y["v"], g, dim)
+            return (w - goal * x["s"]).square().sum() + 0.1 * (y["v"] - 1).square().sum()
+
+        return loss
+
+    x = {"s": torch.tensor(0.7, dtype=torch.float64)}
+    for door in (
+        lambda loss: bilevel.hypergradient(total, loss, x, {"v": v}, estimator=Implicit()),
+        lambda loss: bilevel.unroll(loss, x, {"v": v}, steps=2),
+    ):
+        with pytest.raises(ProblemError, match=r"_weight_norm.*wrong in torch.*by hand.*penalty"):
+            door(lower(torch._weight_norm))
+
+    leaf = {"s": x["s"].clone().requires_grad_()}
+    y = bilevel.unroll(lower(normed), leaf, {"v": v}, steps=4)
+    (got,) = torch.autograd.grad(y["v"].sum(), leaf["s"])
+    ends = [_steps(lower(torch._weight_norm), x["s"] + h, v) for h in (1e-5, -1e-5)]
+    # torch's own first derivatives are right, so that its steps may be differenced
+    assert float(got) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
+def _steps(loss, s, v, steps=4, lr=0.1):
+    for _ in range(steps):
+        v = v.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss({"s": s}, {"v": v}, None), v)
+        v = v - lr * g
+    return v.sum().item()
+
+
+def total(x, y, batch):
+    return y["v"].sum()
+
+
+@pytest.mark.parametrize(
+    "net",
+    [nn.Linear(3, 2), nn.Conv1d(3, 2, 2)],
+    ids=["linear", "convolution"],
+)
+def test_modules_with_weight_norm_are_refused(net):
+    net = nn.utils.parametrizations.weight_norm(net.double())
+    y = {name: p.detach() for name, p in net.named_parameters()}
+    data = torch.ones(4, 3, 3, dtype=torch.float64) if isinstance(net, nn.Conv1d) else GOAL
+
+    def lower(x, y, batch):
+        return torch.func.functional_call(net, y, (data,)).square().sum() * x["s"].exp().sum()
+
+    with pytest.raises(ProblemError, match=r"_weight_norm"):
+        bilevel.hypergradient(lambda x, y, b: y["bias"].sum(), lower, S, y, estimator=Implicit())
+    first = bilevel.hypergradient(lambda x, y, b: y["bias"].sum(), lower, S, y, estimator=Penalty())
+    assert torch.isfinite(first.hypergradient["s"]).all()
+
+
+def test_weight_norm_of_the_whole_tensor_is_right_in_torch_and_accepted():
+    def lower(x, y, batch):
+        return (torch._weight_norm(y["v"], x["s"].sum(), -1) - 1).square().sum()
+
+    refuse_missing_second_derivative(lower_of(lower), Point(S, {"v": torch.ones(2, 3).double()}))
+
+
+def test_a_torch_in_which_it_is_mended_is_believed(monkeypatch):
+    def lower(x, y, batch):
+        return torch._weight_norm(y["v"], S["s"][:2, None], 0).square().sum() * x["s"].sum()
+
+    at = Point(S, {"v": torch.ones(2, 3).double()})
+    with pytest.raises(ProblemError, match="weight_norm"):
+        refuse_missing_second_derivative(lower_of(lower), at)
+    monkeypatch.setattr(second_derivatives, "error_of", lambda name: 1e-10)
+    refuse_missing_second_derivative(lower_of(lower), at)
