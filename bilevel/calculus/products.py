@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.unsupported import grad, second_order
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.types import Loss, Params, Point
+from bilevel.types import Loss, Losses, Params, Point
 
 
 def value(loss: Loss, x: Params, y: Params) -> Tensor:
@@ -54,25 +54,16 @@ def _grad(loss: Loss, output: Tensor, *inputs: Params, **options: Any) -> list[T
     return grad(loss, [output], entries, **options)
 
 
-def require_y(loss: Loss, output: Tensor, at_y: Iterable[Tensor | None]) -> None:
+def require_y(loss: Loss, at_y: Iterable[Tensor | None]) -> None:
     """Raise `ProblemError` if a loss does not depend on y: its gradient would be a silent zero."""
     if any(part is not None for part in at_y):
         return
-    level = loss.level
-    if not output.requires_grad:
-        raise ProblemError(
-            f"{level}_loss is cut from its graph, so every derivative would be zero: it depends on "
-            "neither x nor y, or what it returns was computed under torch.no_grad() or went "
-            "through .detach(), .item(), .data, float() or numpy; compute it with torch, from the "
-            "x and y that it is given"
-        )
-    meant = (
-        f"; where it is meant not to, add 0 * y[...].sum(), or minimise {level}_loss over x alone"
-    )
+    meant = ". Where it is meant not to depend on y, add 0 * y[...].sum()"
     raise ProblemError(
-        f"{level}_loss does not depend on y: it uses another tensor in its place (a module's own "
-        "parameters, a copy), or cuts y off by .detach(), .item(), .data or torch.no_grad()"
-        + (meant if level == "upper" else "")
+        f"{loss.level}_loss does not depend on y, so that its gradient would be zero everywhere: it "
+        "was computed under torch.no_grad(), or went through .detach(), .item(), .data, float() or "
+        "numpy, or another tensor stands in the place of y (a module's own parameters, a copy); "
+        f"compute it with torch, from the x and y that it is given{meant * (loss.level == 'upper')}"
     )
 
 
@@ -111,7 +102,7 @@ def gradients(loss: Loss, at: Point) -> tuple[Tensor, Params, Params]:
         found = _grad(loss, output, x, y)
     loss.counts.gradients += 1
     at_x, at_y = found[: len(x)], found[len(x) :]
-    require_y(loss, output, at_y)
+    require_y(loss, at_y)
     _note(loss, x, at_x)
     return output.detach(), _filled(at_x, x), _filled(at_y, y)
 
@@ -129,7 +120,7 @@ def gradient_y(loss: Loss, x: Params, y: Params) -> tuple[Tensor, Params]:
         output = value(loss, tree.detach(x), y)
         found = _grad(loss, output, y)
     loss.counts.gradients += 1
-    require_y(loss, output, found)
+    require_y(loss, found)
     return output.detach(), _filled(found, y)
 
 
@@ -243,7 +234,7 @@ def gradient_with_graph(loss: Loss, output: Tensor, y: Params) -> list[Tensor | 
         ProblemError: the loss does not depend on y, or its gradient depends on nothing.
     """
     found = _grad(loss, output, y, create_graph=True)
-    require_y(loss, output, found)
+    require_y(loss, found)
     require_graph(loss, found)
     return found
 
@@ -267,11 +258,19 @@ def gradient_x(loss: Loss, x: Params, y: Params) -> Params:
     return _filled(found, x)
 
 
-def through(value_and_graph: Tensor, x: Params, loss: Loss) -> Params:
-    """The gradient of a scalar with respect to x, through whatever graph it carries."""
-    found = _grad(loss, value_and_graph, x)
-    _note(loss, x, found)
-    return _filled(found, x)
+def through(value_and_graph: Tensor, x: Params, losses: Losses, y: Params) -> Params:
+    """The gradient in x of F(x, y), through whatever graph y carries.
+
+    Raises:
+        ProblemError: F does not depend on y.
+    """
+    live = {name: entry for name, entry in y.items() if entry.requires_grad}
+    found = _grad(losses.lower, value_and_graph, x, live)
+    if live:
+        require_y(losses.upper, found[len(x) :])
+    at_x = found[: len(x)]
+    _note(losses.lower, x, at_x)
+    return _filled(at_x, x)
 
 
 def vjp(

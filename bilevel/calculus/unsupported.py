@@ -16,12 +16,13 @@ _FIRST_ORDER = (
     "an estimator that takes no second derivative (penalty, one_step with finite_difference)"
 )
 _MISSING = ("is not implemented", "does not support", "not differentiable twice")
+COMPILED = (
+    "calls a function compiled by torch.compile, which has no second derivative; call the function "
+    "itself (torch.compiler.set_stance('force_eager') while the loss is evaluated, or "
+    f"backend='eager'), or use {_FIRST_ORDER}"
+)
 _REMEDIES = {
-    "does not currently support double backward": (
-        "calls a function compiled by torch.compile, which has no second derivative; call the "
-        "function itself (torch.compiler.set_stance('force_eager') while the loss is evaluated, or "
-        f"backend='eager'), or use {_FIRST_ORDER}"
-    ),
+    "does not currently support double backward": COMPILED,
     "FlexAttention does not support backward": (
         "uses flex_attention, which has no derivative on this device; use attention that is "
         "computed by hand (attn_implementation='eager')"
@@ -50,7 +51,8 @@ def _said(text: str) -> str | None:
     for words, said in _REMEDIES.items():
         if words in text:
             return said
-    if "derivative" not in text or not any(part in text for part in _MISSING):
+    named = "derivative" in text and any(part in text for part in _MISSING)
+    if not named or "forward AD" in text:  # what forward mode lacks is said where it is used
         return None
     kernel = text.split("derivative for ")[-1].split(" ")[0].removeprefix("aten::").strip("'")
     return (

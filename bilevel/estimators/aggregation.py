@@ -61,7 +61,7 @@ class Aggregation:
         with torch.enable_grad():
             y = replay(self._path(at), mixed.lower, x)
             value = calculus.value(losses.upper, x, y)
-        hypergradient = calculus.through(value, x, losses.lower)
+        hypergradient = calculus.through(value, x, losses, y)
         counts = losses.counts
         counts.gradients += self.steps + 1  # each step is one of F and one of G
         counts.hvps += 2 * self.steps

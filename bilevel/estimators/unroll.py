@@ -127,9 +127,10 @@ class Unroll:
 def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
     x = tree.leaves(x)
     with torch.enable_grad():
-        value = calculus.value(losses.upper, x, replay(path, losses.lower, x))
+        y = replay(path, losses.lower, x)
+        value = calculus.value(losses.upper, x, y)
     losses.counts.gradients += 1
-    return value.detach(), calculus.through(value, x, losses.lower)
+    return value.detach(), calculus.through(value, x, losses, y)
 
 
 def _recompute(

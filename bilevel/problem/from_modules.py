@@ -35,7 +35,7 @@ def _holding(module: nn.Module, values: Params) -> Iterator[None]:
     Differs from `torch.func.functional_call`, which gives a layer that stands under two names a
     plain tensor back, and leaves a recurrent layer's list of flat weights as it was replaced.
     """
-    by_id = {id(_held(module, name)): value for name, value in values.items()}
+    by_id: dict[int, Any] = {id(_held(module, name)): value for name, value in values.items()}
     before = [
         (owner, dict(owner._parameters), vars(owner).get("_flat_weights"))
         for owner in module.modules()
@@ -43,7 +43,7 @@ def _holding(module: nn.Module, values: Params) -> Iterator[None]:
     try:
         for owner, own, flat in before:
             if any(id(p) in by_id for p in own.values()):
-                owner._parameters.update({n: by_id.get(id(p), p) for n, p in own.items()})
+                owner._parameters.update((n, by_id.get(id(p), p)) for n, p in own.items())
             if flat is not None:
                 vars(owner)["_flat_weights"] = [by_id.get(id(p), p) for p in flat]
         yield

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import calculus, tree
@@ -60,8 +61,7 @@ def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
 
 def is_transformed(*trees: Params) -> bool:
     """Whether a tensor is one of `torch.func.vmap`, `grad` and their like."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(entry) for params in trees for entry in params.values())
+    return any(is_functorch_wrapped_tensor(entry) for params in trees for entry in params.values())
 
 
 def _random_states(devices: set[torch.device]) -> list[bytes]:

@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _weight_norm  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import BackwardCFunction
 
 from bilevel import calculus, rng, tree
+from bilevel.calculus.unsupported import COMPILED
 from bilevel.errors import ProblemError
 from bilevel.problem.purity import is_transformed
 from bilevel.types import Counts, Loss, Params, Point
@@ -53,6 +54,8 @@ def refuse_missing_second_derivative(loss: Loss, at: Point) -> None:
     names = sorted({_name(node) for node in nodes if isinstance(node, BackwardCFunction)})
     eps = max(tree.eps(x), tree.eps(y))
     if names and eps <= torch.finfo(torch.float32).eps and _loses(apart, at, eps):
+        if "CompiledFunction" in names:
+            raise ProblemError(f"{loss.level}_loss {COMPILED}")
         raise ProblemError(
             f"{loss.level}_loss loses part of its second derivative in a custom autograd.Function, "
             f"one of: {', '.join(names)}. Its backward is once_differentiable, or leaves the graph "
@@ -194,7 +197,7 @@ WRONG = {
         "compute the weight by hand, g * v / v.norm(dim=1, keepdim=True) over all dimensions but "
         "that of the outputs, in the loss or in a parametrization of your own "
         "(torch.nn.utils.parametrize.register_parametrization)",
-        lambda v: (torch._weight_norm(v.reshape(2, 3), v[::3, None].detach(), 0) ** 3).sum(),
+        lambda v: (_weight_norm(v.reshape(2, 3), v[::3, None].detach(), 0) ** 3).sum(),
     ),
 }
 """By the name of their node in autograd's graph, which is looked for in that of G."""

@@ -10,9 +10,10 @@ numpy and changes of a dictionary, is found by comparing with a copy of x, y and
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,21 +43,31 @@ def refuse_writes(loss: Loss, x: Params, y: Params) -> Iterator[None]:
     given = {"x": x, "y": y, "the batch": loss.batch}
     kept = [_kept(value, name) for name, value in given.items()]
     owned: dict[int, str] = {}
-    for name, value in given.items():
-        for where, tensor in _tensors(value, name):
-            owned.setdefault(_memory(tensor), where)
+    tensors = [found for name, value in given.items() for found in _tensors(value, name)]
+    for where, tensor in tensors:
+        owned.setdefault(_memory(tensor), where)
     for where, tensor in held(loss.function):
         owned.setdefault(_memory(tensor), where)
     owned.pop(0, None)
     done = False
     try:
-        with _Watch(loss.level, owned):
+        with _uncompiled(), _Watch(loss.level, owned, {id(t) for _, t in tensors}):
             yield
         done = True
     finally:
         changed = [where for one in kept for where in one()]
         if changed and done:
             raise _refusal(loss.level, changed[0])
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Where functions compiled by torch.compile run as they were written.
+
+    Met under a `_Watch` they would be left uncompiled for good.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def batch_norm_refusal(level: str) -> ProblemError:
@@ -99,18 +110,20 @@ class _Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, level: str, owned: dict[int, str]) -> None:
+    def __init__(self, level: str, owned: dict[int, str], given: set[int]) -> None:
         super().__init__()
-        self._level, self._owned = level, owned
+        self._level, self._owned, self._given = level, owned, given
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload) and func._schema.is_mutable and func not in _HARMLESS:
+            # t_ and its like change the shape of one tensor object, and no memory
+            reshapes = torch.Tag.inplace_view in func.tags
             for tensor in _written(func, args, kwargs):
                 where = self._owned.get(_memory(tensor))
-                if where is not None:
+                if where is not None and (not reshapes or id(tensor) in self._given):
                     raise _refusal(self._level, where, str(func))
         return func(*args, **kwargs)
 

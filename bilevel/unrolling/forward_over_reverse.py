@@ -85,7 +85,7 @@ def along(loss: Loss, x: Params, y: Params, u: Params) -> tuple[Params, Params]:
         with _Constants():
             value = calculus.scalar(loss, x, moving)
         if not value.requires_grad:
-            calculus.require_y(loss, value, ())
+            calculus.require_y(loss, ())
         found = torch.autograd.grad(value, [*x.values(), *y.values()], allow_unused=True)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
     if all(tangent is None for tangent in tangents):

@@ -58,8 +58,7 @@ def pull_start(path: Path, loss: Loss, x: Params, cotangent: Params) -> Params:
     x = tree.leaves(x)
     with torch.enable_grad():
         y = path.restart(x)
-        product = torch.stack([(y[name] * part).sum() for name, part in cotangent.items()]).sum()
-    return calculus.through(product, x, loss)
+    return calculus.vjp({name: y[name] for name in cotangent}, x, cotangent, loss, upper=True)
 
 
 def replay(path: Path, loss: Loss, x: Params) -> Params:

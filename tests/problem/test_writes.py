@@ -71,6 +71,10 @@ def out_of_torch(x, y, batch):
     return size(x, y)
 
 
+def transposes(x, y, batch):
+    return y["e"].t_().sum() * size(x, y)
+
+
 def renames(x, y, batch):
     y["e"] = 2 * y["e"]
     return size(x, y)
@@ -84,6 +88,7 @@ WRITES = {
     through_a_view: r"y\['e'\].*zero_",
     through_numpy: r"y\['e'\]",
     out_of_torch: r"y\['e'\].*mul.out",
+    transposes: r"y\['e'\].*aten.t_",
     renames: r"y\..*\{\*\*y, name: value\}",
 }
 
@@ -360,6 +365,7 @@ def test_writes_into_what_the_loss_made_itself_are_accepted():
         rows = y["e"].clone()
         rows[0] *= 2.0
         rows.detach_()
+        total += y["e"].detach().t_().sum()
         total += rows.sum()
         return total + size(x, y)
 
