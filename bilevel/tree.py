@@ -115,40 +115,6 @@ def scale_(y: Params, alpha: float) -> Params:
     return y
 
 
-def less_(r: Params, alpha: float, Ap: Params) -> float:
-    """r ← r − alpha · Ap; returns ‖r‖².
-
-    The entries of r are replaced by new ones: written into, with nothing but Ap freed, they made
-    the allocator return 60 MB to the system at every step, and take them again. On the CPU each
-    is summed up while it is in the cache.
-    """
-    if not _on_cpu(r):
-        r.update(axpy(-alpha, Ap, r))
-        return dot(r, r)
-    parts = []
-    for name, entry in r.items():
-        r[name] = torch.add(entry, Ap[name], alpha=-alpha)
-        parts.append(torch.dot(_flat(r[name]), _flat(r[name])))
-    total = _sum(parts)
-    return dot(r, r) if _out_of_range(total) else total
-
-
-def turn_(v: Params, alpha: float, p: Params, beta: float, z: Params) -> None:
-    """v ← v + alpha · p, then p ← z + beta · p; on the CPU an entry at a time, as in `less_`."""
-    if not _on_cpu(v):
-        axpy_(v, alpha, p)
-        axpy_(scale_(p, beta), 1.0, z)
-        return
-    for name, entry in v.items():
-        entry.add_(p[name], alpha=alpha)
-        torch.add(z[name], p[name], alpha=beta, out=p[name])
-
-
-def _on_cpu(a: Params) -> bool:
-    """Whether foreach functions are but a loop over the entries, and so a pass over memory each."""
-    return bool(a) and all(entry.is_cpu for entry in a.values())
-
-
 def wide(value: Tensor) -> Tensor:
     """The value in float32 where it is narrower: sums and factorisations want that."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
@@ -189,6 +155,11 @@ def norm(a: Params) -> float:
 def eps(a: Params) -> float:
     """The largest eps of the dtypes in a; 0 where it is empty."""
     return max((torch.finfo(value.dtype).eps for value in a.values()), default=0.0)
+
+
+def or_wider(a: Params) -> str:
+    """What a message ends in that float64 may help with: nothing where all of a is float64."""
+    return "" if all(value.dtype == torch.float64 for value in a.values()) else ", or use float64"
 
 
 def size(a: Params) -> int:

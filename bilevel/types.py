@@ -10,6 +10,7 @@ from typing import (
     ClassVar,
     Literal,
     Protocol,
+    TypeVar,
     runtime_checkable,
 )
 
@@ -252,6 +253,7 @@ class Estimator(Protocol):
 
 
 Matvec = Callable[[Params], Params]
+SolverOption = Literal["precondition", "stop", "observe", "overwrite"]
 
 
 @dataclass(frozen=True)
@@ -266,11 +268,36 @@ class Solve:
 class LinearSolver(Protocol):
     """Solves A v = b knowing only v ↦ A v. `start` may be warm; zero costs no product.
 
-    One that cannot solve the system however long it works sets `approximate = True`; implicit
-    differentiation then claims nothing.
+    Neither b nor `start` is written into. One that cannot solve the system however long it works
+    sets `approximate = True`; implicit differentiation then claims nothing. One whose `solve` takes
+    more by keyword says so in `accepts`, a set of:
+
+    - "precondition": r ↦ M⁻¹ r, M symmetric positive definite;
+    - "stop": progress ↦ whether to end, which decides in the place of the tolerance;
+    - "observe": called with each pair (p, A p), both the solve's own;
+    - "overwrite": whether b and `start` may be written into, and come back as whatever they are.
+
+    `tight(dim)`, where there is one, is the same solver converged as far as float64 allows.
     """
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve: ...
+
+
+def accepted(solver: LinearSolver) -> frozenset[SolverOption]:
+    """What its `solve` takes beside matvec, b and start."""
+    return getattr(solver, "accepts", frozenset())
+
+
+C = TypeVar("C")
+
+
+def tightened(component: C, dim: int) -> C:
+    """A component converged as far as float64 allows for `dim` unknowns, by its own `tight`.
+
+    Itself where it has none: there is nothing to converge.
+    """
+    tighten = getattr(component, "tight", None)
+    return tighten(dim) if tighten else component
 
 
 @dataclass(frozen=True)
@@ -292,10 +319,20 @@ class Preconditioner(Protocol):
     """Gives M⁻¹ of some M ≈ A, symmetric positive definite, or None where it does not pay (yet).
 
     What it builds goes into the state: nested dicts of tensors and numbers, never written into.
+    One that needs the pairs of a quasi-Newton lower solver sets `needs_pairs = True`. One that
+    learns from a solve sets `learns = True`, and has `room(b)`, how many pairs (p, A p) of the
+    solve it wants, and `learn(state, pairs)`, the state with them.
     """
 
     def init(self, at: Point) -> Any: ...
     def prepare(self, system: System, state: Any) -> tuple[Matvec | None, Any]: ...
+
+
+class LearningPreconditioner(Preconditioner, Protocol):
+    """A `Preconditioner` that sets `learns = True`."""
+
+    def room(self, b: Params) -> int: ...
+    def learn(self, state: Any, pairs: list[tuple[Params, Params]]) -> Any: ...
 
 
 @runtime_checkable

@@ -132,48 +132,7 @@ def test_a_foreach_sum_keeps_them():
     assert kept > 0
 
 
-# a step of a linear solver ------------------------------------------------------------------------
-
-
-def vectors(dtype=torch.float64):
-    draw = torch.Generator().manual_seed(0)
-    return [
-        {
-            "a": torch.randn(3, 2, generator=draw).to(dtype),
-            "b": torch.randn((), generator=draw).to(dtype),
-        }
-        for _ in range(4)
-    ]
-
-
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["by entry", "foreach"])
-def test_a_step_of_a_solver_is_the_formula(on_cpu, monkeypatch):
-    """Both ways of it: the one for GPUs runs on any device."""
-    monkeypatch.setattr(tree, "_on_cpu", lambda a: on_cpu)
-    v, r, p, Ap = vectors()
-    given = [tree.clone(params) for params in (v, r, p, Ap)]
-    left = tree.sub(r, tree.scale(0.3, Ap))
-    before = r["a"]
-    assert tree.less_(r, 0.3, Ap) == pytest.approx(tree.dot(left, left), rel=1e-14)
-    tree.turn_(v, 0.7, p, -2.0, r)
-    assert tree.norm(tree.sub(r, left)) < 1e-15
-    assert tree.norm(tree.sub(v, tree.axpy(0.7, given[2], given[0]))) < 1e-15
-    assert tree.norm(tree.sub(p, tree.axpy(-2.0, given[2], left))) < 1e-14
-    assert torch.equal(before, given[1]["a"]), "whoever holds the old residual keeps it"
-    assert torch.equal(Ap["a"], given[3]["a"])
-
-
-def test_a_step_sums_bfloat16_in_float32():
-    r = {"a": torch.ones(1000, dtype=torch.bfloat16)}
-    assert tree.less_(r, 0.0, r) == 1000.0  # in bfloat16 the sum stops at 256
-
-
 def test_eps_is_that_of_the_coarsest_entry():
     mixed = {"a": torch.zeros(2), "b": torch.zeros((), dtype=torch.bfloat16)}
     assert tree.eps(mixed) == torch.finfo(torch.bfloat16).eps
     assert tree.eps({}) == 0.0
-
-
-def test_a_step_of_nothing():
-    assert tree.less_({}, 1.0, {}) == 0.0
-    tree.turn_({}, 1.0, {}, 1.0, {})

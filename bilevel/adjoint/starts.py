@@ -21,7 +21,7 @@ DEPTH: dict[Start, int] = {"cold": 0, "warm": 1, "linear": 2, "galerkin": 3}
 def begin(
     start: Start, matvec: Matvec, b: Params, past: list[Params]
 ) -> tuple[Params, Params | None]:
-    """(v_0, b − A v_0 where it is known) from the past adjoints, the newest last.
+    """(v_0, A v_0 where it is known) from the past adjoints, the newest last.
 
     cold: 0. warm: v⁻¹. linear: 2 v⁻¹ − v⁻². No product; the residual costs the solver one.
     galerkin: the v in the span of the past ones that is nearest to A⁻¹ b in the norm of A, by one
@@ -37,20 +37,22 @@ def begin(
     return _galerkin(matvec, b, past)
 
 
-def known(matvec: Matvec, at: Params, product: Params) -> Matvec:
-    """`matvec`, with the product at `at` told instead of computed.
+def with_cached_product(matvec: Matvec, at: Params, product: Params) -> Matvec:
+    """`matvec` that has the product at `at` already: a solver's first, that of its start.
 
-    For solvers that know nothing but a product and begin with that of their start. Told only for
-    these very tensors, and as long as nobody has written into them; anew at each call, since the
-    caller may write into what it is given.
+    Used for these very tensors only, and as long as nobody has written into them; then it is
+    dropped. A copy each time, since the caller may write into what it is given.
     """
     versions = {name: entry._version for name, entry in at.items()}
+    cached: list[Params] = [product]
 
-    def told(v: Params) -> Params:
-        same = all(v[n] is entry and entry._version == versions[n] for n, entry in at.items())
-        return tree.clone(product) if same else matvec(v)
+    def apply(v: Params) -> Params:
+        if any(entry._version != versions[name] for name, entry in at.items()):
+            cached.clear()
+        same = all(v[name] is entry for name, entry in at.items())
+        return tree.clone(cached[0]) if same and cached else matvec(v)
 
-    return told
+    return apply
 
 
 def _galerkin(matvec: Matvec, b: Params, past: list[Params]) -> tuple[Params, Params]:
@@ -60,11 +62,11 @@ def _galerkin(matvec: Matvec, b: Params, past: list[Params]) -> tuple[Params, Pa
     right = torch.tensor([[tree.dot(d, b)] for d in basis], dtype=torch.float64)
     gram = (gram + gram.T) / 2
     weights = torch.linalg.lstsq(gram, right, driver="gelsd").solution[:, 0].tolist()
-    v, r = tree.zeros_like(b), tree.clone(b)
+    v, Av = tree.zeros_like(b), tree.zeros_like(b)
     for weight, d, Ad in zip(weights, basis, images, strict=True):
         tree.axpy_(v, weight, d)
-        tree.axpy_(r, -weight, Ad)
-    return v, r
+        tree.axpy_(Av, weight, Ad)
+    return v, Av
 
 
 def _differences(past: list[Params]) -> list[Params]:

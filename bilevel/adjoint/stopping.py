@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 
 from bilevel import tree
-from bilevel.linear.cg import Progress
+from bilevel.linear.cg import SolveProgress
+from bilevel.linear.guards import resolution
 from bilevel.types import Params
 
 Memory = dict[str, float]
@@ -45,12 +46,18 @@ class HoldsError:
     A solve that remembers nothing goes on to a relative residual of 1e-6, so that directions of
     little curvature are met that hold little of b and much of h. One that has come to where
     rounding alone exceeds what is asked stops, and `held` stays False.
+
+    Differs from a textbook's stopping rule in:
+    1. It bounds the error of h = ∇x F − Bᵀ v and not the residual of v: one part of b in the
+       kernel of Bᵀ costs nothing, and one along a flat direction is not taken for small.
+    2. What it knows of A and B it has seen, in this solve or before, and what was seen before
+       counts for less the longer ago: `FADES`, `GROWS`.
+    3. It asks first and pays later: a look at h costs a cross product, so that between looks the
+       figures of the last one decide whether another is worth it.
     """
 
-    def __init__(
-        self, error: float, F_x: Params, cross: Callable[[Params], Params], memory: Memory
-    ) -> None:
-        self._error, self._F_x, self._cross = error, F_x, cross
+    def __init__(self, error: float, h_of: Callable[[Params], Params], memory: Memory) -> None:
+        self._error, self._h_of = error, h_of
         self._ratio, self._seen = memory.get("ratio", 0.0), 0.0
         self._smallest, self._met = memory.get("smallest", math.inf), math.inf
         self._size = memory.get("size", 0.0)
@@ -64,7 +71,7 @@ class HoldsError:
         self.held = False
         self.estimate = math.inf
 
-    def __call__(self, progress: Progress) -> bool:
+    def __call__(self, progress: SolveProgress) -> bool:
         self.steepest = max(self.steepest, progress.largest)
         if progress.last:
             return self._look(progress)
@@ -90,10 +97,10 @@ class HoldsError:
     def _goal(self) -> float:
         return self._error * self._size
 
-    def _explored(self, progress: Progress) -> bool:
+    def _explored(self, progress: SolveProgress) -> bool:
         if self._remembers:
             return True
-        return progress.r <= max(EXPLORED, 2 * rounding(progress.v)) * progress.size
+        return progress.r <= max(EXPLORED, 2 * resolution(progress.v)) * progress.size
 
     def _bound(self, rz: float) -> float:
         """The estimate at an iterate; infinite as long as a part of it is unknown."""
@@ -102,8 +109,8 @@ class HoldsError:
             return math.inf
         return MARGIN * ratio * math.sqrt(max(rz, 0.0) / self._smallest)
 
-    def _look(self, progress: Progress) -> bool:
-        h = tree.sub(self._F_x, self._cross(progress.v))
+    def _look(self, progress: SolveProgress) -> bool:
+        h = self._h_of(progress.v)
         self._size = tree.norm(h)
         if progress.steps:
             self._met = min(self._met, progress.ritz.smallest or math.inf)
@@ -111,7 +118,7 @@ class HoldsError:
         moved = progress.energy(self._step)
         if self._at_step is not None and moved > 0:
             change = tree.norm(tree.sub(h, self._at_step))
-            if change > rounding(h) * self._size:  # or it says nothing of B
+            if change > resolution(h) * self._size:  # or it says nothing of B
                 self._seen = max(self._seen, change / math.sqrt(moved))
         self._step, self._at_step = progress.steps, h
         self._next = progress.steps + max(1, progress.steps // 2)
@@ -120,8 +127,3 @@ class HoldsError:
         lost = self.estimate > self._goal >= self._bound(progress.rz)
         self.h = h if self.held or lost or progress.last else None
         return self.h is not None
-
-
-def rounding(b: Params) -> float:
-    """The relative residual below which nothing is left to solve, in the dtype of b."""
-    return 10 * tree.eps(b)

@@ -16,7 +16,17 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.gmres import GMRES
-from bilevel.types import Estimate, LinearSolver, Losses, Needs, Params, Point, Solve, Stats
+from bilevel.types import (
+    Estimate,
+    LinearSolver,
+    Losses,
+    Needs,
+    Params,
+    Point,
+    Solve,
+    Stats,
+    tightened,
+)
 
 
 @component
@@ -55,8 +65,7 @@ class FixedPoint:
 
     def tight(self, dim: int) -> FixedPoint:
         """The same method with the solve converged, where its claim can be tested."""
-        tighten = getattr(self.solver, "tight", None)
-        return replace(self, solver=tighten(dim) if tighten else self.solver)
+        return replace(self, solver=tightened(self.solver, dim))
 
     def init(self, at: Point) -> Params:
         return tree.zeros_like(at.y)

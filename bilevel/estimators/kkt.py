@@ -18,7 +18,16 @@ from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.minres import MINRES
-from bilevel.types import Estimate, LinearSolver, Loss, Losses, Needs, Params, Point
+from bilevel.types import (
+    Estimate,
+    LinearSolver,
+    Loss,
+    Losses,
+    Needs,
+    Params,
+    Point,
+    tightened,
+)
 
 MULTIPLIER = "multiplier"
 """The name of the multipliers beside those of y; no name of y may be it."""
@@ -60,8 +69,7 @@ class KKT:
 
     def tight(self, dim: int) -> KKT:
         """The same method with the solve converged, where its claim can be tested."""
-        tighten = getattr(self.solver, "tight", None)
-        return replace(self, solver=tighten(2 * dim) if tighten else self.solver)
+        return replace(self, solver=tightened(self.solver, 2 * dim))
 
     def init(self, at: Point) -> dict[str, Any]:
         return {}  # the active set changes size, so no adjoint is kept

@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import component
-from bilevel.linear.guards import finite
+from bilevel.linear.guards import require_finite
 from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats
 
 
@@ -93,7 +93,7 @@ class LancBiO:
             state["next"] = tree.scale(1 / size, left)
         q = state["next"]
         u = matvec(q)
-        diagonal = [*state["diagonal"], finite(tree.dot(q, u))]
+        diagonal = [*state["diagonal"], require_finite(tree.dot(q, u), q)]
         basis = [*state["basis"], q]
         size = tree.norm(u)
         for earlier in (*basis, *basis):  # twice: once leaves what cancellation brings back

@@ -17,7 +17,7 @@ from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.quasi_newton import NO_PAIRS, bfgs, block, newest
-from bilevel.types import Estimate, LinearSolver, Losses, Needs, Point, Solve, Stats
+from bilevel.types import Estimate, LinearSolver, Losses, Needs, Point, Solve, Stats, tightened
 
 
 @component
@@ -56,8 +56,7 @@ class Shine:
 
     def tight(self, dim: int) -> Shine:
         """The same method with the refinement converged, where its claim can be tested."""
-        tighten = getattr(self.refine, "tight", None)
-        return replace(self, refine=tighten(dim)) if tighten else self
+        return replace(self, refine=tightened(self.refine, dim))
 
     def init(self, at: Point) -> dict[str, Any]:
         return NO_PAIRS

@@ -9,112 +9,139 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.linear.guards import attained, finite, length, nothing, residual, rounding
+from bilevel.linear import guards
 from bilevel.linear.lanczos import Tridiagonal
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.types import Matvec, Params, Solve, SolverOption, Stopped
+
+WATCHED = 5000
+"""The most iterations that a solve may take by default whose end somebody else decides."""
 
 
 @component
 class CG:
     """Conjugate gradient for symmetric positive definite A; exact in dim(b) steps; 1 product a step.
 
-    Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, after `iterations` steps, or at a direction of
-    non-positive curvature pᵀA p ≤ 0, where the quadratic has no minimum: the iterate before it is
-    returned with `converged=False` and the curvature in the stats. Curvature below 4 eps of the
-    largest met (eps^1.5 with a preconditioner) is rounding, and taken for 0. A start other than
-    zero costs one more product. The condition estimate comes from the Ritz values that the
-    coefficients hold, at no extra product (Golub and Meurant 2010, ch. 4); it is a lower bound, and
-    None where a curvature was not positive.
+    Stops at ‖b − A v‖ ≤ tolerance · ‖b‖, where rounding allows no smaller residual, after
+    `iterations` steps, or at a direction of non-positive curvature pᵀA p ≤ 0, where the quadratic
+    has no minimum: the iterate before it is returned with `converged=False` and the curvature in
+    the stats. A start other than zero costs one more product. The condition estimate comes from
+    the Ritz values that the coefficients hold, at no extra product (Golub and Meurant 2010, ch. 4);
+    it is a lower bound, and None where a curvature was not positive.
+
+    `iterations`: None for 20, and for 10 dim(b) + 100, 5,000 at most, where a `stop` decides.
+
+    Differs from the textbook in:
+    1. Curvature below 4 eps of the largest met (eps^1.5 with a preconditioner, which takes out what
+       scales differ by) is rounding, and taken for 0: along such a p v would go off to overflow.
+    2. The recursive residual goes on falling after b − A v has stalled. So the solve ends, with
+       `stopped="rounding"`, where it is below eps / 2 · (‖A‖ ‖v‖ + ‖b‖), and no residual smaller
+       than that is reported. ‖A‖ is the largest curvature or Ritz value met.
+    3. ‖p‖², for the curvature, is kept by recurrence: r is orthogonal to the direction before.
+       M⁻¹ r is not, so with a preconditioner it is computed.
+    4. r is replaced by a new tensor at each step rather than written into, and Ap is dropped before
+       the next product: three vectors beside a product, and no memory given back and taken again.
     """
 
-    iterations: PositiveInt = 20
-    tolerance: NonNegativeFloat = Field(default=1e-6)
+    accepts: ClassVar[frozenset[SolverOption]] = frozenset(
+        {"precondition", "stop", "observe", "overwrite"}
+    )
+    iterations: PositiveInt | None = None
+    tolerance: NonNegativeFloat = 1e-6
 
     def tight(self, dim: int) -> CG:
         """Converged as far as float64 allows."""
-        return CG(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
+        return CG(iterations=guards.tight_iterations(dim), tolerance=1e-11)
 
-    def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        v, r, _ = residual(matvec, b, start)
-        return self.run(matvec, v, r, length(b))
-
-    def run(
+    def solve(
         self,
         matvec: Matvec,
-        v: Params,
-        r: Params,
-        size: float,
+        b: Params,
+        start: Params,
         *,
         precondition: Matvec | None = None,
-        enough: Callable[[Progress], bool] | None = None,
-        keep: Sample | None = None,
+        stop: Callable[[SolveProgress], bool] | None = None,
+        observe: Callable[[Params, Params], None] | None = None,
+        overwrite: bool = False,
     ) -> Solve:
-        """`solve` from v, with what a caller knows beside the system.
+        """With M, `precondition` r ↦ M⁻¹ r, the condition estimate is that of M⁻¹ A.
 
-        `r` is b − A v and `size` ‖b‖. Both v and r are the solve's from now on, to write into:
-        with nothing copied it holds v, r and p beside a product. `precondition` is
-        r ↦ M⁻¹ r with M symmetric positive definite: the condition estimate is then that of M⁻¹A.
-        `enough` may stop the solve; it is asked before every step, and at the end if that is the
-        tolerance. `keep` is given the pairs
-        (p, A p).
+        `stop` is asked before every step, and at the end if nothing is left to solve (`last`).
         """
+        v, r, size = guards.begin(matvec, b, start, overwrite=overwrite)
+        reach, eps, accumulation = tree.norm(v), tree.eps(v), guards.accumulation_eps(v)
         z = precondition(r) if precondition else r
         rr, rz = tree.dot(r, r), tree.dot(r, z)
-        target = max(self.tolerance, nothing(v)) * size
-        reach, p, pp = tree.norm(v), tree.clone(z), tree.dot(z, z)
-        ritz, curvature, largest, steps, stopped = Tridiagonal(), math.inf, 0.0, 0, False
-        # what scales differ by is no rounding where a preconditioner takes it out
-        flat, ended = rounding(v) ** 1.5 if precondition else 4 * rounding(v), False
-        while steps < self.iterations:
+        tolerance = guards.resolution(v) if stop else self.tolerance
+        target = max(tolerance, guards.underflow_floor(v)) * size
+        p, pp = tree.clone(z), tree.dot(z, z)
+        flat = accumulation**1.5 if precondition else 4 * accumulation
+        ritz, curvature, largest, steps = Tridiagonal(), math.inf, 0.0, 0
+        far = reach  # ‖v‖ is at most this: measured only where it may matter
+        stopped: Stopped = "iterations"
+        while steps < self._budget(b, watched=stop is not None):
             left = math.sqrt(rr)
-            if enough and enough(Progress(steps, v, rz, ritz, left, size, largest, left <= target)):
-                stopped = True
+            if stop and stop(
+                SolveProgress(steps, v, rz, ritz, left, size, largest, left <= target)
+            ):
+                stopped = "asked"
                 break
             if left <= target:
+                stopped = "tolerance"
                 break
+            if not stop and left <= guards.rounding_floor(eps, size, largest, far):
+                far = max(reach, tree.norm(v))
+                if left <= guards.rounding_floor(eps, size, largest, far):
+                    stopped = "rounding"
+                    break
             Ap = matvec(p)
             steps += 1
-            pAp = finite(tree.dot(p, Ap))
+            pAp = guards.require_finite(tree.dot(p, Ap), p)
             curvature, largest = min(curvature, pAp / pp), max(largest, pAp / pp)
-            # along a p of no curvature but rounding v would go off to overflow
             if not (pAp > flat * largest * pp and rz > 0):
-                ended, curvature = True, min(curvature, 0.0 if rz > 0 else curvature)
+                stopped, curvature = "curvature", min(curvature, 0.0 if rz > 0 else curvature)
                 break
             alpha = rz / pAp
-            rr = tree.less_(r, alpha, Ap)
-            if keep is not None:
-                keep.offer(p, Ap)
+            rr = _update_residual(r, alpha, Ap)
+            if observe is not None:
+                observe(p, Ap)
             del Ap  # or the next product is computed beside it: one vector more at the peak
             z = precondition(r) if precondition else r
             previous = rz
             rz = tree.dot(r, z) if precondition else rr
             beta = rz / previous
             ritz.append(alpha, max(beta, 0.0), previous)
-            tree.turn_(v, alpha, p, beta, z)
-            # ‖p‖²: r is orthogonal to the old direction, M⁻¹ r is not
+            _update_direction(v, alpha, p, beta, z)
+            far += alpha * math.sqrt(pp)
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
         largest = largest if precondition else ritz.largest
-        relative = attained(math.sqrt(rr), v, size, largest, reach)
-        return Solve(
+        residual = guards.attainable_residual(math.sqrt(rr), v, size, largest, reach)
+        stats = guards.ended(
+            stopped,
+            residual,
+            tolerance,
             v,
-            Stats(
-                iterations=steps,
-                residual=relative,
-                curvature=None if math.isinf(curvature) else curvature,
-                # of positive Ritz values alone, where A is not positive definite
-                condition=ritz.condition if curvature > 0 else None,
-                converged=not ended and (stopped or relative <= self.tolerance),
-            ),
+            iterations=steps,
+            curvature=None if math.isinf(curvature) else curvature,
+            # of positive Ritz values alone, where A is not positive definite
+            condition=ritz.condition if curvature > 0 else None,
         )
+        return Solve(v, stats)
+
+    def _budget(self, b: Params, *, watched: bool) -> int:
+        if self.iterations is not None:
+            return self.iterations
+        return min(10 * tree.size(b) + 100, WATCHED) if watched else 20
 
 
 @dataclass(frozen=True)
-class Progress:
+class SolveProgress:
     """How far a solve has come, for whoever decides whether it is far enough."""
 
     steps: int
@@ -130,12 +157,12 @@ class Progress:
     largest: float
     """The largest pᵀA p / pᵀp met."""
     last: bool = False
-    """Whether the tolerance is reached, so that there will be no other step."""
+    """Whether nothing is left to solve, so that there will be no other step."""
 
     @property
     def rounded(self) -> float:
         """⟨r, M⁻¹ r⟩ with no smaller an r than rounding leaves."""
-        left = attained(self.r, self.v, self.size, self.largest) * self.size
+        left = guards.attainable_residual(self.r, self.v, self.size, self.largest) * self.size
         return self.rz * max(1.0, left / self.r) ** 2 if self.r else self.rz
 
     def energy(self, since: int) -> float:
@@ -146,7 +173,7 @@ class Progress:
         return sum(self.ritz.energies[since : self.steps])
 
 
-class Sample:
+class PairSelection:
     """An even selection of at most `room` of the pairs (p, A p) of a solve, however long it is."""
 
     def __init__(self, room: int) -> None:
@@ -161,3 +188,38 @@ class Sample:
             if self._seen % self._stride == 0:
                 self.pairs.append((tree.clone(p), Ap))
         self._seen += 1
+
+
+def _update_residual(r: Params, alpha: float, Ap: Params) -> float:
+    """r ← r − alpha · Ap; returns ‖r‖².
+
+    The entries of r are replaced by new ones: written into, with nothing but Ap freed, they made
+    the allocator return 60 MB to the system at every step, and take them again. On the CPU each
+    is summed up while it is in the cache.
+    """
+    if not _on_cpu(r):
+        r.update(tree.axpy(-alpha, Ap, r))
+        return tree.dot(r, r)
+    parts = []
+    for name, entry in r.items():
+        r[name] = torch.add(entry, Ap[name], alpha=-alpha)
+        flat = tree.wide(r[name]).reshape(-1)
+        parts.append(torch.dot(flat, flat).double())
+    total = float(torch.stack(parts).sum())
+    return total if 1e-30 < total < math.inf else tree.dot(r, r)
+
+
+def _update_direction(v: Params, alpha: float, p: Params, beta: float, z: Params) -> None:
+    """v ← v + alpha · p, then p ← z + beta · p; on the CPU an entry at a time."""
+    if not _on_cpu(v):
+        tree.axpy_(v, alpha, p)
+        tree.axpy_(tree.scale_(p, beta), 1.0, z)
+        return
+    for name, entry in v.items():
+        entry.add_(p[name], alpha=alpha)
+        torch.add(z[name], p[name], alpha=beta, out=p[name])
+
+
+def _on_cpu(a: Params) -> bool:
+    """Whether foreach functions are but a loop over the entries, and so a pass over memory each."""
+    return bool(a) and all(entry.is_cpu for entry in a.values())

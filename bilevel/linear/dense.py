@@ -9,8 +9,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.linear.guards import length
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.linear.guards import checked_norm, ended
+from bilevel.types import Matvec, Params, Solve
 
 
 @component
@@ -35,14 +35,14 @@ class Dense:
                 f"dense needs a {dim} x {dim} matrix; limit = {self.limit}. "
                 "Use solver=cg, or raise `limit`"
             )
+        checked_norm(b)
         rhs, A = tree.wide(tree.flatten(b)), tree.wide(matrix(matvec, b))
-        if not (A.isfinite().all() and rhs.isfinite().all()):
+        if not A.isfinite().all():
             raise ConvergenceError(
-                "dense: the matrix or the right-hand side is not finite; the loss is finite and "
-                "its second derivative is not (a square root or a norm at zero, an overflow): "
-                "smooth the loss there, or use float64"
+                "dense: the matrix is not finite; lower_loss is finite and its second derivative "
+                "is not (a square root or a norm at zero, an overflow): smooth it there"
+                f"{tree.or_wider(b)}"
             )
-        length(b)
         spectrum = torch.linalg.svdvals(A)
         eps = torch.finfo(A.dtype).eps
         singular = bool(spectrum[-1] <= dim * eps * spectrum[0])
@@ -53,16 +53,16 @@ class Dense:
         )
         size = float(rhs.norm())
         residual = float((rhs - A @ v).norm()) / size if size else 0.0
-        return Solve(
-            tree.cast(v, b),
-            Stats(
-                iterations=dim,
-                residual=residual,
-                curvature=float(torch.linalg.eigvalsh((A + A.T) / 2)[0]),
-                condition=None if singular else float(spectrum[0] / spectrum[-1]),
-                converged=not singular and residual <= max(1e-6, eps**0.5),
-            ),
+        stats = ended(
+            "stagnation" if singular else "rounding",
+            residual,
+            0.0 if singular else max(1e-6, eps**0.5),
+            b,
+            iterations=dim,
+            curvature=float(torch.linalg.eigvalsh((A + A.T) / 2)[0]),
+            condition=None if singular else float(spectrum[0] / spectrum[-1]),
         )
+        return Solve(tree.cast(v, b), stats)
 
 
 def matrix(matvec: Matvec, like: Params) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.linear.guards import attained, finite, length, nothing, residual
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.linear import guards
+from bilevel.types import Matvec, Params, Solve, Stopped
 
 
 @component
@@ -18,7 +20,9 @@ class GMRES:
 
     Exact in dim(b) steps where `restart` ≥ dim(b); with fewer it may stall on indefinite A and is
     then flagged. Keeps `restart` + 1 vectors of the size of b; orthogonalises twice. Each restart
-    costs one more product, as does a start other than zero.
+    costs one more product, as does a start other than zero. `curvature` is the smallest eigenvalue
+    of the symmetric part of the Hessenberg matrix, at no product: for symmetric A a Ritz value, so
+    that it is negative only if A has a negative eigenvalue.
     """
 
     iterations: PositiveInt = 20
@@ -30,15 +34,17 @@ class GMRES:
         return GMRES(iterations=20 * dim + 100, restart=min(dim, 300), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size, reach = length(b), tree.norm(start)
-        v, r, _ = residual(matvec, b, start)
-        norm, steps, largest = tree.norm(r), 0, 0.0
-        target = max(self.tolerance, nothing(b)) * size
+        v, r, size = guards.begin(matvec, b, start)
+        reach, norm, steps, largest, lowest = tree.norm(v), tree.norm(r), 0, 0.0, math.inf
+        target = max(self.tolerance, guards.underflow_floor(b)) * size
+        stopped: Stopped = "iterations"
         while steps < self.iterations and norm > target:
             budget = min(self.restart, self.iterations - steps)
             basis, H, norm_after = self._cycle(matvec, r, norm, budget, target)
             taken, previous = H.shape[1], norm
             steps, largest = steps + taken, max(largest, float(torch.linalg.matrix_norm(H, 2)))
+            square = H[:taken]
+            lowest = min(lowest, float(torch.linalg.eigvalsh((square + square.T) / 2)[0]))
             coefficients = _least_squares(H, norm)
             for c, q in zip(coefficients.tolist(), basis, strict=False):
                 tree.axpy_(v, c, q)
@@ -47,13 +53,21 @@ class GMRES:
                 break
             r = tree.sub(b, matvec(v))
             norm = tree.norm(r)
-            if norm > 0.999999 * previous:
+            floor = guards.rounding_floor(tree.eps(v), size, largest, max(reach, tree.norm(v)))
+            if norm <= floor or norm > 0.999999 * previous:
+                # a restart from rounding alone finds only more of it
+                stopped = "rounding" if norm <= 10 * floor else "stagnation"
                 break
-        relative = attained(norm, v, size, largest, reach)
-        return Solve(
+        residual = guards.attainable_residual(norm, v, size, largest, reach)
+        stats = guards.ended(
+            stopped if norm > target else "tolerance",
+            residual,
+            self.tolerance,
             v,
-            Stats(iterations=steps, residual=relative, converged=relative <= self.tolerance),
+            iterations=steps,
+            curvature=None if math.isinf(lowest) else lowest,
         )
+        return Solve(v, stats)
 
     def _cycle(
         self, matvec: Matvec, r: Params, norm: float, budget: int, target: float
@@ -69,7 +83,7 @@ class GMRES:
                     h = tree.dot(p, q)
                     H[i, k] += h
                     tree.axpy_(q, -h, p)
-            beta = finite(tree.norm(q))
+            beta = guards.require_finite(tree.norm(q), q)
             H[k + 1, k] = beta
             used = H[: k + 2, : k + 1]
             y = _least_squares(used, norm)

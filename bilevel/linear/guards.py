@@ -1,61 +1,134 @@
-"""What every linear solver refuses, and the residual and norms that it measures, the same way in all."""
+"""What every linear solver refuses, how one begins and ends: the same way in all."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError
-from bilevel.types import Matvec, Params
+from bilevel.types import Matvec, Params, Stats, Stopped
+
+RESOLVED = 1e-2
+"""See `resolved`."""
 
 
-def residual(matvec: Matvec, b: Params, start: Params) -> tuple[Params, Params, int]:
-    """(v, b − A v, products used) at the start of a solve; a zero start or b costs nothing."""
-    if tree.norm(b) == 0 or tree.norm(start) == 0:
-        return tree.zeros_like(b), tree.clone(b), 0
-    return tree.clone(start), tree.sub(b, matvec(start)), 1
+def begin(
+    matvec: Matvec, b: Params, start: Params, *, overwrite: bool = False
+) -> tuple[Params, Params, float]:
+    """(v, r = b − A v, ‖b‖) at the start of a solve, v and r its own; 1 product if v ≠ 0.
+
+    v = 0 where `start` or b is. With `overwrite` they are `start` and b, written into.
+
+    Raises:
+        ConvergenceError: b is not finite, or its square is not.
+    """
+    size = checked_norm(b)
+    cold = tree.norm(start) == 0
+    if size == 0 or cold:
+        v = start if overwrite and cold else tree.zeros_like(b)
+        return v, b if overwrite else tree.clone(b), size
+    if overwrite:
+        return start, tree.axpy_(b, -1.0, matvec(start)), size
+    return tree.clone(start), tree.sub(b, matvec(start)), size
 
 
-def finite(product: float) -> float:
+def checked_norm(b: Params) -> float:
+    """‖b‖, or `ConvergenceError` where b or its square is no number of its dtype."""
+    size = tree.norm(b)
+    if math.isfinite(size) and (size > 0 or not any(bool(entry.any()) for entry in b.values())):
+        return size
+    for name, entry in b.items():
+        if not bool(entry.isfinite().all()):
+            raise ConvergenceError(
+                f"the right-hand side, ∇y F, has entries in {name!r} that are "
+                f"{'NaN' if bool(entry.isnan().any()) else 'infinite'}: upper_loss has no "
+                "derivative there (√, norm or log at 0), or overflows; move y off that point, or "
+                "mend upper_loss"
+            )
+    raise ConvergenceError(
+        f"the right-hand side, ∇y F, has entries so {'large' if size else 'small'} that their "
+        f"squares are {'infinite' if size else '0'} even in float64; scale upper_loss"
+    )
+
+
+def require_finite(product: float, b: Params) -> float:
     """pᵀA p, or `ConvergenceError` if it is NaN or infinite: such a product must not pass for zero."""
     if not math.isfinite(product):
         raise ConvergenceError(
             "a product with the lower Hessian is not finite at this point: a second derivative "
-            "is singular there (√, norm or abs at 0), or overflows; move y off it, or use float64"
+            "is singular there (√, norm or abs at 0), or overflows; move y off it, smooth "
+            f"lower_loss there{tree.or_wider(b)}"
         )
     return product
 
 
-def rounding(b: Params) -> float:
+def accumulation_eps(b: Params) -> float:
     """The largest eps of the types in which the entries of b are summed."""
     return max(torch.finfo(tree.wide(entry.new_empty(0)).dtype).eps for entry in b.values())
 
 
-def length(b: Params) -> float:
-    """‖b‖, or `ConvergenceError` where its square is no number of this dtype although b is one."""
-    size = tree.norm(b)
-    if not math.isfinite(size) or (size == 0 and any(bool(entry.any()) for entry in b.values())):
-        raise ConvergenceError(
-            f"the right-hand side, ∇y F, has entries so {'large' if size else 'small'} that its "
-            "square is not a number in this dtype, or is 0; scale upper_loss, or use float64"
-        )
-    return size
-
-
-def nothing(b: Params) -> float:
+def underflow_floor(b: Params) -> float:
     """The relative residual below which a recursion only underflows: eps²."""
-    return rounding(b) ** 2
+    return accumulation_eps(b) ** 2
 
 
-def attained(recursive: float, v: Params, size: float, largest: float, reach: float = 0.0) -> float:
+def resolution(b: Params) -> float:
+    """The relative residual below which nothing is left to solve, in the dtype of b: 10 eps."""
+    return 10 * tree.eps(b)
+
+
+def resolved(b: Params) -> float:
+    """The largest relative residual that counts as solved where rounding allows no smaller one.
+
+    A residual at the floor is eps / 2 · ‖A‖ ‖v‖ / ‖b‖, and that is eps / 2 · condition where v lies
+    along the flattest direction: v is then known to a few per cent. √eps in 16-bit types.
+    """
+    return max(RESOLVED, tree.eps(b) ** 0.5)
+
+
+def rounding_floor(eps: float, size: Any, largest: Any, length: Any) -> Any:
+    """The ‖b − A v‖ that rounding leaves: eps / 2 · (‖A‖ ‖v‖ + ‖b‖), with the longest v on the way.
+
+    There v is backward stable: it solves a system that differs from this one by rounding alone.
+    """
+    return 0.5 * eps * (largest * length + size)
+
+
+def attainable_residual(
+    recursive: float, v: Params, size: float, largest: float, reach: float = 0.0
+) -> float:
     """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
 
-    The recursion goes on falling after b − A v itself has stalled near eps (‖A‖ ‖v‖ + ‖b‖), with
-    the longest v on the way: `reach` is the length of the start.
+    The recursion goes on falling after b − A v itself has stalled; `reach` is the length of the
+    start.
     """
-    if size == 0:
+    if size == 0 or recursive == 0:
         return 0.0
-    floor = 0.5 * tree.eps(v) * (largest * max(tree.norm(v), reach) / size + 1)
-    return max(recursive / size, floor if recursive > 0 else 0.0)
+    floor = rounding_floor(tree.eps(v), size, largest, max(tree.norm(v), reach))
+    return max(recursive, floor) / size
+
+
+def ended(stopped: Stopped, residual: float, tolerance: float, v: Params, **evidence: Any) -> Stats:
+    """The statistics of a solve, with reasons that agree: `converged` follows from `stopped`.
+
+    A residual within the tolerance is "tolerance" however the solve came there, but for negative
+    curvature; one above it that a recursion took to be within is "rounding". That counts as
+    converged up to `RESOLVED`, the residual being as good as the dtype allows.
+    """
+    if stopped not in ("curvature", "asked"):
+        if residual <= tolerance:
+            stopped = "tolerance"
+        elif stopped == "tolerance":
+            stopped = "rounding"
+    solved = stopped in ("tolerance", "asked") or (
+        stopped == "rounding" and residual <= resolved(v)
+    )
+    return Stats(residual=residual, converged=solved, stopped=stopped, **evidence)
+
+
+def tight_iterations(dim: int, factor: int = 20) -> int:
+    """How many iterations are allowed where a method is held to its claim."""
+    return min(factor * dim + 100, 20_000)

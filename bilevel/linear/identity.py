@@ -17,7 +17,7 @@ class Identity:
 
     For a contraction y ↦ y − scale ∇y G this keeps an acute angle with the solution where the
     lower Hessian is well conditioned (Fung et al. 2021, thm. 3.1), and is no approximation of its
-    size. Nothing is known of the residual, so none is reported.
+    size. Nothing is known of the residual or the curvature, so none is reported.
     """
 
     approximate: ClassVar[bool] = True

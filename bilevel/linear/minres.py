@@ -8,9 +8,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.linear.guards import finite, length, nothing, residual
+from bilevel.linear import guards
 from bilevel.linear.lanczos import Tridiagonal
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.types import Matvec, Params, Solve, Stopped
 
 
 @component
@@ -31,22 +31,28 @@ class MINRES:
 
     def tight(self, dim: int) -> MINRES:
         """Converged as far as float64 allows."""
-        return MINRES(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
+        return MINRES(iterations=guards.tight_iterations(dim), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size = length(b)
-        v, r, _ = residual(matvec, b, start)
+        v, r, size = guards.begin(matvec, b, start)
         beta = start_residual = tree.norm(r)
-        target = max(self.tolerance, nothing(b)) * size
-        rounding = nothing(b) ** (1 / 3)
+        reach, eps = tree.norm(v), tree.eps(b)
+        stopped: Stopped = "iterations"
+        target = max(self.tolerance, guards.underflow_floor(b)) * size
+        singular = guards.accumulation_eps(b) ** (2 / 3)
         eta, steps, largest, lanczos = beta, 0, 0.0, Tridiagonal()
         q_old, w_old, w = tree.zeros_like(b), tree.zeros_like(b), tree.zeros_like(b)
         q = tree.scale_(r, 1 / beta) if beta else r
         cosines, sines = (1.0, 1.0), (0.0, 0.0)  # of the last two Givens rotations
         while steps < self.iterations and abs(eta) > target:
+            if abs(eta) <= guards.RESOLVED * size:
+                length = max(reach, tree.norm(v))
+                if abs(eta) <= guards.rounding_floor(eps, size, largest, length):
+                    stopped = "rounding"
+                    break
             Aq = tree.clone(matvec(q))
             steps += 1
-            alpha = finite(tree.dot(q, Aq))
+            alpha = guards.require_finite(tree.dot(q, Aq), q)
             tree.axpy_(tree.axpy_(Aq, -alpha, q), -beta if steps > 1 else 0.0, q_old)
             after = tree.norm(Aq)
             largest = max(largest, math.hypot(alpha, after))
@@ -55,7 +61,8 @@ class MINRES:
             delta = cosines[1] * alpha - cosines[0] * sines[1] * beta
             rho = math.hypot(delta, after)
             # ‖A r‖ / ‖r‖ of the residual before this step
-            if math.hypot(delta, cosines[1] * after) <= rounding * largest:
+            if math.hypot(delta, cosines[1] * after) <= singular * largest:
+                stopped = "stagnation"
                 break
             upper = sines[1] * alpha + cosines[0] * cosines[1] * beta
             step = tree.clone(q)
@@ -67,14 +74,13 @@ class MINRES:
             if after:
                 q_old, q = q, tree.scale_(Aq, 1 / after)
         left = tree.norm(tree.sub(b, matvec(v))) if steps else start_residual
-        relative = left / (size or 1.0)
-        return Solve(
+        stats = guards.ended(
+            stopped if abs(eta) > target else "tolerance",
+            left / (size or 1.0),
+            self.tolerance,
             v,
-            Stats(
-                iterations=steps,
-                residual=relative,
-                curvature=float(lanczos.ritz()[0]) if steps else None,
-                condition=lanczos.condition,
-                converged=relative <= self.tolerance,
-            ),
+            iterations=steps,
+            curvature=lanczos.smallest,
+            condition=lanczos.condition,
         )
+        return Solve(v, stats)

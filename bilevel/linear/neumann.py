@@ -10,13 +10,13 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
-from bilevel.linear.guards import attained, finite, length, nothing
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.linear import guards
+from bilevel.types import Matvec, Params, Solve, Stopped
 
 
 @component
 class Neumann:
-    """v_K = scale · Σ_{k ≤ K} (I − scale · A)ᵏ b; error ratio ‖I − scale · A‖ a term; 1 product a term.
+    """v_K = scale · Σ_{k < K} (I − scale · A)ᵏ b; error ratio ‖I − scale · A‖ a term; 1 product a term.
 
     Converges if and only if every eigenvalue of A lies in (0, 2 / scale). Equals K Richardson
     steps v ← v + scale (b − A v) from `start`, which is how it is computed: so a warm start
@@ -37,36 +37,33 @@ class Neumann:
         return replace(self, iterations=20_000, tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size, reach = length(b), tree.norm(start)
-        if size == 0:
-            return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
-        warm = reach > 0
-        v = tree.clone(start) if warm else tree.zeros_like(b)
-        r = tree.sub(b, matvec(start)) if warm else dict(b)
-        lowest, largest, growth, steps, norm = math.inf, 0.0, 0, 0, tree.norm(r)
-        target = max(self.tolerance, nothing(b)) * size
+        v, r, size = guards.begin(matvec, b, start)
+        reach, norm = tree.norm(v), tree.norm(r)
+        lowest, largest, growth, steps = math.inf, 0.0, 0, 0
+        target = max(self.tolerance, guards.underflow_floor(b)) * size
         while steps < self.iterations and norm > target:
             tree.axpy_(v, self.scale, r)
             Ar = matvec(r)
             steps, previous = steps + 1, norm
-            bend = finite(tree.dot(r, Ar)) / norm**2
+            bend = guards.require_finite(tree.dot(r, Ar), r) / norm**2
             lowest, largest = min(lowest, bend), max(largest, abs(bend))
-            norm = math.sqrt(tree.less_(r, self.scale, Ar))
+            norm = tree.norm(tree.axpy_(r, -self.scale, Ar))
             del Ar  # or the next product is computed beside it: one vector more at the peak
             growth = growth + 1 if norm > previous else 0
             if growth == 3 or growth == self.iterations:
                 self._refuse(steps, norm / previous)
-        relative = attained(norm, v, size, largest, reach)
-        converged = relative <= self.tolerance if self.tolerance > 0 else None
-        return Solve(
+        stopped: Stopped = "tolerance" if norm <= target else "iterations"
+        stats = guards.ended(
+            stopped,
+            guards.attainable_residual(norm, v, size, largest, reach),
+            self.tolerance,
             v,
-            Stats(
-                iterations=steps,
-                residual=relative,
-                curvature=None if math.isinf(lowest) else lowest,
-                converged=converged,
-            ),
+            iterations=steps,
+            curvature=None if math.isinf(lowest) else lowest,
         )
+        if stats.stopped == "iterations" and self.tolerance == 0:
+            stats = replace(stats, converged=None)  # a number of terms was asked for, no residual
+        return Solve(v, stats)
 
     def _refuse(self, steps: int, ratio: float) -> None:
         raise ConvergenceError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.components import component
+from bilevel.linear import guards
 from bilevel.linear.cg import CG
-from bilevel.linear.guards import finite, length
 from bilevel.types import Matvec, Params, Solve
 
 
@@ -19,7 +17,9 @@ class NormalCG:
 
     For a lower level that is no strict minimum; MINRES reaches the same in fewer products unless
     rounding matters. `residual` is ‖b − A v‖ / ‖b‖ of the system asked for, which costs one more
-    product; `condition` is that of A.
+    product; `condition` is that of A. `curvature` is the smallest pᵀA p / pᵀp of its directions, at
+    no product: a negative one is a saddle, a positive one proves nothing, since A² does not tell
+    an eigenvalue from its negative; minres does.
     """
 
     iterations: PositiveInt = 20
@@ -27,24 +27,34 @@ class NormalCG:
 
     def tight(self, dim: int) -> NormalCG:
         """Converged as far as the squared condition number allows."""
-        return NormalCG(iterations=min(40 * dim + 100, 20_000), tolerance=1e-10)
+        return NormalCG(iterations=guards.tight_iterations(dim, 40), tolerance=1e-10)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        def twice(v: Params) -> Params:
-            return matvec(matvec(v))
+        met: list[float] = []
 
-        size = length(b)
+        def twice(p: Params) -> Params:
+            Ap = matvec(p)
+            # of A itself: pᵀA²p is never negative and says nothing
+            met.append(tree.dot(p, Ap) / tree.dot(p, p))
+            return matvec(Ap)
+
+        size = guards.checked_norm(b)
         inner = CG(iterations=self.iterations, tolerance=self.tolerance**2)
         right = matvec(b) if size else b
-        finite(tree.norm(right))
+        guards.require_finite(tree.norm(right), b)
         solve = inner.solve(twice, right, start)
         left = tree.norm(tree.sub(b, matvec(solve.solution))) / size if size else 0.0
-        condition = solve.stats.condition
-        stats = replace(
-            solve.stats,
-            residual=left,
-            curvature=None,  # pᵀA²p is never negative: it says nothing about A
+        condition, stopped = solve.stats.condition, solve.stats.stopped or "iterations"
+        if stopped in ("tolerance", "rounding"):
+            # the least-squares solution is found, whatever of b lies outside the range of A
+            stopped = "rounding" if left <= guards.RESOLVED else "stagnation"
+        stats = guards.ended(
+            stopped,
+            left,
+            self.tolerance,
+            b,
+            iterations=solve.stats.iterations,
+            curvature=min(met, default=None),
             condition=condition**0.5 if condition else None,
-            converged=left <= self.tolerance,
         )
         return Solve(solve.solution, stats)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.components import component
-from bilevel.linear.guards import finite, length
+from bilevel.linear.guards import checked_norm, require_finite
 from bilevel.types import Matvec, Params, Solve, Stats
 
 
@@ -21,7 +21,8 @@ class Nystrom:
     `rank` products whatever b is, and rank · dim(b) memory; the inverse by Woodbury,
     (1/rho) b − (1/rho²) C (W + CᵀC / rho)⁻¹ Cᵀ b. Exact for (H + rho I) v = b at full rank, so
     `rho` is a damping; the error is bounded by that of the low-rank approximation (thm. 1 there).
-    The residual reported is that of the undamped A v = b, which costs one more product.
+    The residual reported is that of the undamped A v = b, which costs one more product. There is no
+    tolerance to reach, and nothing is said of the curvature.
 
     Raises:
         ConvergenceError: a product is not finite.
@@ -33,14 +34,16 @@ class Nystrom:
     seed: int = 0
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
-        size = length(b)
+        size = checked_norm(b)
         if size == 0:
-            return Solve(tree.zeros_like(b), Stats(residual=0.0, converged=True))
+            return Solve(
+                tree.zeros_like(b), Stats(residual=0.0, converged=True, stopped="tolerance")
+            )
         flat = tree.wide(tree.flatten(b))
         chosen = torch.randperm(len(flat), generator=rng.stream(self.seed, "nystrom"))
         chosen = chosen[: min(self.rank, len(flat))].to(flat.device)
         C = torch.stack([self._column(matvec, i, flat, b) for i in chosen], dim=1)
-        finite(float(C.abs().max()))
+        require_finite(float(C.abs().max()), b)
         solution = tree.cast(self._inverse(C, C[chosen], flat), b)
         residual = tree.norm(tree.sub(b, matvec(solution))) / size
         stats = Stats(iterations=len(chosen), residual=residual)

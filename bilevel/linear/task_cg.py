@@ -11,8 +11,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ProblemError
-from bilevel.linear.guards import finite, length, residual, rounding
-from bilevel.types import Matvec, Params, Solve, Stats
+from bilevel.linear import guards
+from bilevel.types import Matvec, Params, Solve, Stats, Stopped
 
 
 @component
@@ -22,11 +22,11 @@ class TaskCG:
     For tasks that are batched along the first dimension of every entry of y and share no entry of
     A, as those of `over_tasks`. One product of the whole is a step of each task, so it ends after
     as many steps as the worst task needs alone; `cg` sees one system with the eigenvalues of all.
-    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, or at a pᵀA p ≤ 0, eps^1.5 of the
-    largest met taken for 0, and stays put.
+    A task stops where ‖b − A v‖ ≤ tolerance · ‖b‖ of its own, where rounding allows no smaller
+    residual, or at a pᵀA p ≤ 0, eps^1.5 of the largest met treated as zero, and stays put.
     1 product a step, 1 for a start other than zero, and 1 at the end for the true residual: where
     tasks are coupled the steps are wrong, and this is how it shows. `converged` holds all tasks to
-    twice the tolerance; `curvature` is the smallest of all; no condition number.
+    twice the tolerance, or to ten times what rounding leaves; `curvature` is the smallest of all; no condition number.
 
     Raises:
         ProblemError: the entries disagree about the number of tasks.
@@ -38,39 +38,53 @@ class TaskCG:
 
     def tight(self, dim: int) -> TaskCG:
         """Converged as far as float64 allows."""
-        return TaskCG(iterations=min(20 * dim + 100, 20_000), tolerance=1e-11)
+        return TaskCG(iterations=guards.tight_iterations(dim), tolerance=1e-11)
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:
         _require_tasks(b)
-        length(b)
+        guards.checked_norm(b)
         size = _dots(b, b).sqrt()
         # itself where it may be: the product at the very start may be known to who asks
         begin = start if bool((size > 0).all()) else _times((size > 0).double(), start)
-        v, r, _ = residual(matvec, b, begin)
+        v, r, _ = guards.begin(matvec, b, begin)
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
-        active = rr.sqrt() > self.tolerance * size
-        largest, flat = torch.zeros_like(rr), rounding(b) ** 1.5
+        largest, flat = torch.zeros_like(rr), guards.accumulation_eps(b) ** 1.5
+        reach, eps = _dots(v, v).sqrt(), tree.eps(b)
+        is_flat, floor = torch.zeros_like(rr, dtype=torch.bool), 0.5 * eps * size
+        active = rr.sqrt() > torch.maximum(self.tolerance * size, floor)
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
-            finite(float(pAp.sum()))
+            guards.require_finite(float(pAp.sum()), p)
             curvature = min(curvature, float((pAp / pp)[active].min()))
             largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
             # along a p of no curvature but rounding v would go off to overflow
-            active = active & (pAp > flat * largest * pp)
+            is_flat = is_flat | (active & ~(pAp > flat * largest * pp))
+            active = active & ~is_flat
             alpha = torch.where(active, rr / pAp, 0.0)
             v, r = tree.add(v, _times(alpha, p)), tree.sub(r, _times(alpha, Ap))
             del Ap  # or the next product is computed beside it: one vector more at the peak
             rr, previous = _dots(r, r), rr
             p = tree.add(r, _times(torch.where(active, rr / previous, 0.0), p))
-            active = active & (rr.sqrt() > self.tolerance * size)
+            reach = torch.maximum(reach, _dots(v, v).sqrt())
+            floor = guards.rounding_floor(eps, size, largest, reach)
+            active = active & (rr.sqrt() > torch.maximum(self.tolerance * size, floor))
         left = tree.sub(b, matvec(v)) if steps else r
-        reached = _dots(left, left).sqrt() <= 2 * self.tolerance * size
+        off = _dots(left, left).sqrt()
+        within = off <= 2 * self.tolerance * size
+        # the true residual of a product that sums many numbers is a few times the floor
+        rounded = off <= torch.minimum(10 * floor, guards.resolved(b) * size)
+        stopped: Stopped = "tolerance" if bool(within.all()) else "rounding"
+        if not bool((within | rounded).all()):
+            spent = steps >= self.iterations
+            stopped = "iterations" if spent else "stagnation"
+            stopped = "curvature" if bool((is_flat & ~within).any()) else stopped
         stats = Stats(
             iterations=steps,
             residual=tree.norm(left) / (tree.norm(b) or 1.0),
             curvature=None if math.isinf(curvature) else curvature,
-            converged=bool(reached.all()),
+            converged=stopped in ("tolerance", "rounding"),
+            stopped=stopped,
         )
         return Solve(v, stats)
 

@@ -7,7 +7,7 @@ in the limited memory preconditioners of Gratton, Sartenaer and Tshimanga (2011)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -30,6 +30,7 @@ class Recycled:
     [dim(y), pairs] matrix with a vector an iteration, no HVP.
     """
 
+    learns: ClassVar[bool] = True
     pairs: PositiveInt = 300
     memory: PositiveFloat = 64e6
 

@@ -18,7 +18,7 @@ from bilevel.rng import Streams
 from bilevel.run.engine import Setup, start
 from bilevel.run.upper import Upper
 from bilevel.testing.reference import Reference, Scene, scene_at
-from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point
+from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point, tightened
 
 
 class Stand:
@@ -76,8 +76,7 @@ class Stand:
 
     @property
     def tight(self) -> Estimator:
-        tighten = getattr(self.estimator, "tight", None)
-        return tighten(self.problem.num_lower) if tighten else self.estimator
+        return tightened(self.estimator, self.problem.num_lower)
 
 
 def init(estimator: Estimator, scene: Scene) -> Any:

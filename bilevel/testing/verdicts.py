@@ -24,7 +24,7 @@ from bilevel.testing.reference import (
     half_difference,
     noise_like,
 )
-from bilevel.types import Estimate, Estimator, Params, Point, Stats
+from bilevel.types import Estimate, Estimator, Params, Point, Stats, tightened
 
 Verdict = Literal["exact", "as claimed", "approximate", "wrong", "refused", "untested"]
 """exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim;
@@ -111,8 +111,10 @@ def _judge_on(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
     if reason := unfit(ground, estimator):
         return replace(row, verdict="refused", note=reason)
     if estimator.claim == "solution":
-        return _judge_solution(scene, ground.reference, row, _tight(scene, estimator))
-    return _judge_objective(scene, row, _tight(scene, estimator))
+        return _judge_solution(
+            scene, ground.reference, row, tightened(estimator, tree.size(scene.tight))
+        )
+    return _judge_objective(scene, row, tightened(estimator, tree.size(scene.tight)))
 
 
 def _as_configured(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
@@ -127,11 +129,6 @@ def _as_configured(ground: Ground, row: CheckRow, estimator: Estimator) -> Check
         return row
     h = got.hypergradient
     return replace(row, error=reference.error(h), cosine=reference.cosine(h))
-
-
-def _tight(scene: Scene, estimator: Estimator) -> Estimator:
-    tighten = getattr(estimator, "tight", None)
-    return tighten(tree.size(scene.tight)) if tighten else estimator
 
 
 def _judge_solution(

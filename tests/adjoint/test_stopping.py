@@ -37,7 +37,7 @@ CHANGING = {
 @pytest.mark.parametrize("make", CHANGING.values(), ids=CHANGING)
 @pytest.mark.parametrize("start", ["cold", "warm", "linear", "galerkin"])
 def test_the_asked_error_is_held(make, start):
-    assert worst(make, Implicit(error=1e-3, start=start)) <= 1e-3
+    assert worst(make, Implicit(target_error=1e-3, start=start)) <= 1e-3
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1])
@@ -64,7 +64,7 @@ def test_the_asked_error_is_held_over_many_calls_that_need_no_step(lr):
         return {"x": -x["x"].exp() * y * v}
 
     start = {"x": torch.zeros(dim, dtype=torch.float64)}
-    found = along(upper, lower, truth, solution, Implicit(error=1e-2), start, 120, lr)
+    found = along(upper, lower, truth, solution, Implicit(target_error=1e-2), start, 120, lr)
     assert all(stats.converged for _, stats in found)
     assert sum(stats.iterations == 0 for _, stats in found) >= 5
     assert max(error for error, _ in found) <= 1e-2
@@ -88,7 +88,7 @@ def test_a_coupling_that_was_zero_is_not_taken_for_zero_ever_after():
         return {"x": 0.2 * (x["x"] - 1) + 20 * x["x"] * c * v}
 
     start = {"x": torch.zeros(30, dtype=torch.float64)}
-    found = along(upper, lower, truth, solution, Implicit(error=1e-2), start, 6, 0.05)
+    found = along(upper, lower, truth, solution, Implicit(target_error=1e-2), start, 6, 0.05)
     assert max(error for error, _ in found) <= 1e-2
     assert found[0][1].error_bound is None  # nothing was seen that could say
 
@@ -101,7 +101,7 @@ def test_a_relative_residual_of_that_size_does_not_hold_it():
 
 def test_a_smaller_error_takes_more_products_and_a_larger_one_fewer():
     spent = [
-        sum(hvps for _, hvps in walk(CHANGING["cond 1e3"](0), Implicit(error=e), 6, 0.2, 0))
+        sum(hvps for _, hvps in walk(CHANGING["cond 1e3"](0), Implicit(target_error=e), 6, 0.2, 0))
         for e in (1e-1, 1e-3, 1e-6)
     ]
     assert spent[0] < spent[1] < spent[2]
@@ -109,14 +109,14 @@ def test_a_smaller_error_takes_more_products_and_a_larger_one_fewer():
 
 def test_an_error_that_is_not_reached_is_said():
     case = closed_form(PROBLEMS[1], 0)
-    short = Implicit(error=1e-3, solver=CG(iterations=6))
+    short = Implicit(target_error=1e-3, solver=CG(iterations=6))
     got = case.estimate(short)
     assert relative(got.hypergradient, case.truth) > 1e-3
     assert got.stats.converged is False
 
 
 def test_only_cg_takes_them():
-    for options in ({"error": 1e-3}, {"preconditioner": Recycled()}):
+    for options in ({"target_error": 1e-3}, {"preconditioner": Recycled()}):
         with pytest.raises(pydantic.ValidationError, match="solver: cg"):
             Implicit(solver=Dense(), **options)
     with pytest.raises(pydantic.ValidationError, match="together"):
@@ -164,7 +164,7 @@ def test_known_constants_say_nothing_of_gauss_newton():
 
 def test_the_estimated_bound_says_where_it_comes_from():
     case = closed_form(PROBLEMS[1], 0)
-    got = case.estimate(Implicit(error=1e-3))
+    got = case.estimate(Implicit(target_error=1e-3))
     assert got.stats.error_bound_from == "Ritz values, y taken as solved"
     assert tree.norm(tree.sub(got.hypergradient, case.truth)) <= got.stats.error_bound
     assert case.estimate(Implicit()).stats.error_bound is None
@@ -204,7 +204,7 @@ def asked_of(problem, estimator):
 )
 def test_what_rounding_leaves_is_not_said_to_be_held(dtype, condition, seed):
     problem = quadratic_of(log_spectrum(30, condition), seed, dtype)
-    error, stats = asked_of(problem, Implicit(error=1e-3))
+    error, stats = asked_of(problem, Implicit(target_error=1e-3))
     assert error <= 1e-3 or not stats.converged
 
 
@@ -212,7 +212,7 @@ def test_what_rounding_leaves_is_not_said_to_be_held(dtype, condition, seed):
 def test_what_float32_can_hold_is_said_to_be_held(seed):
     """The other side of it: a flag that is always down says nothing."""
     problem = quadratic_of(log_spectrum(30, 1e3), seed, torch.float32)
-    error, stats = asked_of(problem, Implicit(error=1e-2))
+    error, stats = asked_of(problem, Implicit(target_error=1e-2))
     assert error <= 1e-2
     assert stats.converged
 
@@ -229,7 +229,7 @@ class Upside:
 
 def test_a_preconditioner_that_is_none_is_not_said_to_have_held():
     problem = quadratic_of(log_spectrum(30, 10.0), 0, torch.float64)
-    error, stats = asked_of(problem, Implicit(error=1e-3, preconditioner=Upside()))
+    error, stats = asked_of(problem, Implicit(target_error=1e-3, preconditioner=Upside()))
     assert error > 0.1
     assert stats.converged is False
 
@@ -240,7 +240,7 @@ def test_the_size_of_the_loss_is_no_matter_in_float32(scale, error):
     """Squares of 1e-24 are zeros in float32, and those of 1e18 sum to infinity."""
     F, G, x, y, truth = quadratic_of(log_spectrum(30, 10.0), 0, torch.float32)
     scaled = (lambda x, y, b: scale * F(x, y, b)), G, x, y, tree.scale(scale, truth)
-    found, stats = asked_of(scaled, Implicit(error=error))
+    found, stats = asked_of(scaled, Implicit(target_error=error))
     assert found <= 1e-3
     assert stats.converged
     assert math.isfinite(stats.residual)
@@ -265,7 +265,7 @@ def test_a_flat_direction_with_little_of_b_in_it_is_met(part):
     x = {"x": torch.ones(3, dtype=torch.float64)}
     problem = F, G, x, {"y": B @ x["x"] / d}, {"x": B.T @ (b / d)}
     for asked in (1e-1, 1e-2, 1e-3):
-        error, stats = asked_of(problem, Implicit(error=asked))
+        error, stats = asked_of(problem, Implicit(target_error=asked))
         assert error <= asked
         assert stats.converged
     error, _ = asked_of(problem, Implicit(solver=CG(iterations=6)))

@@ -100,8 +100,8 @@ def cold_products(points: list[At], error: float) -> int:
         def reached(progress: Any, F_x=F_x, graph=graph, point=point) -> bool:
             return point.error(tree.sub(F_x, graph.vjp_xy(progress.v))) <= error
 
-        solver = CG(iterations=100_000, tolerance=1e-15)
-        solve = solver.run(graph.hvp_yy, tree.zeros_like(F_y), F_y, tree.norm(F_y), enough=reached)
+        solver = CG(iterations=100_000)
+        solve = solver.solve(graph.hvp_yy, F_y, tree.zeros_like(F_y), stop=reached)
         total += solve.stats.iterations
     return total
 
@@ -139,7 +139,7 @@ PROBLEMS = {
     "synthetic, spread 100": Logistic(data="synthetic", spread=100.0, initial_log_penalty=-10.0),
     "synthetic, spread 1000": Logistic(data="synthetic", spread=1000.0, initial_log_penalty=-14.0),
 }
-ASKED = Implicit(error=ERROR)
+ASKED = Implicit(target_error=ERROR)
 ALONE = replace(ASKED, preconditioner=Nothing(), solver=CG(iterations=5000))
 METHODS = {
     "start: cold, no preconditioner": replace(ALONE, start="cold"),
@@ -164,7 +164,7 @@ def table(steps: int) -> str:
         for points in runs.values()
     ]
     lines = [
-        f"| `error: 1e-3` | {' | '.join(PROBLEMS)} |",
+        f"| `target_error: 1e-3` | {' | '.join(PROBLEMS)} |",
         f"|---|{'---|' * len(PROBLEMS)}",
         f"| condition number | {' | '.join(ranges)} |",
         f"| cold CG, told when to stop | {' | '.join(map(str, cold.values()))} |",

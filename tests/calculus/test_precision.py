@@ -131,7 +131,7 @@ def test_an_error_below_what_the_dtype_leaves_is_not_said_to_be_held(asked, dtyp
         problem.lower_loss,
         x,
         y,
-        estimator=Implicit(error=asked),
+        estimator=Implicit(target_error=asked),
         upper_batch=batch,
         lower_batch=batch,
     )

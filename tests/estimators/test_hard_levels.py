@@ -102,7 +102,7 @@ NO_CONSTRAINT_IS_NEAR = Structure(
 )
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "implicit": (Implicit(solver=CG(iterations=300, tolerance=1e-9)), {}),
-    "implicit, error 1e-3": (Implicit(error=1e-3), {}),
+    "implicit, error 1e-3": (Implicit(target_error=1e-3), {}),
     "implicit, minres": (Implicit(solver=MINRES(iterations=300, tolerance=1e-9)), {}),
     "lancbio": (LancBiO(dimension=20, products=60, residual=True), {}),
     "shine": (Shine(refine=CG(iterations=300, tolerance=1e-9)), {"pairs": LBFGS()}),

@@ -29,7 +29,7 @@ def zero(b):
 
 def run_cg(solver, matvec, b, **known):
     """Conjugate gradient from zero, with what a caller knows; b is copied, since it is taken over."""
-    return solver.run(matvec, zero(b), tree.clone(b), tree.norm(b), **known)
+    return solver.solve(matvec, tree.clone(b), zero(b), overwrite=True, **known)
 
 
 def log_spectrum(n, condition):

@@ -130,14 +130,14 @@ def test_a_warm_start_saves_products():
 
 
 def test_the_reported_residual_is_no_better_than_rounding_allows():
-    """In float32 the recursion falls for ever; the true residual does not."""
+    """In float32 the recursion falls indefinitely; the true residual does not."""
     matvec, A, b = system(log_spectrum(40, 1e5), 0, torch.float32)
     solve = CG(iterations=2000, tolerance=1e-7).solve(matvec, b, zero(b))
     rhs = tree.flatten(b).double()
     true = float((rhs - A.double() @ tree.flatten(solve.solution).double()).norm() / rhs.norm())
     assert true > 1e-6
-    assert solve.stats.residual > 1e-6
-    assert solve.stats.converged is False
+    assert 0.1 < solve.stats.residual / true < 10
+    assert (solve.stats.stopped, solve.stats.converged) == ("rounding", True)
 
 
 def test_the_direction_of_negative_curvature_is_not_followed():
@@ -177,7 +177,7 @@ def test_cg_reports_it_through_a_preconditioner_too():
 
     stats = (
         CG(iterations=6, tolerance=0.0)
-        .run(watched, zero(b), tree.clone(b), tree.norm(b), precondition=lambda r: tree.div(r, d))
+        .solve(watched, b, zero(b), precondition=lambda r: tree.div(r, d))
         .stats
     )
     assert min(met) < met[0] / 2

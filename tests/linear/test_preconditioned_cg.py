@@ -9,7 +9,7 @@ import torch
 
 from bilevel import calculus, hypergradient, tree
 from bilevel.estimators.implicit import Implicit
-from bilevel.linear.cg import CG, Sample
+from bilevel.linear.cg import CG, PairSelection
 from bilevel.linear.gmres import GMRES
 from tests.linear.systems import log_spectrum, run_cg, system, zero
 
@@ -65,13 +65,13 @@ def test_the_energy_of_the_steps_is_the_distance_they_went():
             assert progress.energy(4) != pytest.approx(true, rel=1e-2)
         return progress.steps == 9
 
-    run_cg(CG(iterations=50, tolerance=0.0), matvec, b, enough=look)
+    run_cg(CG(iterations=50, tolerance=0.0), matvec, b, stop=look)
     assert len(seen) == 2
 
 
 @pytest.mark.parametrize("steps", [3, 16, 50])
 def test_a_sample_is_even_and_no_larger_than_its_room(steps):
-    kept = Sample(8)
+    kept = PairSelection(8)
     for k in range(steps):
         kept.offer({"p": torch.tensor([float(k)])}, {"p": torch.zeros(1)})
     chosen = [int(p["p"]) for p, _ in kept.pairs]
@@ -84,7 +84,7 @@ def test_a_sample_is_even_and_no_larger_than_its_room(steps):
 @pytest.mark.parametrize("room", [0, 1])
 def test_a_sample_with_no_room_keeps_one_pair(room):
     """The first, whatever comes after; a room of 0 is one of 1."""
-    kept = Sample(room)
+    kept = PairSelection(room)
     for step in range(9):
         kept.offer({"p": torch.tensor(float(step))}, {"p": torch.tensor(0.0)})
     assert [float(p["p"]) for p, _ in kept.pairs] == [0.0]

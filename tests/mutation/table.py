@@ -196,11 +196,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): ("the same"),
     (
         "linear/normal_cg.py",
-        "return NormalCG(iterations=min(41 * dim + 100, 20000), tolerance=1e-10)",
+        "return NormalCG(iterations=guards.tight_iterations(dim, 41), tolerance=1e-10)",
     ): "a choice: where `tight` gives up",
     (
         "linear/normal_cg.py",
-        "return NormalCG(iterations=min(40 * dim + 100, 20000), tolerance=2e-10)",
+        "return NormalCG(iterations=guards.tight_iterations(dim, 40), tolerance=2e-10)",
     ): "a choice: what `tight` calls solved",
     (
         "calculus/fixed_point_maps.py",
@@ -241,19 +241,13 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return {name: torch.zeros_like(entry) if part is None else part for (name, entry), part in "
         "zip(g.items(), found, strict=False)}",
     ): "autograd gives a part for each entry it is asked for",
-    (
-        "linear/cg.py",
-        "flat, ended = (rounding(v) ** 3.0 if precondition else 4 * rounding(v), False)",
-    ): "a choice of what is flat: at either v does not overflow",
-    ("linear/cg.py", "return CG(iterations=min(21 * dim + 100, 20000), tolerance=1e-11)"): (
-        "a choice: where `tight` gives up"
+    ("linear/cg.py", "flat = accumulation ** 3.0 if precondition else 4 * accumulation"): (
+        "a choice of what is flat: at either v does not overflow"
     ),
-    ("linear/cg.py", "return CG(iterations=min(20 * dim, 20000), tolerance=1e-11)"): (
-        "a choice: where `tight` gives up"
-    ),
-    ("linear/cg.py", "return CG(iterations=min(20 * dim + 100, 20000), tolerance=2e-11)"): (
+    ("linear/cg.py", "return CG(iterations=guards.tight_iterations(dim), tolerance=2e-11)"): (
         "a choice: what `tight` calls solved"
     ),
+    ("linear/guards.py", "return min(factor * dim, 20000)"): "a choice: where `tight` gives up",
     (
         "linear/lanczos.py",
         "self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) - off.diag(-1))",
@@ -262,10 +256,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "linear/lanczos.py",
         "self._values = torch.linalg.eigvalsh(main.diag() - off.diag(1) + off.diag(-1))",
     ): "the same",
-    (
-        "linear/minres.py",
-        "return MINRES(iterations=min(20 * dim + 100, 20001), tolerance=1e-11)",
-    ): "a choice: where `tight` gives up",
+    ("linear/guards.py", "return min(factor * dim + 100, 20001)"): (
+        "a choice: where `tight` gives up"
+    ),
     ("linear/neumann.py", "return replace(self, iterations=20000, tolerance=2e-11)"): (
         "a choice: what `tight` calls vanished"
     ),

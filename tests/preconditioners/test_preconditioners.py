@@ -39,7 +39,7 @@ def test_a_zero_right_hand_side_has_adjoint_zero(chosen):
         return (x["x"] ** 2).sum() + 0 * y["y"].sum()
 
     for error in (None, 1e-3):
-        estimator, state = Implicit(preconditioner=chosen, error=error), None
+        estimator, state = Implicit(preconditioner=chosen, target_error=error), None
         for _ in range(3):
             got = hypergradient(
                 flat,

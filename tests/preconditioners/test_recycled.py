@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bilevel import tree
-from bilevel.linear.cg import CG, Sample
+from bilevel.linear.cg import CG, PairSelection
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.types import System
 from tests.adjoint.systems import matrix_of
@@ -13,8 +13,8 @@ from tests.linear.systems import log_spectrum, run_cg, system
 
 
 def pairs_of(A, b, solver):
-    kept = Sample(1000)
-    run_cg(solver, lambda v: tree.unflatten(A @ tree.flatten(v), b), b, keep=kept)
+    kept = PairSelection(1000)
+    run_cg(solver, lambda v: tree.unflatten(A @ tree.flatten(v), b), b, observe=kept.offer)
     return kept.pairs
 
 
