@@ -45,9 +45,9 @@ class NormalCG:
         solve = inner.solve(twice, right, start)
         left = tree.norm(tree.sub(b, matvec(solve.solution))) / size if size else 0.0
         condition, stopped = solve.stats.condition, solve.stats.stopped or "iterations"
-        if stopped in ("tolerance", "rounding"):
-            # the least-squares solution is found, whatever of b lies outside the range of A
-            stopped = "rounding" if left <= guards.RESOLVED else "stagnation"
+        if stopped == "curvature" or (stopped != "iterations" and left > guards.resolved(b)):
+            # A² is flat by rounding, or the least-squares solution leaves what A does not reach
+            stopped = "stagnation"
         stats = guards.ended(
             stopped,
             left,

@@ -32,7 +32,11 @@ class Step:
 
     @property
     def has_negative_curvature(self) -> bool:
-        return self.stats.curvature is not None and self.stats.curvature <= 0
+        """Or none that stands clear of rounding."""
+        stats = self.stats
+        return stats.curvature is not None and (
+            stats.curvature <= 0 or stats.stopped == "curvature"
+        )
 
     @property
     def has_adjoint(self) -> bool:
@@ -88,8 +92,8 @@ TABLE = (
         lambda step: step.has_negative_curvature,
         lambda step: (
             f"the lower Hessian has curvature {step.stats.curvature:.3g} along a search direction: "
-            "it is not positive definite here, so the adjoint is not reliable. Take more lower "
-            "steps, or set estimator.damping above its size"
+            "to working precision it is not positive definite here, so the adjoint is not reliable. "
+            "Take more lower steps, or set estimator.damping above its size"
         ),
     ),
     Row(
