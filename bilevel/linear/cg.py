@@ -127,6 +127,7 @@ class CG:
             residual,
             tolerance,
             v,
+            guards.relative_floor(v, size, largest),
             iterations=steps,
             curvature=None if math.isinf(curvature) else curvature,
             # of positive Ritz values alone, where A is not positive definite

@@ -64,6 +64,7 @@ class GMRES:
             residual,
             self.tolerance,
             v,
+            guards.relative_floor(v, size, largest),
             iterations=steps,
             curvature=None if math.isinf(lowest) else lowest,
         )

@@ -97,26 +97,38 @@ def rounding_floor(eps: float, size: Any, largest: Any, length: Any) -> Any:
     return 0.5 * eps * (largest * length + size)
 
 
+def relative_floor(v: Params, size: float, largest: float, reach: float = 0.0) -> float:
+    """`rounding_floor` of v, relative to ‖b‖ = size; `reach` is the length of the start."""
+    length = max(tree.norm(v), reach)
+    return rounding_floor(tree.eps(v), size, largest, length) / size if size else 0.0
+
+
 def attainable_residual(
     recursive: float, v: Params, size: float, largest: float, reach: float = 0.0
 ) -> float:
     """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
 
-    The recursion goes on falling after b − A v itself has stalled; `reach` is the length of the
-    start.
+    The recursion goes on falling after b − A v itself has stalled.
     """
     if size == 0 or recursive == 0:
         return 0.0
-    floor = rounding_floor(tree.eps(v), size, largest, max(tree.norm(v), reach))
-    return max(recursive, floor) / size
+    return max(recursive / size, relative_floor(v, size, largest, reach))
 
 
-def ended(stopped: Stopped, residual: float, tolerance: float, v: Params, **evidence: Any) -> Stats:
+def ended(
+    stopped: Stopped,
+    residual: float,
+    tolerance: float,
+    v: Params,
+    floor: float = math.inf,
+    **evidence: Any,
+) -> Stats:
     """The statistics of a solve, with reasons that agree: `converged` follows from `stopped`.
 
     A residual within the tolerance is "tolerance" however the solve came there, but for negative
     curvature; one above it that a recursion took to be within is "rounding". That counts as
-    converged up to `RESOLVED`, the residual being as good as the dtype allows.
+    converged up to `resolved`, the residual being as good as the dtype allows, and no more than
+    a hundred times `floor`, that of v alone: a start of 1e11 leaves more.
     """
     if stopped not in ("curvature", "asked"):
         if residual <= tolerance:
@@ -124,7 +136,7 @@ def ended(stopped: Stopped, residual: float, tolerance: float, v: Params, **evid
         elif stopped == "tolerance":
             stopped = "rounding"
     solved = stopped in ("tolerance", "asked") or (
-        stopped == "rounding" and residual <= resolved(v)
+        stopped == "rounding" and residual <= min(resolved(v), 100 * floor)
     )
     return Stats(residual=residual, converged=solved, stopped=stopped, **evidence)
 

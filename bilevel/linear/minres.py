@@ -79,6 +79,7 @@ class MINRES:
             left / (size or 1.0),
             self.tolerance,
             v,
+            guards.relative_floor(v, size, largest),
             iterations=steps,
             curvature=lanczos.smallest,
             condition=lanczos.condition,

@@ -58,6 +58,7 @@ class Neumann:
             guards.attainable_residual(norm, v, size, largest, reach),
             self.tolerance,
             v,
+            guards.relative_floor(v, size, largest),
             iterations=steps,
             curvature=None if math.isinf(lowest) else lowest,
         )

@@ -45,9 +45,10 @@ class NormalCG:
         solve = inner.solve(twice, right, start)
         left = tree.norm(tree.sub(b, matvec(solve.solution))) / size if size else 0.0
         condition, stopped = solve.stats.condition, solve.stats.stopped or "iterations"
-        if stopped == "curvature" or (stopped != "iterations" and left > guards.resolved(b)):
+        if stopped != "iterations":
             # A² is flat by rounding, or the least-squares solution leaves what A does not reach
-            stopped = "stagnation"
+            ends = solve.stats.converged and left <= guards.resolved(b)
+            stopped = "rounding" if ends else "stagnation"
         stats = guards.ended(
             stopped,
             left,

@@ -70,15 +70,7 @@ class TaskCG:
             floor = guards.rounding_floor(eps, size, largest, reach)
             active = active & (rr.sqrt() > torch.maximum(self.tolerance * size, floor))
         left = tree.sub(b, matvec(v)) if steps else r
-        off = _dots(left, left).sqrt()
-        within = off <= 2 * self.tolerance * size
-        # the true residual of a product that sums many numbers is a few times the floor
-        rounded = off <= torch.minimum(10 * floor, guards.resolved(b) * size)
-        stopped: Stopped = "tolerance" if bool(within.all()) else "rounding"
-        if not bool((within | rounded).all()):
-            spent = steps >= self.iterations
-            stopped = "iterations" if spent else "stagnation"
-            stopped = "curvature" if bool((is_flat & ~within).any()) else stopped
+        stopped = self._stopped(left, v, size, largest, is_flat, steps)
         stats = Stats(
             iterations=steps,
             residual=tree.norm(left) / (tree.norm(b) or 1.0),
@@ -87,6 +79,21 @@ class TaskCG:
             stopped=stopped,
         )
         return Solve(v, stats)
+
+    def _stopped(
+        self, left: Params, v: Params, size: Tensor, largest: Tensor, is_flat: Tensor, steps: int
+    ) -> Stopped:
+        """Why it ended, by the true residual of each task."""
+        off = _dots(left, left).sqrt()
+        within = off <= 2 * self.tolerance * size
+        floor = guards.rounding_floor(tree.eps(v), size, largest, _dots(v, v).sqrt())
+        # the true residual of a product that sums many numbers is a few times the floor
+        solved = within | (off <= torch.minimum(10 * floor, guards.resolved(v) * size))
+        if bool(solved.all()):
+            return "tolerance" if bool(within.all()) else "rounding"
+        if bool((is_flat & ~solved).any()):
+            return "curvature"
+        return "iterations" if steps >= self.iterations else "stagnation"
 
 
 def _require_tasks(b: Params) -> None:

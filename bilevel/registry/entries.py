@@ -118,9 +118,10 @@ def name_of(cls: type[Any], group: str) -> str:
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:
-    """`'nmae': unknown <what>.` with the nearest known names, or all of them."""
+    """`'nmae': unknown <what>.` with the nearest known names, those it is a word of, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    near = near or [one for one in known if name in one.split("_")][:2]  # error, target_error
     if near:
         hint = f"Did you mean {' or '.join(map(repr, near))}?"
     else:

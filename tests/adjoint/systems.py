@@ -3,7 +3,9 @@
 import torch
 
 from bilevel import hypergradient, tree
+from bilevel.rng import stream
 from bilevel.types import Point, System
+from tests.cases import relative
 
 
 def seen_by(case, spent=None, damping=0.0):
@@ -29,3 +31,30 @@ def along(upper, lower, truth, solution, estimator, x, steps, lr):
         found.append((error, got.stats))
         x = tree.axpy(-lr, h, x)
     return found
+
+
+def quadratic_of(eigenvalues, seed, dtype):
+    """(F, G, x, y, dΦ/dx) of a random quadratic with these eigenvalues, y solved in float64."""
+    draw, n = stream(seed, "rotated"), len(eigenvalues)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))[0]
+    A = (Q * torch.as_tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+    B = torch.randn(n, 3, generator=draw, dtype=torch.float64)
+    x, t = (torch.randn(k, generator=draw, dtype=torch.float64) for k in (3, n))
+    y = torch.linalg.solve(A, B @ x)
+    truth = {"x": B.T @ torch.linalg.solve(A, y - t)}
+    A_, B_, t_ = A.to(dtype), B.to(dtype), t.to(dtype)
+
+    def F(x, y, batch):
+        return 0.5 * (y["y"] - t_).square().sum()
+
+    def G(x, y, batch):
+        return 0.5 * y["y"] @ (A_ @ y["y"]) - y["y"] @ (B_ @ x["x"])
+
+    return F, G, {"x": x.to(dtype)}, {"y": y.to(dtype)}, truth
+
+
+def asked_of(problem, estimator):
+    """(relative error, stats)."""
+    F, G, x, y, truth = problem
+    got = hypergradient(F, G, x, y, estimator=estimator)
+    return relative(tree.map(torch.Tensor.double, got.hypergradient), truth), got.stats

@@ -157,7 +157,9 @@ def test_an_eighth_of_the_products_of_cold_conjugate_gradient():
     errors, spent = run_with(points, Implicit(target_error=1e-3))
     assert max(errors) <= 1e-3
     assert 8 * spent <= cold_products(points, 1e-3)
-    errors, warm = run_with(points, Implicit(target_error=1e-3, start="cold", preconditioner=Nothing()))
+    errors, warm = run_with(
+        points, Implicit(target_error=1e-3, start="cold", preconditioner=Nothing())
+    )
     assert 8 * warm > cold_products(points, 1e-3), "negative control: without them it is not"
 
 

@@ -7,7 +7,7 @@ import pydantic
 import pytest
 import torch
 
-from bilevel import hypergradient, tree
+from bilevel import tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
@@ -15,7 +15,7 @@ from bilevel.preconditioners.recycled import Recycled
 from bilevel.rng import stream
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
-from tests.adjoint.systems import along
+from tests.adjoint.systems import along, asked_of, quadratic_of
 from tests.benchmarks.products import walk
 from tests.cases import PROBLEMS, closed_form, relative
 from tests.linear.systems import log_spectrum
@@ -168,33 +168,6 @@ def test_the_estimated_bound_says_where_it_comes_from():
     assert got.stats.error_bound_from == "Ritz values, y taken as solved"
     assert tree.norm(tree.sub(got.hypergradient, case.truth)) <= got.stats.error_bound
     assert case.estimate(Implicit()).stats.error_bound is None
-
-
-def quadratic_of(eigenvalues, seed, dtype):
-    """(F, G, x, y, dΦ/dx) of a random quadratic with these eigenvalues, y solved in float64."""
-    draw, n = stream(seed, "rotated"), len(eigenvalues)
-    Q = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))[0]
-    A = (Q * torch.as_tensor(eigenvalues, dtype=torch.float64)) @ Q.T
-    B = torch.randn(n, 3, generator=draw, dtype=torch.float64)
-    x, t = (torch.randn(k, generator=draw, dtype=torch.float64) for k in (3, n))
-    y = torch.linalg.solve(A, B @ x)
-    truth = {"x": B.T @ torch.linalg.solve(A, y - t)}
-    A_, B_, t_ = A.to(dtype), B.to(dtype), t.to(dtype)
-
-    def F(x, y, batch):
-        return 0.5 * (y["y"] - t_).square().sum()
-
-    def G(x, y, batch):
-        return 0.5 * y["y"] @ (A_ @ y["y"]) - y["y"] @ (B_ @ x["x"])
-
-    return F, G, {"x": x.to(dtype)}, {"y": y.to(dtype)}, truth
-
-
-def asked_of(problem, estimator):
-    """(relative error, stats)."""
-    F, G, x, y, truth = problem
-    got = hypergradient(F, G, x, y, estimator=estimator)
-    return relative(tree.map(torch.Tensor.double, got.hypergradient), truth), got.stats
 
 
 @pytest.mark.parametrize("seed", range(5))

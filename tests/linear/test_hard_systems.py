@@ -87,7 +87,9 @@ def outcome(name, system):
         solve = solved(name, system)
     except (ConvergenceError, ProblemError) as error:
         text = str(error)
-        assert any(word in text for word in ("use ", "Use ", "lower `scale`", "move y")), text
+        assert any(
+            word in text for word in ("use ", "Use ", "lower `scale`", "move y", "scale upper_loss")
+        ), text
         return "stopped" if isinstance(error, ConvergenceError) else "refused"
     v, stats = solve.solution["a"].reshape(-1), solve.stats
     assert bool(torch.isfinite(v).all())

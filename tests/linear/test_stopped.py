@@ -18,8 +18,8 @@ from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.task_cg import TaskCG
-from tests.adjoint.test_adjoint import asked_of, quadratic_of
-from tests.linear.test_linear import log_spectrum, system, zero
+from tests.adjoint.systems import asked_of, quadratic_of
+from tests.linear.systems import log_spectrum, system, zero
 
 CONDITIONS = [30.0, 100.0, 1e3, 1e4]
 ENOUGH = [

@@ -10,7 +10,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.guards import attainable_residual
 from tests.cases import PROBLEMS, assert_close, closed_form
-from tests.linear.systems import log_spectrum, run_cg, system, zero
+from tests.linear.systems import log_spectrum, run_cg, system
 
 # estimators/implicit.py --------------------------------------------------------------------------
 
@@ -64,7 +64,10 @@ def test_the_default_solver_may_take_ten_iterations_an_unknown_for_an_asked_erro
         return allowed[-1]
 
     monkeypatch.setattr(CG, "_budget", seen)
-    for estimator in (Implicit(target_error=1e-3), Implicit(target_error=1e-3, solver=CG(iterations=7))):
+    for estimator in (
+        Implicit(target_error=1e-3),
+        Implicit(target_error=1e-3, solver=CG(iterations=7)),
+    ):
         case.estimate(estimator)
     assert [*dict.fromkeys(allowed)] == [10 * tree.size(case.y) + 100, 7]
     case.estimate(Implicit())

@@ -79,6 +79,11 @@ def test_the_resolved_recipe_loads_again_to_an_equal_one(name):
     [
         ("optimizer: adam", "optimiser: adam", "my.yaml:8: upper.optimiser: unknown key. Did you"),
         ("damping: 0.5", "damping: -1", "my.yaml:12: estimator.damping = -1; must be ≥ 0"),
+        (
+            "damping: 0.5",
+            "error: 1e-3",
+            "estimator.error: unknown key. Did you mean 'target_error'?",
+        ),
         ("steps: 10", "steps: '10'", "my.yaml:7: upper.steps = '10'; must be an integer"),
         ("steps: 10", "steps: 10.0", "my.yaml:7: upper.steps = 10.0; must be an integer"),
         ("steps: 10", "steps: true", "my.yaml:7: upper.steps = true; must be an integer"),

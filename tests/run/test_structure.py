@@ -58,7 +58,9 @@ def of_python(problem, estimator, **held):
     )
 
 
-@pytest.mark.parametrize("estimator", [Implicit(), LancBiO(), Penalty(), Implicit(target_error=1e-3)])
+@pytest.mark.parametrize(
+    "estimator", [Implicit(), LancBiO(), Penalty(), Implicit(target_error=1e-3)]
+)
 def test_what_holds_y_is_not_passed_over_from_python(estimator):
     box, lasso = BoxQP(), Lasso()
     with pytest.raises(
