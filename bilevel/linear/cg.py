@@ -41,8 +41,8 @@ class CG:
     1. Curvature below 4 eps of the largest met (eps^1.5 with a preconditioner, which takes out what
        scales differ by) is rounding, and taken for 0: along such a p v would go off to overflow.
     2. The recursive residual goes on falling after b − A v has stalled. So the solve ends, with
-       `stopped="rounding"`, where it is below eps / 2 · (‖A‖ ‖v‖ + ‖b‖), and no residual smaller
-       than that is reported. ‖A‖ is the largest curvature or Ritz value met.
+       `stopped="rounding"`, where it is below a tenth of eps / 2 · (‖A‖ ‖v‖ + ‖b‖), and no
+       residual smaller than that whole is reported. ‖A‖ is the largest curvature or Ritz value met.
     3. ‖p‖², for the curvature, is kept by recurrence: r is orthogonal to the direction before.
        M⁻¹ r is not, so with a preconditioner it is computed.
     4. r is replaced by a new tensor at each step rather than written into, and Ap is dropped before
@@ -95,9 +95,9 @@ class CG:
             if left <= target:
                 stopped = "tolerance"
                 break
-            if not stop and left <= guards.rounding_floor(eps, size, largest, far):
+            if not stop and guards.is_below_rounding(left, eps, size, largest, far):
                 far = max(reach, tree.norm(v))
-                if left <= guards.rounding_floor(eps, size, largest, far):
+                if guards.is_below_rounding(left, eps, size, largest, far):
                     stopped = "rounding"
                     break
             Ap = matvec(p)

@@ -97,6 +97,14 @@ def rounding_floor(eps: float, size: Any, largest: Any, length: Any) -> Any:
     return 0.5 * eps * (largest * length + size)
 
 
+def is_below_rounding(left: float, eps: float, size: float, largest: float, length: float) -> bool:
+    """Whether a recursive residual says nothing any more: a tenth of the floor, which is the worst case.
+
+    What is left to solve is then small beside what rounding has done, and not of its size.
+    """
+    return left <= 0.1 * rounding_floor(eps, size, largest, length)
+
+
 def relative_floor(v: Params, size: float, largest: float, reach: float = 0.0) -> float:
     """`rounding_floor` of v, relative to ‖b‖ = size; `reach` is the length of the start."""
     length = max(tree.norm(v), reach)

@@ -47,7 +47,7 @@ class MINRES:
         while steps < self.iterations and abs(eta) > target:
             if abs(eta) <= guards.RESOLVED * size:
                 length = max(reach, tree.norm(v))
-                if abs(eta) <= guards.rounding_floor(eps, size, largest, length):
+                if guards.is_below_rounding(abs(eta), eps, size, largest, length):
                     stopped = "rounding"
                     break
             Aq = tree.clone(matvec(q))

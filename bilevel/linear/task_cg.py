@@ -50,7 +50,7 @@ class TaskCG:
         p, rr, curvature, steps = tree.clone(r), _dots(r, r), math.inf, 0
         largest, flat = torch.zeros_like(rr), guards.accumulation_eps(b) ** 1.5
         reach, eps = _dots(v, v).sqrt(), tree.eps(b)
-        is_flat, floor = torch.zeros_like(rr, dtype=torch.bool), 0.5 * eps * size
+        is_flat, floor = torch.zeros_like(rr, dtype=torch.bool), 0.05 * eps * size
         active = rr.sqrt() > torch.maximum(self.tolerance * size, floor)
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
@@ -67,7 +67,7 @@ class TaskCG:
             rr, previous = _dots(r, r), rr
             p = tree.add(r, _times(torch.where(active, rr / previous, 0.0), p))
             reach = torch.maximum(reach, _dots(v, v).sqrt())
-            floor = guards.rounding_floor(eps, size, largest, reach)
+            floor = 0.1 * guards.rounding_floor(eps, size, largest, reach)
             active = active & (rr.sqrt() > torch.maximum(self.tolerance * size, floor))
         left = tree.sub(b, matvec(v)) if steps else r
         stopped = self._stopped(left, v, size, largest, is_flat, steps)
