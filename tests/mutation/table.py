@@ -247,18 +247,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("linear/cg.py", "return CG(iterations=guards.tight_iterations(dim), tolerance=2e-11)"): (
         "a choice: what `tight` calls solved"
     ),
-    ("linear/guards.py", "return min(factor * dim, 20000)"): "a choice: where `tight` gives up",
-    (
-        "linear/lanczos.py",
-        "self._values = torch.linalg.eigvalsh(main.diag() + off.diag(1) - off.diag(-1))",
-    ): "the eigenvalues of a tridiagonal matrix do not depend on the signs beside its diagonal",
-    (
-        "linear/lanczos.py",
-        "self._values = torch.linalg.eigvalsh(main.diag() - off.diag(1) + off.diag(-1))",
-    ): "the same",
-    ("linear/guards.py", "return min(factor * dim + 100, 20001)"): (
-        "a choice: where `tight` gives up"
-    ),
     ("linear/neumann.py", "return replace(self, iterations=20000, tolerance=2e-11)"): (
         "a choice: what `tight` calls vanished"
     ),
