@@ -20,6 +20,7 @@ from bilevel.errors import CheckError, RequirementError
 from bilevel.estimators import betty
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.dense import Dense
+from bilevel.problem.second_derivatives import ACCURATE, WRONG, error_of
 
 TOLERANCE = 1e-10
 _OPTIONAL_EXTRAS = ("mllm", "report")
@@ -94,6 +95,18 @@ def _second_order() -> Iterator[Finding]:
         is_good=error < 1e-5,
         is_needed=True,
     )
+    for name, wrong in WRONG.items():
+        error = error_of(name)
+        yield Finding(
+            wrong.what.split(" (")[0],
+            f"relative error {error:.1e} of a Hessian product"
+            + (
+                ""
+                if error <= ACCURATE
+                else ": wrong in this torch, refused where a method needs it"
+            ),
+            is_good=error <= ACCURATE,
+        )
 
 
 def _quadratic_error() -> float:

@@ -45,7 +45,7 @@ def refuse_missing_second_derivative(loss: Loss, at: Point) -> None:
     with torch.enable_grad():
         nodes = [*_nodes(calculus.value(apart, x, y))]
     for name, wrong in WRONG.items():
-        if any(node.name() == name for node in nodes) and error_of(name) > TOLERANCE:
+        if any(node.name() == name for node in nodes) and error_of(name) > ACCURATE:
             raise ProblemError(
                 f"{loss.level}_loss uses {wrong.what}, whose second derivative is wrong in torch "
                 f"{torch.__version__}: {wrong.remedy}, or use an estimator that takes no second "
@@ -202,7 +202,8 @@ WRONG = {
 }
 """By the name of their node in autograd's graph, which is looked for in that of G."""
 
-TOLERANCE = 1e-6
+ACCURATE = 1e-6
+"""The relative error of a Hessian product below which a function of `WRONG` is taken for mended."""
 
 
 @cache

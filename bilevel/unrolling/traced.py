@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from bilevel import tree
 from bilevel.errors import ProblemError
@@ -89,7 +88,7 @@ def traced(eager: Pull) -> Pull:
 
 def _inputs(one: Path, x: Params, adjoint: Adjoint) -> list[Tensor]:
     """Every tensor that the pull depends on, under an alias of its own: tracing merges equals."""
-    batch = [leaf for leaf in pytree.tree_leaves(one.batches[0]) if isinstance(leaf, Tensor)]
+    batch = [leaf for _, leaf in tree.named(one.batches[0]) if isinstance(leaf, Tensor)]
     groups = [x.values(), one.start.values(), flat(one.state), batch]
     groups += [adjoint[0].values(), flat(adjoint[1])]
     return [leaf.detach() for group in groups for leaf in group]
@@ -110,15 +109,15 @@ def _replay(graph: Graph, one: Path, x: Params, adjoint: Adjoint) -> tuple[Param
 def _trace(eager: Pull, one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> _Trace:
     """The pull as a graph of tensor operations."""
     apart = replace(loss, counts=replace(loss.counts))
-    leaves, structure = pytree.tree_flatten(one.batches[0])
 
     def function(inputs: list[Tensor]) -> list[Tensor]:
         given = iter(inputs)
         at_x = {name: next(given) for name in x}
         start = {name: next(given) for name in one.start}
         state = rebuild(one.state, given)
-        rest = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        batch = pytree.tree_unflatten(rest, structure)
+        batch = tree.map_nested(
+            lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, one.batches[0]
+        )
         after = {name: next(given) for name in adjoint[0]}, rebuild(adjoint[1], given)
         here = replace(one, start=start, state=state, batches=(batch,))
         return _outputs(eager(here, apart, at_x, after))
@@ -231,13 +230,14 @@ def _keep(key: Any, made: _Trace) -> _Trace:
 
 def _key(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> Any:
     """What a trace is frozen to: the loss, the step, every shape, and what in a batch is no tensor."""
-    leaves, structure = pytree.tree_flatten(one.batches[0])
+    leaves = [leaf for _, leaf in tree.named(one.batches[0])]
+    structure = tree.map_nested(lambda leaf: None, one.batches[0])
     constants = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     for kind, _ in constants:
         if kind not in (int, float, bool, str, type(None)):
             raise ProblemError(
                 f"memory: traced: the batch holds a {kind.__name__}, which a trace would freeze; "
-                "pass tensors, numbers and strings in dicts, lists and tuples, or set memory: "
+                "pass tensors, numbers and strings in containers of Python, or set memory: "
                 "recompute"
             )
     shapes = tuple(

@@ -15,3 +15,13 @@ def test_the_doctor_says_what_is_wrong(monkeypatch):
     monkeypatch.setattr("bilevel.cli.doctor._quadratic_error", lambda: 1e-3)
     result = invoke("doctor", code=4)
     assert re.search(r"no +hypergradient", result.output)
+
+
+def test_the_doctor_says_which_second_derivatives_of_torch_are_wrong(monkeypatch):
+    """Not an error: what uses them is refused where a method needs their second derivative."""
+    for error, said in (
+        (1.3, r"-- +torch\._weight_norm .*wrong in this torch"),
+        (1e-9, r"ok +torch"),
+    ):
+        monkeypatch.setattr("bilevel.cli.doctor.error_of", lambda name, error=error: error)
+        assert re.search(said, " ".join(invoke("doctor").output.split()))
