@@ -54,6 +54,7 @@ class Regression:
 
 CONTAINERS = {
     "tuple": (lambda a, b: (a, b), lambda batch: batch),
+    "tuples": (lambda a, b: ((a, b), (a, 2 * b)), lambda batch: batch[0]),
     "named tuple": (Pair, lambda batch: (batch.a, batch.b)),
     "list": (lambda a, b: [a, [b]], lambda batch: (batch[0], batch[1][0])),
     "dict": (lambda a, b: {"a": a, "b": b}, lambda batch: (batch["a"], batch["b"])),
