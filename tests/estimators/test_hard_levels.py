@@ -217,8 +217,8 @@ def test_a_residual_of_its_own_invention_would_be_found():
     """Negative control: the property above, on a solver that believes its recursion."""
 
     class Boasts(CG):
-        def run(self, *arguments, **options):
-            solve = super().run(*arguments, **options)
+        def solve(self, *arguments, **options):
+            solve = super().solve(*arguments, **options)
             return replace(solve, stats=replace(solve.stats, converged=True))
 
     below = level(symmetric([-0.5, -0.1, *spread(6, 10)]), outside=True)
