@@ -35,16 +35,43 @@ class Counts:
     """Names of upper variables that were seen to influence a loss."""
 
 
+RESTRICTIONS = ("project_lower", "prox_lower", "lower_constraints")
+"""The optional methods of a problem that restrict y: y* is no longer where ∇y G = 0."""
+
+
 @dataclass(frozen=True)
 class Structure:
     """What is known of the lower level beside G; each where the problem has it."""
 
+    project: Callable[[Params], Params] | None = None
+    """y ↦ the nearest point of the set that y is restricted to; applied after each lower step."""
     prox: Callable[[Params, Params, float], Params] | None = None
     """(x, y, step) ↦ argmin over u of R(x, u) + ‖u − y‖² / 2 step: y* minimises G + R."""
     map: Callable[[Params, Params, Any], Params] | None = None
     """(x, y, batch) ↦ T(x, y), whose fixed point y* is."""
     constraints: Callable[[Params, Params, Any], Params] | None = None
     """(x, y, batch) ↦ {"equality": c, "inequality": d}: y* minimises G over c = 0, d ≤ 0."""
+    diagonal: Callable[[Params, Params, Any], Params] | None = None
+    """(x, y, batch) ↦ an approximation of the diagonal of ∂²yy G, positive, in the shapes of y."""
+
+    @property
+    def restrictions(self) -> frozenset[str]:
+        """Those of `RESTRICTIONS` that there are."""
+        held = (self.project, self.prox, self.constraints)
+        return frozenset(n for n, f in zip(RESTRICTIONS, held, strict=True) if f is not None)
+
+
+def first_ignored(restrictions: Collection[str], supported: Collection[str]) -> str | None:
+    """One of `restrictions` that nobody who supports those in `supported` takes into account.
+
+    Constraints say the same as a projection or a proximal map beside them: one of them is enough.
+    """
+    if "lower_constraints" in restrictions and "lower_constraints" in supported:
+        return None
+    for name in ("project_lower", "prox_lower"):
+        if name in restrictions and name not in supported:
+            return name
+    return "lower_constraints" if {*restrictions} == {"lower_constraints"} else None
 
 
 @dataclass(frozen=True)
@@ -98,13 +125,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Path:
-    """K lower steps y_{k+1} = step(y_k, ∇y G(x, y_k; batch_k)), kept so that they can be replayed."""
+    """K lower steps y_{k+1} = step(y_k, ∇y G(x, y_k; batch_k)), kept so that they can be replayed.
+
+    Each ends with the projection of the lower loss that it is replayed with, where there is one.
+    """
 
     optimizer: Optimizer
     start: Params
     state: Any
     batches: tuple[Any, ...]
-    project: Callable[[Params], Params] | None = None
     restart: Callable[[Params], Params] | None = None
     """y_0 as a function of x, where it is one and the path begins there (MAML)."""
 
@@ -120,8 +149,6 @@ class Point:
     x: Params
     y: Params
     path: Path | None = None
-    project: Callable[[Params], Params] | None = None
-    """The projection onto the set that holds y, where there is one."""
     pairs: Pairs | None = None
     """What a quasi-Newton lower solver learned on the way to y."""
 
@@ -210,23 +237,37 @@ class Needs:
     """It returns `Estimate.step`: the run's upper optimizer is not used."""
     requires: frozenset[str] = frozenset()
     """Optional methods of a problem that it can do nothing without, such as lower_start."""
-    knows: frozenset[str] = frozenset()
-    """Which of a problem's project_lower, prox_lower and lower_constraints it takes into account."""
-
-    def unknown(self, held: Collection[str]) -> str | None:
-        """One of those three in `held` that it does not take into account, if there is one."""
-        if "lower_constraints" in held and "lower_constraints" in self.knows:
-            return None  # they say the same as the projection
-        for name in ("project_lower", "prox_lower"):
-            if name in held and name not in self.knows:
-                return name
-        return "lower_constraints" if {*held} == {"lower_constraints"} else None
-
-    magnifies: float = 1.0
+    supports: frozenset[str] = frozenset()
+    """Which of a problem's `RESTRICTIONS` it takes into account."""
+    rounding_amplification: float = 1.0
     """How many times the rounding of a gradient comes back in a difference that it takes; a dtype
     that is too coarse for that is refused."""
-    milder: str = "an option that makes the difference larger"
-    """What magnifies less, for the refusal: "a smaller strength"."""
+    rounding_remedy: str = "an option that makes the difference larger"
+    """What amplifies less, for the refusal: "a smaller strength"."""
+    caution: Callable[[], str] | None = None
+    """Says what is known to be wrong with it; a run warns with that, `bilevel check` notes it."""
+
+    def ignored(self, restrictions: Collection[str]) -> str | None:
+        """One of these restrictions of y that it would ignore, if there is one."""
+        return first_ignored(restrictions, self.supports)
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What a lower solver gives to an estimator, and which restrictions of y it respects."""
+
+    path: bool = False
+    """Its steps can be recorded and replayed, as `LowerSolution.path`."""
+    pairs: bool = False
+    """It returns `LowerSolution.pairs`."""
+    supports: frozenset[str] = frozenset()
+    """Which of a problem's `RESTRICTIONS` it takes into account."""
+
+    def ignored(self, restrictions: Collection[str]) -> str | None:
+        """One of these restrictions of y that it would ignore, if there is one."""
+        if "prox_lower" in restrictions and "prox_lower" not in self.supports:
+            return "prox_lower"  # constraints beside it do not say what R is
+        return first_ignored(restrictions, self.supports)
 
 
 @runtime_checkable
@@ -241,7 +282,6 @@ class Estimator(Protocol):
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other
     settings for its claim to hold (iterations, no damping) has `tight(dim_y)`, itself with them.
-    One of which something is known to be wrong has `caution`, a sentence that a run warns with.
     """
 
     @property
@@ -375,13 +415,14 @@ class LowerSolution:
 
 @runtime_checkable
 class LowerSolver(Protocol):
-    """Approximately solves min over y of G(x, y). `record` asks for the last steps as a `Path`.
+    """Approximately solves min over y of G(x, y), G the loss with its `structure`.
 
-    One that returns `LowerSolution.pairs` sets `gives_pairs = True`.
+    `record` asks for that many of the last steps as a `Path`. `offers` says what it can give, and
+    which restrictions of y it respects; what it would ignore is refused before it is called.
     """
 
     @property
-    def records(self) -> bool: ...
+    def offers(self) -> Offers: ...
     def init(self, y: Params) -> Any: ...
     def solve(
         self,
@@ -392,7 +433,6 @@ class LowerSolver(Protocol):
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution: ...
 
 

@@ -67,7 +67,7 @@ def linearize_map(loss: Loss, at: Point, lr: float) -> Map:
         return _given(loss, at)
     lower = calculus.linearize(loss, at)
     z = tree.axpy(-lr, lower.gradient, at.y)
-    backward = backward_of(loss, at.project, lr)
+    backward = backward_of(loss, lr)
     if backward is None:
         return _Forward(tree.sub(z, at.y), lower, lr)
     x, z = tree.leaves(at.x), tree.leaves(z)
@@ -78,11 +78,9 @@ def linearize_map(loss: Loss, at: Point, lr: float) -> Map:
     return _ForwardBackward(shift, lower, lr, loss, backward, x, z, after)
 
 
-def backward_of(
-    loss: Loss, project: Callable[[Params], Params] | None, lr: float
-) -> Backward | None:
+def backward_of(loss: Loss, lr: float) -> Backward | None:
     """The proximal map with step `lr`, or the projection, or None where there is neither."""
-    prox = loss.structure.prox
+    prox, project = loss.structure.prox, loss.structure.project
     if prox is not None and project is not None:
         raise ProblemError(
             "the problem has both project_lower and prox_lower, and one does not follow from the "

@@ -26,12 +26,12 @@ STEP = 3.0
 def require_resolved(estimator: Estimator, dtypes: Iterable[torch.dtype]) -> None:
     """Raise `ProblemError` where what the estimator subtracts is lost in rounding in these dtypes."""
     needs, coarsest = estimator.needs, max(dtypes, key=_eps, default=torch.float64)
-    expected = needs.magnifies * _eps(coarsest)
+    expected = needs.rounding_amplification * _eps(coarsest)
     if expected > SHARE:
         raise ProblemError(
-            f"{type(estimator).__name__} magnifies rounding {needs.magnifies:.3g} times, and in "
+            f"{type(estimator).__name__} amplifies rounding {needs.rounding_amplification:.3g} times, and in "
             f"{_name(coarsest)} an error of {100 * expected:.2g} % comes of that; use "
-            f"{needs.milder} by a factor of {_up(expected / SHARE):g} or more, or a wider dtype "
+            f"{needs.rounding_remedy} by a factor of {_up(expected / SHARE):g} or more, or a wider dtype "
             "(runtime.dtype: float32)"
         )
 

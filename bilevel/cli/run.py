@@ -177,7 +177,7 @@ class _Run:
             return False
         every = self.setup.evaluate_every
         due = (every and state.step % every == 0) or state.step == self.setup.upper.steps
-        return not (due and hasattr(self.setup.problem, "evaluate"))
+        return not (due and "evaluate" in self.setup.levels)
 
     def _save(self, state: State) -> None:
         keep = self.recipe.checkpoint.keep

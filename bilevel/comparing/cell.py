@@ -27,16 +27,16 @@ from bilevel.comparing.scene import Truth
 from bilevel.errors import BilevelError
 from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
-from bilevel.functional import estimate_at, hypergradient
-from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.functional import hypergradient
+from bilevel.problem import estimation
+from bilevel.problem.levels import point_of
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
-from bilevel.run.engine import Setup, State
+from bilevel.run.engine import Setup
 from bilevel.runfolder.folder import environment
 from bilevel.testing import scene_at
-from bilevel.types import Counts, Estimate, Loss, LowerSolution, Params, Point
+from bilevel.types import Estimate, LowerSolution, Params, Point
 from bilevel.types import Path as Steps
-from bilevel.unrolling.path import started
 
 REPETITIONS = 5
 """Timed estimates, after one that is not timed."""
@@ -78,38 +78,37 @@ class _Stand:
         self.setup, self.truth = setup, truth
         state = scene.cast(engine.restore(setup, truth.state), setup.dtype)
         self.x, self.state = state.x, state
-        self.solved = solve(setup, state, state.y, state.lower_batches)
+        self.solved = self._solve(state.y, state.lower_batches)
         self.upper_batch = next(state.upper_batches)
         tight = tree.to(truth.tight, setup.device, setup.dtype)
-        path = self._path(state, tight)
+        path = self._path(tight)
         self.at_solution = Point(self.x, tight, path, pairs=self.solved.pairs)
-        self.in_run = Point(self.x, self.solved.y, self.solved.path, pairs=self.solved.pairs)
+        self.in_run = point_of(self.x, self.solved)
 
-    def _path(self, state: State, tight: Params) -> Steps | None:
+    def _solve(self, y: Params, batches: Any, *, restart: bool = True) -> LowerSolution:
+        """The setup's lower solve from y, recorded as far as the estimator needs."""
+        return self.setup.levels.solve(
+            self.setup.lower,
+            self.x,
+            y,
+            batches=batches,
+            record=self.setup.estimator.needs.path,
+            restart=restart,
+        )
+
+    def _path(self, tight: Params) -> Steps | None:
         """Steps to follow at the solution: from there on, or the run's where they begin at x."""
         path = self.solved.path
-        if path is None or restart_of(self.setup.problem, tight):
+        if path is None or "lower_start" in self.setup.levels:
             return path
-        return solve(self.setup, state, tight, repeat(self.solved.batch)).path
+        return self._solve(tight, repeat(self.solved.batch), restart=False).path
 
     def estimate(self, at: Point, state: Any = None) -> Estimate:
         """An estimate without the checks that a first call makes; cold without a state."""
-        return estimate_at(
-            self.setup.problem.upper_loss,
-            self.setup.problem.lower_loss,
-            at.x,
-            at.y,
-            estimator=self.setup.estimator,
-            upper_batch=self.upper_batch,
-            lower_batch=self.solved.batch,
-            state=self.setup.estimator.init(at) if state is None else state,
-            path=at.path,
-            upper_batches=self.state.upper_batches,
-            lower_batches=self.state.lower_batches,
-            project=getattr(self.setup.problem, "project_lower", None),
-            pairs=at.pairs,
-            structure=structure_of(self.setup.problem),
-        )
+        draws = self.state.upper_batches, self.state.lower_batches
+        losses = self.setup.levels.losses(self.upper_batch, self.solved.batch, draws)
+        state = self.setup.estimator.init(at) if state is None else state
+        return estimation.estimate(self.setup.estimator, losses, at, state)
 
     def compare(self, estimate: Estimate) -> tuple[float | None, float | None]:
         """(relative error, cosine) against the reference, in float64."""
@@ -117,23 +116,6 @@ class _Stand:
             return None, None
         h = tree.to(estimate.hypergradient, "cpu", torch.float64)
         return self.truth.reference.error(h), self.truth.reference.cosine(h)
-
-
-def solve(setup: Setup, state: State, y: Params, batches: Any) -> LowerSolution:
-    """The setup's lower solve from y, recorded as far as the estimator needs."""
-    problem = setup.problem
-    restart = restart_of(problem, y) if y is state.y else None
-    y = tree.detach(restart(state.x)) if restart else y
-    solution = setup.lower.solve(
-        Loss(problem.lower_loss, None, Counts(), "lower", structure=structure_of(problem)),
-        state.x,
-        y,
-        batches=batches,
-        state=setup.lower.init(y),
-        record=setup.estimator.needs.path,
-        project=getattr(problem, "project_lower", None),
-    )
-    return started(solution, restart)
 
 
 def _cost(stand: _Stand) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Aggregation:
 
     @property
     def needs(self) -> Needs:
-        return Needs(moves_lower=True, knows=frozenset({"project_lower"}))
+        return Needs(moves_lower=True, supports=frozenset({"project_lower"}))
 
     @property
     def claim(self) -> Literal["path"]:
@@ -86,4 +86,4 @@ class Aggregation:
 
     def _path(self, at: Point) -> Path:
         weights = tuple(self.alpha / (k + 1) for k in range(self.steps))
-        return Path(SGD(lr=1.0), at.y, {}, weights, at.project)
+        return Path(SGD(lr=1.0), at.y, {}, weights)

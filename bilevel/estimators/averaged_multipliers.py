@@ -70,7 +70,7 @@ class AveragedMultipliers:
         return {"calls": 0, "v": tree.zeros_like(at.y)}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
-        if at.project is not None:
+        if losses.lower.structure.project is not None:
             raise ProblemError(
                 "averaged_multipliers has a multiplier for ∇y φ = 0 and none for a set that holds "
                 "y; use estimator: unroll, which projects after each step"

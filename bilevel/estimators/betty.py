@@ -54,17 +54,15 @@ class Betty:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=self._is_second_order)
+        is_wrong = self.method == "cg"
+        return Needs(second_order=self._is_second_order, caution=self.caution if is_wrong else None)
 
     @property
     def claim(self) -> Literal["solution"] | None:
         return "solution" if self.method == "cg" else None
 
-    @property
-    def caution(self) -> str | None:
-        """What is known to be wrong with it, measured."""
-        if self.method != "cg":
-            return None
+    def caution(self) -> str:
+        """What is known to be wrong with its CG, measured."""
         return (
             f"betty-ml {VERSION}'s CG is wrong as released: on a quadratic in five unknowns, after "
             f"five iterations, its adjoint is off by {cg_error():.2g} of its size"

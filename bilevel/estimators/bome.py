@@ -72,7 +72,7 @@ class Bome:
         h = tree.axpy(strength, parts.q_x, parts.F_x)
         along = tree.axpy(strength, parts.q_y, parts.F_y)
         value = float(parts.F) + strength * parts.q
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(h, parts.F, {"optimizer": optimizer}, evidence(parts.lowest), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

@@ -49,7 +49,7 @@ class FixedPoint:
         ProblemError: T returns other names or shapes than those of y.
     """
 
-    knows: ClassVar[frozenset[str]] = frozenset({"project_lower", "prox_lower"})
+    supports: ClassVar[frozenset[str]] = frozenset({"project_lower", "prox_lower"})
     lr: PositiveFloat = 0.1
     solver: Annotated[LinearSolver, Slot("linear")] = Field(default_factory=GMRES)
     warm_start: bool = True
@@ -57,7 +57,7 @@ class FixedPoint:
 
     @property
     def needs(self) -> Needs:
-        return Needs(knows=self.knows)
+        return Needs(supports=self.supports)
 
     @property
     def claim(self) -> Literal["solution"] | None:

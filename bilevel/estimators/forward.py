@@ -17,7 +17,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import component
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling.nested import flat, rebuild, zeros
-from bilevel.unrolling.path import advance, along, pull_start, recorded
+from bilevel.unrolling.path import advance, along, projected, pull_start, recorded
 
 
 @component
@@ -87,11 +87,11 @@ def _carry(
         for i, (d, t) in enumerate(zip(directions, tangents, strict=True)):
             g_dot = tree.add(lower.hvp_yy(t), lower.jvp_yx(d))
             tangents[i], state_tangents[i] = _step_tangent(
-                path, y, lower.gradient, state, (t, g_dot, state_tangents[i])
+                path, losses, y, lower.gradient, state, (t, g_dot, state_tangents[i])
             )
         with torch.no_grad():
             y, state = path.optimizer.step(y, lower.gradient, state)
-            y = path.project(y) if path.project else y
+            y = projected(losses.lower, y)
     return y, tangents
 
 
@@ -106,7 +106,12 @@ def _start_tangent(path: Path, x: Params, direction: Params) -> Params:
 
 
 def _step_tangent(
-    path: Path, y: Params, g: Params, state: Any, tangents: tuple[Params, Params, Any]
+    path: Path,
+    losses: Losses,
+    y: Params,
+    g: Params,
+    state: Any,
+    tangents: tuple[Params, Params, Any],
 ) -> tuple[Params, Any]:
     """The tangent of one optimizer step."""
     inputs = [leaf.detach().requires_grad_() for part in (y, g, state) for leaf in flat(part)]
@@ -114,7 +119,7 @@ def _step_tangent(
     leaves = iter(inputs)
     with torch.enable_grad():
         y, state = path.optimizer.step(*(rebuild(part, leaves) for part in (y, g, state)))
-        y = path.project(y) if path.project else y
+        y = projected(losses.lower, y)
     pushed = iter(_push([*flat(y), *flat(state)], inputs, given))
     return rebuild(y, pushed), rebuild(state, pushed)
 

@@ -35,8 +35,12 @@ class GradientGap:
 
     @property
     def needs(self) -> Needs:
-        magnifies = 2 * self.strength
-        return Needs(moves_lower=True, magnifies=magnifies, milder="a smaller strength")
+        rounding_amplification = 2 * self.strength
+        return Needs(
+            moves_lower=True,
+            rounding_amplification=rounding_amplification,
+            rounding_remedy="a smaller strength",
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:
@@ -52,7 +56,7 @@ class GradientGap:
         h = tree.axpy(2 * self.strength, lower.vjp_xy(g), F_x)
         along = tree.axpy(1 / self.strength, F_y, tree.scale(2.0, lower.hvp_yy(g)))
         value = float(F) / self.strength + tree.dot(g, g)
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(h, F, {"optimizer": optimizer}, Stats(), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

@@ -45,7 +45,7 @@ class Joint:
         h = tree.axpy(self.weight, G_x, F_x)
         along = tree.axpy(self.weight, G_y, F_y)
         value = float(F) + self.weight * float(G)
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(h, F, {"optimizer": optimizer}, Stats(), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

@@ -61,7 +61,7 @@ class KKT:
     @property
     def needs(self) -> Needs:
         constraints = frozenset({"lower_constraints"})
-        return Needs(requires=constraints, knows=constraints)
+        return Needs(requires=constraints, supports=constraints)
 
     @property
     def claim(self) -> Literal["solution"] | None:

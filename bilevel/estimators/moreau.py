@@ -51,8 +51,8 @@ class Moreau:
         return Needs(
             second_order=False,
             moves_lower=True,
-            magnifies=self.strength,
-            milder="a smaller strength",
+            rounding_amplification=self.strength,
+            rounding_remedy="a smaller strength",
         )
 
     @property
@@ -76,7 +76,7 @@ class Moreau:
         pull = tree.sub(at.y, proximal["y"])
         along = tree.axpy(1 / strength, F_y, tree.axpy(-1 / self.gamma, pull, G_y))
         value = float(G) + float(F) / strength - tree.dot(pull, pull) / (2 * self.gamma)
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"calls": state["calls"] + 1, "proximal": proximal, "optimizer": optimizer}
         h = tree.axpy(strength, gap, F_x)
         return Estimate(h, F, state, evidence(proximal), moved)

@@ -44,7 +44,11 @@ class Penalty:
 
     @property
     def needs(self) -> Needs:
-        return Needs(second_order=False, magnifies=self.strength, milder="a smaller strength")
+        return Needs(
+            second_order=False,
+            rounding_amplification=self.strength,
+            rounding_remedy="a smaller strength",
+        )
 
     @property
     def claim(self) -> Literal["penalty"]:

@@ -53,13 +53,13 @@ class RegularisedGap:
 
     @property
     def needs(self) -> Needs:
-        knows = frozenset({"lower_constraints", "project_lower"})
+        supports = frozenset({"lower_constraints", "project_lower"})
         return Needs(
             second_order=False,
             moves_lower=True,
-            knows=knows,
-            magnifies=self.strength,
-            milder="a smaller strength",
+            supports=supports,
+            rounding_amplification=self.strength,
+            rounding_remedy="a smaller strength",
         )
 
     @property
@@ -87,7 +87,7 @@ class RegularisedGap:
         pull = tree.sub(at.y, theta.y)
         along = tree.axpy(1 / strength, F_y, tree.axpy(-1 / self.gamma1, pull, L_y))
         value = float(L) + float(F) / strength
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         after = {
             "calls": state["calls"] + 1,
             "proximal": proximal,

@@ -112,7 +112,7 @@ class SingleLoop:
         return {"calls": 0, "v": tree.zeros_like(at.y), "memory": {}, "before": {}}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
-        if at.project is not None:
+        if losses.lower.structure.project is not None:
             raise ProblemError(
                 "single_loop knows no set that holds y, neither in its steps nor in its adjoint; "
                 "use estimator: unroll, which projects after each step"

@@ -61,9 +61,12 @@ class ValueFunction:
     @property
     def needs(self) -> Needs:
         # of values, as in zeroth_order
-        magnifies = 3 / self.sigma
+        rounding_amplification = 3 / self.sigma
         return Needs(
-            second_order=False, moves_lower=True, magnifies=magnifies, milder="a larger sigma"
+            second_order=False,
+            moves_lower=True,
+            rounding_amplification=rounding_amplification,
+            rounding_remedy="a larger sigma",
         )
 
     @property

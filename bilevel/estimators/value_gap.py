@@ -42,8 +42,8 @@ class ValueGap:
         return Needs(
             second_order=False,
             moves_lower=True,
-            magnifies=self.strength,
-            milder="a smaller strength",
+            rounding_amplification=self.strength,
+            rounding_remedy="a smaller strength",
         )
 
     @property
@@ -65,7 +65,7 @@ class ValueGap:
         h = tree.axpy(self.strength, gap, F_x)
         along = tree.axpy(1 / self.strength, F_y, G_y)
         value = float(G) + float(F) / self.strength
-        moved, optimizer = move(self.optimizer, at, along, value, state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"lowest": lowest, "optimizer": optimizer}
         return Estimate(h, F, state, evidence(lowest), moved)
 

@@ -42,9 +42,14 @@ class ZerothOrder:
     def needs(self) -> Needs:
         # the values at both ends, and the steps that lead there, are rounded: about three times
         # what one gradient is, by measurement
-        magnifies = 3 / self.smoothing
-        milder = "a larger smoothing"
-        return Needs(second_order=False, path=float("inf"), magnifies=magnifies, milder=milder)
+        rounding_amplification = 3 / self.smoothing
+        rounding_remedy = "a larger smoothing"
+        return Needs(
+            second_order=False,
+            path=float("inf"),
+            rounding_amplification=rounding_amplification,
+            rounding_remedy=rounding_remedy,
+        )
 
     @property
     def claim(self) -> Literal["path"] | None:

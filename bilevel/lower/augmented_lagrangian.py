@@ -6,9 +6,9 @@ Nocedal and Wright (2006), algorithm 17.4 with inequalities as in (17.65), where
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -18,7 +18,7 @@ from bilevel import tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.newton import Newton
-from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Params
+from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Offers, Params, Structure
 
 GROWTH = 10.0
 """By how much the penalty grows; 100 in the book, which a solver of first order has to pay for."""
@@ -45,16 +45,14 @@ class AugmentedLagrangian:
         ProblemError: the problem has no `lower_constraints`.
     """
 
-    takes_constraints: ClassVar[bool] = True
-
     rounds: PositiveInt = 50
     penalty: PositiveFloat = 10.0
     tolerance: PositiveFloat = 1e-8
     solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Newton)
 
     @property
-    def records(self) -> bool:
-        return False
+    def offers(self) -> Offers:
+        return Offers(supports=frozenset({"lower_constraints"}))
 
     def init(self, y: Params) -> dict[str, Any]:
         return {"penalty": self.penalty, "multipliers": {}, "solver": self.solver.init(y)}
@@ -68,7 +66,6 @@ class AugmentedLagrangian:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
         batch = next(batches)
         loss, rho, inner = loss.on(batch), state["penalty"], state["solver"]
@@ -138,4 +135,5 @@ def _augmented(loss: Loss, multipliers: Params, rho: float) -> Loss:
             total = total + (moved.square() - multipliers[name].square()).sum() / (2 * rho)
         return total
 
-    return replace(loss, function=function)
+    # the constraints are in the function; a projection beside them says the same
+    return replace(loss, function=function, structure=Structure())

@@ -63,10 +63,15 @@ def minimise(
 
 
 def move(
-    optimizer: Optimizer, at: Point, along: Params, value: float, state: Any
+    optimizer: Optimizer,
+    losses: Losses,
+    at: Point,
+    along: Params,
+    value: float,
+    state: Any,
 ) -> tuple[Moved, Any]:
     """One optimizer step from y along a gradient, and the optimizer's state after it."""
-    y, state = step(optimizer, at.y, along, state, at.project)
+    y, state = step(optimizer, at.y, along, state, losses.lower.structure.project)
     return Moved(y, value, tree.norm(along)), state
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
 from bilevel.optimizers.differentiable import SGD
-from bilevel.types import Loss, LowerSolution, LowerStats, Optimizer, Params, Path
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
 
 
 @component
@@ -27,9 +27,9 @@ class Gradient:
     tolerance: NonNegativeFloat = 0.0
 
     @property
-    def records(self) -> bool:
-        """Whether a path can be replayed: the optimizer's steps are differentiable."""
-        return self.optimizer.differentiable
+    def offers(self) -> Offers:
+        """A path where the optimizer's steps are differentiable."""
+        return Offers(path=self.optimizer.differentiable, supports=frozenset({"project_lower"}))
 
     def init(self, y: Params) -> Any:
         return self.optimizer.init(y)
@@ -43,7 +43,6 @@ class Gradient:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
         # with early stopping the last steps are known only afterwards, so all are kept
         first = 0 if self.tolerance > 0 else max(0, self.steps - record)
@@ -59,9 +58,9 @@ class Gradient:
             if record and k >= first:
                 start = (y, state) if k == first else start
                 used.append(batch)
-            y, state = step(self.optimizer, y, g, state, project)
+            y, state = step(self.optimizer, y, g, state, loss.structure.project)
             steps, converged = k + 1, False if self.tolerance > 0 else None
-        path = Path(self.optimizer, start[0], start[1], tuple(used), project) if record else None
+        path = Path(self.optimizer, start[0], start[1], tuple(used)) if record else None
         stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
         return LowerSolution(y, state, stats, batch, path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from bilevel import tree
 from bilevel.calculus import fixed_point_maps
 from bilevel.components import component
-from bilevel.lower.lbfgs import refuse_projection
-from bilevel.types import Loss, LowerSolution, LowerStats, Params
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
 @component
@@ -30,8 +29,8 @@ class Iterate:
     tolerance: NonNegativeFloat = 1e-8
 
     @property
-    def records(self) -> bool:
-        return False
+    def offers(self) -> Offers:
+        return Offers()
 
     def init(self, y: Params) -> dict[str, Any]:
         return {}
@@ -46,9 +45,7 @@ class Iterate:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
-        refuse_projection(project, "iterate")
         batch, shift, taken = None, float("inf"), 0
         while taken < self.steps and shift > self.tolerance:
             batch = next(batches)

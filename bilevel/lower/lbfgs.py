@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.components import component
-from bilevel.errors import ProblemError
-from bilevel.types import Loss, LowerSolution, LowerStats, Pairs, Params
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params
 
 
 @component
@@ -26,15 +25,13 @@ class LBFGS:
     them; they take as much memory again as torch's own.
     """
 
-    gives_pairs: ClassVar[bool] = True
-
     steps: PositiveInt = 100
     tolerance: NonNegativeFloat = 1e-8
     history: PositiveInt = 10
 
     @property
-    def records(self) -> bool:
-        return False
+    def offers(self) -> Offers:
+        return Offers(pairs=True)
 
     def init(self, y: Params) -> dict[str, Any]:
         return {}
@@ -48,9 +45,7 @@ class LBFGS:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
-        refuse_projection(project, "lbfgs")
         batch = next(batches)
         loss, y, taken = loss.on(batch), tree.leaves(tree.clone(y)), 0
         optimizer = torch.optim.LBFGS(
@@ -109,12 +104,3 @@ def _bends_up(step: Params, change: Params) -> bool:
 
 class _Converged(Exception):
     """Leaves the optimizer's loop at the tolerance on ‖∇y G‖₂, which torch measures otherwise."""
-
-
-def refuse_projection(project: object, name: str) -> None:
-    """Raise `ProblemError`: an unconstrained solver would end where the projection moves it."""
-    if project is not None:
-        raise ProblemError(
-            f"lower: {name} cannot keep y in the set that project_lower describes; "
-            "use lower: gradient, which projects after each step"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from bilevel import calculus, tree
 from bilevel.components import component
 from bilevel.linear.dense import matrix
-from bilevel.lower.lbfgs import refuse_projection
-from bilevel.types import Loss, LowerSolution, LowerStats, Params, Point
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point
 
 
 @component
@@ -29,8 +28,8 @@ class Newton:
     tolerance: NonNegativeFloat = 1e-10
 
     @property
-    def records(self) -> bool:
-        return False
+    def offers(self) -> Offers:
+        return Offers()
 
     def init(self, y: Params) -> dict[str, Any]:
         return {}
@@ -44,9 +43,7 @@ class Newton:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
-        refuse_projection(project, "newton")
         batch = next(batches)
         loss, taken, hvps = loss.on(batch), 0, 0
         while True:

@@ -5,8 +5,8 @@ Restarted by the gradient test of O'Donoghue and Candès (2015), arXiv:1204.3982
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -15,7 +15,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.fixed_point_maps import Backward, backward_of, require_like
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
-from bilevel.types import Loss, LowerSolution, LowerStats, Params
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
 @component
@@ -32,15 +32,14 @@ class Proximal:
         ConvergenceError: no `lr` down to 1e-20 of the first lies below the bound.
     """
 
-    takes_prox: ClassVar[bool] = True
     steps: PositiveInt = 100
     lr: PositiveFloat = 1.0
     tolerance: NonNegativeFloat = 1e-8
     accelerate: bool = True
 
     @property
-    def records(self) -> bool:
-        return False
+    def offers(self) -> Offers:
+        return Offers(supports=frozenset({"project_lower", "prox_lower"}))
 
     def init(self, y: Params) -> dict[str, Any]:
         return {"lr": self.lr}
@@ -54,7 +53,6 @@ class Proximal:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
-        project: Callable[[Params], Params] | None = None,
     ) -> LowerSolution:
         batch = next(batches)
         loss, lr, z, t, taken = loss.on(batch), state["lr"], y, 1.0, 0
@@ -62,7 +60,7 @@ class Proximal:
         while taken < self.steps and not converged:
             at_z, g = calculus.gradient_y(loss, x, z)
             value = float(at_z)
-            after, lr = self._step(loss, x, z, (value, g), lr, project)
+            after, lr = self._step(loss, x, z, (value, g), lr)
             taken, move = taken + 1, tree.sub(after, z)
             shift = tree.norm(move) / lr
             converged = shift <= self.tolerance
@@ -81,13 +79,12 @@ class Proximal:
         z: Params,
         at_z: tuple[float, Params],
         lr: float,
-        project: Callable[[Params], Params] | None,
     ) -> tuple[Params, float]:
         """(P(z − lr g), the lr that was short enough)."""
         value, g = at_z
         resolution = tree.eps(z) ** 0.5 * abs(value)
         while lr > 1e-20 * self.lr:
-            after = _moved(x, tree.axpy(-lr, g, z), backward_of(loss, project, lr))
+            after = _moved(x, tree.axpy(-lr, g, z), backward_of(loss, lr))
             move = tree.sub(after, z)
             slope, bend = tree.dot(g, move), tree.dot(move, move) / (2 * lr)
             if abs(slope) + bend <= resolution:

@@ -17,8 +17,7 @@ from bilevel.types import Matvec, Params, Point, System
 class Diagonal:
     """M = diag(d) + damping · I with d = `lower_diagonal(x, y, batch)`, positive. No product.
 
-    `lower_diagonal` is a method of the problem, found on the object that `lower_loss` is a method
-    of, or the function given here: what is known of the diagonal of ∂²yy G, such as penalties
+    `lower_diagonal` is a method of the problem (`Structure.diagonal`), or the function given here: what is known of the diagonal of ∂²yy G, such as penalties
     exp(x) on each feature plus a constant for the data term. In the shapes of y. M = A, and one
     step is left, where A is diagonal; whatever M, what the solve converges to is the same.
 
@@ -35,8 +34,7 @@ class Diagonal:
         self, system: System, state: dict[str, int]
     ) -> tuple[Matvec | None, dict[str, int]]:
         lower, at = system.losses.lower, system.at
-        owner = getattr(lower.function, "__self__", None)
-        known = self.function or getattr(owner, "lower_diagonal", None)
+        known = self.function or lower.structure.diagonal
         if known is None:
             raise ProblemError(
                 "preconditioner diagonal: the problem has no lower_diagonal(x, y, batch); add it, "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bilevel import tree
 from bilevel.errors import ProblemError
+from bilevel.problem.protocol import OPTIONAL
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -91,6 +92,28 @@ class FromModules:
     lower_objective: ModuleLoss
     make_upper_batches: Callable[[torch.Generator], Iterator[Any]]
     make_lower_batches: Callable[[torch.Generator], Iterator[Any]]
+    optional: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Optional methods of a problem by name (`bilevel.problem.protocol.OPTIONAL`), such as
+    {"evaluate": ...}. `evaluate` and `figures` are called with (upper, lower) as the losses are,
+    the others with dicts of parameters."""
+
+    def __post_init__(self) -> None:
+        own = [name for name in self.optional if name not in OPTIONAL or name == "place"]
+        if own:
+            known = ", ".join(name for name in OPTIONAL if name != "place")
+            raise ProblemError(
+                f"FromModules(optional=...): {own[0]!r} is not an optional method that modules can "
+                f"be given; expected one of {known}"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        # only what was given may be found here
+        if name not in OPTIONAL or name not in vars(self).get("optional", {}):
+            raise AttributeError(name)
+        method = self.optional[name]
+        if name in ("evaluate", "figures"):
+            return lambda x, y: method(Bound(self.upper, x), Bound(self.lower, y))
+        return method
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         return tree.clone(_trainable(self.upper, "upper")), tree.clone(

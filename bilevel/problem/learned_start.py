@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Self
 
+import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import Slot, component
+from bilevel.problem.levels import Levels
+from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
 from bilevel.rng import Streams
 from bilevel.types import Params
@@ -26,16 +29,18 @@ class LearnedStart:
     """`problem` with y_0 = z, and z among the upper variables: `start.<name>` beside x.
 
     For estimators that differentiate through the start: `unroll`, `forward`. z is projected as y
-    is, and one step of the upper optimizer moves x and z alike.
+    is, and one step of the upper optimizer moves x and z alike. The optional methods of `problem`
+    stay, with its own x.
+
+    Raises:
+        ValidationError: `problem` has a `lower_start` of its own.
     """
 
     problem: Annotated[Problem, Slot("problems")]
 
     @model_validator(mode="after")
     def _starts_nowhere_else(self) -> Self:
-        if hasattr(self.problem, "lower_start"):
-            kind = type(self.problem).__name__
-            raise ValueError(f"{kind} says itself where its lower level starts (lower_start)")
+        refuse_unmapped(self, self.problem, _MAPS)
         return self
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
@@ -58,17 +63,18 @@ class LearnedStart:
         return self.problem.lower_batches(stream)
 
     def __getattr__(self, name: str) -> Any:
-        # only what the problem has may be found here: the run asks by hasattr
+        # only what the problem has may be found here
         if name == "project_upper":
             return self._projection()
-        if name not in (*_AS_IT_IS, *_ON_ITS_X):
+        if name not in _MAPS or "problem" not in vars(self):
             raise AttributeError(name)
-        method = getattr(self.problem, name)
-        return method if name in _AS_IT_IS else lambda x, *rest: method(own(x), *rest)
+        return mapped(self, self.problem, _MAPS, name)
+
 
     def _projection(self) -> Callable[[Params], Params]:
-        of_x = getattr(self.problem, "project_upper", None)
-        of_y = getattr(self.problem, "project_lower", None)
+        """x as the problem projects it, z as it projects y."""
+        levels = Levels(self.problem)
+        of_x, of_y = levels.get("project_upper"), levels.get("project_lower")
         if of_x is None and of_y is None:
             raise AttributeError("project_upper")
 
@@ -80,8 +86,37 @@ class LearnedStart:
         return project
 
 
-_AS_IT_IS = ("project_lower", "prepare", "place", "episodes")
-_ON_ITS_X = ("evaluate", "figures", "lower_solution")
+def _of_own(outer: LearnedStart, method: Any) -> Any:
+    """A method whose first argument is x, of the problem's own x."""
+    return lambda x, *rest: method(own(x), *rest)
+
+
+def _closed_form(outer: LearnedStart, method: Any) -> Any:
+    """dΦ/dx; 0 in z, on which y*(x) does not depend."""
+
+    def hypergradient(x: Params) -> Params:
+        found = method(own(x))
+        return {n: found[n] if n in found else torch.zeros_like(p) for n, p in x.items()}
+
+    return hypergradient
+
+
+_MAPS: Maps = {
+    "prepare": keep,
+    "place": keep,
+    "lower_start": "it says itself where its lower level starts",
+    "lower_solution": _of_own,
+    "hypergradient": _closed_form,
+    "evaluate": _of_own,
+    "figures": _of_own,
+    "episodes": keep,
+    "project_upper": keep,  # not looked up here: `_projection` joins it with that of y
+    "project_lower": keep,
+    "prox_lower": _of_own,
+    "lower_map": _of_own,
+    "lower_constraints": _of_own,
+    "lower_diagonal": _of_own,
+}
 
 
 def own(x: Params) -> Params:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
+from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
 from bilevel.rng import Streams
 from bilevel.types import Params
@@ -29,11 +30,13 @@ class OverTasks:
     each upper step is on new tasks; else on the first `num_tasks` for ever, each keeping its y.
 
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
-    that vmap cannot batch (control flow on values). `lower_start` and `project_lower` are taken
-    task by task, `evaluate` is the mean over tasks.
+    that vmap cannot batch (control flow on values). What restricts or starts y (`lower_start`,
+    `project_lower`, `prox_lower`, …) is taken task by task too, `evaluate` is the mean over tasks,
+    `figures` are those of the first.
 
     Raises:
         ProblemError: a loss that vmap cannot batch.
+        ValidationError: `problem` has no `episodes`, or a closed form of one task.
     """
 
     problem: Annotated[Problem, Slot("problems")]
@@ -48,6 +51,7 @@ class OverTasks:
                 f"{type(self.problem).__name__} has no tasks: give it `episodes(stream)`, which "
                 "yields the (lower batch, upper batch) of one task after another"
             )
+        refuse_unmapped(self, self.problem, _MAPS)
         return self
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
@@ -76,10 +80,10 @@ class OverTasks:
         return (lower for lower, _ in self.episodes(stream))
 
     def __getattr__(self, name: str) -> Any:
-        # only what the problem of one task has may be found here: the run asks by hasattr
-        if name not in _LIFTED or "problem" not in vars(self):
+        # only what the problem of one task has may be found here
+        if name not in _MAPS or "problem" not in vars(self):
             raise AttributeError(name)
-        return _LIFTED[name](self, getattr(self.problem, name))
+        return mapped(self, self.problem, _MAPS, name)
 
     def _each(self, function: Callable[..., Tensor], x: Params, y: Params, batch: Any) -> Tensor:
         """One value a task."""
@@ -113,30 +117,51 @@ class OverTasks:
     def _tasks(self, y: Params) -> Iterator[tuple[int, Params]]:
         return ((i, at(y, i)) for i in range(self.num_tasks))
 
-    def _lift_start(self, start: Callable[[Params, Params], Params]) -> Any:
-        return lambda x, y: self._map(start, (None, 0), x, y)
 
-    def _lift_projection(self, project: Callable[[Params], Params]) -> Any:
-        return lambda y: self._map(project, (0,), y)
+def _by_task(*dims: int | None) -> Callable[[OverTasks, Any], Any]:
+    """A method taken task by task; `dims` has 0 for arguments that have a task dimension."""
 
-    def _lift_measure(self, measure: Callable[[Params, Params], dict[str, float]]) -> Any:
-        def evaluate(x: Params, y: Params) -> dict[str, float]:
-            found = [measure(x, y_i) for _, y_i in self._tasks(y)]
-            return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    def lift(outer: OverTasks, method: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            given = tuple(
+                None if argument is None else dim
+                for dim, argument in zip(dims, arguments, strict=True)
+            )
+            return outer._map(method, given, *arguments)
 
-        return evaluate
+        return call
 
-    def _keep(self, method: Any) -> Any:
-        return method
+    return lift
 
 
-_LIFTED: dict[str, Callable[[OverTasks, Any], Any]] = {
-    "lower_start": OverTasks._lift_start,
-    "project_lower": OverTasks._lift_projection,
-    "evaluate": OverTasks._lift_measure,
-    "project_upper": OverTasks._keep,
-    "prepare": OverTasks._keep,
-    "place": OverTasks._keep,
+def _mean(outer: OverTasks, measure: Callable[[Params, Params], dict[str, float]]) -> Any:
+    def evaluate(x: Params, y: Params) -> dict[str, float]:
+        found = [measure(x, y_i) for _, y_i in outer._tasks(y)]
+        return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+    return evaluate
+
+
+def _of_the_first(outer: OverTasks, draw: Callable[[Params, Params], dict[str, Any]]) -> Any:
+    return lambda x, y: draw(x, at(y, 0))
+
+
+_UNKNOWN_TASKS = "a closed form of x alone does not know which tasks are in the batch; take it out"
+_MAPS: Maps = {
+    "prepare": keep,
+    "place": keep,
+    "lower_start": _by_task(None, 0),
+    "lower_solution": _UNKNOWN_TASKS,
+    "hypergradient": _UNKNOWN_TASKS,
+    "evaluate": _mean,
+    "figures": _of_the_first,
+    "episodes": keep,  # not looked up here: it is a method of OverTasks' own
+    "project_upper": keep,
+    "project_lower": _by_task(0),
+    "prox_lower": _by_task(None, 0, None),
+    "lower_map": _by_task(None, 0, 0),
+    "lower_constraints": _by_task(None, 0, 0),
+    "lower_diagonal": _by_task(None, 0, 0),
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bilevel.rng import Streams
-from bilevel.types import Params, Structure
+from bilevel.types import Params
 
 
 @runtime_checkable
@@ -23,24 +24,8 @@ class Problem(Protocol):
     `state_dict()` and `load_state_dict(state)` resumes by them; any other is resumed by drawing
     again what it had drawn.
 
-    Optional methods, looked up by name:
-
-    - `prepare() -> Iterator[Progress]`: slow work (download, pretraining) before `init`, reported as it goes;
-    - `place(device, dtype)`: move constants that live in the problem; called once before `init`;
-    - `lower_start(x, y) -> y`: where each lower solve starts (MAML, cold start); default: the last
-      y; differentiable in x, where unrolling is to see that y_0 depends on x;
-    - `lower_solution(x) -> y` and `hypergradient(x) -> dict`: closed forms, used by `bilevel check`;
-    - `export(x, y, folder, merged)`: write what was learned for other programs (`bilevel export`);
-    - `evaluate(x, y) -> dict[str, float]`: measures; `figures(x, y) -> dict[str, Figure]`: drawn at the end;
-    - `episodes(stream) -> Iterator[(lower batch, upper batch)]`: batches that belong together, as
-      the two halves of a task do; a run then draws one pair an upper step and nothing else;
-    - `project_upper(x) -> x`, `project_lower(y) -> y`: projections after each step;
-    - `prox_lower(x, y, step) -> y`: the proximal map of step · R, where y* minimises G + R and
-      `lower_loss` is G alone; the projection onto a set that depends on x is one;
-    - `lower_map(x, y, batch) -> y`: a map whose fixed point y* is, where no G has y* as its
-      minimum; `lower_loss` is then a merit function, ½ ‖y − T(x, y)‖²;
-    - `lower_constraints(x, y, batch) -> {"equality": c, "inequality": d}`: y* minimises G over
-      c = 0, d ≤ 0; `project_lower`, `prox_lower` or lower: augmented_lagrangian holds y there.
+    Beside these five a problem may have any of the methods in `OPTIONAL`, which says what each
+    changes. They are found once, by `bilevel.problem.levels.Levels`.
     """
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
@@ -64,16 +49,65 @@ class Problem(Protocol):
         ...
 
 
-def restart_of(problem: Any, y: Params) -> Callable[[Params], Params] | None:
-    """`lower_start` as a function of x alone, y held fixed; None where the problem has none."""
-    lower_start = getattr(problem, "lower_start", None)
-    return None if lower_start is None else lambda x: lower_start(x, y)
+@dataclass(frozen=True)
+class Optional:
+    """A method that a problem may have."""
+
+    signature: str
+    effect: str
+    """What is otherwise where a problem has it."""
 
 
-def structure_of(problem: Any) -> Structure:
-    """The optional methods of a problem that say what y* is beside the minimum of G."""
-    return Structure(
-        prox=getattr(problem, "prox_lower", None),
-        map=getattr(problem, "lower_map", None),
-        constraints=getattr(problem, "lower_constraints", None),
-    )
+OPTIONAL: Mapping[str, Optional] = {
+    "prepare": Optional(
+        "() -> Iterator[Progress]",
+        "slow work (download, pretraining) before `init`, reported as it goes",
+    ),
+    "place": Optional(
+        "(device, dtype)",
+        "moves constants that live in the problem to the run's device and dtype, once, before `init`",
+    ),
+    "lower_start": Optional(
+        "(x, y) -> y",
+        "each lower solve starts there (MAML, cold start) and not at the last y; differentiable in x "
+        "where unrolling is to see that y_0 depends on x",
+    ),
+    "lower_solution": Optional("(x) -> y*", "the closed form of y*(x), for `bilevel check`"),
+    "hypergradient": Optional("(x) -> dict", "the closed form of dΦ/dx, for `bilevel check`"),
+    "evaluate": Optional(
+        "(x, y) -> dict[str, float]",
+        "measures before and after a run, and as often as the recipe says; a generator of Progress "
+        "may return them",
+    ),
+    "figures": Optional("(x, y) -> dict[str, Figure]", "matplotlib figures, drawn at the end"),
+    "export": Optional(
+        "(x, y, folder, merged)", "writes what was learned for other programs (`bilevel export`)"
+    ),
+    "episodes": Optional(
+        "(stream) -> Iterator[(lower batch, upper batch)]",
+        "batches that belong together, as the two halves of a task do: one pair an upper step, and "
+        "nothing else is drawn",
+    ),
+    "project_upper": Optional("(x) -> x", "the projection of x, after each upper step"),
+    "project_lower": Optional("(y) -> y", "the projection of y, after each lower step"),
+    "prox_lower": Optional(
+        "(x, y, step) -> y",
+        "the proximal map of step · R: y* minimises G + R and `lower_loss` is G alone; the projection "
+        "onto a set that depends on x is one",
+    ),
+    "lower_map": Optional(
+        "(x, y, batch) -> y",
+        "a map whose fixed point y* is, where no G has y* as its minimum; `lower_loss` is then a "
+        "merit function, ½ ‖y − T(x, y)‖²",
+    ),
+    "lower_constraints": Optional(
+        '(x, y, batch) -> {"equality": c, "inequality": d}',
+        "y* minimises G over c = 0, d ≤ 0; `project_lower`, `prox_lower` or lower: "
+        "augmented_lagrangian keeps y there",
+    ),
+    "lower_diagonal": Optional(
+        "(x, y, batch) -> dict",
+        "what is known of the diagonal of ∂²yy G, positive, for preconditioner: diagonal",
+    ),
+}
+"""The optional methods of a problem by name. Problems that are made of problems map each of them."""

@@ -149,10 +149,13 @@ def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
 
         return function and call
 
+    project = structure.project
     return Structure(
+        project=project and y_ties.shrunk(y_ties, project),
         prox=unique(structure.prox, True),
         map=unique(structure.map, True),
         constraints=unique(structure.constraints, False),
+        diagonal=unique(structure.diagonal, True),
     )
 
 

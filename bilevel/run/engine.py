@@ -6,7 +6,6 @@ any event, and a test is `list(run(setup, state))`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,13 +16,12 @@ import torch
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError
 from bilevel.events import Drawn, Evaluated, Event, Finished, Progress, Started, Stepped
-from bilevel.functional import estimate_at
-from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.problem import estimation
+from bilevel.problem.levels import point_of
 from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.setup import Setup, State, restore, start
 from bilevel.run.warnings import warn
-from bilevel.types import Counts, Estimate, Loss, LowerSolution, LowerStats, Moved, Stats
-from bilevel.unrolling.path import started
+from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Stats
 
 __all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore", "run", "start"]
 
@@ -31,10 +29,10 @@ __all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore"
 def prepare(setup: Setup) -> Iterator[Event]:
     """Refuse what cannot work, then let the problem do its slow work, then place it."""
     refuse_mismatch(setup)
-    work = getattr(setup.problem, "prepare", None)
+    work = setup.levels.get("prepare")
     if work:
         yield from work()
-    place = getattr(setup.problem, "place", None)
+    place = setup.levels.get("place")
     if place:
         place(setup.device, setup.dtype)
 
@@ -70,7 +68,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
     """The problem's own measures at the present point, if it has any."""
-    measure = getattr(setup.problem, "evaluate", None)
+    measure = setup.levels.get("evaluate")
     if measure is None:
         return
     began = time.perf_counter()
@@ -81,7 +79,7 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
 
 
 def _draw(setup: Setup, state: State) -> Iterator[Event]:
-    draw = getattr(setup.problem, "figures", None)
+    draw = setup.levels.get("figures")
     if draw is None:
         return
     yield Progress("figures", 0)
@@ -107,7 +105,7 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
             x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
         else:
             x, upper = tree.axpy(-estimate.step, estimate.hypergradient, state.x), state.upper
-        project = getattr(setup.problem, "project_upper", None)
+        project = setup.levels.get("project_upper")
         x = project(x) if project else x
     for level, after in (("upper", x), ("lower", solution.y)):
         if not tree.is_finite(after):
@@ -140,47 +138,29 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
 
 
 def _solve_lower(setup: Setup, state: State) -> LowerSolution:
-    problem, y, lower = setup.problem, state.y, state.lower
-    restart = restart_of(problem, y)
-    if restart:
-        y = tree.detach(restart(state.x))
-        lower = setup.lower.init(y)
-    if setup.estimator.needs.moves_lower and state.x:
-        untaken = LowerStats(0, 0, math.nan, math.nan)
-        return LowerSolution(y, lower, untaken, next(state.lower_batches))
-    solution = setup.lower.solve(
-        Loss(problem.lower_loss, None, Counts(), "lower", structure=structure_of(problem)),
+    needs = setup.estimator.needs
+    if needs.moves_lower and state.x:
+        return setup.levels.unsolved(
+            setup.lower, state.x, state.y, batches=state.lower_batches, state=state.lower
+        )
+    return setup.levels.solve(
+        setup.lower,
         state.x,
-        y,
+        state.y,
         batches=state.lower_batches,
-        state=lower,
-        record=setup.estimator.needs.path if state.x else 0,
-        project=getattr(problem, "project_lower", None),
+        state=state.lower,
+        record=needs.path if state.x else 0,
     )
-    return started(solution, restart)
 
 
 def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:
-    problem = setup.problem
+    draws = state.upper_batches, state.lower_batches
+    losses = setup.levels.losses(upper_batch, solution.batch, draws)
     if not state.x:  # one level only: F is watched, not descended
-        loss = Loss(problem.upper_loss, upper_batch, Counts(), "upper")
         with torch.no_grad():
-            return Estimate({}, calculus.value(loss, {}, solution.y), None, Stats())
-    return estimate_at(
-        problem.upper_loss,
-        problem.lower_loss,
-        state.x,
-        solution.y,
-        estimator=setup.estimator,
-        upper_batch=upper_batch,
-        lower_batch=solution.batch,
-        state=state.estimator,
-        path=solution.path,
-        upper_batches=state.upper_batches,
-        lower_batches=state.lower_batches,
-        project=getattr(problem, "project_lower", None),
-        pairs=solution.pairs,
-        structure=structure_of(problem),
+            return Estimate({}, calculus.value(losses.upper, {}, solution.y), None, Stats())
+    return estimation.estimate(
+        setup.estimator, losses, point_of(state.x, solution), state.estimator
     )
 
 

@@ -10,6 +10,7 @@ from bilevel import rng, tree
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import ProblemError
 from bilevel.events import Warned
+from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
 from bilevel.run.setup import Setup, State
 from bilevel.types import Counts, Estimator, Loss
@@ -17,94 +18,77 @@ from bilevel.types import Counts, Estimator, Loss
 
 def refuse_mismatch(setup: Setup) -> None:
     """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
+    needs, offers, levels = setup.estimator.needs, setup.lower.offers, setup.levels
     estimator, lower = _names(setup)
-    required = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
-    missing = [name for name in required if not callable(getattr(setup.problem, name, None))]
-    if missing:
-        raise ProblemError(
-            f"{type(setup.problem).__name__} is no problem: it has no {', '.join(missing)}; "
-            "see bilevel.problem.Problem"
-        )
     _refuse_ignored_prox(setup)
-    if setup.estimator.needs.path and not setup.lower.records:
+    if needs.path and not offers.path:
         raise ProblemError(
             f"estimator {estimator} differentiates through the lower steps, "
             f"and those of lower: {lower} cannot be replayed; use lower: gradient with optimizer "
-            f"sgd, adam, adamw or rmsprop, or estimator: {_instead(setup)}"
+            f"sgd, adam, adamw or rmsprop, or estimator: {_instead(levels)}"
         )
-    if setup.estimator.needs.pairs and not getattr(setup.lower, "gives_pairs", False):
-        other = "" if hasattr(setup.problem, "project_lower") else "lower: lbfgs, or "
+    if needs.pairs and not offers.pairs:
+        other = "" if "project_lower" in levels else "lower: lbfgs, or "
         raise ProblemError(
             f"estimator {estimator} reuses the curvature that a quasi-Newton "
             f"lower solver met, and lower: {lower} keeps none; use {other}"
-            f"estimator: {_instead(setup)}"
+            f"estimator: {_instead(levels)}"
         )
-    for name in sorted(setup.estimator.needs.requires):
-        if getattr(setup.problem, name, None) is None:
+    for name in sorted(needs.requires):
+        if name not in levels:
             raise ProblemError(
                 f"estimator {estimator} is for problems that have {name}, and "
                 f"{type(setup.problem).__name__} has none; add it, or use "
-                f"estimator: {_instead(setup)}"
+                f"estimator: {_instead(levels)}"
             )
     require_resolved(setup.estimator, [setup.dtype])
     _refuse_unheld(setup)
 
 
-def _instead(setup: Setup) -> str:
+def _instead(levels: Levels) -> str:
     """The estimator that works wherever the one asked for does not."""
-    return "fixed_point" if hasattr(setup.problem, "project_lower") else "implicit"
+    return "fixed_point" if "project_lower" in levels else "implicit"
 
 
 def _refuse_ignored_prox(setup: Setup) -> None:
     """Without R in G + R, whatever is differentiated belongs to another problem."""
     estimator = setup.estimator
     uses = estimator.claim != "direct" or estimator.needs.moves_lower
-    if uses and unknown_to(estimator, setup.problem) == "prox_lower":
+    if uses and ignored_by(estimator, setup.levels) == "prox_lower":
         raise ProblemError(
-            f"estimator {_names(setup)[0]} does not know prox_lower, so it would "
+            f"estimator {_names(setup)[0]} does not support prox_lower and would "
             "differentiate the lower level without it; use estimator: fixed_point"
         )
 
 
+_MOVES_Y = {
+    "project_lower": "fixed_point, or unroll",
+    "prox_lower": "fixed_point",
+    "lower_constraints": "kkt, or regularised_gap",
+}
+"""By restriction of y: estimators to take in place of one that moves y itself and ignores it."""
+
+
 def _refuse_unheld(setup: Setup) -> None:
-    """Nothing may move y that does not know what holds it."""
-    problem, needs = setup.problem, setup.estimator.needs
-    estimator, lower = _names(setup)
-    prox = hasattr(problem, "prox_lower")
-    if needs.moves_upper and hasattr(problem, "project_upper"):
+    """A method that moves x or y must respect the projection, proximal map and constraints."""
+    needs, levels = setup.estimator.needs, setup.levels
+    estimator, _ = _names(setup)
+    if needs.moves_upper and "project_upper" in levels:
         raise ProblemError(
-            f"estimator {estimator} moves x itself and knows no project_upper, "
+            f"estimator {estimator} moves x itself and does not support project_upper, "
             "so what it accepts is not where x would be; use estimator: implicit"
         )
-    unknown = "project_lower" not in needs.knows
-    if hasattr(problem, "project_lower") and needs.moves_lower and unknown:
-        raise ProblemError(
-            f"estimator {estimator} moves y itself and knows no project_lower, "
-            "so y would leave its set; use estimator: fixed_point, or unroll"
-        )
-    if prox and not getattr(setup.lower, "takes_prox", False):
-        raise ProblemError(
-            f"the problem has prox_lower, and lower: {lower} would ignore it; use lower: proximal"
-        )
-    if not _only_constrained(problem):
+    if needs.moves_lower:
+        ignored = ignored_by(setup.estimator, levels)
+        if "project_lower" in levels and "project_lower" not in needs.supports:
+            ignored = "project_lower"
+        if ignored:
+            raise ProblemError(
+                f"estimator {estimator} moves y itself and does not support {ignored}, so y would "
+                f"leave the set; use estimator: {_MOVES_Y[ignored]}"
+            )
         return
-    if needs.moves_lower and "lower_constraints" not in needs.knows:
-        raise ProblemError(
-            f"estimator {estimator} moves y itself and knows no "
-            "lower_constraints, so y would not keep to them; use estimator: kkt, or regularised_gap"
-        )
-    if not needs.moves_lower and not getattr(setup.lower, "takes_constraints", False):
-        raise ProblemError(
-            "the problem has lower_constraints and neither project_lower nor prox_lower, and "
-            f"lower: {lower} would not keep y within them; use lower: augmented_lagrangian, or "
-            "add the projection"
-        )
-
-
-def _only_constrained(problem: Any) -> bool:
-    """Whether lower_constraints are all that says where y is held."""
-    others = hasattr(problem, "project_lower") or hasattr(problem, "prox_lower")
-    return hasattr(problem, "lower_constraints") and not others
+    require_offers(setup.lower, levels.structure)
 
 
 def caution(setup: Setup, state: State) -> Iterator[Warned]:
@@ -119,26 +103,25 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
         refuse_impure(loss.on(batch), state.x, state.y)
-    known = getattr(setup.estimator, "caution", None)
+    known = setup.estimator.needs.caution
     if known:
         state.warned["estimator"] = 0
-        yield Warned(0, "estimator", known)
-    name = unknown_to(setup.estimator, problem)
+        yield Warned(0, "estimator", known())
+    name = ignored_by(setup.estimator, setup.levels)
     if name and setup.estimator.claim in ("solution", "penalty"):
         state.warned["projection"] = 0
         yield Warned(
             0,
             "projection",
-            f"{name} shapes the lower solution, and {_names(setup)[0]} does not know "
-            "it: the hypergradient is wrong where it is active; estimator: fixed_point knows, "
-            "unroll a projection, kkt what lower_constraints says",
+            f"{name} restricts y, and {_names(setup)[0]} does not support it: the hypergradient is "
+            "wrong where it is active. estimator: fixed_point supports project_lower and "
+            "prox_lower, unroll project_lower, kkt lower_constraints",
         )
 
 
-def unknown_to(estimator: Estimator, problem: Any) -> str | None:
-    """What holds a problem's y that the estimator does not take into account, if anything."""
-    held = ("project_lower", "prox_lower", "lower_constraints")
-    return estimator.needs.unknown([name for name in held if hasattr(problem, name)])
+def ignored_by(estimator: Estimator, levels: Levels) -> str | None:
+    """What restricts a problem's y and the estimator would ignore, if anything."""
+    return estimator.needs.ignored(levels.structure.restrictions)
 
 
 def _names(setup: Setup) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Totals
+from bilevel.problem.levels import Levels
 from bilevel.problem.protocol import Problem
 from bilevel.problem.tied import Ties
 from bilevel.registry.build import resolve
@@ -42,6 +44,11 @@ class Setup:
             ("estimator", "estimators"),
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
+
+    @cached_property
+    def levels(self) -> Levels:
+        """What the problem offers, found once."""
+        return Levels(self.problem)
 
 
 @dataclass
@@ -108,7 +115,7 @@ def _draws(setup: Setup) -> tuple[Draws, Draws]:
     def sampler(make: Any, name: str) -> Sampler:
         return Sampler(make, setup.seed, name, setup.device, setup.dtype)
 
-    episodes = getattr(setup.problem, "episodes", None)
+    episodes = setup.levels.get("episodes")
     if episodes is not None:
         return paired(sampler(episodes, "episodes"))
     return (

@@ -95,12 +95,12 @@ def _slope(gradient: Callable[[Params], Params], y: Params, v: Params, step: flo
 
 
 def solution(at: Place) -> Iterator[str]:
-    closed = getattr(at.problem, "lower_solution", None)
+    closed = at.setup.levels.get("lower_solution")
     if closed is None:
         return
     y = tree.detach(closed(at.x))
     yield from form(y, at.y, "lower_solution(x)")
-    backward = backward_of(at.losses.lower, getattr(at.problem, "project_lower", None), 1.0)
+    backward = backward_of(at.losses.lower, 1.0)
     _, g = calculus.gradient_y(at.losses.lower, at.x, y)
     if backward:
         g = tree.sub(y, backward(at.x, tree.sub(y, g)))  # zero where a proximal step rests
@@ -113,14 +113,14 @@ def solution(at: Place) -> Iterator[str]:
 
 
 def hypergradient(at: Place) -> Iterator[str]:
-    closed = getattr(at.problem, "hypergradient", None)
+    closed = at.setup.levels.get("hypergradient")
     if closed is None or not at.x:
         return
     h = closed(at.x)
     yield from form(h, at.x, "hypergradient(x)")
 
     def value(x: Params) -> Tensor:
-        y, _ = solve_tightly(at.problem, at.losses.lower, x, at.y)
+        y, _ = solve_tightly(at.setup.levels, at.losses.lower, x, at.y)
         return at.losses.upper(x, y)
 
     known = central(value, at.x, at.generator, step=1e-3)

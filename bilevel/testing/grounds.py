@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from bilevel import calculus, rng, tree
 from bilevel.errors import ProblemError
@@ -13,7 +12,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.optimizers.differentiable import SGD
 from bilevel.run.engine import Setup, start
-from bilevel.run.refusals import called, refuse_mismatch, unknown_to
+from bilevel.run.refusals import called, ignored_by, refuse_mismatch
 from bilevel.testing.reference import (
     STATIONARY,
     Reference,
@@ -23,6 +22,7 @@ from bilevel.testing.reference import (
     scene_at,
 )
 from bilevel.types import Estimator, LowerSolver, Point
+from bilevel.unrolling.path import projected
 
 ACTIVE = 1e3 * STATIONARY
 """‖∇y G‖ at the lower solution from which on something holds y there, relative as `STATIONARY`."""
@@ -44,7 +44,7 @@ class Ground:
             raise ProblemError("x is empty: with one level only there is no hypergradient to check")
         generator = rng.stream(self.setup.seed, "check")
         x = tree.map(lambda p: p + self.perturb * noise_like(p, generator), state.x)
-        project = getattr(self.setup.problem, "project_upper", None)
+        project = self.setup.levels.get("project_upper")
         x = tree.clone(project(x)) if project else x
         return scene_at(self.setup, state, x, generator)
 
@@ -90,12 +90,12 @@ class Grounds:
         Raises:
             ProblemError: the estimator cannot work with the problem, whatever the lower solver.
         """
-        problem, needs, lower = self.setup.problem, estimator.needs, self.setup.lower
+        needs, lower = estimator.needs, self.setup.lower
         chosen: LowerSolver | None = None
-        if needs.path and not lower.records:
+        if needs.path and not lower.offers.path:
             chosen = Gradient(optimizer=SGD(lr=0.9 / self._steepest))
-        elif needs.pairs and not getattr(lower, "gives_pairs", False):
-            chosen = None if hasattr(problem, "project_lower") else LBFGS()
+        elif needs.pairs and not lower.offers.pairs:
+            chosen = None if "project_lower" in self.setup.levels else LBFGS()
         setup = replace(self.setup, estimator=estimator, lower=chosen or lower)
         refuse_mismatch(setup)
         if chosen is None:
@@ -121,17 +121,17 @@ class Grounds:
 
 def unfit(ground: Ground, estimator: Estimator) -> str | None:
     """Why dΦ/dx is nothing the estimator could return here: what holds y is unknown to it."""
-    name = unknown_to(estimator, ground.setup.problem)
+    name = ignored_by(estimator, ground.setup.levels)
     if name is None or estimator.claim != "solution" or not ground.is_held:
         return None
     return (
-        f"{name} holds the lower solution here, and {called(estimator, 'estimators')} does not know it; "
+        f"{name} holds the lower solution here, and {called(estimator, 'estimators')} does not support it; "
         "use estimator: fixed_point, or kkt where the problem has lower_constraints"
     )
 
 
-def moved(scene: Scene, size: float, project: Any) -> Scene:
+def moved(scene: Scene, size: float) -> Scene:
     """The scene at a y that is off the solved one: what is flat there has a slope here."""
     stream = rng.stream(scene.setup.seed, "moved")
     y = tree.map(lambda p: p + size * (1 + p.abs()) * noise_like(p, stream), scene.solved.y)
-    return replace(scene, solved=replace(scene.solved, y=project(y) if project else y))
+    return replace(scene, solved=replace(scene.solved, y=projected(scene.losses.lower, y)))

@@ -198,7 +198,7 @@ def cases_of(estimator: Estimator, seed: int) -> dict[str, Any]:
     for name, make in PROVIDED.items():
         if name in needs.requires:
             found = found | make(seed)
-    if {"project_lower", "lower_constraints"} & needs.knows:
+    if {"project_lower", "lower_constraints"} & needs.supports:
         found = found | held_cases(seed)
     return found
 

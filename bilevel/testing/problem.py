@@ -10,10 +10,11 @@ import torch
 
 from bilevel import calculus, rng, tree
 from bilevel.calculus.fixed_point_maps import reached
+from bilevel.errors import ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
-from bilevel.problem.protocol import Problem, restart_of, structure_of
+from bilevel.problem.levels import Levels
 from bilevel.problem.purity import refuse_impure
 from bilevel.rng import Streams
 from bilevel.run.batches import Sampler
@@ -29,7 +30,8 @@ from bilevel.testing.derivatives import (
 )
 from bilevel.testing.findings import copied, difference, report
 from bilevel.testing.reference import noise_like
-from bilevel.types import Counts, Loss, Losses
+from bilevel.types import Counts
+from bilevel.unrolling.path import projected
 
 
 def check_problem(problem: Any, *, seed: int = 0, second_order: bool = True) -> None:
@@ -77,15 +79,15 @@ def check_problem(problem: Any, *, seed: int = 0, second_order: bool = True) -> 
 
 
 def _protocol(problem: Any) -> Iterator[str]:
-    if not isinstance(problem, Problem):
-        names = ("init", "upper_loss", "lower_loss", "upper_batches", "lower_batches")
-        missing = [name for name in names if not callable(getattr(problem, name, None))]
-        yield f"is no Problem: it has no {', '.join(missing)}"
+    try:
+        Levels(problem)
+    except ProblemError as error:
+        yield str(error)
 
 
 def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
     """Off the initial point, which may be symmetric, in the sets that hold x and y."""
-    lower = Proximal() if hasattr(problem, "prox_lower") else Gradient()
+    lower = Proximal() if "prox_lower" in Levels(problem) else Gradient()
     setup = Setup(problem, lower, Upper(), Alternating(), seed=seed, dtype=dtype)
     for _ in prepare(setup):
         pass
@@ -93,17 +95,10 @@ def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
     x, y = (
         tree.map(lambda p: p + 0.1 * noise_like(p, generator), side) for side in (state.x, state.y)
     )
-    for name in ("project_upper", "project_lower"):
-        project = getattr(problem, name, None)
-        if project and name == "project_upper":
-            x = tree.detach(project(x))
-        elif project:
-            y = tree.detach(project(y))
-    counts = Counts()
-    upper = Loss(problem.upper_loss, next(state.upper_batches), counts, "upper")
-    batch, structure = next(state.lower_batches), structure_of(problem)
-    lower = Loss(problem.lower_loss, batch, counts, "lower", structure=structure)
-    return Place(setup, Losses(upper, lower), x, y, generator)
+    project = setup.levels.get("project_upper")
+    x = tree.detach(project(x)) if project else x
+    losses = setup.levels.losses(next(state.upper_batches), next(state.lower_batches))
+    return Place(setup, losses, x, tree.detach(projected(losses.lower, y)), generator)
 
 
 def _init(problem: Any, seed: int) -> Iterator[str]:
@@ -170,7 +165,7 @@ def _wiring(at: Place) -> Iterator[str]:
 
 def _projections(at: Place) -> Iterator[str]:
     for name, of in (("project_upper", at.x), ("project_lower", at.y)):
-        project = getattr(at.problem, name, None)
+        project = at.setup.levels.get(name)
         if project is None:
             continue
         far = tree.map(lambda p: p + 3 * noise_like(p, at.generator), of)
@@ -185,13 +180,13 @@ def _projections(at: Place) -> Iterator[str]:
 
 
 def _start(at: Place) -> Iterator[str]:
-    restart = restart_of(at.problem, at.y)
+    restart = at.setup.levels.restart(at.y)
     if restart:
         yield from form(restart(at.x), at.y, "lower_start(x, y)")
 
 
 def _evaluate(at: Place) -> Iterator[str]:
-    measure = getattr(at.problem, "evaluate", None)
+    measure = at.setup.levels.get("evaluate")
     if measure is None:
         return
     kept = tree.clone(at.x), tree.clone(at.y)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +13,9 @@ from bilevel.calculus.finite_differences import Differences, central
 from bilevel.linear.cg import CG
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.problem.protocol import restart_of, structure_of
+from bilevel.problem.levels import Levels, solve
 from bilevel.run.engine import Setup, State
-from bilevel.types import ALL_STEPS, Counts, Loss, Losses, LowerSolution, Params, Point
-from bilevel.unrolling.path import started
+from bilevel.types import ALL_STEPS, Loss, Losses, LowerSolution, Params, Point, Structure
 
 STATIONARY = 1e-9
 """‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
@@ -71,26 +69,11 @@ def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) 
 
     The lower level is solved from the state's y: once as the setup has it, once tightly.
     """
-    constrain = getattr(setup.problem, "project_lower", None)
-    counts = Counts()
-    structure = structure_of(setup.problem)
-    lower = Loss(setup.problem.lower_loss, None, counts, "lower", structure=structure)
-    restart = restart_of(setup.problem, state.y)
-    y = tree.detach(restart(x)) if restart else state.y
-    solved = setup.lower.solve(
-        lower,
-        x,
-        y,
-        batches=state.lower_batches,
-        state=setup.lower.init(y),
-        record=ALL_STEPS if setup.lower.records else 0,
-        project=constrain,
-    )
-    solved = started(solved, restart)
-    lower = lower.on(solved.batch)
-    upper = Loss(setup.problem.upper_loss, next(state.upper_batches), counts, "upper")
-    tight, stationary = _resolve(setup, lower, x, solved.y)
-    return Scene(setup, Losses(upper, lower), x, solved, tight, stationary, generator)
+    levels, record = setup.levels, ALL_STEPS if setup.lower.offers.path else 0
+    solved = levels.solve(setup.lower, x, state.y, batches=state.lower_batches, record=record)
+    losses = levels.losses(next(state.upper_batches), solved.batch)
+    tight, stationary = _resolve(setup, losses.lower, x, solved.y)
+    return Scene(setup, losses, x, solved, tight, stationary, generator)
 
 
 def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,36 +82,34 @@ def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
     """(y, whether it is the lower solution): the setup's steps until they rest where G alone will not do."""
-    project = getattr(setup.problem, "project_lower", None)
-    if not _held(setup.problem) or hasattr(setup.problem, "lower_solution"):
-        return solve_tightly(setup.problem, lower, x, y)
-    state = setup.lower.init(y)
+    if not _held(setup.levels) or "lower_solution" in setup.levels:
+        return solve_tightly(setup.levels, lower, x, y)
+    state = None
     for _ in range(1000):
         before = y
-        solved = setup.lower.solve(
-            lower, x, y, batches=itertools.repeat(lower.batch), state=state, project=project
-        )
+        solved = solve(setup.lower, lower, x, y, itertools.repeat(lower.batch), state)
         y, state = solved.y, solved.state
         if tree.norm(tree.sub(y, before)) <= 1e-12 * (1 + tree.norm(y)):
             return y, True
     return y, False
 
 
-def _held(problem: Any) -> bool:
+def _held(levels: Levels) -> bool:
     """Whether y* is more than the minimum of G."""
-    return any(hasattr(problem, n) for n in ("project_lower", "prox_lower", "lower_constraints"))
+    return bool(levels.structure.restrictions)
 
 
-def solve_tightly(problem: Any, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
+def solve_tightly(levels: Levels, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
     """(y, whether ‖∇y G‖ is negligible there): closed form, Newton to 200 unknowns, else L-BFGS."""
-    closed = getattr(problem, "lower_solution", None)
+    closed = levels.get("lower_solution")
     if closed is not None:
         return tree.detach(closed(x)), True
     _, g = calculus.gradient_y(lower, x, y)
     goal = STATIONARY * (1 + tree.norm(g))
     small = tree.size(y) <= 200
     solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
-    y = solver.solve(lower, x, y, batches=itertools.repeat(lower.batch), state={}).y
+    free = replace(lower, structure=Structure())  # the minimum of G itself is what is asked
+    y = solve(solver, free, x, y, itertools.repeat(lower.batch)).y
     return _polish(lower, x, y, goal)
 
 
@@ -153,15 +134,15 @@ def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, boo
 
 def reference_at(scene: Scene) -> Reference | None:
     """dΦ/dx at the scene by the tightest means there is; None where there is none."""
-    problem, x = scene.setup.problem, scene.x
-    closed = getattr(problem, "hypergradient", None)
+    levels, x = scene.setup.levels, scene.x
+    closed = levels.get("hypergradient")
     if closed is not None:
         return Reference("closed form", tree.flatten(closed(x)).detach(), 1e-6)
     if scene.stationary:
         found = _differences_of_value(scene)
         if found.error <= 1e-2:
             return from_differences("central differences", found)
-    if _held(problem):
+    if _held(levels):
         return None  # the adjoint equation does not know the set that holds y
     return _verified_adjoint(scene)
 

@@ -13,7 +13,6 @@ from bilevel.functional import hypergradient
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.protocol import structure_of
 from bilevel.rng import Streams
 from bilevel.run.engine import Setup, start
 from bilevel.run.upper import Upper
@@ -46,24 +45,18 @@ class Stand:
         wrap = options.pop("wrap", lambda function: function)
         upper, lower = scene.losses.upper, scene.losses.lower
         estimator = options.pop("estimator", self.estimator)
-        draws: dict[str, Any] = {}
-        if estimator.needs.fresh:
-            draws["upper_batches"] = itertools.repeat(upper.batch)
-            draws["lower_batches"] = itertools.repeat(lower.batch)
+        batches = itertools.repeat(upper.batch), itertools.repeat(lower.batch)
         return hypergradient(
             wrap(upper.function),
             wrap(lower.function),
             scene.x,
-            options.pop("y", scene.tight),
+            replace(scene.solved, y=options.pop("y", scene.tight)),
             estimator=estimator,
             upper_batch=upper.batch,
             lower_batch=lower.batch,
             state=state,
-            path=scene.solved.path,
-            pairs=scene.solved.pairs,
-            project=getattr(self.problem, "project_lower", None),
-            structure=structure_of(self.problem),
-            **draws,
+            batches=batches if estimator.needs.fresh else None,
+            structure=self.setup.levels.structure,
         )
 
     def init(self, scene: Scene) -> Any:

@@ -14,7 +14,8 @@ from bilevel import calculus, tree
 from bilevel.calculus.finite_differences import Differences, central
 from bilevel.errors import BilevelError, CheckError, ConvergenceError, ProblemError
 from bilevel.events import Event
-from bilevel.functional import estimate_at
+from bilevel.problem.estimation import estimate
+from bilevel.problem.levels import point_of
 from bilevel.run.engine import Setup, prepare
 from bilevel.testing.grounds import Ground, Grounds, moved, unfit
 from bilevel.testing.reference import (
@@ -83,8 +84,8 @@ def _row(
     known = reference.name if reference else "none: the lower level cannot be solved tightly"
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
     row = _judge(grounds, row, estimator)
-    caution = getattr(estimator, "caution", None)
-    return replace(row, note="; ".join(filter(None, (row.note, caution))))
+    caution = estimator.needs.caution
+    return replace(row, note="; ".join(filter(None, (row.note, caution and caution()))))
 
 
 def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
@@ -167,7 +168,7 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
     found = _differences(scene, objective)
     is_flat = found.error > 1e-2 or not found.slopes.any()
     if is_flat and not (tight.needs.path and row.claim == "path"):
-        beside = moved(scene, 0.1, getattr(scene.setup.problem, "project_lower", None))
+        beside = moved(scene, 0.1)
         again = _differences(beside, objective)
         if again.error <= 1e-2 and (again.slopes.any() or found.error > 1e-2):
             scene, found = beside, again
@@ -179,10 +180,7 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
 
 
 def _differences(scene: Scene, objective: Any) -> Differences:
-    project = getattr(scene.setup.problem, "project_lower", None)
-    solved = scene.solved
-    at = Point(scene.x, solved.y, solved.path, project, solved.pairs)
-    function, found = objective(scene.losses, at), None
+    function, found = objective(scene.losses, point_of(scene.x, scene.solved)), None
     for step in (1e-4, 1e-3):  # the latter where an inner solve leaves noise
         trial = central(function, scene.x, scene.generator, step=step)
         if found is None or trial.error < found.error:
@@ -247,18 +245,7 @@ def _bends_up(scene: Scene) -> bool:
 
 
 def _ask(scene: Scene, estimator: Estimator, y: Params) -> Estimate:
-    return estimate_at(
-        scene.losses.upper.function,
-        scene.losses.lower.function,
-        scene.x,
-        y,
-        estimator=estimator,
-        upper_batch=scene.losses.upper.batch,
-        lower_batch=scene.losses.lower.batch,
-        path=scene.solved.path,
-        upper_batches=itertools.repeat(scene.losses.upper.batch),
-        lower_batches=itertools.repeat(scene.losses.lower.batch),
-        project=getattr(scene.setup.problem, "project_lower", None),
-        pairs=scene.solved.pairs,
-        structure=scene.losses.lower.structure,
-    )
+    upper, lower = scene.losses.upper.batch, scene.losses.lower.batch
+    draws = itertools.repeat(upper), itertools.repeat(lower)
+    losses = scene.setup.levels.losses(upper, lower, draws)
+    return estimate(estimator, losses, point_of(scene.x, replace(scene.solved, y=y)), None)

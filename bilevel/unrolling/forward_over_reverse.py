@@ -28,6 +28,7 @@ from bilevel import calculus, tree
 from bilevel.errors import ProblemError
 from bilevel.types import Loss, Params, Path
 from bilevel.unrolling.nested import flat, rebuild
+from bilevel.unrolling.path import projected
 from bilevel.unrolling.traced import Adjoint
 
 
@@ -41,23 +42,25 @@ def pull(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> tuple[Params, Ad
         ProblemError: the loss does something that forward mode cannot.
     """
     loss = loss.on(one.batches[0])
-    if getattr(one.optimizer, "affine", False) and one.project is None:
+    if getattr(one.optimizer, "affine", False) and loss.structure.project is None:
         g = tree.zeros_like(one.start)  # any will do: the derivative of the step does not see it
     else:
         _, g = calculus.gradient_y(loss, x, one.start)
-    at_y, at_g, at_state = _through_the_update(one, g, adjoint)
+    at_y, at_g, at_state = _through_the_update(one, loss, g, adjoint)
     contribution, product = along(loss, x, one.start, at_g)
     return contribution, (tree.add(at_y, product), at_state)
 
 
-def _through_the_update(one: Path, g: Params, adjoint: Adjoint) -> tuple[Params, Params, Any]:
+def _through_the_update(
+    one: Path, loss: Loss, g: Params, adjoint: Adjoint
+) -> tuple[Params, Params, Any]:
     """The adjoint of (y, ∇y G, state) as the optimizer and the projection are given them."""
     parts = one.start, g, one.state
     inputs = [leaf.detach().requires_grad_() for part in parts for leaf in flat(part)]
     leaves = iter(inputs)
     with torch.enable_grad():
         y, state = one.optimizer.step(*(rebuild(part, leaves) for part in parts))
-        y = one.project(y) if one.project else y
+        y = projected(loss, y)
     pairs = zip([*flat(y), *flat(state)], [*flat(adjoint[0]), *flat(adjoint[1])], strict=True)
     live = [(out, cotangent) for out, cotangent in pairs if out.requires_grad]
     outputs, cotangents = [out for out, _ in live], [cotangent for _, cotangent in live]

@@ -35,7 +35,13 @@ def step(
             for (name, entry), part in zip(y.items(), found, strict=True)
         }
         y, state = path.optimizer.step(y, g, state)
-        return (path.project(y) if path.project else y), state
+        return projected(loss, y), state
+
+
+def projected(loss: Loss, y: Params) -> Params:
+    """y in the set that the lower level restricts it to, where there is one."""
+    project = loss.structure.project
+    return project(y) if project else y
 
 
 def begin(path: Path, x: Params) -> Params:
@@ -79,8 +85,8 @@ def advance(path: Path, loss: Loss, x: Params, steps: int) -> Path:
         _, g = calculus.gradient_y(loss.on(batch), x, y)
         with torch.no_grad():
             y, state = path.optimizer.step(y, g, state)
-            y = path.project(y) if path.project else y
-    return Path(path.optimizer, y, state, path.batches[steps:], path.project)
+            y = projected(loss, y)
+    return Path(path.optimizer, y, state, path.batches[steps:])
 
 
 def recorded(at: Point, name: str) -> Path:
@@ -122,7 +128,9 @@ def along(path: Path, losses: Losses) -> Callable[[Params], Tensor]:
     return value
 
 
-def started(solution: LowerSolution, restart: Callable[[Params], Params] | None) -> LowerSolution:
+def with_restart(
+    solution: LowerSolution, restart: Callable[[Params], Params] | None
+) -> LowerSolution:
     """The solution with its path known to begin at a function of x, if it holds the first step."""
     path = solution.path
     if path is None or restart is None or len(path.batches) < solution.stats.steps:

@@ -42,7 +42,7 @@ def differentiate(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params
 
     2K + 1 gradients, K HVPs, K cross products. Raises what `sgd` and `Reel` do.
     """
-    optimizer = sgd(path)
+    optimizer = sgd(path, losses.lower)
     reel = Reel(replace(path, start=advance(path, losses.lower, x, 0).start), losses.lower, x)
     reel.forwards()
     value, total, at_y = calculus.gradients(losses.upper, Point(x, reel.y))
@@ -57,7 +57,7 @@ def differentiate(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, at_y))
 
 
-def sgd(path: Path) -> SGD:
+def sgd(path: Path, loss: Loss) -> SGD:
     """The optimizer of a path, if its steps can be run backwards.
 
     Raises:
@@ -70,7 +70,7 @@ def sgd(path: Path) -> SGD:
         why = f"momentum = {optimizer.momentum}, outside [1/256, 1]: what came before is forgotten"
     elif optimizer.nesterov:
         why = "a Nesterov step moves y by the very gradient that is to be found from where it ends"
-    elif path.project:
+    elif loss.structure.project:
         why = "a projection forgets where it projected from"
     else:
         return optimizer
@@ -154,7 +154,7 @@ class Reel:
     """
 
     def __init__(self, path: Path, loss: Loss, x: Params) -> None:
-        self._optimizer = sgd(path)
+        self._optimizer = sgd(path, loss)
         self._path, self._loss, self._x = path, loss, x
         self._ratio = Ratio.near(self._optimizer.momentum)
         self._y, self._v = self._start()

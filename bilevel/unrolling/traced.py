@@ -65,12 +65,12 @@ def traced(eager: Pull) -> Pull:
 
     def pull(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> tuple[Params, Adjoint]:
         key = _key(one, loss, x, adjoint)
-        if key in checked and (known := _known(key, _owners(one, loss))):
+        if key in checked and (known := _known(key, _owners(loss))):
             loss.counts.losses += 1
             loss.counts.gradients += 1
             return _replay(known.light, one, x, adjoint)
         truth = eager(one, loss, x, adjoint)
-        known = _known(key, _owners(one, loss))
+        known = _known(key, _owners(loss))
         if known is None or not _agree(_replay(known.same, one, x, adjoint), truth):
             known = _keep(key, _trace(eager, one, loss, x, adjoint))
             if not _agree(_replay(known.same, one, x, adjoint), truth):
@@ -140,9 +140,7 @@ def _trace(eager: Pull, one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> _
     light.output(light.graph_copy(graph.graph, {}))
     light.set_codegen(graph.graph._codegen)
     _lighten(light)
-    return _Trace(
-        graph, GraphModule(graph, light), tuple(_weak(owner) for owner in _owners(one, loss))
-    )
+    return _Trace(graph, GraphModule(graph, light), tuple(_weak(owner) for owner in _owners(loss)))
 
 
 def _refuse_random(graph: GraphModule, loss: Loss) -> None:
@@ -199,9 +197,10 @@ def _fits(term: Any, product: Node, total: Node) -> bool:
     return len(kinds) == 1 and both.stride() == other.stride()
 
 
-def _owners(one: Path, loss: Loss) -> tuple[Any, ...]:
+def _owners(loss: Loss) -> tuple[Any, ...]:
     """The objects that the step's functions are methods of, or the functions."""
-    functions = (loss.function, one.project) if one.project else (loss.function,)
+    project = loss.structure.project
+    functions = (loss.function, project) if project else (loss.function,)
     return tuple(getattr(function, "__self__", function) for function in functions)
 
 
@@ -243,10 +242,10 @@ def _key(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> Any:
     shapes = tuple(
         (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in _inputs(one, x, adjoint)
     )
-    owners = tuple(id(owner) for owner in _owners(one, loss))
+    owners = tuple(id(owner) for owner in _owners(loss))
     function = owners, getattr(loss.function, "__name__", "")
     names = tuple(x), tuple(one.start)
-    settings = repr(one.optimizer), getattr(one.project, "__name__", ""), repr(structure)
+    settings = repr(one.optimizer), getattr(loss.structure.project, "__name__", ""), repr(structure)
     return function, names, settings, constants, shapes
 
 

@@ -1,0 +1,109 @@
+"""The one call of an estimator, with every check of what goes in and what comes out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel import calculus, tree
+from bilevel.calculus.fixed_point_maps import reached
+from bilevel.calculus.precision import require_resolved
+from bilevel.errors import CheckError, ConvergenceError, ProblemError
+from bilevel.problem.purity import refuse_impure
+from bilevel.problem.second_derivatives import refuse_missing_second_derivative
+from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
+
+
+def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Estimate:
+    """The estimator's answer at a point. `state` None begins anew, and checks the losses first.
+
+    Raises:
+        ProblemError: a loss is no function of (x, y, batch) or has no second derivative, an upper
+            variable reaches neither, or the dtype is too coarse for what the estimator subtracts.
+        ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
+        CheckError: it returned other names or shapes than those of x.
+    """
+    began, first = time.perf_counter(), state is None
+    require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
+    if first:
+        for loss in (losses.upper, losses.lower):
+            refuse_impure(loss, at.x, at.y)
+        if estimator.needs.second_order and losses.lower.structure.map is None:
+            refuse_missing_second_derivative(losses.lower, at)
+        state = estimator.init(at)
+    try:
+        found = estimator.estimate(losses, at, state)
+    except RuntimeError as error:
+        require_own(state, at, error)
+        raise
+    _require_shapes(estimator, found.hypergradient, at.x)
+    if first:
+        _require_reached(losses, at)
+    if not tree.is_finite(found.hypergradient):
+        bad = [n for n, entry in found.hypergradient.items() if not entry.isfinite().all()]
+        raise ConvergenceError(
+            f"the hypergradient of {', '.join(bad)} is not finite, the losses are; "
+            "more damping, a shorter path or float64 may help"
+        )
+    counts = losses.counts
+    stats = replace(
+        found.stats,
+        gradients=counts.gradients,
+        hvps=counts.hvps,
+        cross_products=counts.cross_products,
+        seconds=time.perf_counter() - began,
+    )
+    return replace(found, stats=stats)
+
+
+def require_own(state: Any, at: Point, error: Exception) -> None:
+    """Raise `ProblemError` if an estimator failed with a state from a point of other shapes."""
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return
+    for params in (at.x, at.y):
+        differing = [n for n in params if _shape(state.get(n)) not in (None, _shape(params[n]))]
+        if state.keys() == params.keys() and differing:
+            name = differing[0]
+            raise ProblemError(
+                f"the state is of another problem: {name} has shape {_shape(state[name])} in it, "
+                f"expected {_shape(params[name])}; pass state=None where the variables have changed"
+            ) from error
+    for part in state.values():
+        require_own(part, at, error)
+
+
+def _shape(entry: Any) -> tuple[int, ...] | None:
+    return tuple(entry.shape) if isinstance(entry, torch.Tensor) else None
+
+
+def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:
+    got = {name: tuple(entry.shape) for name, entry in hypergradient.items()}
+    expected = {name: tuple(entry.shape) for name, entry in x.items()}
+    if got != expected:
+        raise CheckError(
+            f"{type(estimator).__name__} returned a hypergradient with {got}; expected the names "
+            f"and shapes of x: {expected}"
+        )
+
+
+def _require_reached(losses: Losses, at: Point) -> None:
+    """An upper variable that influences neither loss is a wiring mistake: name it."""
+    missing = at.x.keys() - losses.counts.reached
+    if not missing:
+        return
+    apart = Counts()
+    for loss in (losses.upper, losses.lower):
+        calculus.gradient_x(replace(loss, counts=apart), at.x, at.y)
+    missing = sorted(missing - apart.reached - reached(losses.lower, at))
+    if missing:
+        raise ProblemError(
+            f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
+            "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
+            "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off). One "
+            "that says where the lower level starts, and nothing else, needs estimator=unroll"
+        )
