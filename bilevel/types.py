@@ -401,12 +401,15 @@ class LowerStats:
 
 @dataclass(frozen=True)
 class LowerSolution:
-    """y with the means to go on (`state`) and, if recorded, to differentiate through (`path`)."""
+    """y with the means to go on (`state`) and, if recorded, to differentiate through (`path`).
+
+    `bilevel.hypergradient` takes one in the place of y.
+    """
 
     y: Params
-    state: Any
-    stats: LowerStats
-    batch: Any
+    state: Any = None
+    stats: LowerStats = LowerStats(0, 0, math.nan, math.nan)
+    batch: Any = None
     """The last batch used: Hessian products belong on the same one."""
     path: Path | None = None
     pairs: Pairs | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bilevel.types import LowerSolution
 from bilevel import hypergradient, tree
 from bilevel.rng import Streams
 from bilevel.types import Estimator, Pairs, Params, Path
@@ -23,12 +24,12 @@ def ask(
         problem.upper_loss,
         problem.lower_loss,
         x,
-        problem.lower_solution(x) if y is None else y,
+        LowerSolution(problem.lower_solution(x) if y is None else y, path=path, pairs=pairs),
         estimator=estimator,
         upper_batch=batch,
         lower_batch=batch,
-        path=path,
-        pairs=pairs,
+        
+        
     )
     off = tree.norm(tree.sub(got.hypergradient, truth)) / tree.norm(truth)
     cost = got.stats

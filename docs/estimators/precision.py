@@ -49,8 +49,8 @@ def answer(spec: Any, dtype: torch.dtype, seed: int = 0) -> Params:
         estimator=estimator,
         upper_batch=batch,
         lower_batch=batch,
-        upper_batches=itertools.repeat(batch),
-        lower_batches=itertools.repeat(batch),
+        batches=(itertools.repeat(batch), itertools.repeat(batch)),
+        
         **given,
     )
     return tree.to(got.hypergradient, "cpu", torch.float64)
