@@ -57,8 +57,8 @@ def hypergradient(
         lower_loss: G(x, y, batch), a scalar; pure.
         x: upper variables, name to floating-point tensor.
         y: lower variables, at (or near) the lower solution for x; or what `bilevel.solve_lower`
-            returned, which brings its recorded path, its quasi-Newton pairs and its last batch
-            to the estimators that use them.
+            returned, which brings its recorded path, its quasi-Newton pairs, its last batch and
+            its structure to the estimators that use them.
         estimator: the method, e.g. `bilevel.estimators.Implicit()`.
         upper_batch: third argument of `upper_loss`.
         lower_batch: third argument of `lower_loss`; best the batch of the last lower step, which
@@ -84,13 +84,14 @@ def hypergradient(
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
         CheckError: the estimator returned other names or shapes than those of x.
     """
+    path, pairs = None, None
+    if isinstance(y, LowerSolution):
+        structure = y.structure if structure is None else structure
+        lower_batch = y.batch if lower_batch is None else lower_batch
+        y, path, pairs = y.y, y.path, y.pairs
     structure = structure or Structure()
     _refuse_ignored(estimator, structure)
     _refuse_inference()
-    path, pairs = None, None
-    if isinstance(y, LowerSolution):
-        y, path, pairs, last = y.y, y.path, y.pairs, y.batch
-        lower_batch = last if lower_batch is None else lower_batch
     tree.require(x, "x")
     tree.require(y, "y")
     tied = Ties(x), Ties(y)
@@ -155,7 +156,7 @@ def solve_lower(
     solution = solve(solver, loss, x, y, draws, state, keep)
     solution = with_restart(solution, restart and tied[1].shrunk(tied[0], restart))
     pairs = tied[1].expand_pairs(solution.pairs)
-    return replace(solution, y=tied[1].expand(solution.y), pairs=pairs)
+    return replace(solution, y=tied[1].expand(solution.y), pairs=pairs, structure=structure)
 
 
 def unroll(
@@ -218,7 +219,7 @@ def _refuse_ignored(estimator: Estimator, structure: Structure) -> None:
         raise ProblemError(
             f"{type(estimator).__name__} does not support {ignored} and would ignore it: its "
             f"hypergradient is wrong where that is active; use {others}. Where y* lies inside, "
-            f"leave structure.{field} out"
+            f"pass structure=Structure() without {field}"
         )
 
 

@@ -414,6 +414,8 @@ class LowerSolution:
     path: Path | None = None
     pairs: Pairs | None = None
     """From a quasi-Newton method: the steps that it took, and what they changed ∇y G by."""
+    structure: Structure | None = None
+    """What `bilevel.solve_lower` was told of y* beside the minimum of G."""
 
 
 @runtime_checkable

@@ -12,8 +12,10 @@ from bilevel import calculus, tree
 from bilevel.functional import hypergradient, solve_lower
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.estimation import estimate
+from bilevel.problem.levels import Levels, point_of
 from bilevel.rng import stream
-from bilevel.types import Counts, Estimate, Estimator, Loss, Losses, Params, Point
+from bilevel.types import Counts, Estimate, Estimator, Loss, Losses, LowerSolution, Params, Point
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
 
@@ -121,6 +123,18 @@ def ask_drawing(
         upper_batch=next(upper),
         lower_batch=next(lower),
         state=state,
-        upper_batches=upper,
-        lower_batches=lower,
+        batches=(upper, lower),
     )
+
+
+def ask_anyway(
+    problem: Any, x: Params, y: Params | LowerSolution, estimator: Estimator, **options: Any
+) -> Estimate:
+    """Its answer at (x, y) of a problem object, whose restrictions of y it may well ignore.
+
+    Not `hypergradient`, which refuses that; a run only warns of it.
+    """
+    y = y if isinstance(y, LowerSolution) else LowerSolution(y)
+    levels = Levels(problem)
+    losses = levels.losses(next(problem.upper_batches(None)), next(problem.lower_batches(None)))
+    return estimate(estimator, losses, point_of(x, y), options.pop("state", None))

@@ -24,7 +24,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.preconditioners.hutchinson import Hutchinson
-from bilevel.types import Estimate, Point
+from bilevel.types import Estimate, LowerSolution, Point
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 from tests.points import halves, product
 
@@ -219,7 +219,11 @@ def test_unroll_function_is_differentiable_by_autograd(make):
     (y_name,) = case.y
     at_x, at_start = torch.autograd.grad(F, [x[name], start[y_name]])
     path = case.record(5, 0.05, tree.detach(start)).path
-    assert_close({name: at_x}, case.estimate(Unroll(), path=path).hypergradient, rtol=1e-12)
+    assert_close(
+        {name: at_x},
+        case.estimate(Unroll(), LowerSolution(case.y, path=path)).hypergradient,
+        rtol=1e-12,
+    )
     H = case.hessian()
     M = torch.linalg.matrix_power(torch.eye(len(H), dtype=H.dtype) - 0.05 * H, 5)
     (F_y,) = torch.autograd.grad(case.problem.upper_loss(x, end, case.upper_batch), end[y_name])
@@ -366,11 +370,10 @@ def test_each_step_is_replayed_on_its_own_batch():
             case.problem.upper_loss,
             low,
             case.x,
-            solved.y,
+            solved,
             estimator=estimator,
             upper_batch=case.upper_batch,
             lower_batch=solved.batch,
-            path=solved.path,
         )
         assert_close(got.hypergradient, truth, rtol=1e-11)
 

@@ -70,7 +70,6 @@ class LearnedStart:
             raise AttributeError(name)
         return mapped(self, self.problem, _MAPS, name)
 
-
     def _projection(self) -> Callable[[Params], Params]:
         """x as the problem projects it, z as it projects y."""
         levels = Levels(self.problem)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bilevel.types import LowerSolution
 from bilevel import hypergradient, tree
 from bilevel.rng import Streams
-from bilevel.types import Estimator, Pairs, Params, Path
+from bilevel.types import Estimator, LowerSolution, Pairs, Params, Path
 from bilevel_problems.quadratic import Quadratic
 
 problem = Quadratic(condition=10)
@@ -28,8 +27,6 @@ def ask(
         estimator=estimator,
         upper_batch=batch,
         lower_batch=batch,
-        
-        
     )
     off = tree.norm(tree.sub(got.hypergradient, truth)) / tree.norm(truth)
     cost = got.stats

@@ -50,7 +50,6 @@ def answer(spec: Any, dtype: torch.dtype, seed: int = 0) -> Params:
         upper_batch=batch,
         lower_batch=batch,
         batches=(itertools.repeat(batch), itertools.repeat(batch)),
-        
         **given,
     )
     return tree.to(got.hypergradient, "cpu", torch.float64)

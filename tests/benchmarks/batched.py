@@ -37,11 +37,10 @@ def ask(made, estimator):
             made.upper_loss,
             made.lower_loss,
             x,
-            solved.y,
+            solved,
             estimator=estimator,
             upper_batch=queries,
             lower_batch=shots,
-            path=solved.path,
         )
 
     return work

@@ -5,7 +5,7 @@ import torch
 
 from bilevel import tree
 from bilevel.calculus.fixed_point_maps import linearize_map
-from bilevel.types import Counts, Loss, Point
+from bilevel.types import Counts, Loss, Point, Structure
 
 
 @pytest.mark.parametrize(("share", "kinks"), [(0.99, 1), (1.01, 0)])
@@ -16,9 +16,13 @@ def test_how_near_to_a_kink_is_near_goes_with_the_step_and_the_size_of_y(share, 
     x = torch.tensor([1000.0 + share * margin], dtype=torch.float64)
     y = torch.tensor([1000.0], dtype=torch.float64)
     loss = Loss(
-        lambda x, y, b: (y["y"] - x["x"]).square().sum() / (2 * lr), None, Counts(), "lower"
+        lambda x, y, b: (y["y"] - x["x"]).square().sum() / (2 * lr),
+        None,
+        Counts(),
+        "lower",
+        structure=Structure(project=lambda z: tree.map(lambda p: p.clamp(max=1000.0), z)),
     )
-    at = Point({"x": x}, {"y": y}, project=lambda z: tree.map(lambda p: p.clamp(max=1000.0), z))
+    at = Point({"x": x}, {"y": y})
     step = linearize_map(loss, at, lr)
     assert not step.shift["y"].any(), "y is the fixed point"
     assert step.kinks(1e-6) == kinks

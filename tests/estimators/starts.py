@@ -50,7 +50,7 @@ def solved(restart, steps=K, optimizer=None):
 
 
 def ask(estimator, solution, x=X):
-    return hypergradient(upper, lower, x, solution.y, estimator=estimator, path=solution.path)
+    return hypergradient(upper, lower, x, solution, estimator=estimator)
 
 
 def setup(problem, estimator=None, steps=K):

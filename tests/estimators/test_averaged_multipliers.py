@@ -15,7 +15,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.rng import stream
-from bilevel.types import Point
+from bilevel.types import Losses, Point, Structure
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 
 DOUBLE = {"dtype": torch.float64}
@@ -218,6 +218,7 @@ def test_an_entry_that_neither_loss_bends_stays_out_of_the_system():
 
 def test_a_set_that_holds_y_is_refused():
     case = closed_form(PROBLEMS[0], 0)
-    estimator, at = AveragedMultipliers(), Point(case.x, case.y, project=lambda y: y)
+    estimator, at, losses = AveragedMultipliers(), Point(case.x, case.y), case.losses()
+    restricted = replace(losses.lower, structure=Structure(project=lambda y: y))
     with pytest.raises(ProblemError, match="estimator: unroll"):
-        estimator.estimate(case.losses(), at, estimator.init(at))
+        estimator.estimate(Losses(losses.upper, restricted), at, estimator.init(at))

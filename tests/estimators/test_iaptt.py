@@ -72,9 +72,8 @@ def test_the_pessimistic_path_ends_where_F_is_largest(memory):
         hill,
         well,
         one,
-        solution.y,
+        solution,
         estimator=Unroll(pessimistic=True, memory=memory),
-        path=solution.path,
     )
     # y_k = 3 − 0.75ᵏ (3 − 0.1 x): 0.825, 1.369, ...; F = −(y_k − x)² is largest at k = 1
     assert got.stats.iterations == 1

@@ -117,7 +117,7 @@ def test_tied_names_keep_their_start():
 
     solver = Gradient(steps=2, optimizer=SGD(lr=LR))
     solution = solve_lower(both, x, restart, solver=solver, record=True)
-    got = hypergradient(above, both, x, solution.y, estimator=Unroll(), path=solution.path)
+    got = hypergradient(above, both, x, solution, estimator=Unroll())
     leaf = one.clone().requires_grad_()
     w, v = 1.0 * leaf, 2 * leaf
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_an_x_that_only_starts_the_lower_level_is_refused_where_it_is_forgotten(
     solver = Gradient(steps=2, optimizer=SGD(lr=LR))
     solution = solve_lower(plain, at, lambda x: x, solver=solver, record=True)
     with pytest.raises(ProblemError, match="where the lower level starts"):
-        hypergradient(plain, plain, at, solution.y, estimator=Implicit(), path=solution.path)
+        hypergradient(plain, plain, at, solution, estimator=Implicit())
     for estimator in UNROLLED:
-        got = hypergradient(plain, plain, at, solution.y, estimator=estimator, path=solution.path)
+        got = hypergradient(plain, plain, at, solution, estimator=estimator)
         assert tree.norm(got.hypergradient) > 1e-3

@@ -216,7 +216,7 @@ def bound(scene: Scene, estimator: Any, size: float) -> float:
     ‖∇y G‖ ≤ δ, ‖dh/dy‖ δ ‖A⁻¹‖ more. A moving average of weight m that changes by δ of itself is
     δ / m behind, and a lagged one as much again. Rounding is eps times the condition number of A.
     """
-    at = Point(scene.x, scene.tight, project=getattr(scene.setup.problem, "project_lower", None))
+    at = Point(scene.x, scene.tight)
     _, _, F_y = gradients(scene.losses.upper, at)
     lower = linearize(scene.losses.lower, at)
     A, cross = matrix(lower.hvp_yy, at.y), lower.vjp_xy

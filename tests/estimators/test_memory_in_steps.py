@@ -9,7 +9,7 @@ from bilevel import hypergradient
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.unroll import Unroll
 from bilevel.optimizers.differentiable import SGD
-from bilevel.types import Path
+from bilevel.types import LowerSolution, Path
 
 SIZE = 1009
 VECTOR = 8 * SIZE
@@ -51,7 +51,7 @@ def peak(estimator, K):
     )
     path = Path(SGD(lr=0.1), y, {}, (None,) * K)
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
-        hypergradient(F, G, x, y, estimator=estimator, path=path)
+        hypergradient(F, G, x, LowerSolution(y, path=path), estimator=estimator)
     return most[0] / VECTOR
 
 

@@ -92,11 +92,10 @@ def learned(estimator, lr=LR, steps=K, problem=TWO):
         problem.upper_loss,
         problem.lower_loss,
         x,
-        solution.y,
+        solution,
         estimator=estimator,
         upper_batch=UPPER,
         lower_batch=LOWER,
-        path=solution.path,
     )
 
 

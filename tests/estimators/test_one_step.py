@@ -10,6 +10,7 @@ from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.sama import Sama
 from bilevel.estimators.unroll import Unroll
 from bilevel.functional import hypergradient
+from bilevel.types import LowerSolution
 from tests.cases import PROBLEMS, assert_close, closed_form, offset, relative
 
 
@@ -33,7 +34,7 @@ def test_one_step_is_unrolling_one_step():
     path = case.record(1, 0.1, start).path
     assert_close(
         case.estimate(OneStep(lr=0.1), start).hypergradient,
-        case.estimate(Unroll(), path=path).hypergradient,
+        case.estimate(Unroll(), LowerSolution(case.y, path=path)).hypergradient,
         rtol=1e-12,
     )
 
@@ -73,10 +74,9 @@ def test_a_difference_along_nothing_is_nothing(estimator):
         lambda x, y, batch: x["x"].square().sum() + 0.0 * y["y"].sum(),
         case.problem.lower_loss,
         case.x,
-        case.y,
+        LowerSolution(case.y, path=case.record(2, 0.1, case.y).path),
         estimator=estimator,
         lower_batch=case.lower_batch,
-        path=case.record(2, 0.1, case.y).path,
     )
     assert torch.equal(got.hypergradient["x"], 2 * case.x["x"])
 

@@ -22,7 +22,7 @@ from bilevel.estimators.value_gap import ValueGap
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD, Adam
-from bilevel.types import Path
+from bilevel.types import LowerSolution, Path
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.shared import OnceOnly
@@ -100,11 +100,11 @@ def test_first_order_methods_take_no_second_derivative(estimator):
     path = Path(SGD(), y, {}, (None,))
     assert estimator.needs.second_order is (estimator in SECOND_ORDER)
     if estimator in FIRST_ORDER:
-        got = hypergradient(upper, lower, x, y, estimator=estimator, path=path)
+        got = hypergradient(upper, lower, x, LowerSolution(y, path=path), estimator=estimator)
         assert (got.stats.hvps, got.stats.cross_products) == (0, 0)
     else:
         with pytest.raises(ProblemError, match="once_differentiable"):
-            hypergradient(upper, lower, x, y, estimator=estimator, path=path)
+            hypergradient(upper, lower, x, LowerSolution(y, path=path), estimator=estimator)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,12 @@ def test_inner_steps_draw_their_own_batches(estimator, fresh):
 def test_a_state_is_never_written_to(estimator):
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(2, 0.1, case.y).path
-    first = case.estimate(estimator, offset(case.y, 1.0), path=path)
+    first = case.estimate(estimator, LowerSolution(offset(case.y, 1.0), path=path))
     kept = copy.deepcopy(first.state)
-    second = case.estimate(estimator, offset(case.y, 1.0), path=path, state=first.state)
-    again = case.estimate(estimator, offset(case.y, 1.0), path=path, state=kept)
+    second = case.estimate(
+        estimator, LowerSolution(offset(case.y, 1.0), path=path), state=first.state
+    )
+    again = case.estimate(estimator, LowerSolution(offset(case.y, 1.0), path=path), state=kept)
     assert torch.equal(second.hypergradient["x"], again.hypergradient["x"])
     assert str(first.state) == str(kept)
 
@@ -192,11 +194,10 @@ def test_single_precision_is_kept(estimator):
         case.problem.upper_loss,
         case.problem.lower_loss,
         single(case.x),
-        y,
+        LowerSolution(y, path=Path(Adam(), y, Adam().init(y), (single(case.lower_batch),))),
         estimator=estimator,
         upper_batch=single(case.upper_batch),
         lower_batch=single(case.lower_batch),
-        path=Path(Adam(), y, Adam().init(y), (single(case.lower_batch),)),
     )
     assert got.hypergradient["x"].dtype == torch.float32
     assert got.moved is None or got.moved.y["y"].dtype == torch.float32

@@ -9,7 +9,7 @@ from bilevel import hypergradient
 from bilevel.errors import ProblemError
 from bilevel.estimators.sama import Sama
 from bilevel.optimizers.differentiable import SGD, Adam, RMSprop
-from bilevel.types import Path
+from bilevel.types import LowerSolution, Path
 from tests.cases import PROBLEMS, assert_close, closed_form, relative
 
 
@@ -50,12 +50,12 @@ def test_sama_equals_its_formula(here, optimizer):
     end = optimizer.step({"y": y}, {"y": g}, state)[0]["y"]
     v = adapted(optimizer, g, state, at.F_y(end))
     expected = {"x": at.F_x(end) + at.k["B"].T @ v}
-    got = case.estimate(Sama(), {"y": end}, path=path)
+    got = case.estimate(Sama(), LowerSolution({"y": end}, path=path))
     assert_close(got.hypergradient, expected, rtol=1e-9)
     assert relative({"x": at.F_x(end) + at.k["B"].T @ at.F_y(end)}, expected) > 1e-2  # control
     assert (got.stats.gradients, got.stats.hvps, got.stats.cross_products) == (4 + 3, 0, 0)
     last = Path(optimizer, {"y": y}, state, path.batches[:1])
-    again = case.estimate(Sama(), {"y": end}, path=last)
+    again = case.estimate(Sama(), LowerSolution({"y": end}, path=last))
     assert_close(again.hypergradient, got.hypergradient, rtol=1e-12)
     assert again.stats.gradients == 4
 
@@ -82,7 +82,9 @@ def test_the_difference_in_sama_is_of_second_order():
     exact = {"x": -(u * (1 + rest)) * v}  # ∂²xy G = exp(xy) (1 + xy)
     errors = [
         relative(
-            hypergradient(upper, lower, x, y, estimator=Sama(epsilon=e), path=path).hypergradient,
+            hypergradient(
+                upper, lower, x, LowerSolution(y, path=path), estimator=Sama(epsilon=e)
+            ).hypergradient,
             exact,
         )
         for e in (1e-1, 1e-2)
@@ -98,8 +100,7 @@ def test_sama_without_an_implicit_part_and_without_a_path():
         lambda x, y, b: (x["x"] ** 2).sum(),
         lambda x, y, b: ((y["y"] - x["x"]) ** 2).sum(),
         {"x": torch.ones(2)},
-        {"y": torch.zeros(2)},
+        LowerSolution({"y": torch.zeros(2)}, path=Path(SGD(), {"y": torch.zeros(2)}, {}, (None,))),
         estimator=Sama(),
-        path=Path(SGD(), {"y": torch.zeros(2)}, {}, (None,)),
     )
     assert torch.equal(got.hypergradient["x"], torch.full((2,), 2.0))

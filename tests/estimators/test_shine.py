@@ -17,7 +17,7 @@ from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.runfolder import checkpoint
-from bilevel.types import Point
+from bilevel.types import LowerSolution, Point
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 from tests.estimators.pairs import WELL, solved
@@ -29,14 +29,12 @@ def test_block_is_exact_once_the_pairs_span(make, seed):
     case = closed_form(make, seed)
     solution = solved(case, seed)
     assert len(solution.pairs) >= tree.size(case.y)
-    got = case.estimate(Shine(memory=60, update="block"), solution.y, pairs=solution.pairs)
+    got = case.estimate(Shine(memory=60, update="block"), solution)
     # rounding in the smallest changes kept, 1e-8 of the largest, times what inverting M adds
     assert_close(got.hypergradient, case.truth, rtol=1e-5)
     assert (got.stats.gradients, got.stats.hvps, got.stats.cross_products) == (2, 0, 1)
     assert got.stats.iterations == len(solution.pairs)
-    half = case.estimate(
-        Shine(memory=tree.size(case.y) // 2, update="block"), solution.y, pairs=solution.pairs
-    )
+    half = case.estimate(Shine(memory=tree.size(case.y) // 2, update="block"), solution)
     assert relative(half.hypergradient, case.truth) > 1e-2  # negative control: half of them
 
 
@@ -52,7 +50,7 @@ def test_error_falls_with_memory(update):
                 solution = solved(case, seed)
                 pairs = solution.pairs if memory else ()
                 shine = Shine(memory=memory or 1, update=update)
-                got = case.estimate(shine, solution.y, pairs=pairs)
+                got = case.estimate(shine, LowerSolution(solution.y, pairs=pairs))
                 found.append(relative(got.hypergradient, case.truth))
         errors.append(float(torch.tensor(found).median()))
     assert errors[0] > 1.3 * errors[1] > 1.3**2 * errors[2], errors
@@ -66,12 +64,12 @@ def test_shine_is_its_formula():
     _, F_x, F_y = calculus.gradients(losses.upper, at)
     v = bfgs(solution.pairs[-4:])(F_y)
     expected = tree.sub(F_x, calculus.linearize(losses.lower, at).vjp_xy(v))
-    got = case.estimate(Shine(memory=4), solution.y, pairs=solution.pairs)
+    got = case.estimate(Shine(memory=4), solution)
     assert_close(got.hypergradient, expected, rtol=1e-12)
     assert (
         relative(
             got.hypergradient,
-            case.estimate(Shine(memory=5), solution.y, pairs=solution.pairs).hypergradient,
+            case.estimate(Shine(memory=5), solution).hypergradient,
         )
         > 1e-6
     )
@@ -88,12 +86,11 @@ def test_damping_is_that_of_the_damped_system():
     F_x = calculus.gradients(case.losses().upper, at)[1]
     expected = tree.sub(F_x, calculus.linearize(case.losses().lower, at).vjp_xy(v))
     shine = Shine(memory=60, update="block", damping=0.3)
-    got = case.estimate(shine, solution.y, pairs=solution.pairs)
+    got = case.estimate(shine, solution)
     assert_close(got.hypergradient, expected, rtol=1e-5)
     refined = case.estimate(
         Shine(damping=0.3, refine=CG(tolerance=1e-12, iterations=60)),
-        solution.y,
-        pairs=solution.pairs,
+        solution,
     )
     assert_close(refined.hypergradient, expected, rtol=1e-9)
 
@@ -105,7 +102,7 @@ def test_refinement_starts_from_the_pairs():
     cg = CG(tolerance=1e-5, iterations=100)
     ask = {"y": solution.y, "pairs": solution.pairs}
     near = case.estimate(Shine(memory=60, update="block", refine=cg), **ask)
-    cold = case.estimate(Shine(refine=cg), solution.y, pairs=())
+    cold = case.estimate(Shine(refine=cg), LowerSolution(solution.y, pairs=()))
     assert near.stats.hvps <= 2 < cold.stats.hvps
     assert near.stats.residual <= 1e-5
     tight = case.estimate(Shine(refine=CG(tolerance=1e-12, iterations=100)), **ask)
@@ -137,14 +134,14 @@ def test_tied_variables_keep_their_pairs():
     found = solve_lower(tied, x, y, solver=LBFGS())
     assert found.pairs[0][0].keys() == {"a", "b"}
     joined = {"a": found.y["a"], "b": found.y["a"]}
-    got = hypergradient(upper, tied, x, joined, estimator=Shine(), pairs=found.pairs)
+    got = hypergradient(upper, tied, x, LowerSolution(joined, pairs=found.pairs), estimator=Shine())
     apart = tuple(({"a": s["a"]}, {"a": c["a"]}) for s, c in found.pairs)
 
     def one(function):
         return lambda x, y, batch: function(x, {"a": y["a"], "b": y["a"]}, batch)
 
     expected = hypergradient(
-        one(upper), one(tied), x, {"a": found.y["a"]}, estimator=Shine(), pairs=apart
+        one(upper), one(tied), x, LowerSolution({"a": found.y["a"]}, pairs=apart), estimator=Shine()
     )
     assert_close(got.hypergradient, expected.hypergradient, rtol=1e-12)
 
@@ -154,11 +151,17 @@ def test_pairs_of_earlier_solves_are_kept_and_saved():
     case = closed_form(PROBLEMS[0], 0)
     solution = solved(case)
     ask = {"y": solution.y, "state": None}
-    first = case.estimate(Shine(memory=60, update="block"), pairs=solution.pairs, **ask)
-    again = case.estimate(Shine(memory=60, update="block"), solution.y, pairs=(), state=first.state)
+    first = case.estimate(
+        Shine(memory=60, update="block"), LowerSolution(case.y, pairs=solution.pairs), **ask
+    )
+    again = case.estimate(
+        Shine(memory=60, update="block"), LowerSolution(solution.y, pairs=()), state=first.state
+    )
     assert_close(again.hypergradient, first.hypergradient, rtol=1e-10)
     assert len(first.state["steps"]) == len(solution.pairs)
-    short = case.estimate(Shine(memory=3), solution.y, pairs=solution.pairs[:2], state=first.state)
+    short = case.estimate(
+        Shine(memory=3), LowerSolution(solution.y, pairs=solution.pairs[:2]), state=first.state
+    )
     assert len(short.state["steps"]) == 3
     assert relative(short.state["steps"][-1], solution.pairs[1][0]) == 0
     assert len(first.state["steps"]) == len(solution.pairs)  # what was given is not changed

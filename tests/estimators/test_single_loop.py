@@ -13,7 +13,9 @@ from bilevel.directions.spider import Spider
 from bilevel.directions.storm import Storm
 from bilevel.errors import ProblemError
 from bilevel.estimators.single_loop import SingleLoop
-from bilevel.functional import estimate_at
+from bilevel.rng import Streams
+from bilevel_problems.box_qp import BoxQP
+from tests.cases import ask_anyway
 from tests.estimators.single_loops import (
     COMMON,
     LOOPS,
@@ -160,14 +162,7 @@ def test_the_point_before_is_kept_for_those_that_look_back_to_it(direction, kept
 
 def test_a_set_that_holds_y_is_refused():
     with pytest.raises(ProblemError, match="no set that holds y"):
-        estimate_at(
-            lambda x, y, b: (y["y"] - x["x"]).square().sum(),
-            lambda x, y, b: (y["y"] + x["x"]).square().sum(),
-            p.x,
-            {"y": p.x["x"]},
-            estimator=SingleLoop(),
-            project=lambda y: y,
-        )
+        ask_anyway(BoxQP(), *BoxQP().init(Streams(0)), SingleLoop())
 
 
 def test_entries_of_y_that_G_does_not_use_leave_the_adjoint_at_rest():

@@ -81,8 +81,7 @@ def at_rest(estimator, problem):
         estimator=estimator,
         upper_batch=other,
         lower_batch=batch,
-        upper_batches=itertools.repeat(other),
-        lower_batches=itertools.repeat(batch),
+        batches=(itertools.repeat(other), itertools.repeat(batch)),
     )
     truth = problem.hypergradient(x)
     return tree.norm(tree.sub(got.hypergradient, truth)) / tree.norm(truth)
@@ -139,8 +138,7 @@ def test_rest_is_relative_to_the_size_of_F():
             estimator=SingleLoop(lower_steps=steps, tolerance=1e-6, lower_lr=0.5, adjoint_lr=0.5),
             upper_batch=batch,
             lower_batch=batch,
-            upper_batches=itertools.repeat(batch),
-            lower_batches=itertools.repeat(batch),
+            batches=(itertools.repeat(batch), itertools.repeat(batch)),
         ).stats
 
     few, many = (tuple(ask_for(size, steps) for size in (1.0, 1e4, 1e-4)) for steps in (3, 5000))
@@ -164,8 +162,7 @@ def test_y_at_rest_is_told_by_its_gradient():
         estimator=SingleLoop(lower_steps=5000, tolerance=1e-6, lower_lr=0.5),
         upper_batch=batch,
         lower_batch=batch,
-        upper_batches=itertools.repeat(batch),
-        lower_batches=itertools.repeat(batch),
+        batches=(itertools.repeat(batch), itertools.repeat(batch)),
     )
     assert 10 < got.stats.iterations < 1000
     assert got.moved is not None
@@ -189,8 +186,7 @@ def test_one_that_has_not_settled_says_so():
             estimator=SingleLoop(lower_steps=steps, tolerance=1e-8),
             upper_batch=batch,
             lower_batch=batch,
-            upper_batches=itertools.repeat(batch),
-            lower_batches=itertools.repeat(batch),
+            batches=(itertools.repeat(batch), itertools.repeat(batch)),
         ).stats
 
     few, many = ask_for(3), ask_for(5000)

@@ -15,6 +15,7 @@ from bilevel.functional import hypergradient, solve_lower
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, AdamW, RMSprop
 from bilevel.optimizers.torch_optim import TorchOptimizer
+from bilevel.types import LowerSolution
 from tests.cases import PROBLEMS, assert_close, closed_form, offset, relative
 from tests.estimators.shared import OPTIMIZERS
 
@@ -55,7 +56,7 @@ def test_unroll_equals_autograd_through_a_loop(optimizer, memory):
     for steps in (1, 2, 11):
         solution = case.record(steps, 0.1, start)
         path = type(solution.path)(optimizer, start, optimizer.init(start), solution.path.batches)
-        got = case.estimate(Unroll(memory=memory), path=path)
+        got = case.estimate(Unroll(memory=memory), LowerSolution(case.y, path=path))
         assert_close(got.hypergradient, by_hand(case, optimizer, start, steps), rtol=1e-12)
         assert got.stats.hvps == steps
 
@@ -64,7 +65,7 @@ def test_unroll_of_one_step_less_is_told_apart():
     """Negative control for the comparison above."""
     case = closed_form(PROBLEMS[0], 0)
     start = offset(case.y, 2.0)
-    got = case.estimate(Unroll(), path=case.record(10, 0.1, start).path)
+    got = case.estimate(Unroll(), LowerSolution(case.y, path=case.record(10, 0.1, start).path))
     assert relative(got.hypergradient, by_hand(case, SGD(lr=0.1), start, 11)) > 1e-3
 
 
@@ -73,7 +74,7 @@ def test_memory_modes_agree(last):
     case = closed_form(PROBLEMS[1], 0)
     path = case.record(17, 0.5, offset(case.y, 1.0), momentum=0.8).path
     values = [
-        case.estimate(Unroll(memory=memory, last=last), path=path)
+        case.estimate(Unroll(memory=memory, last=last), LowerSolution(case.y, path=path))
         for memory in ("store", "recompute", "checkpoint")
     ]
     for other in values[1:]:
@@ -88,7 +89,10 @@ def test_unroll_converges_to_the_hypergradient():
     rate = max(abs(1 - lr * float(v)) for v in torch.linalg.eigvalsh(case.hessian()))
     errors = [
         relative(
-            case.estimate(Unroll(), path=case.record(k, lr, case.y).path).hypergradient, case.truth
+            case.estimate(
+                Unroll(), LowerSolution(case.y, path=case.record(k, lr, case.y).path)
+            ).hypergradient,
+            case.truth,
         )
         for k in (40, 80)
     ]
@@ -101,9 +105,12 @@ def test_truncation_error_falls_at_the_contraction_rate():
     lr = 0.9
     rate = max(abs(1 - lr * float(v)) for v in torch.linalg.eigvalsh(case.hessian()))
     path = case.record(200, lr, offset(case.y, 1.0)).path
-    whole = case.estimate(Unroll(), path=path).hypergradient
+    whole = case.estimate(Unroll(), LowerSolution(case.y, path=path)).hypergradient
     gaps = [
-        relative(case.estimate(Unroll(last=k), path=path).hypergradient, whole) for k in (30, 60)
+        relative(
+            case.estimate(Unroll(last=k), LowerSolution(case.y, path=path)).hypergradient, whole
+        )
+        for k in (30, 60)
     ]
     assert (gaps[1] / gaps[0]) ** (1 / 30) == pytest.approx(rate, rel=1e-2)
 
@@ -119,7 +126,7 @@ def test_along_takes_its_own_steps():
     start = offset(case.y, 1.0)
     along = Gradient(steps=9, optimizer=SGD(lr=0.2))
     got = case.estimate(Unroll(along=along), start)
-    expected = case.estimate(Unroll(), path=case.record(9, 0.2, start).path)
+    expected = case.estimate(Unroll(), LowerSolution(case.y, path=case.record(9, 0.2, start).path))
     assert_close(got.hypergradient, expected.hypergradient, rtol=1e-14)
     assert not Unroll(along=along).needs.path
     bad = Gradient(optimizer=TorchOptimizer(optimizer="Adagrad"))
@@ -157,11 +164,10 @@ def test_recomputing_keeps_iterates_apart_from_temporaries_and_lets_them_go(
         case.problem.upper_loss,
         lower,
         case.x,
-        case.y,
+        LowerSolution(case.y, path=path),
         estimator=Unroll(memory="recompute"),
         upper_batch=case.upper_batch,
         lower_batch=case.lower_batch,
-        path=path,
         state={},
     )
     assert events == ["loss", *7 * held * ["memory"], *15 * ["loss"]]
@@ -198,11 +204,10 @@ def test_a_state_may_grow_from_step_to_step(memory):
             case.problem.upper_loss,
             lower,
             case.x,
-            case.y,
+            LowerSolution(case.y, path=path),
             estimator=Unroll(memory=mode),
             upper_batch=case.upper_batch,
             lower_batch=batch,
-            path=path,
         ).hypergradient
         for mode in (memory, "store")
     ]
@@ -216,5 +221,5 @@ def test_what_unrolling_nine_steps_costs(memory, gradients):
     """9 on the way and 1 of F; 9 more on the way back, and the 6 between the checkpoints kept."""
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(9, 0.3, offset(case.y, 1.0)).path
-    got = case.estimate(Unroll(memory=memory), path=path).stats
+    got = case.estimate(Unroll(memory=memory), LowerSolution(case.y, path=path)).stats
     assert (got.gradients, got.hvps, got.cross_products) == (gradients, 9, 9)

@@ -11,13 +11,14 @@ from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.testing import check_estimator
+from bilevel.types import LowerSolution
 from tests.cases import PROBLEMS, closed_form, offset, relative
 
 
 def mean_and_error(case, estimator, path, calls):
     state, draws = None, []
     for _ in range(calls):
-        estimate = case.estimate(estimator, path=path, state=state)
+        estimate = case.estimate(estimator, LowerSolution(case.y, path=path), state=state)
         state = estimate.state
         draws.append(tree.flatten(estimate.hypergradient))
     draws = torch.stack(draws)
@@ -33,7 +34,7 @@ def test_random_directions_are_unbiased(estimator):
     """Within four standard errors of the derivative of the path; P is quadratic, so smoothing adds nothing."""
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(5, 0.3, offset(case.y, 1.0)).path
-    truth = tree.flatten(case.estimate(Unroll(), path=path).hypergradient)
+    truth = tree.flatten(case.estimate(Unroll(), LowerSolution(case.y, path=path)).hypergradient)
     mean, error = mean_and_error(case, estimator, path, 300)
     assert bool(((mean - truth).abs() <= 4 * error + 1e-6 * truth.abs()).all())
     assert not bool(((mean - 1.5 * truth).abs() <= 4 * error).all())  # control
@@ -51,9 +52,9 @@ def test_draws_differ_from_call_to_call_and_repeat_from_the_same_state():
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(3, 0.3, case.y).path
     estimator = Forward(directions=1)
-    first = case.estimate(estimator, path=path)
-    second = case.estimate(estimator, path=path, state=first.state)
-    again = case.estimate(estimator, path=path, state=first.state)
+    first = case.estimate(estimator, LowerSolution(case.y, path=path))
+    second = case.estimate(estimator, LowerSolution(case.y, path=path), state=first.state)
+    again = case.estimate(estimator, LowerSolution(case.y, path=path), state=first.state)
     assert relative(second.hypergradient, first.hypergradient) > 1e-3
     assert torch.equal(second.hypergradient["x"], again.hypergradient["x"])
 
@@ -66,7 +67,9 @@ def test_whole_differences_take_no_gradient_of_the_upper_loss():
     case = closed_form(PROBLEMS[0], 0)
     path = case.record(4, 0.3, case.y).path
     assert not ZerothOrder().needs.second_order
-    whole = case.estimate(ZerothOrder(samples=5), path=path).stats
-    partial = case.estimate(ZerothOrder(samples=5, partial=True), path=path).stats
+    whole = case.estimate(ZerothOrder(samples=5), LowerSolution(case.y, path=path)).stats
+    partial = case.estimate(
+        ZerothOrder(samples=5, partial=True), LowerSolution(case.y, path=path)
+    ).stats
     assert whole.gradients == 4 + 2 * 5 * 4
     assert partial.gradients == whole.gradients + 1

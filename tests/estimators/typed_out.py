@@ -13,7 +13,7 @@ from bilevel.rng import stream
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
-from bilevel.types import Point
+from bilevel.types import LowerSolution, Point
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close, closed_form, offset
 
@@ -69,7 +69,7 @@ def against_differences(estimator, objective_of, make):
     y = offset(case.y, 0.7)
     path = case.record(3, 0.1, y).path if estimator.needs.path else None
     tight = estimator.tight(tree.size(y)) if hasattr(estimator, "tight") else estimator
-    got = case.estimate(tight, y, path=path)
+    got = case.estimate(tight, LowerSolution(y, path=path))
     other = objective_of(tight).objective(case.losses(), Point(case.x, y, path))
     found = central(other, case.x, stream(0, "differences"))
     assert float(found.slopes.norm()) > 0

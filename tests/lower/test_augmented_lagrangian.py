@@ -12,21 +12,20 @@ from bilevel.calculus.finite_differences import central
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
-from bilevel.functional import estimate_at
 from bilevel.linear.dense import Dense
 from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.protocol import structure_of
+from bilevel.problem.levels import Levels
 from bilevel.recipe.assemble import assemble
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.testing.verdicts import check
-from tests.cases import assert_close, relative
+from tests.cases import ask_anyway, assert_close, relative
 
 NEWTON = AugmentedLagrangian(tolerance=1e-11)
 BY_VALUES = AugmentedLagrangian(solver=LBFGS(steps=200), tolerance=1e-5)
@@ -95,7 +94,7 @@ class Polyhedral:
 
 def solved(problem, x, solver, state=None):
     _, y = problem.init(Streams(0))
-    structure = structure_of(problem)
+    structure = Levels(problem).structure
     return solve_lower(problem.lower_loss, x, y, solver=solver, structure=structure, state=state)
 
 
@@ -139,7 +138,7 @@ def test_its_rounds_by_hand():
     def ask(rounds, **options):
         solver = AugmentedLagrangian(rounds=rounds, solver=Newton(), tolerance=1e-12, **options)
         y = {"y": torch.zeros(2, dtype=torch.float64)}
-        return solve_lower(G, {}, y, solver=solver, structure=structure_of(problem))
+        return solve_lower(G, {}, y, solver=solver, structure=Levels(problem).structure)
 
     problem = Small()
     problem.lower_constraints = problem.constraints
@@ -226,15 +225,7 @@ def test_without_constraints_it_says_what_to_use():
 
 
 def at(problem, x, solver=NEWTON, estimator=None):
-    # not `hypergradient`, which refuses an estimator that does not know the constraints
-    return estimate_at(
-        problem.upper_loss,
-        problem.lower_loss,
-        x,
-        solved(problem, x, solver).y,
-        estimator=estimator or KKT(solver=Dense()),
-        structure=structure_of(problem),
-    )
+    return ask_anyway(problem, x, solved(problem, x, solver), estimator or KKT(solver=Dense()))
 
 
 @pytest.mark.parametrize("seed", range(3))

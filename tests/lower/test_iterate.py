@@ -1,12 +1,14 @@
 """Iterating the map that a problem has in place of a lower loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bilevel import solve_lower
 from bilevel.errors import ProblemError
 from bilevel.lower.iterate import Iterate
-from bilevel.problem.protocol import structure_of
+from bilevel.problem.levels import Levels
 from bilevel.rng import Streams
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close
@@ -17,13 +19,21 @@ def test_iterating_the_map():
     p = Recurrent(0)
     y0 = {"y": torch.zeros(6, dtype=torch.float64)}
     solved = solve_lower(
-        p.lower_loss, p.x, y0, solver=Iterate(steps=500, tolerance=1e-12), structure=structure_of(p)
+        p.lower_loss,
+        p.x,
+        y0,
+        solver=Iterate(steps=500, tolerance=1e-12),
+        structure=Levels(p).structure,
     )
     assert solved.stats.converged
     assert solved.stats.gradients == solved.stats.steps < 500
     assert_close(solved.y, p.solved(), rtol=1e-11)
     few = solve_lower(
-        p.lower_loss, p.x, y0, solver=Iterate(steps=3, tolerance=1e-12), structure=structure_of(p)
+        p.lower_loss,
+        p.x,
+        y0,
+        solver=Iterate(steps=3, tolerance=1e-12),
+        structure=Levels(p).structure,
     )
     y = y0
     for _ in range(3):
@@ -42,12 +52,11 @@ def test_iterate_without_a_map_says_so():
 
 def test_iterate_refuses_a_projection():
     p = Recurrent(0)
-    with pytest.raises(ProblemError, match="iterate cannot keep y in the set"):
+    with pytest.raises(ProblemError, match="has project_lower, and Iterate would ignore it"):
         solve_lower(
             p.lower_loss,
             p.x,
             {"y": p.t},
             solver=Iterate(),
-            structure=structure_of(p),
-            project=lambda y: y,
+            structure=replace(Levels(p).structure, project=lambda y: y),
         )

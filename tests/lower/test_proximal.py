@@ -7,7 +7,7 @@ import torch
 
 from bilevel import solve_lower
 from bilevel.lower.proximal import Proximal
-from bilevel.problem.protocol import structure_of
+from bilevel.problem.levels import Levels
 from bilevel.rng import Streams
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
@@ -30,8 +30,7 @@ def test_the_proximal_solver_reaches_the_closed_form(make, accelerate, lr):
         y,
         solver=solver,
         batch=next(p.lower_batches(None)),
-        project=getattr(p, "project_lower", None),
-        structure=structure_of(p),
+        structure=Levels(p).structure,
     )
     assert got.stats.converged
     assert_close(got.y, p.lower_solution(x), rtol=1e-9)
@@ -67,7 +66,7 @@ def test_one_plain_proximal_step_by_hand():
         {"w": w},
         solver=Proximal(steps=1, lr=0.01),
         batch=batch,
-        structure=structure_of(p),
+        structure=Levels(p).structure,
     )
     torch.testing.assert_close(got.y["w"], expected, rtol=1e-14, atol=0)
 

@@ -15,7 +15,7 @@ from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
-from bilevel.types import Counts, Loss
+from bilevel.types import Counts, Loss, Structure
 from tests.cases import NAMES, PROBLEMS, closed_form, offset, relative
 
 
@@ -118,8 +118,9 @@ def test_newton_descends_where_the_hessian_is_indefinite():
 @pytest.mark.parametrize("solver", [LBFGS(), Newton()], ids=repr)
 def test_what_cannot_project_or_replay_says_so(solver):
     case = closed_form(PROBLEMS[0], 0)
-    with pytest.raises(ProblemError, match="cannot keep y in the set"):
-        solver.solve(None, case.x, case.y, batches=iter([]), state={}, project=lambda y: y)
+    projected = Structure(project=lambda y: y)
+    with pytest.raises(ProblemError, match=r"has project_lower, and \w+ would ignore it.*gradient"):
+        solve_lower(None, case.x, case.y, solver=solver, structure=projected)
     with pytest.raises(ProblemError, match="sgd, adam, adamw or rmsprop"):
         solve(case, solver, record=True)
 
@@ -128,15 +129,17 @@ def test_a_projection_is_applied_after_each_step():
     def lower(x, y, batch):
         return ((y["y"] - 3.0) ** 2).sum()
 
-    from bilevel.types import Counts, Loss
+    def below_one(y):
+        return tree.map(lambda p: p.clamp(max=1.0), y)
+
+    from bilevel.types import Counts, Loss, Structure
 
     solution = Gradient(steps=50).solve(
-        Loss(lower, None, Counts(), "lower"),
+        Loss(lower, None, Counts(), "lower", structure=Structure(project=below_one)),
         {},
         {"y": torch.zeros(2)},
         batches=itertools.repeat(None),
         state={},
-        project=lambda y: tree.map(lambda p: p.clamp(max=1.0), y),
     )
     assert torch.equal(solution.y["y"], torch.ones(2))
 

@@ -12,6 +12,7 @@ from bilevel.preconditioners.lbfgs_pairs import LBFGSPairs
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
+from bilevel.types import LowerSolution
 from tests.cases import PROBLEMS, assert_close, closed_form
 from tests.estimators.pairs import solved
 
@@ -25,9 +26,7 @@ def test_pairs_precondition_conjugate_gradient(update):
         solution = solved(case, seed)
         preconditioner = LBFGSPairs(memory=60, update=update)
         plain, helped = (
-            case.estimate(
-                Implicit(solver=solver, preconditioner=chosen), solution.y, pairs=solution.pairs
-            )
+            case.estimate(Implicit(solver=solver, preconditioner=chosen), solution)
             for chosen in (None, preconditioner)
         )
         assert plain.stats.converged
@@ -43,9 +42,9 @@ def test_pairs_that_span_leave_one_iteration():
     solution = solved(case)
     preconditioner = LBFGSPairs(memory=60)
     estimator = Implicit(solver=CG(tolerance=1e-6), damping=0.2, preconditioner=preconditioner)
-    got = case.estimate(estimator, solution.y, pairs=solution.pairs)
+    got = case.estimate(estimator, solution)
     assert got.stats.hvps == 1
-    none = case.estimate(estimator, solution.y, pairs=())
+    none = case.estimate(estimator, LowerSolution(solution.y, pairs=()))
     assert none.stats.hvps > 5
     assert_close(got.hypergradient, none.hypergradient, rtol=1e-4)
 

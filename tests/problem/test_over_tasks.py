@@ -26,6 +26,7 @@ from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.testing import check
+from bilevel.types import LowerSolution
 from bilevel_problems.sinusoid import Sinusoid
 from tests.cases import assert_close, relative
 from tests.problem.fits import Fit
@@ -64,11 +65,10 @@ def ask(loss, x, y, lower, upper, estimator, steps=None, restart=None):
         loss.upper_loss,
         loss.lower_loss,
         x,
-        solved.y if solved else y,
+        LowerSolution(solved.y if solved else y, path=solved.path if solved else None),
         estimator=estimator,
         upper_batch=upper,
         lower_batch=lower,
-        path=solved.path if solved else None,
     )
 
 

@@ -86,7 +86,7 @@ def test_batches_of_its_own():
 
     at = {"x": torch.ones(2)}, {"y": torch.ones(2)}
     options = {"estimator": Descends(), "lower_batch": 1.0}
-    hypergradient(upper, lower, *at, **options, lower_batches=itertools.count(5.0))
+    hypergradient(upper, lower, *at, **options, batches=((), itertools.count(5.0)))
     assert 5.0 in seen
     with pytest.raises(ProblemError, match="lower_batches"):
         hypergradient(upper, lower, *at, **options)

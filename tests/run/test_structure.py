@@ -15,9 +15,10 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
-from bilevel.problem.protocol import structure_of
+from bilevel.problem.levels import Levels
 from bilevel.rng import Streams
 from bilevel.run import engine
+from bilevel.types import Structure
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
 from tests.estimators.maps import at_random, made
@@ -54,7 +55,7 @@ def of_python(problem, estimator, **held):
         estimator=estimator,
         upper_batch=next(problem.upper_batches(None)),
         lower_batch=next(problem.lower_batches(None)),
-        **held,
+        structure=Structure(**held),
     )
 
 
@@ -64,28 +65,31 @@ def of_python(problem, estimator, **held):
 def test_what_holds_y_is_not_passed_over_from_python(estimator):
     box, lasso = BoxQP(), Lasso()
     with pytest.raises(
-        ProblemError, match=r"does not know project, .*FixedPoint.*leave project out"
+        ProblemError,
+        match=r"does not support project_lower and would ignore it.*FixedPoint.*without project",
     ):
         of_python(box, estimator, project=box.project_lower)
-    with pytest.raises(ProblemError, match=r"does not know structure\.prox"):
-        of_python(lasso, estimator, structure=structure_of(lasso))
-    with pytest.raises(ProblemError, match=r"does not know structure\.constraints.*use KKT"):
-        of_python(box, estimator, structure=structure_of(box))
+    with pytest.raises(ProblemError, match=r"does not support prox_lower"):
+        of_python(lasso, estimator, prox=lasso.prox_lower)
+    with pytest.raises(ProblemError, match=r"does not support lower_constraints.*use KKT"):
+        of_python(box, estimator, constraints=box.lower_constraints)
     of_python(box, estimator)  # on the user's word that nothing holds y there
 
 
 def test_what_knows_or_claims_another_function_is_not_refused():
     box = BoxQP()
     of_python(box, FixedPoint(), project=box.project_lower)
-    of_python(box, KKT(), project=box.project_lower, structure=structure_of(box))
+    of_python(box, KKT(), project=box.project_lower, constraints=box.lower_constraints)
     of_python(box, OneStep(), project=box.project_lower)  # claims the step, and no more
-    with pytest.raises(ProblemError, match="KKT does not know project"):
+    with pytest.raises(ProblemError, match="KKT does not support project_lower"):
         of_python(box, KKT(), project=box.project_lower)
 
 
 def test_whoever_ignores_the_proximal_map_is_refused():
     for estimator in (Implicit(), KKT(), Unroll()):
-        with pytest.raises(ProblemError, match=r"does not know prox_lower.*estimator: fixed_point"):
+        with pytest.raises(
+            ProblemError, match=r"does not support prox_lower.*estimator: fixed_point"
+        ):
             engine.refuse_mismatch(made(Lasso(), estimator=estimator))
     for estimator in (FixedPoint(), Alternating()):  # the latter differentiates no lower level
         engine.refuse_mismatch(made(Lasso(), estimator=estimator))
@@ -103,7 +107,7 @@ def test_a_lower_solver_that_would_ignore_the_proximal_map_is_refused():
     p = Lasso()
     x, y = p.init(Streams(0))
     with pytest.raises(ProblemError, match="Proximal"):
-        solve_lower(p.lower_loss, x, y, solver=Gradient(), structure=structure_of(p))
+        solve_lower(p.lower_loss, x, y, solver=Gradient(), structure=Levels(p).structure)
     engine.refuse_mismatch(made(Lasso()))
 
 

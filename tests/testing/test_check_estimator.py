@@ -372,7 +372,7 @@ def test_constraints_that_are_required_and_not_used():
 
 
 def test_a_set_that_is_said_to_be_known_and_is_not():
-    boasts = Needy(Implicit(), Needs(knows=frozenset({"project_lower"})))
+    boasts = Needy(Implicit(), Needs(supports=frozenset({"project_lower"})))
     assert {*cases_of(boasts, 0)} == {*cases(0), *held_cases(0)}
     said = complaint(boasts)
     assert "claim (held, seed 0): claim missed by" in said

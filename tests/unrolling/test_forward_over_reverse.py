@@ -12,7 +12,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
-from bilevel.types import Counts, Loss
+from bilevel.types import Counts, Loss, Structure
 from bilevel.unrolling import forward_over_reverse
 from tests.unrolling.nets import OPTIMIZERS, Net, X, Y, ask, batch, draw, off
 
@@ -75,7 +75,13 @@ def test_batches_a_projection_and_a_start_that_depends_on_x(optimizer, last):
 
     solver = Gradient(steps=10, optimizer=optimizer)
     solved = solve_lower(
-        lower, x, restart, solver=solver, batches=draws, record=True, project=project
+        lower,
+        x,
+        restart,
+        solver=solver,
+        batches=draws,
+        record=True,
+        structure=Structure(project=project),
     )
     assert any(float(entry.abs().max()) == 0.2 for entry in solved.y.values())
     found = {
@@ -83,11 +89,10 @@ def test_batches_a_projection_and_a_start_that_depends_on_x(optimizer, last):
             net.upper,
             lower,
             x,
-            solved.y,
+            solved,
             estimator=Unroll(memory=memory, last=last),
             upper_batch=batch(seed=9),
             lower_batch=batch(),
-            path=solved.path,
         )
         for memory in ("store", "mixed")
     }

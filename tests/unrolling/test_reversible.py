@@ -15,7 +15,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
-from bilevel.types import Counts, Loss, Path, Point
+from bilevel.types import Counts, Loss, LowerSolution, Path, Point, Structure
 from bilevel.unrolling import reversible
 from bilevel.unrolling.reversible import UNIT, Ratio, Reel
 from tests.unrolling.nets import Net, X, Y, ask, batch, draw, off
@@ -158,17 +158,16 @@ def test_equals_store_to_the_units(optimizer, monkeypatch):
     assert off(ask(net, "reversible", optimizer, steps=K - 1), expected) > 1e-4
 
 
-def on(path, memory, **options):
+def on(path, memory, structure=None, **options):
     net = Net()
     return hypergradient(
         net.upper,
         net.lower,
         X,
-        Y,
+        LowerSolution(Y, path=path, structure=structure),
         estimator=Unroll(memory=memory, **options),
         upper_batch=batch(seed=9),
         lower_batch=batch(),
-        path=path,
     )
 
 
@@ -204,11 +203,10 @@ def test_a_start_that_depends_on_x_and_the_worst_step():
             net.upper,
             net.lower,
             x,
-            solved.y,
+            solved,
             estimator=Unroll(memory=memory, pessimistic=pessimistic),
             upper_batch=batch(seed=9),
             lower_batch=batch(),
-            path=solved.path,
         )
         for pessimistic in (False, True)
         for memory in ("store", "reversible")
@@ -258,9 +256,10 @@ def test_steps_that_forget_are_refused_with_the_remedy(optimizer, why):
 
 
 def test_a_projection_is_refused():
-    path = Path(SGD(momentum=0.9), Y, {}, (batch(),), project=lambda y: y)
+    path = Path(SGD(momentum=0.9), Y, {}, (batch(),))
+    on(path, "reversible")
     with pytest.raises(ProblemError, match=r"a projection.*memory: recompute"):
-        on(path, "reversible")
+        on(path, "reversible", structure=Structure(project=lambda y: y))
 
 
 def test_a_y_that_its_units_cannot_hold_is_refused():

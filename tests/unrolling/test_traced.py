@@ -187,11 +187,10 @@ def test_batches_that_change_from_step_to_step_are_no_constants():
             net.upper,
             net.lower,
             X,
-            solved.y,
+            solved,
             estimator=Unroll(memory=memory),
             upper_batch=batch(seed=9),
             lower_batch=batch(),
-            path=solved.path,
         )
     assert off(found["traced"], found["store"]) < 1e-12
 
@@ -215,10 +214,9 @@ def test_what_is_written_into_a_detached_view_stays_there():
             lambda x, y, batch: (y["w"] - 1).square().sum(),
             lower,
             {"decay": X["decay"]},
-            solved.y,
+            solved,
             estimator=Unroll(memory=memory),
             lower_batch=batches[0],
-            path=solved.path,
         )
     assert off(found["traced"], found["store"]) < 1e-12
 
