@@ -33,14 +33,12 @@ def answer(spec: Any, dtype: torch.dtype, seed: int = 0) -> Params:
     y64 = problem.lower_solution(x64)
     x, y, batch = (tree.to(part, "cpu", dtype) for part in (x64, y64, problem.constants))
     away = tree.to(tree.map(lambda p: p + 0.3, y64), "cpu", dtype)
-    estimator, given = build("estimators", spec), {}
+    estimator = build("estimators", spec)
     if estimator.needs.path:
         steps = Gradient(steps=20, optimizer=SGD(lr=0.5))
-        solved = solve_lower(problem.lower_loss, x, away, solver=steps, batch=batch, record=True)
-        y, given = solved.y, {"path": solved.path}
+        y = solve_lower(problem.lower_loss, x, away, solver=steps, batch=batch, record=True)
     if estimator.needs.pairs:
-        solved = solve_lower(problem.lower_loss, x, away, solver=LBFGS(), batch=batch)
-        y, given = solved.y, {"pairs": solved.pairs}
+        y = solve_lower(problem.lower_loss, x, away, solver=LBFGS(), batch=batch)
     got = hypergradient(
         problem.upper_loss,
         problem.lower_loss,
@@ -50,7 +48,6 @@ def answer(spec: Any, dtype: torch.dtype, seed: int = 0) -> Params:
         upper_batch=batch,
         lower_batch=batch,
         batches=(itertools.repeat(batch), itertools.repeat(batch)),
-        **given,
     )
     return tree.to(got.hypergradient, "cpu", torch.float64)
 

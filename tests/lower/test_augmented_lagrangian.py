@@ -25,6 +25,7 @@ from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.testing.verdicts import check
+from bilevel.types import Offers, Structure
 from tests.cases import ask_anyway, assert_close, relative
 
 NEWTON = AugmentedLagrangian(tolerance=1e-11)
@@ -128,9 +129,8 @@ def test_its_rounds_by_hand():
     L is ½ y₁² + (μ + ρ (3 − y₁))² / 2ρ, least at y₁ = (μ + 3ρ) / (1 + ρ), and the same with λ.
     """
 
-    class Small:
-        def constraints(self, x, y, batch):
-            return {"equality": y["y"][1:] - 2, "inequality": 3 - y["y"][:1]}
+    def constraints(x, y, batch):
+        return {"equality": y["y"][1:] - 2, "inequality": 3 - y["y"][:1]}
 
     def G(x, y, batch):
         return 0.5 * y["y"].square().sum()
@@ -138,10 +138,8 @@ def test_its_rounds_by_hand():
     def ask(rounds, **options):
         solver = AugmentedLagrangian(rounds=rounds, solver=Newton(), tolerance=1e-12, **options)
         y = {"y": torch.zeros(2, dtype=torch.float64)}
-        return solve_lower(G, {}, y, solver=solver, structure=Levels(problem).structure)
+        return solve_lower(G, {}, y, solver=solver, structure=Structure(constraints=constraints))
 
-    problem = Small()
-    problem.lower_constraints = problem.constraints
     rho, mu, lam = 2.0, 0.0, 0.0
     y1, y2 = (mu + 3 * rho) / (1 + rho), (2 * rho - lam) / (1 + rho)
     violation = math.hypot(3 - y1, y2 - 2)
@@ -194,7 +192,7 @@ def test_a_solver_without_a_tolerance_is_taken_as_it_is():
     class Fixed:
         """Steps that cannot be told when to stop."""
 
-        records, asked = False, Gradient(steps=400, optimizer=SGD(lr=0.01))
+        offers, asked = Offers(), Gradient(steps=400, optimizer=SGD(lr=0.01))
 
         def init(self, y):
             return self.asked.init(y)

@@ -193,7 +193,7 @@ def test_senseless_combinations_are_refused_before_anything_slow():
     ):
         list(prepare(s))
     s = setup(problem=object())
-    with pytest.raises(ProblemError, match=r"object is no problem: it has no init"):
+    with pytest.raises(ProblemError, match=r"object is not a Problem: it lacks init"):
         list(prepare(s))
 
 

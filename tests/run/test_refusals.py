@@ -21,6 +21,7 @@ from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.proximal import Proximal
+from bilevel.problem.levels import Levels
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
 from bilevel.run.upper import Upper
@@ -49,7 +50,7 @@ def made(problem=None, estimator=None, lower=None):
 
 
 REFUSED = {
-    "no problem": (made(object()), "it has no init, upper_loss", {"problem": Quadratic()}),
+    "no problem": (made(object()), "it lacks init, upper_loss", {"problem": Quadratic()}),
     "steps that cannot be replayed": (
         made(estimator=Unroll(), lower=LBFGS()),
         "use lower: gradient",
@@ -88,7 +89,7 @@ REFUSED = {
     ),
     "constraints that nothing keeps": (
         made(With("lower_constraints")),
-        "use lower: augmented_lagrangian, or add the projection",
+        "use lower: augmented_lagrangian, or add project_lower",
         {"lower": AugmentedLagrangian()},
     ),
     "y moved out of its constraints": (
@@ -115,25 +116,31 @@ def test_each_refusal_has_a_case():
     for setup, _, _ in REFUSED.values():
         with pytest.raises(ProblemError) as refused:
             refuse_mismatch(setup)
-        told.add(refused.traceback[-1].lineno)
-    assert len(told) == len(raised)
+        where = refused.traceback[-1]
+        told.add((where.path.name, where.lineno))
+    elsewhere = {"levels.py"}  # what is no problem, and what a lower solver would ignore
+    assert {name for name, _ in told} == {"refusals.py", *elsewhere}
+    assert len({at for at in told if at[0] not in elsewhere}) == len(raised)
 
 
 def test_what_knows_of_the_set_may_move_y():
     for knows in (RegularisedGap(), Aggregation()):
         refuse_mismatch(made(With("project_lower"), knows))
-        with pytest.raises(ProblemError, match="does not know prox_lower"):
+        with pytest.raises(ProblemError, match="does not support prox_lower"):
             refuse_mismatch(made(With("project_lower", "prox_lower"), knows, Proximal()))
     refuse_mismatch(made(With("lower_constraints"), RegularisedGap()))
     refuse_mismatch(made(With("lower_constraints", "project_lower")))
 
 
-def test_what_is_not_known_is_named():
-    assert refusals.unknown_to(Implicit(), With("project_lower")) == "project_lower"
-    assert refusals.unknown_to(Implicit(), With("prox_lower")) == "prox_lower"
-    assert refusals.unknown_to(Implicit(), With("lower_constraints")) == "lower_constraints"
-    assert refusals.unknown_to(KKT(), With("lower_constraints")) is None
-    assert refusals.unknown_to(Implicit(), Quadratic()) is None
-    assert refusals.unknown_to(FixedPoint(), With("project_lower", "prox_lower")) is None
-    assert refusals.unknown_to(KKT(), With("project_lower")) == "project_lower"
-    assert refusals.unknown_to(KKT(), With("project_lower", "lower_constraints")) is None
+def test_what_is_ignored_is_named():
+    def ignored(estimator, *names):
+        return refusals.ignored_by(estimator, Levels(With(*names)))
+
+    assert ignored(Implicit(), "project_lower") == "project_lower"
+    assert ignored(Implicit(), "prox_lower") == "prox_lower"
+    assert ignored(Implicit(), "lower_constraints") == "lower_constraints"
+    assert ignored(KKT(), "lower_constraints") is None
+    assert ignored(Implicit()) is None
+    assert ignored(FixedPoint(), "project_lower", "prox_lower") is None
+    assert ignored(KKT(), "project_lower") == "project_lower"
+    assert ignored(KKT(), "project_lower", "lower_constraints") is None
