@@ -13,7 +13,7 @@ from bilevel.functional import hypergradient, solve_lower
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.estimation import estimate
-from bilevel.problem.levels import Levels, point_of
+from bilevel.problem.levels import point_of, structure_of
 from bilevel.rng import stream
 from bilevel.types import Counts, Estimate, Estimator, Loss, Losses, LowerSolution, Params, Point
 from bilevel_problems.quadratic import Quadratic
@@ -135,6 +135,10 @@ def ask_anyway(
     Not `hypergradient`, which refuses that; a run only warns of it.
     """
     y = y if isinstance(y, LowerSolution) else LowerSolution(y)
-    levels = Levels(problem)
-    losses = levels.losses(next(problem.upper_batches(None)), next(problem.lower_batches(None)))
+    counts, batches = Counts(), (problem.upper_batches, problem.lower_batches)
+    F, G = (next(draw(None)) for draw in batches)
+    losses = Losses(
+        Loss(problem.upper_loss, F, counts, "upper"),
+        Loss(problem.lower_loss, G, counts, "lower", structure=structure_of(problem)),
+    )
     return estimate(estimator, losses, point_of(x, y), options.pop("state", None))

@@ -43,13 +43,7 @@ class Levels:
         found = ((name, getattr(problem, name, None)) for name in OPTIONAL)
         self.optional: dict[str, Callable[..., Any]] = {n: m for n, m in found if m is not None}
         """The optional methods that it has."""
-        self.structure = Structure(
-            project=self.get("project_lower"),
-            prox=self.get("prox_lower"),
-            map=self.get("lower_map"),
-            constraints=self.get("lower_constraints"),
-            diagonal=self.get("lower_diagonal"),
-        )
+        self.structure = structure_of(problem)
 
     def __contains__(self, name: str) -> bool:
         """Whether it has this optional method."""
@@ -111,6 +105,18 @@ class Levels:
             y = tree.detach(begin(x))
             state = solver.init(y)
         return LowerSolution(y, state, LowerStats(0, 0, math.nan, math.nan), next(batches))
+
+
+def structure_of(problem: Any) -> Structure:
+    """What a problem says of y* beside the minimum of G."""
+    methods = {
+        "project": "project_lower",
+        "prox": "prox_lower",
+        "map": "lower_map",
+        "constraints": "lower_constraints",
+        "diagonal": "lower_diagonal",
+    }
+    return Structure(**{field: getattr(problem, name, None) for field, name in methods.items()})
 
 
 def solve(

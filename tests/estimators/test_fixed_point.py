@@ -18,7 +18,7 @@ from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.iterate import Iterate
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.levels import Levels
+from bilevel.problem.levels import structure_of
 from bilevel.rng import stream
 from bilevel.run import engine
 from bilevel.run.engine import Setup
@@ -303,7 +303,7 @@ def test_float32(dtype):
         estimator=FixedPoint(lr=0.5, solver=GMRES(iterations=60, restart=60)),
         upper_batch=tree.to(p.splits["upper"], "cpu", dtype),
         lower_batch=tree.to(p.splits["lower"], "cpu", dtype),
-        structure=Levels(p).structure,
+        structure=structure_of(p),
     )
     assert got.hypergradient["log_penalty"].dtype == dtype
     truth = tree.to(p.hypergradient(x), "cpu", dtype)

@@ -100,12 +100,11 @@ def test_refinement_starts_from_the_pairs():
     case = closed_form(PROBLEMS[0], 0)
     solution = solved(case)
     cg = CG(tolerance=1e-5, iterations=100)
-    ask = {"y": solution.y, "pairs": solution.pairs}
-    near = case.estimate(Shine(memory=60, update="block", refine=cg), **ask)
+    near = case.estimate(Shine(memory=60, update="block", refine=cg), solution)
     cold = case.estimate(Shine(refine=cg), LowerSolution(solution.y, pairs=()))
     assert near.stats.hvps <= 2 < cold.stats.hvps
     assert near.stats.residual <= 1e-5
-    tight = case.estimate(Shine(refine=CG(tolerance=1e-12, iterations=100)), **ask)
+    tight = case.estimate(Shine(refine=CG(tolerance=1e-12, iterations=100)), solution)
     assert_close(tight.hypergradient, case.truth, rtol=1e-7)
     assert Shine().claim is None
     assert Shine(refine=cg).claim == "solution"
@@ -150,10 +149,7 @@ def test_pairs_of_earlier_solves_are_kept_and_saved():
     """Warm-started lower solves take few steps: with their own pairs alone little would be known."""
     case = closed_form(PROBLEMS[0], 0)
     solution = solved(case)
-    ask = {"y": solution.y, "state": None}
-    first = case.estimate(
-        Shine(memory=60, update="block"), LowerSolution(case.y, pairs=solution.pairs), **ask
-    )
+    first = case.estimate(Shine(memory=60, update="block"), solution)
     again = case.estimate(
         Shine(memory=60, update="block"), LowerSolution(solution.y, pairs=()), state=first.state
     )

@@ -18,7 +18,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.levels import Levels
+from bilevel.problem.levels import structure_of
 from bilevel.recipe.assemble import assemble
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
@@ -95,7 +95,7 @@ class Polyhedral:
 
 def solved(problem, x, solver, state=None):
     _, y = problem.init(Streams(0))
-    structure = Levels(problem).structure
+    structure = structure_of(problem)
     return solve_lower(problem.lower_loss, x, y, solver=solver, structure=structure, state=state)
 
 

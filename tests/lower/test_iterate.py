@@ -8,7 +8,7 @@ import torch
 from bilevel import solve_lower
 from bilevel.errors import ProblemError
 from bilevel.lower.iterate import Iterate
-from bilevel.problem.levels import Levels
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close
@@ -23,7 +23,7 @@ def test_iterating_the_map():
         p.x,
         y0,
         solver=Iterate(steps=500, tolerance=1e-12),
-        structure=Levels(p).structure,
+        structure=structure_of(p),
     )
     assert solved.stats.converged
     assert solved.stats.gradients == solved.stats.steps < 500
@@ -33,7 +33,7 @@ def test_iterating_the_map():
         p.x,
         y0,
         solver=Iterate(steps=3, tolerance=1e-12),
-        structure=Levels(p).structure,
+        structure=structure_of(p),
     )
     y = y0
     for _ in range(3):
@@ -58,5 +58,5 @@ def test_iterate_refuses_a_projection():
             p.x,
             {"y": p.t},
             solver=Iterate(),
-            structure=replace(Levels(p).structure, project=lambda y: y),
+            structure=replace(structure_of(p), project=lambda y: y),
         )

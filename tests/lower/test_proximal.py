@@ -7,7 +7,7 @@ import torch
 
 from bilevel import solve_lower
 from bilevel.lower.proximal import Proximal
-from bilevel.problem.levels import Levels
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso
@@ -30,7 +30,7 @@ def test_the_proximal_solver_reaches_the_closed_form(make, accelerate, lr):
         y,
         solver=solver,
         batch=next(p.lower_batches(None)),
-        structure=Levels(p).structure,
+        structure=structure_of(p),
     )
     assert got.stats.converged
     assert_close(got.y, p.lower_solution(x), rtol=1e-9)
@@ -66,7 +66,7 @@ def test_one_plain_proximal_step_by_hand():
         {"w": w},
         solver=Proximal(steps=1, lr=0.01),
         batch=batch,
-        structure=Levels(p).structure,
+        structure=structure_of(p),
     )
     torch.testing.assert_close(got.y["w"], expected, rtol=1e-14, atol=0)
 

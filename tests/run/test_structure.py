@@ -15,7 +15,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
-from bilevel.problem.levels import Levels
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel.run import engine
 from bilevel.types import Structure
@@ -107,7 +107,7 @@ def test_a_lower_solver_that_would_ignore_the_proximal_map_is_refused():
     p = Lasso()
     x, y = p.init(Streams(0))
     with pytest.raises(ProblemError, match=r"would ignore it.*lower: proximal"):
-        solve_lower(p.lower_loss, x, y, solver=Gradient(), structure=Levels(p).structure)
+        solve_lower(p.lower_loss, x, y, solver=Gradient(), structure=structure_of(p))
     engine.refuse_mismatch(made(Lasso()))
 
 
