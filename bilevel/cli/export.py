@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +11,7 @@ from bilevel import recipe as recipes
 from bilevel import runfolder
 from bilevel.cli.boundary import complain, requiring
 from bilevel.errors import CheckpointError, RecipeError
+from bilevel.problem.levels import Levels
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 from bilevel.runfolder import checkpoint
@@ -26,7 +26,7 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
     """
     folder = runfolder.find(reference, runs)
     recipe = recipes.load(folder.resolved)
-    write: Any = getattr(recipe.problem, "export", None)
+    write = Levels(recipe.problem).get("export")
     if write is None:
         raise RecipeError(
             f"{folder.path}: problem {recipe.content['problem']['name']} has no `export(x, y, "

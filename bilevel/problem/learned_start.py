@@ -108,6 +108,7 @@ _MAPS: Maps = {
     "hypergradient": _closed_form,
     "evaluate": _of_own,
     "figures": _of_own,
+    "export": _of_own,
     "episodes": keep,
     "project_upper": keep,  # not looked up here: `_projection` joins it with that of y
     "project_lower": keep,

@@ -155,6 +155,7 @@ _MAPS: Maps = {
     "hypergradient": _UNKNOWN_TASKS,
     "evaluate": _mean,
     "figures": _of_the_first,
+    "export": "there is a y for each task, and no one model to write; take it out",
     "episodes": keep,  # not looked up here: it is a method of OverTasks' own
     "project_upper": keep,
     "project_lower": _by_task(0),

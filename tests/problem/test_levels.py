@@ -59,6 +59,7 @@ METHODS = {
     "hypergradient": lambda self, x: {"p": 2 * x["p"]},
     "evaluate": lambda self, x, y: {"size": float((x["p"] * y["q"]).sum())},
     "figures": lambda self, x, y: {"figure": (x["p"] * y["q"]).sum()},
+    "export": lambda self, x, y, folder, merged: (x["p"] * y["q"], folder, merged),
     "episodes": Bare.episodes,
     "project_upper": lambda self, x: tree.map(lambda p: p.clamp(max=1.0), x),
     "project_lower": lambda self, y: tree.map(lambda q: q.clamp(min=0.0), y),
@@ -80,6 +81,7 @@ ARGUMENTS = {
     "hypergradient": ("x",),
     "evaluate": ("x", "y"),
     "figures": ("x", "y"),
+    "export": ("x", "y", "folder", "merged"),
     "episodes": ("stream",),
     "project_upper": ("x",),
     "project_lower": ("y",),
@@ -93,6 +95,7 @@ REFUSED = {
     ("LearnedStart", "lower_start"),
     ("OverTasks", "lower_solution"),
     ("OverTasks", "hypergradient"),
+    ("OverTasks", "export"),
     ("FromModules", "place"),  # has one of its own
 }
 
@@ -165,7 +168,7 @@ def test_a_problem_made_of_a_problem_keeps_each_method_or_refuses_it_by_name(wra
 
 
 @pytest.mark.parametrize(
-    "name", sorted(OPTIONAL.keys() - {"prepare", "place", "episodes", "lower_start"})
+    "name", sorted(OPTIONAL.keys() - {"prepare", "place", "episodes", "lower_start", "export"})
 )
 def test_a_learned_start_calls_each_method_with_the_x_of_the_problem_itself(name):
     given = {"x": X, "y": Y, "step": 0.3, "batch": torch.tensor([1.0, 2.0])}
@@ -181,6 +184,12 @@ def test_a_learned_start_calls_each_method_with_the_x_of_the_problem_itself(name
         assert torch.equal(torch.as_tensor(got[key]), torch.as_tensor(entry))
 
 
+def test_a_learned_start_exports_with_the_x_of_the_problem_itself():
+    got, *rest = LearnedStart(problem=toy("export")).export(STARTED, Y, "folder", True)
+    assert torch.equal(got, X["p"] * Y["q"])
+    assert rest == ["folder", True]
+
+
 def test_a_learned_start_projects_z_as_y_is_projected():
     moved = LearnedStart(problem=toy("project_lower")).project_upper(STARTED)
     assert torch.equal(moved[f"{PREFIX}q"], torch.tensor([7.0, 0.0]))
@@ -188,7 +197,9 @@ def test_a_learned_start_projects_z_as_y_is_projected():
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("name", [n for n, a in ARGUMENTS.items() if "y" in a and n != "figures"])
+@pytest.mark.parametrize(
+    "name", [n for n, a in ARGUMENTS.items() if "y" in a and n not in ("figures", "export")]
+)
 def test_tasks_take_each_method_task_by_task(name, batched):
     given = {"x": X, "y": TASKS, "step": 0.3, "batch": BATCHES}
     problem = OverTasks(problem=toy(name, "episodes"), num_tasks=3, batched=batched)
