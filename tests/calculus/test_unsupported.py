@@ -15,7 +15,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.newton import Newton
 from bilevel.problem.purity import refuse_impure
-from bilevel.types import Counts, Loss, Point
+from bilevel.types import Counts, Loss, LowerSolution, Point
 
 F = nn.functional
 X = {"s": torch.tensor(0.5, dtype=torch.float64)}
@@ -67,7 +67,9 @@ FIRST = {
     [
         lambda loss, path: bilevel.unroll(loss, X, Y, steps=2),
         *(
-            lambda loss, path, e=e: bilevel.hypergradient(upper, loss, X, Y, estimator=e, path=path)
+            lambda loss, path, e=e: bilevel.hypergradient(
+                upper, loss, X, LowerSolution(Y, path=path), estimator=e
+            )
             for e in (
                 Implicit(),
                 OneStep(),

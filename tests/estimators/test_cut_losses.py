@@ -24,7 +24,7 @@ from bilevel.lower.newton import Newton
 from bilevel.lower.proximal import Proximal
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
-from bilevel.types import Structure
+from bilevel.types import LowerSolution, Structure
 
 X = {"s": torch.tensor(0.7, dtype=torch.float64)}
 Y = {"w": torch.tensor([0.3, -0.4], dtype=torch.float64)}
@@ -75,12 +75,9 @@ def hypergradient(F, G, estimator):
         F,
         G,
         X,
-        solved.y,
+        LowerSolution(solved.y, path=solved.path, pairs=pairs),
         estimator=estimator,
-        path=solved.path,
-        pairs=pairs,
-        upper_batches=itertools.repeat(None),
-        lower_batches=itertools.repeat(None),
+        batches=(itertools.repeat(None), itertools.repeat(None)),
     )
 
 

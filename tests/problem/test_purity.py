@@ -32,9 +32,7 @@ def lower_of(function, batch=None):
 def estimate(lower, estimator=None, y=None, x=None):
     x = x or X
     solved = bilevel.solve_lower(lower, x, y or Y, solver=Gradient(steps=40), record=True)
-    return bilevel.hypergradient(
-        upper, lower, x, solved.y, estimator=estimator or Implicit(), path=solved.path
-    )
+    return bilevel.hypergradient(upper, lower, x, solved, estimator=estimator or Implicit())
 
 
 # randomness

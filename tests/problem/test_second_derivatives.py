@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel import functional
 from bilevel.errors import ProblemError
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
@@ -20,7 +19,7 @@ from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.dense import Dense
 from bilevel.lower.gradient import Gradient
-from bilevel.problem import second_derivatives
+from bilevel.problem import estimation, second_derivatives
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
@@ -45,9 +44,7 @@ def lower_of(function, batch=None):
 def estimate(lower, estimator=None, y=None, x=None):
     x = x or X
     solved = bilevel.solve_lower(lower, x, y or Y, solver=Gradient(steps=40), record=True)
-    return bilevel.hypergradient(
-        upper, lower, x, solved.y, estimator=estimator or Implicit(), path=solved.path
-    )
+    return bilevel.hypergradient(upper, lower, x, solved, estimator=estimator or Implicit())
 
 
 class Double(torch.autograd.Function):
@@ -112,7 +109,7 @@ def test_a_term_without_its_second_derivative_is_refused(estimator, loss, dtype)
 
 def test_without_the_check_the_hypergradient_would_be_wrong(monkeypatch):
     """The control: G = y² + (y − x)², dΦ/dx = 1/2, and 1 with the first term's Hessian lost."""
-    monkeypatch.setattr(functional, "refuse_missing_second_derivative", lambda *_: None)
+    monkeypatch.setattr(estimation, "refuse_missing_second_derivative", lambda *_: None)
     got = estimate(CUTS["once_differentiable"], Implicit()).hypergradient["x"]
     assert torch.allclose(got, torch.ones_like(got))
 
@@ -254,9 +251,7 @@ def test_an_entry_seen_through_its_absolute_value_alone(estimator):
     def squares(x, y, batch):
         return 0.5 * y["y"].square().sum()
 
-    got = bilevel.hypergradient(
-        squares, lower, X, solved.y, estimator=estimator, path=solved.path
-    ).hypergradient["x"]
+    got = bilevel.hypergradient(squares, lower, X, solved, estimator=estimator).hypergradient["x"]
     # y* = x, and dΦ/dx = x: the kinked part reaches nothing
     assert torch.allclose(got, X["x"], rtol=3e-3), (got, X["x"])
 
@@ -354,7 +349,7 @@ def squares(x, y, batch):
 def test_a_lost_cross_product_is_refused(estimator, loss):
     solved = bilevel.solve_lower(loss, S, W, solver=Gradient(steps=3), record=True)
     with pytest.raises(ProblemError, match=r"loses part of its second derivative.*Dot"):
-        bilevel.hypergradient(squares, loss, S, solved.y, estimator=estimator, path=solved.path)
+        bilevel.hypergradient(squares, loss, S, solved, estimator=estimator)
 
 
 @pytest.mark.parametrize("loss", LOSING.values(), ids=LOSING)
@@ -390,7 +385,7 @@ def test_the_same_function_written_whole_is_accepted_and_right():
 
 def test_without_the_check_the_cross_product_would_be_lost(monkeypatch):
     """The control: 0, with all evidence green, where (−4/3, 0, 4/3) is right."""
-    monkeypatch.setattr(functional, "refuse_missing_second_derivative", lambda *_: None)
+    monkeypatch.setattr(estimation, "refuse_missing_second_derivative", lambda *_: None)
     got = bilevel.hypergradient(squares, alone(Dot), S, W, estimator=Implicit())
     assert not got.hypergradient["s"].any()
     assert got.stats.converged
