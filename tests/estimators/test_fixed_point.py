@@ -18,6 +18,7 @@ from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.iterate import Iterate
 from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.levels import structure_of
 from bilevel.rng import stream
 from bilevel.run import engine
 from bilevel.run.engine import Setup

@@ -18,6 +18,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.levels import structure_of
 from bilevel.recipe.assemble import assemble
 from bilevel.rng import Streams, stream
 from bilevel.run import engine

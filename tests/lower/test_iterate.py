@@ -8,6 +8,7 @@ import torch
 from bilevel import solve_lower
 from bilevel.errors import ProblemError
 from bilevel.lower.iterate import Iterate
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close

@@ -7,6 +7,7 @@ import torch
 
 from bilevel import solve_lower
 from bilevel.lower.proximal import Proximal
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel_problems.box_qp import BoxQP
 from bilevel_problems.lasso import Lasso

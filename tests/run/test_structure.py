@@ -15,6 +15,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
+from bilevel.problem.levels import structure_of
 from bilevel.rng import Streams
 from bilevel.run import engine
 from bilevel.types import Structure
