@@ -17,8 +17,8 @@ class Problem(Protocol):
     """min over x of F(x, y*(x)),  y*(x) ∈ argmin over y of G(x, y).
 
     The losses are pure in (x, y, batch): no `.grad`, no buffers changed, no random numbers drawn
-    that are not in the batch. Batches are tensors in dicts, lists, tuples or dataclasses; the run moves them
-    to its device and casts floating ones to its dtype.
+    that are not in the batch. Batches are tensors in dicts, lists, tuples or dataclasses; the run
+    moves them to its device and casts floating ones to its dtype.
 
     A batch iterator is infinite and a deterministic function of its stream. One that has
     `state_dict()` and `load_state_dict(state)` resumes by them; any other is resumed by drawing
