@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,12 @@ WRAPPED = {
 
 def test_the_tables_here_are_of_every_optional_method():
     assert METHODS.keys() == ARGUMENTS.keys() == OPTIONAL.keys()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_the_page_names_each(name):
+    page = Path(__file__).parents[2] / "docs" / "problem.md"
+    assert f"`{name}({', '.join(ARGUMENTS[name])})`" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
