@@ -97,7 +97,7 @@ def test_sama_without_an_implicit_part_and_without_a_path():
     with pytest.raises(ProblemError, match="record=True"):
         case.estimate(Sama())
     got = hypergradient(
-        lambda x, y, b: (x["x"] ** 2).sum(),
+        lambda x, y, b: (x["x"] ** 2).sum() + 0 * y["y"].sum(),
         lambda x, y, b: ((y["y"] - x["x"]) ** 2).sum(),
         {"x": torch.ones(2)},
         LowerSolution({"y": torch.zeros(2)}, path=Path(SGD(), {"y": torch.zeros(2)}, {}, (None,))),
