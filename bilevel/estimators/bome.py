@@ -39,17 +39,17 @@ class Bome:
     """∇x F + λ ∇x q with q = G(x, y) − G(x, z), z ≈ argmin of G(x, ·); y moves along ∇y F + λ ∇y q.
 
     λ = max(barrier − ⟨∇F, ∇q⟩ / ‖∇q‖², 0) over x and y together: the smallest change of ∇F whose
-    product with ∇q is at least barrier · ‖∇q‖², so that q falls. z comes from y by `solver` and
+    product with ∇q is at least barrier · ‖∇q‖², so that q falls. z comes from y by `lower` and
     is held fixed, in ∇y q too. The exact gradient, at fixed y and at this λ, of
     x ↦ F(x, y) + λ (G(x, y) − min over z of G(x, z)). As q tends to 0, λ grows without bound and
     x tends to a stationary point of Φ. It is meant for equal steps in x and y: let lr of
-    `optimizer` be that of the upper optimizer. No second derivative is taken but by a `solver`
-    that uses them (newton). Costs 3 gradients and those of `solver`.
+    `optimizer` be that of the upper optimizer. No second derivative is taken but by a `lower`
+    that uses them (newton). Costs 3 gradients and those of `lower`.
     """
 
     barrier: PositiveFloat = 0.5
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
 
     @property
     def needs(self) -> Needs:
@@ -61,7 +61,7 @@ class Bome:
 
     def tight(self, dim: int) -> Bome:
         """The same with the lower level solved to rounding."""
-        return replace(self, solver=exact(dim))
+        return replace(self, lower=exact(dim))
 
     def init(self, at: Point) -> dict[str, Any]:
         return {"optimizer": self.optimizer.init(at.y)}
@@ -101,5 +101,5 @@ class Bome:
         return max(self.barrier - product / square, 0.0)
 
     def _solve(self, losses: Losses, at: Point) -> Auxiliary:
-        lower, start = losses.lower, begin(self.solver, at.y)
-        return minimise(self.solver, lower.function, losses, at.x, start, to_come(lower))
+        lower, start = losses.lower, begin(self.lower, at.y)
+        return minimise(self.lower, lower.function, losses, at.x, start, to_come(lower))

@@ -44,22 +44,22 @@ class MAID:
     so that −h is a descent direction. x then moves by `step` along −h, halved until Φ has fallen
     by descent · step · ‖h‖² whatever the errors of both values may be, ‖∇y F‖ e + S e² / 2 with
     e = ‖∇y G‖ / μ; a step at which a loss overflows is halved as well. If no step is certified ε
-    is multiplied by `tighten`; after one, ε by `loosen` and the step by `grow`. Below `finest`
-    nothing is certified any more and x stays.
+    is multiplied by `tighten`; after one, ε by `accuracy_growth` and the step by `step_growth`.
+    Below `min_accuracy` nothing is certified any more and x stays.
 
-    With a lower bound μ of the eigenvalues of ∂²yy G (`convexity`), an upper bound of ‖∂²xy G‖
-    (`cross_norm`), a Lipschitz constant in y of ∇x F − Bᵀ(∂²yy G)⁻¹ ∇y F (`slope`) and one of ∇y F
-    (`upper_smoothness`, S), ω bounds ‖h − dΦ/dx‖ (Ghadimi and Wang 2018, arXiv:1802.02246, lemma
+    With a lower bound μ of the eigenvalues of ∂²yy G (`strong_convexity`), an upper bound of
+    ‖∂²xy G‖ (`cross_norm`), a Lipschitz constant in y of ∇x F − Bᵀ(∂²yy G)⁻¹ ∇y F (`sensitivity`)
+    and one of ∇y F (`upper_smoothness`, S), ω bounds ‖h − dΦ/dx‖ (Ghadimi and Wang 2018, arXiv:1802.02246, lemma
     2.2), and each step lowers Φ by what is said, in exact arithmetic. Else nothing of this is
     guaranteed: μ is the smallest curvature that the adjoint solves have met, which is too large
     until they meet the smallest; ‖B‖ is ‖Bᵀ v‖ / ‖v‖, which is too small in general; L is the
-    largest slope of h seen while ε was tightened, at least `slope`; S is 2 unless given. Each errs
-    towards certifying too much. `error_bound_from` says which it is, `slope` counting as known
+    largest slope of h seen while ε was tightened, at least `sensitivity`; S is 2 unless given. Each errs
+    towards certifying too much. `error_bound_from` says which it is, `sensitivity` counting as known
     where both others are given.
 
     h is exact in the limit ε → 0. Losses have to be deterministic. Moves y and x: the
-    run's lower solver and upper optimizer are not used. A trial step costs what `solver` takes
-    and 3 gradients; an attempt at h what `solver` takes, 3 gradients, the adjoint's HVPs and 1
+    run's lower solver and upper optimizer are not used. A trial step costs what `lower` takes
+    and 3 gradients; an attempt at h what `lower` takes, 3 gradients, the adjoint's HVPs and 1
     cross product.
 
     Raises:
@@ -71,15 +71,15 @@ class MAID:
     step: PositiveFloat = 1.0
     descent: float = Field(default=0.1, gt=0, lt=1)
     tighten: float = Field(default=0.25, gt=0, lt=1)
-    loosen: float = Field(default=1.5, ge=1)
-    grow: float = Field(default=1.5, ge=1)
-    slope: NonNegativeFloat = 0.1
-    convexity: PositiveFloat | None = None
+    accuracy_growth: float = Field(default=1.5, ge=1)
+    step_growth: float = Field(default=1.5, ge=1)
+    sensitivity: NonNegativeFloat = 0.1
+    strong_convexity: PositiveFloat | None = None
     cross_norm: PositiveFloat | None = None
     upper_smoothness: PositiveFloat = 2.0
-    finest: PositiveFloat = 1e-10
+    min_accuracy: PositiveFloat = 1e-10
     backtracks: PositiveInt = 8
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(
         default_factory=lambda: Proximal(steps=5000)
     )
     adjoint: Annotated[LinearSolver, Slot("linear")] = Field(
@@ -96,16 +96,16 @@ class MAID:
 
     def tight(self, dim: int) -> MAID:
         """The same method as fine as it goes from the start."""
-        return replace(self, accuracy=self.finest, adjoint=CG().tight(dim))
+        return replace(self, accuracy=self.min_accuracy, adjoint=CG().tight(dim))
 
     def init(self, at: Point) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy,
             "step": self.step,
             "adjoint": tree.zeros_like(at.y),
-            "curvature": self.convexity or math.inf,
-            "slope": self.slope,
-            "solver": self.solver.init(at.y),
+            "curvature": self.strong_convexity or math.inf,
+            "sensitivity": self.sensitivity,
+            "lower": self.lower.init(at.y),
         }
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
@@ -113,25 +113,25 @@ class MAID:
         while True:
             found = self._attempt(losses, at.x, y, state)
             state |= {"adjoint": found.adjoint, "curvature": found.curvature}
-            state["slope"] = max(state["slope"], _slope(before, found))
-            bound = found.bound(state["slope"])
+            state["sensitivity"] = max(state["sensitivity"], _sensitivity(before, found))
+            bound = found.bound(state["sensitivity"])
             taken = (
                 self._search(losses, at.x, found, state) if self._descends(found, bound) else None
             )
             if taken:
                 break
-            if state["accuracy"] <= self.finest:
+            if state["accuracy"] <= self.min_accuracy:
                 taken = _Trial(found.y, 0.0, found.lower, found.norm)
                 break
-            tighter = max(self.tighten * state["accuracy"], self.finest)
+            tighter = max(self.tighten * state["accuracy"], self.min_accuracy)
             state, y, before = state | {"accuracy": tighter}, found.y, found
-        step = taken.step or state["step"] / self.grow
+        step = taken.step or state["step"] / self.step_growth
         after = state | {
-            "accuracy": min(self.loosen * state["accuracy"], self.accuracy),
-            "step": self.grow * step,
+            "accuracy": min(self.accuracy_growth * state["accuracy"], self.accuracy),
+            "step": self.step_growth * step,
         }
         moved = Moved(taken.y, taken.lower, taken.norm)
-        known = self.convexity is not None and self.cross_norm is not None
+        known = self.strong_convexity is not None and self.cross_norm is not None
         source = "known constants" if known else "estimated"
         stats = replace(found.stats, error_bound=bound, error_bound_from=source)
         return Estimate(found.h, found.value, after, stats, moved, taken.step)
@@ -140,19 +140,19 @@ class MAID:
         return bound <= (1 - self.descent) * tree.norm(found.h)
 
     def _solve(self, losses: Losses, x: Params, y: Params, state: dict[str, Any]) -> Params:
-        """y with ‖∇y G‖ ≤ ε, as far as `solver` gets; itself where it is so already."""
+        """y with ‖∇y G‖ ≤ ε, as far as `lower` gets; itself where it is so already."""
         _, g = gradient_y(losses.lower, x, y)
         if tree.norm(g) <= state["accuracy"]:
             return y
-        solver, batch = _to(self.solver, state["accuracy"]), losses.lower.batch
+        solver, batch = _to(self.lower, state["accuracy"]), losses.lower.batch
         solved = solver.solve(
             losses.lower,
             x,
             y,
             batches=itertools.repeat(batch),
-            state=state["solver"],
+            state=state["lower"],
         )
-        state["solver"] = solved.state
+        state["lower"] = solved.state
         return solved.y
 
     def _attempt(self, losses: Losses, x: Params, y: Params, state: dict[str, Any]) -> _Found:
@@ -263,7 +263,7 @@ class _Trial:
     norm: float
 
 
-def _slope(before: _Found | None, after: _Found) -> float:
+def _sensitivity(before: _Found | None, after: _Found) -> float:
     """‖h − h'‖ / ‖y − y'‖ between two accuracies at one x."""
     if before is None:
         return 0.0

@@ -30,21 +30,21 @@ def _one_step() -> Gradient:
 class Moreau:
     """∇x F + λ (∇x G(x, y) − ∇x G(x, θ)); y moves along ∇y F / λ + ∇y G(x, y) − (y − θ) / γ.
 
-    θ ≈ argmin of G(x, θ) + ‖θ − y‖² / 2γ, the proximal point, by `solver` from the last θ: one
+    θ ≈ argmin of G(x, θ) + ‖θ − y‖² / 2γ, the proximal point, by `lower` from the last θ: one
     gradient step by default, as published. γ = `gamma` below 1 / (the weak convexity of G) makes
     that problem strongly convex where G is not convex. The exact gradient, at fixed y, of
     x ↦ F(x, y) + λ (G(x, y) − min over θ of (G(x, θ) + ‖θ − y‖² / 2γ)); at any y but the one that
     the run settles at it is no estimate of dΦ/dx. Where x and y rest, x is off a stationary point
     of Φ by O(1/λ). λ = strength · (call + 1)^growth, the paper's c_k. y is moved by one step of
     `optimizer`, at the old x where the paper has the new one. No second derivative is taken but by
-    a `solver` that uses them (newton). Costs 3 gradients and those of `solver`.
+    a `lower` that uses them (newton). Costs 3 gradients and those of `lower`.
     """
 
     strength: PositiveFloat = 10.0
     growth: NonNegativeFloat = 0.0
     gamma: PositiveFloat = 1.0
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
 
     @property
     def needs(self) -> Needs:
@@ -61,11 +61,11 @@ class Moreau:
 
     def tight(self, dim: int) -> Moreau:
         """The same with the proximal point to rounding."""
-        return replace(self, solver=exact(dim))
+        return replace(self, lower=exact(dim))
 
     def init(self, at: Point) -> dict[str, Any]:
         optimizer = self.optimizer.init(at.y)
-        return {"calls": 0, "proximal": begin(self.solver, at.y), "optimizer": optimizer}
+        return {"calls": 0, "proximal": begin(self.lower, at.y), "optimizer": optimizer}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         strength = self.strength * (state["calls"] + 1) ** self.growth
@@ -86,7 +86,7 @@ class Moreau:
 
         def penalised(x: Params) -> Tensor:
             here = Point(x, at.y)
-            theta = self._solve(losses, here, begin(self.solver, at.y))["y"]
+            theta = self._solve(losses, here, begin(self.lower, at.y))["y"]
             envelope = losses.lower(x, theta) + self._distance(theta, at.y)
             return losses.upper(x, at.y) + self.strength * (losses.lower(x, at.y) - envelope)
 
@@ -99,7 +99,7 @@ class Moreau:
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
             return lower.on(batch)(x, theta) + self._distance(theta, at.y)
 
-        return minimise(self.solver, proximal, losses, at.x, start, to_come(lower))
+        return minimise(self.lower, proximal, losses, at.x, start, to_come(lower))
 
     def _distance(self, theta: Params, y: Params) -> Tensor:
         """‖θ − y‖² / 2γ, with its graph."""

@@ -30,7 +30,7 @@ class Penalty:
     distance to dΦ/dx is O(1/λ) (Kwon et al. 2023, lemma 3.1). `central` takes (∇φ₊ − ∇φ₋) λ / 2
     of φ± = min over y of G ± F / λ instead, which is O(1/λ²) and needs λ large enough for G − F/λ
     to stay convex, or the penalised solve does not converge. No second derivative is taken but
-    by a `solver` that uses them (newton). Costs 3 gradients and those of `solver`,
+    by a `lower` that uses them (newton). Costs 3 gradients and those of `lower`,
     which minimises the penalised loss, warm-started; twice that with `central`.
 
     `Stats.residual` is ‖λ ∇y G + ∇y F‖ / ‖∇y F‖ at y_λ (with `central` the larger of the two), what
@@ -40,7 +40,7 @@ class Penalty:
 
     strength: PositiveFloat = 100.0
     central: bool = False
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
 
     @property
     def needs(self) -> Needs:
@@ -56,11 +56,11 @@ class Penalty:
 
     def tight(self, dim: int) -> Penalty:
         """The same with the penalised problems solved to rounding."""
-        return replace(self, solver=exact(dim))
+        return replace(self, lower=exact(dim))
 
     def init(self, at: Point) -> dict[str, Auxiliary]:
         signs = ("plus", "minus") if self.central else ("plus",)
-        return {sign: begin(self.solver, at.y) for sign in signs}
+        return {sign: begin(self.lower, at.y) for sign in signs}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Auxiliary]) -> Estimate:
         plus = self._solve(losses, at.x, state["plus"], 1 / self.strength)
@@ -103,4 +103,4 @@ class Penalty:
         def penalised(x: Params, y: Params, batch: Any) -> Tensor:
             return losses.lower(x, y) + weight * losses.upper(x, y)
 
-        return minimise(self.solver, penalised, losses, x, start, itertools.repeat(None), parts=2)
+        return minimise(self.lower, penalised, losses, x, start, itertools.repeat(None), parts=2)

@@ -30,7 +30,7 @@ def _one_step() -> Gradient:
 class RegularisedGap:
     """∇x F + λ (∇x L(x, y, μ) − ∇x L(x, θ, z)) with L = G + zᵀd and d ≤ 0 the lower constraints.
 
-    μ = max(z + γ₂ d(x, y), 0), and θ ≈ argmin of L(x, θ, z) + ‖θ − y‖² / 2γ₁ by `solver` from the
+    μ = max(z + γ₂ d(x, y), 0), and θ ≈ argmin of L(x, θ, z) + ‖θ − y‖² / 2γ₁ by `lower` from the
     last θ, one gradient step by default, as published. y moves along
     ∇y F / λ + ∇y L(x, y, μ) − (y − θ) / γ₁, and the multipliers z, kept in
     [0, multiplier_bound], by multiplier_lr along (μ − z) / γ₂ − d(x, θ). Equalities are the same
@@ -38,8 +38,8 @@ class RegularisedGap:
     gap, the gap being the largest value of L(x, y, μ) − L(x, θ, z) − ‖θ − y‖² / 2γ₁ −
     ‖μ − z‖² / 2γ₂; at any y but the one that the run settles at it is no estimate of dΦ/dx. G and
     d have to be convex in y. λ = strength · (call + 1)^growth. Without constraints it is `moreau`.
-    No second derivative is taken but by a `solver` that uses them (newton). Costs 3 gradients of
-    L or F and those of `solver`.
+    No second derivative is taken but by a `lower` that uses them (newton). Costs 3 gradients of
+    L or F and those of `lower`.
     """
 
     strength: PositiveFloat = 10.0
@@ -49,7 +49,7 @@ class RegularisedGap:
     multiplier_lr: PositiveFloat = 0.1
     multiplier_bound: PositiveFloat = 100.0
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
 
     @property
     def needs(self) -> Needs:
@@ -68,10 +68,10 @@ class RegularisedGap:
 
     def tight(self, dim: int) -> RegularisedGap:
         """The same with θ to rounding."""
-        return replace(self, solver=exact(dim))
+        return replace(self, lower=exact(dim))
 
     def init(self, at: Point) -> dict[str, Any]:
-        proximal, optimizer = begin(self.solver, at.y), self.optimizer.init(at.y)
+        proximal, optimizer = begin(self.lower, at.y), self.optimizer.init(at.y)
         return {"calls": 0, "proximal": proximal, "z": {}, "optimizer": optimizer}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
@@ -103,7 +103,7 @@ class RegularisedGap:
             d = _constraints(losses.lower, x, at.y)
             z = tree.zeros_like(d)
             mu = self._largest(z, d)
-            theta = self._solve(losses, Point(x, at.y), z, begin(self.solver, at.y))["y"]
+            theta = self._solve(losses, Point(x, at.y), z, begin(self.lower, at.y))["y"]
             above = _lagrangian(losses.lower, mu)(x, at.y) - _distance(mu, z, self.gamma2)
             below = _lagrangian(losses.lower, z)(x, theta) + _distance(theta, at.y, self.gamma1)
             return losses.upper(x, at.y) + self.strength * (above - below)
@@ -130,7 +130,7 @@ class RegularisedGap:
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
             return lower.on(batch)(x, theta) + _distance(theta, at.y, self.gamma1)
 
-        return minimise(self.solver, proximal, losses, at.x, start, to_come(losses.lower))
+        return minimise(self.lower, proximal, losses, at.x, start, to_come(losses.lower))
 
 
 def _constraints(loss: Loss, x: Params, y: Params) -> Params:

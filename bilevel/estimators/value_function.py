@@ -33,10 +33,10 @@ class ValueFunction:
     F + P(gap) + theta/2 ‖y‖², which tends to the optimistic Φ as mu, theta and sigma tend to 0;
     with one lower solution the quadratic penalty's distance to dΦ/dx is O(sigma^(1/3)) at
     mu = theta = 0, the barrier's O(√mu) as sigma falls. Each call divides mu, theta and sigma by
-    (call + 1)^decay. P is steep, hence a `solver` with a line search; for "log" take newton, whose
+    (call + 1)^decay. P is steep, hence a `lower` with a line search; for "log" take newton, whose
     search turns back at the edge, or gradient with steps too short to cross it. No second
-    derivative is taken but by a `solver` that uses them (newton). Costs 4 gradients, those of
-    `solver` for z, and two for each one of `solver` for y.
+    derivative is taken but by a `lower` that uses them (newton). Costs 4 gradients, those of
+    `lower` for z, and two for each one of `lower` for y.
 
     Raises:
         ProblemError: the barrier has no inside to start from.
@@ -47,14 +47,14 @@ class ValueFunction:
     mu: NonNegativeFloat = 1e-3
     theta: NonNegativeFloat = 1e-3
     decay: NonNegativeFloat = 0.0
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=LBFGS)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=LBFGS)
 
     @model_validator(mode="after")
     def _turns_back_at_the_edge(self) -> Self:
-        if self.penalty == "log" and isinstance(self.solver, LBFGS):
+        if self.penalty == "log" and isinstance(self.lower, LBFGS):
             raise ValueError(
                 "lbfgs steps across the edge of penalty 'log', where it is not defined; use "
-                "solver: newton, or gradient with a small lr"
+                "lower: newton, or gradient with a small lr"
             )
         return self
 
@@ -76,13 +76,13 @@ class ValueFunction:
     def tight(self, dim: int) -> ValueFunction:
         """The same with both problems solved to rounding, and a barrier that Newton gets along."""
         if self.penalty == "quadratic":
-            return replace(self, solver=exact(dim))
+            return replace(self, lower=exact(dim))
         if dim > 200:
             raise ProblemError("the barrier is held to its claim up to 200 lower variables only")
-        return replace(self, solver=exact(dim), sigma=max(self.sigma, 1.0))
+        return replace(self, lower=exact(dim), sigma=max(self.sigma, 1.0))
 
     def init(self, at: Point) -> dict[str, Any]:
-        return {"calls": 0, "value": begin(self.solver, at.y), "upper": begin(self.solver, at.y)}
+        return {"calls": 0, "value": begin(self.lower, at.y), "upper": begin(self.lower, at.y)}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         now = self._after(state["calls"])
@@ -122,7 +122,7 @@ class ValueFunction:
         def regularised(x: Params, z: Params, batch: Any) -> Tensor:
             return losses.lower(x, z) + self.mu / 2 * _square(z)
 
-        return minimise(self.solver, regularised, losses, x, start, itertools.repeat(None))
+        return minimise(self.lower, regularised, losses, x, start, itertools.repeat(None))
 
     def _level(self, losses: Losses, x: Params, z: Params) -> float:
         """What G is to stay below: its regularised minimum."""
@@ -133,7 +133,7 @@ class ValueFunction:
         def penalised(x: Params, y: Params, batch: Any) -> Tensor:
             return self._penalised(losses, x, y, level)
 
-        return minimise(self.solver, penalised, losses, x, start, itertools.repeat(None), parts=2)
+        return minimise(self.lower, penalised, losses, x, start, itertools.repeat(None), parts=2)
 
     def _inside(self, losses: Losses, x: Params, z: Auxiliary, start: Auxiliary) -> Auxiliary:
         """Where the solve for y starts: where the last one ended, or at z to be inside."""

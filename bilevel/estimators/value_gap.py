@@ -29,13 +29,13 @@ class ValueGap:
     but the one that the run settles at it is no estimate of dΦ/dx: at y* it is ∇x F alone. Where
     x and y rest, x is off a stationary point of Φ by O(1/λ). y is moved by one step of
     `optimizer`; the paper's step α in y is lr / λ here, so that lr may be what suits G, whatever
-    λ. No second derivative is taken but by a `solver` that uses them (newton). Costs 3 gradients
-    and those of `solver`, which goes on from the last z.
+    λ. No second derivative is taken but by a `lower` that uses them (newton). Costs 3 gradients
+    and those of `lower`, which goes on from the last z.
     """
 
     strength: PositiveFloat = 10.0
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Gradient)
 
     @property
     def needs(self) -> Needs:
@@ -52,10 +52,10 @@ class ValueGap:
 
     def tight(self, dim: int) -> ValueGap:
         """The same with the lower level solved to rounding."""
-        return replace(self, solver=exact(dim))
+        return replace(self, lower=exact(dim))
 
     def init(self, at: Point) -> dict[str, Any]:
-        return {"lowest": begin(self.solver, at.y), "optimizer": self.optimizer.init(at.y)}
+        return {"lowest": begin(self.lower, at.y), "optimizer": self.optimizer.init(at.y)}
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         lowest = self._solve(losses, at.x, state["lowest"])
@@ -73,7 +73,7 @@ class ValueGap:
         """The penalty function that this estimator claims to differentiate."""
 
         def penalised(x: Params) -> Tensor:
-            z = self._solve(losses, x, begin(self.solver, at.y))["y"]
+            z = self._solve(losses, x, begin(self.lower, at.y))["y"]
             gap = losses.lower(x, at.y) - losses.lower(x, z)
             return losses.upper(x, at.y) + self.strength * gap
 
@@ -81,4 +81,4 @@ class ValueGap:
 
     def _solve(self, losses: Losses, x: Params, start: Auxiliary) -> Auxiliary:
         lower = losses.lower
-        return minimise(self.solver, lower.function, losses, x, start, to_come(lower))
+        return minimise(self.lower, lower.function, losses, x, start, to_come(lower))

@@ -31,6 +31,17 @@ MODULE = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
 # Where the name to import is not the name to install.
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}
 
+RENAMED = {
+    "error": ("target_error",),
+    "solver": ("lower",),
+    "convexity": ("strong_convexity",),
+    "slope": ("sensitivity",),
+    "finest": ("min_accuracy",),
+    "grow": ("step_growth",),
+    "loosen": ("accuracy_growth",),
+}
+"""What earlier recipes said: the keys that took the place of a key, suggested where one is read."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -118,10 +129,11 @@ def name_of(cls: type[Any], group: str) -> str:
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:
-    """`'nmae': unknown <what>.` with the nearest known names, those it is a word of, or all of them."""
+    """`'nmae': unknown <what>.` with its new name, the nearest known, those it is a word of, or all."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    near = near or [one for one in known if name in one.split("_")][:2]  # error, target_error
+    near = near or [one for one in known if name in one.split("_")][:2]
+    near = [now for now in RENAMED.get(name, ()) if now in known] or near
     if near:
         hint = f"Did you mean {' or '.join(map(repr, near))}?"
     else:

@@ -110,7 +110,7 @@ TABLE = (
         "inner solve",
         lambda step: step.stats.converged is False and not step.has_adjoint,
         lambda step: (
-            "the estimator's inner solve did not reach its tolerance; give estimator.solver more "
+            "the estimator's inner solve did not reach its tolerance; give estimator.lower more "
             "steps, or raise estimator.strength if the penalised problem has no minimum"
         ),
         unless=("curvature", "degenerate"),
@@ -186,12 +186,14 @@ def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -
 
 
 def _remedy(estimator: Estimator) -> str:
+    if hasattr(getattr(estimator, "lower", None), "steps"):
+        return "raise estimator.lower.steps"
     solver = getattr(estimator, "solver", None)
-    read = [name for name in ("iterations", "rank", "steps") if hasattr(solver, name)]
+    read = [name for name in ("iterations", "rank") if hasattr(solver, name)]
     if not read:
         return "take estimator: implicit, whose solver cg says when it has converged"
-    other = read[0] == "steps" or called(solver, "linear") == "cg"
-    return f"raise estimator.solver.{read[0]}" + ("" if other else ", or take estimator.solver: cg")
+    other = "" if called(solver, "linear") == "cg" else ", or take estimator.solver: cg"
+    return f"raise estimator.solver.{read[0]}{other}"
 
 
 def _lower_tolerance(step: Step) -> float:

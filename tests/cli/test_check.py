@@ -11,7 +11,7 @@ from tests.cli.commands import invoke
 def test_check_shows_a_row_for_each_estimator():
     text = invoke("check", "quadratic").output
     assert "reference: closed form" in text
-    for name in ("implicit", "none", "one_step", "unroll"):
+    for name in ("implicit", "alternating", "one_step", "unroll"):
         verdict = "exact" if name == "implicit" else "as claimed"
         assert re.search(rf"^{name} .* {verdict}", text, re.MULTILINE)
     only = invoke("check", "quadratic", "--estimators", "implicit,none").output

@@ -17,7 +17,7 @@ from tests.estimators.typed_out import LR, STEP, Typed, assert_moves, descend, r
 def test_bome_equals_its_formula(here, barrier):
     case, start, at = here
     estimator = Bome(
-        barrier=barrier, optimizer=STEP, solver=Gradient(steps=5, optimizer=SGD(lr=0.3))
+        barrier=barrier, optimizer=STEP, lower=Gradient(steps=5, optimizer=SGD(lr=0.3))
     )
     y = start["y"]
     z = descend(y, at.G_y, 5, 0.3)
@@ -44,7 +44,7 @@ def test_the_barrier_makes_the_gap_fall_at_its_rate_and_no_faster_than_needed():
         F = torch.cat([at.F_x(y), at.F_y(y)])
         solver = Gradient(steps=5, optimizer=SGD(lr=0.3))
         for barrier in (0.01, 0.5, 5.0):
-            got = case.estimate(Bome(barrier=barrier, optimizer=STEP, solver=solver), start)
+            got = case.estimate(Bome(barrier=barrier, optimizer=STEP, lower=solver), start)
             along = torch.cat([got.hypergradient["x"], (y - got.moved.y["y"]) / LR])
             least = barrier * float(q @ q)
             assert float(along @ q) == pytest.approx(max(least, float(F @ q)), rel=1e-8)
@@ -54,7 +54,7 @@ def test_the_barrier_makes_the_gap_fall_at_its_rate_and_no_faster_than_needed():
 
 def test_bome_at_a_solved_lower_level_descends_the_upper_loss(here):
     case, _, at = here
-    got = case.estimate(Bome(optimizer=STEP, solver=Newton()), tree.detach(case.y))
+    got = case.estimate(Bome(optimizer=STEP, lower=Newton()), tree.detach(case.y))
     y = case.y["y"]
     # ∇q is rounding there, λ whatever; at ∇q = 0 itself it is 0
     flat = hypergradient(
@@ -71,7 +71,7 @@ def test_bome_at_a_solved_lower_level_descends_the_upper_loss(here):
 
 def test_a_run_under_the_barrier_comes_near_the_solution():
     best = solution(Quadratic())
-    estimator = Bome(optimizer=SGD(lr=0.02), solver=steps(10, 1.0))
+    estimator = Bome(optimizer=SGD(lr=0.02), lower=steps(10, 1.0))
     errors = [relative(run(estimator, count, 0.02)[1].x, best) for count in (1, 100, 400)]
     assert errors[0] > 1
     assert errors[2] < 0.5 * errors[1] < 0.2

@@ -114,7 +114,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         KKT(solver=MINRES(iterations=300, tolerance=1e-9)),
         {"structure": NO_CONSTRAINT_IS_NEAR},
     ),
-    "maid": (MAID(accuracy=1e-7, solver=LBFGS(steps=200)), {}),
+    "maid": (MAID(accuracy=1e-7, lower=LBFGS(steps=200)), {}),
     "unroll": (Unroll(), {"path": Gradient(steps=30, optimizer=SGD(lr=0.5))}),
     "single_loop": (SingleLoop(lower_lr=0.5, adjoint_lr=0.5, lower_steps=2000, tolerance=1e-9), {}),
 }

@@ -21,7 +21,7 @@ from bilevel.types import Point, Stats
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import assert_close, closed_form, offset, relative
 
-FIXED = {accuracy: MAID(accuracy=accuracy, loosen=1.0) for accuracy in (1e-4, 1e-6, 1e-8)}
+FIXED = {accuracy: MAID(accuracy=accuracy, accuracy_growth=1.0) for accuracy in (1e-4, 1e-6, 1e-8)}
 
 
 def value(problem, x):
@@ -51,7 +51,7 @@ def test_descent_is_certified_and_the_bound_holds(seed):
     inverse = torch.linalg.inv(k["A"])
     # h(y) − dΦ/dx = (Dᵀ + Bᵀ A⁻¹) (y − y*): its largest slope in y
     slope = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2))
-    rows = trace(problem, MAID(slope=slope))
+    rows = trace(problem, MAID(sensitivity=slope))
     for (x, before, _, _), (after_x, after, _, event) in itertools.pairwise(rows):
         assert event.estimate.error_bound_from == "estimated"
         h = event.hypergradient_norm
@@ -70,7 +70,8 @@ def test_the_error_is_within_its_bound_from_any_start(seed):
     slope = float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2))
     for accuracy in (0.1, 1e-3):
         got = case.estimate(
-            MAID(accuracy=accuracy, slope=slope, convexity=0.1), offset(case.y, 5.0, seed)
+            MAID(accuracy=accuracy, sensitivity=slope, strong_convexity=0.1),
+            offset(case.y, 5.0, seed),
         )
         error = tree.norm(tree.sub(got.hypergradient, case.truth))
         assert 0 < error <= got.stats.error_bound
@@ -80,9 +81,9 @@ def known(k):
     """The constants of a quadratic problem: of A, of B, of h in y, and of ∇y F."""
     inverse = torch.linalg.inv(k["A"])
     return {
-        "convexity": float(torch.linalg.eigvalsh(k["A"])[0]) * (1 - 1e-12),
+        "strong_convexity": float(torch.linalg.eigvalsh(k["A"])[0]) * (1 - 1e-12),
         "cross_norm": float(torch.linalg.matrix_norm(k["B"], 2)),
-        "slope": float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2)),
+        "sensitivity": float(torch.linalg.matrix_norm(k["D"].T + k["B"].T @ inverse, 2)),
         "upper_smoothness": 1.0,
     }
 
@@ -103,7 +104,11 @@ def test_with_estimated_constants_it_need_not_be():
     case = closed_form(lambda s: Quadratic(data_seed=s), 0)
     constants = known(case.problem.constants)
     ratios = []
-    for given in ({}, {"slope": constants["slope"]}, {"convexity": constants["convexity"]}):
+    for given in (
+        {},
+        {"sensitivity": constants["sensitivity"]},
+        {"strong_convexity": constants["strong_convexity"]},
+    ):
         got = case.estimate(MAID(**given), offset(case.y, 5.0))
         assert got.stats.error_bound_from == "estimated"
         off = tree.norm(tree.sub(got.hypergradient, case.truth))
@@ -276,7 +281,7 @@ def test_the_state_given_is_not_changed():
 def test_what_is_no_certain_descent_is_solved_further():
     """A slope so large that F is long certain where h is not yet."""
     case = closed_form(lambda seed: Quadratic(), 0)
-    got = case.estimate(MAID(slope=1e5, convexity=0.1), offset(case.y, 5.0))
+    got = case.estimate(MAID(sensitivity=1e5, strong_convexity=0.1), offset(case.y, 5.0))
     assert got.step is not None
     assert got.step > 0
     assert got.stats.error_bound <= 0.9 * tree.norm(got.hypergradient)
@@ -286,9 +291,9 @@ def test_what_is_no_certain_descent_is_solved_further():
 def test_the_bound_holds_by_the_slope_that_was_seen(unknowns, seed, step):
     """None is given, and the adjoint's part of the bound alone would be less than the error here."""
     case = closed_form(lambda s: Quadratic(data_seed=s, num_upper=3, num_lower=unknowns), seed)
-    estimator = MAID(accuracy=1.0, slope=0.0, step=step, convexity=0.1)
+    estimator = MAID(accuracy=1.0, sensitivity=0.0, step=step, strong_convexity=0.1)
     got = case.estimate(estimator, offset(case.y, 3.0, seed))
-    assert got.state["slope"] > 0
+    assert got.state["sensitivity"] > 0
     error = tree.norm(tree.sub(got.hypergradient, case.truth))
     assert 0 < error <= got.stats.error_bound
 

@@ -105,7 +105,7 @@ MOVES = {
     *("averaged_multipliers", "sl_bamm"),
 }
 IGNORE_THE_SET = {"implicit", "imaml", "lancbio", "betty:cg"}
-KNOW_PROX = {"fixed_point", "richardson", "none"}
+KNOW_PROX = {"fixed_point", "richardson", "alternating", "none"}
 THROUGH_THE_START = {"unroll", "maml", "iaptt", "forward", "fg2u", "fomaml", "reptile"}
 SEE_NO_WIRING = {"zeroth_order", "betty:darts", "betty:sama"}
 
@@ -303,7 +303,7 @@ def test_a_lost_half_is_found_everywhere(problem):
 
 def test_a_lost_refusal_is_found(monkeypatch):
     monkeypatch.setattr(refusals, "_refuse_ignored_prox", lambda setup: None)
-    chosen = {name: made for name, made in distinct().items() if name in ("penalty", "none")}
+    chosen = {name: made for name, made in distinct().items() if name in ("penalty", "alternating")}
     found = rows(setup("lasso", 0), chosen)
     assert found["penalty"].verdict == "as claimed"  # of a problem without the lasso's penalty
     assert expected("lasso", "penalty") == "refused"
@@ -355,7 +355,7 @@ def test_methods_and_the_miniature():
     assert got == due, {n: found[n] for n in got if got[n] != due[n]}
     assert {n for n in chosen if due[n] == "as claimed"} >= {
         "aggregation",
-        "none",
+        "alternating",
         "one_step",
         "unroll",
     }

@@ -19,7 +19,7 @@ def test_moreau_equals_its_formula_and_its_proximal_step(here):
         growth=0.4,
         gamma=gamma,
         optimizer=STEP,
-        solver=Gradient(steps=1, optimizer=SGD(lr=eta)),
+        lower=Gradient(steps=1, optimizer=SGD(lr=eta)),
     )
     state, y, theta = None, start["y"], start["y"]
     for call in range(3):
@@ -37,7 +37,7 @@ def test_moreau_equals_its_formula_and_its_proximal_step(here):
 def test_the_proximal_point_is_where_the_envelope_is(here):
     """(A + I / γ) θ = B x + c + y / γ, at convergence of `solver`."""
     case, start, at = here
-    got = case.estimate(Moreau(gamma=0.3, solver=Newton(tolerance=1e-12)), start)
+    got = case.estimate(Moreau(gamma=0.3, lower=Newton(tolerance=1e-12)), start)
     A, right = at.k["A"], at.k["B"] @ at.x + at.k["c"] + start["y"] / 0.3
     theta = torch.linalg.solve(A + torch.eye(len(A), dtype=torch.float64) / 0.3, right)
     assert_close(got.state["proximal"]["y"], {"y": theta}, rtol=1e-11)

@@ -28,7 +28,7 @@ def test_penalty_error_falls_as_predicted(make, central, order):
     errors = [
         relative(
             case.estimate(
-                Penalty(strength=s, central=central, solver=Newton(tolerance=1e-13))
+                Penalty(strength=s, central=central, lower=Newton(tolerance=1e-13))
             ).hypergradient,
             case.truth,
         )
@@ -40,12 +40,12 @@ def test_penalty_error_falls_as_predicted(make, central, order):
 
 def test_penalty_takes_no_second_derivative_and_goes_on_from_its_state():
     case = closed_form(PROBLEMS[0], 0)
-    estimator = Penalty(strength=100.0, solver=Gradient(steps=40, optimizer=SGD(lr=0.9)))
+    estimator = Penalty(strength=100.0, lower=Gradient(steps=40, optimizer=SGD(lr=0.9)))
     assert not estimator.needs.second_order
     first = case.estimate(estimator)
     assert (first.stats.hvps, first.stats.cross_products) == (0, 0)
     assert first.stats.gradients == 3 + 2 * 40
-    exact = case.estimate(Penalty(strength=100.0, solver=Newton())).hypergradient
+    exact = case.estimate(Penalty(strength=100.0, lower=Newton())).hypergradient
     gaps, state = [], None
     for _ in range(3):
         estimate = case.estimate(estimator, state=state)
@@ -57,9 +57,9 @@ def test_penalty_takes_no_second_derivative_and_goes_on_from_its_state():
 def test_a_penalised_problem_without_a_minimum_is_flagged():
     """G − F/λ is concave somewhere at λ = 2: central differences must not be silently wrong."""
     case = closed_form(PROBLEMS[0], 0)
-    got = case.estimate(Penalty(strength=2.0, central=True, solver=Newton()))
+    got = case.estimate(Penalty(strength=2.0, central=True, lower=Newton()))
     assert got.stats.converged is False
-    assert case.estimate(Penalty(strength=1e3, central=True, solver=Newton())).stats.converged
+    assert case.estimate(Penalty(strength=1e3, central=True, lower=Newton())).stats.converged
 
 
 @pytest.mark.parametrize("central", [False, True])
@@ -69,7 +69,7 @@ def test_the_penalty_says_what_its_problem_is_left_with(make, central):
     case, strength = closed_form(make, 0), 1e4
     for steps in (1, 20):
         solver = Gradient(steps=steps, optimizer=SGD(lr=0.1))
-        got = case.estimate(Penalty(strength=strength, solver=solver, central=central))
+        got = case.estimate(Penalty(strength=strength, lower=solver, central=central))
         ends, b = got.state, case.losses()
         F_y = tree.flatten(gradients(b.upper, Point(case.x, case.y))[2])
         lefts = []
@@ -78,7 +78,7 @@ def test_the_penalty_says_what_its_problem_is_left_with(make, central):
             lefts.append(float((F_y - case.hessian() @ v).norm() / F_y.norm()))
         assert got.stats.residual == pytest.approx(max(lefts), rel=0.02)
         assert got.stats.residual > 1e-3
-    solved = case.estimate(Penalty(strength=strength, solver=Newton(), central=central))
+    solved = case.estimate(Penalty(strength=strength, lower=Newton(), central=central))
     assert solved.stats.residual < 1e-6
     assert solved.stats.gradients > 0
 
@@ -89,11 +89,11 @@ def test_a_run_warns_of_a_penalised_problem_that_is_not_solved():
             Quadratic(),
             Newton(),
             Upper(steps=1),
-            Penalty(solver=solver),
+            Penalty(lower=solver),
             dtype=torch.float64,
         )
         return {e.kind: e.message for e in run(setup, start(setup)) if isinstance(e, Warned)}
 
     found = warnings(Gradient())
-    assert "estimator.solver.steps" in found["residual"]
+    assert "estimator.lower.steps" in found["residual"]
     assert "residual" not in warnings(Newton())

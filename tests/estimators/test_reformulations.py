@@ -69,8 +69,8 @@ def test_and_not_of_something_near_it(estimator, wrong):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda s: ValueGap(strength=s, optimizer=STEP, solver=Newton(tolerance=1e-13)),
-        lambda s: Moreau(strength=s, optimizer=STEP, solver=Newton(tolerance=1e-13)),
+        lambda s: ValueGap(strength=s, optimizer=STEP, lower=Newton(tolerance=1e-13)),
+        lambda s: Moreau(strength=s, optimizer=STEP, lower=Newton(tolerance=1e-13)),
         lambda s: GradientGap(strength=s, optimizer=STEP),
     ],
     ids=["value gap", "Moreau", "gradient gap"],
@@ -110,15 +110,15 @@ def test_first_order_methods_take_no_second_derivative(estimator):
 @pytest.mark.parametrize(
     "estimator",
     [
-        ValueGap(strength=10.0, optimizer=SGD(lr=0.5), solver=steps(3, 1.0)),
-        Moreau(strength=10.0, gamma=10.0, optimizer=SGD(lr=0.5), solver=steps(1, 0.9)),
+        ValueGap(strength=10.0, optimizer=SGD(lr=0.5), lower=steps(3, 1.0)),
+        Moreau(strength=10.0, gamma=10.0, optimizer=SGD(lr=0.5), lower=steps(1, 0.9)),
     ],
     ids=lambda e: type(e).__name__,
 )
 def test_a_run_comes_to_rest_where_its_penalty_says(estimator):
     """One step of everything at a time, from where the problem starts."""
     problem, state = run(estimator, 1500, 2e-2)
-    exact = replace(estimator, solver=Newton(tolerance=1e-13), optimizer=STEP)
+    exact = replace(estimator, lower=Newton(tolerance=1e-13), optimizer=STEP)
     case = replace(closed_form(PROBLEMS[0], 0), problem=problem)
     x, y = resting(exact, case)
     assert_close(state.x, x, rtol=1e-3)
@@ -144,9 +144,9 @@ SEEN: list[int] = []
 @pytest.mark.parametrize(
     ("estimator", "fresh"),
     [
-        (ValueGap(solver=steps(3, 0.1)), 3),
-        (Bome(solver=steps(3, 0.1)), 3),
-        (Moreau(solver=steps(2, 0.1)), 2),
+        (ValueGap(lower=steps(3, 0.1)), 3),
+        (Bome(lower=steps(3, 0.1)), 3),
+        (Moreau(lower=steps(2, 0.1)), 2),
     ],
     ids=lambda e: type(e).__name__,
 )
@@ -177,9 +177,9 @@ def test_an_unsolved_side_problem_is_flagged(name):
     start = offset(case.y, 1.0)
     # values of some 1e3 say nothing of gradients below √(eps · 1e3 · curvature), 1e-5 under P
     for count, solved in ((1, False), (200, True)):
-        got = case.estimate(make(solver=LBFGS(steps=count, tolerance=1e-4)), start)
+        got = case.estimate(make(lower=LBFGS(steps=count, tolerance=1e-4)), start)
         assert got.stats.converged is solved
-    assert case.estimate(make(solver=steps(2, 1e-3)), start).stats.converged is None
+    assert case.estimate(make(lower=steps(2, 1e-3)), start).stats.converged is None
 
 
 @pytest.mark.parametrize("estimator", CLAIMING, ids=lambda e: type(e).__name__)
@@ -208,6 +208,6 @@ def test_products_of_a_side_problem_are_those_of_each_loss_in_it(here, estimator
     """Newton takes dim(y) products with the Hessian of what it minimises: of G, or of F and G."""
     case, start, _ = here
     dim = tree.size(start)
-    got = case.estimate(replace(estimator, solver=Newton(steps=2, tolerance=0.0)), start)
+    got = case.estimate(replace(estimator, lower=Newton(steps=2, tolerance=0.0)), start)
     solved = {"ValueGap": 1, "Moreau": 1, "ValueFunction": 1 + 2}[type(estimator).__name__]
     assert got.stats.hvps == solved * 2 * dim

@@ -60,7 +60,7 @@ def test_regularised_gap_equals_its_formula():
         multiplier_lr=0.5,
         multiplier_bound=0.05,
         optimizer=STEP,
-        solver=steps(1, eta),
+        lower=steps(1, eta),
     )
     x = torch.tensor([3.0, -0.5], dtype=torch.float64)
     y = torch.tensor([1.2, 0.4], dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_equalities_have_multipliers_of_either_sign():
     at = Bounded()
     equal = Structure(constraints=lambda x, y, b: {"equality": y["y"].sum()[None] - x["x"][:1]})
     got = at.ask(
-        RegularisedGap(optimizer=STEP, gamma2=0.5, solver=steps(1, 0.2)),
+        RegularisedGap(optimizer=STEP, gamma2=0.5, lower=steps(1, 0.2)),
         torch.tensor([3.0, 1.0], dtype=torch.float64),
         y := torch.tensor([0.5, 0.2], dtype=torch.float64),
         structure=equal,
@@ -112,7 +112,7 @@ def test_without_constraints_the_regularised_gap_is_the_moreau_envelope(here):
 
 
 def test_the_regularised_gap_is_the_gradient_of_what_it_claims_under_constraints():
-    estimator = RegularisedGap(solver=Newton(tolerance=1e-13), gamma2=0.3)
+    estimator = RegularisedGap(lower=Newton(tolerance=1e-13), gamma2=0.3)
     y = torch.tensor([1.8, 0.4], dtype=torch.float64)
     x = torch.tensor([1.5, -0.5], dtype=torch.float64)
 
@@ -140,7 +140,7 @@ def test_under_constraints_it_rests_off_by_one_over_the_strength():
             strength=strength,
             multiplier_lr=0.3,
             optimizer=SGD(lr=0.3),
-            solver=steps(1, 0.5),
+            lower=steps(1, 0.5),
         )
         x, y, state = at.rest(estimator, int(40 * strength), structure=at.structure)
         errors.append(float((x - at.best).norm()))

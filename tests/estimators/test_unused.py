@@ -50,7 +50,7 @@ def ask(name, unused):
     estimator, options = ASKED[name]
     given: dict[str, Any] = {key: options[key] for key in options if key == "structure"}
     start = {"unused": torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)}
-    y = {**start, **case.y}
+    y: Any = {**start, **case.y}
 
     def upper(x, y, batch):
         return case.problem.upper_loss(x, y, batch) + unused(y["unused"])
@@ -59,11 +59,9 @@ def ask(name, unused):
         lower = case.problem.lower_loss
         begin = {**start, "y": case.y["y"] + 1}
         solver = LBFGS(steps=300, history=60)
-        solved = solve_lower(lower, case.x, begin, solver=solver, batch=case.lower_batch)
-        y, given["pairs"] = solved.y, solved.pairs
+        y = solve_lower(lower, case.x, begin, solver=solver, batch=case.lower_batch)
     if "draws" in options:
-        given["upper_batches"] = iter([case.upper_batch] * 2000)
-        given["lower_batches"] = iter([case.lower_batch] * 2000)
+        given["batches"] = iter([case.upper_batch] * 2000), iter([case.lower_batch] * 2000)
     got = hypergradient(
         upper,
         case.problem.lower_loss,

@@ -27,7 +27,7 @@ def test_value_function_equals_its_formula_twice(here, penalty):
         mu=mu,
         theta=theta,
         decay=0.5,
-        solver=Gradient(steps=steps, optimizer=SGD(lr=lr)),
+        lower=Gradient(steps=steps, optimizer=SGD(lr=lr)),
     )
     state, y, z = None, start["y"], start["y"]
     for call in range(2):
@@ -55,16 +55,16 @@ def test_value_function_equals_its_formula_twice(here, penalty):
 
 
 def test_a_barrier_is_refused_a_solver_that_would_cross_it():
-    with pytest.raises(ValueError, match="solver: newton"):
+    with pytest.raises(ValueError, match="lower: newton"):
         ValueFunction(penalty="log")
     with pytest.raises(ProblemError, match="200"):
-        ValueFunction(penalty="log", solver=Newton()).tight(201)
+        ValueFunction(penalty="log", lower=Newton()).tight(201)
 
 
 def test_a_start_outside_the_barrier_begins_at_the_regularised_minimum(here):
     """The problem is convex, so where it starts makes no difference to where it ends."""
     case, start, at = here
-    estimator = ValueFunction(penalty="log", sigma=1.0, mu=0.1, solver=Newton())
+    estimator = ValueFunction(penalty="log", sigma=1.0, mu=0.1, lower=Newton())
     outside = offset(case.y, 60.0)
     got, near = case.estimate(estimator, outside), case.estimate(estimator, start)
     z = near.state["value"]["y"]["y"]
@@ -75,7 +75,7 @@ def test_a_start_outside_the_barrier_begins_at_the_regularised_minimum(here):
 def test_a_barrier_without_an_inside_has_a_remedy(here):
     case, _, _ = here
     with pytest.raises(ProblemError, match=r"raise mu, or use penalty: quadratic"):
-        case.estimate(ValueFunction(penalty="log", mu=0.0, solver=Newton()))
+        case.estimate(ValueFunction(penalty="log", mu=0.0, lower=Newton()))
 
 
 def test_value_function_keeps_its_y_apart_from_the_one_it_hands_back(here):
@@ -88,7 +88,7 @@ def test_value_function_keeps_its_y_apart_from_the_one_it_hands_back(here):
 
 def test_the_function_of_a_barrier_is_claimed_too():
     for mu in (0.1, 1e-3):
-        estimator = ValueFunction(penalty="log", mu=mu, solver=Newton())
+        estimator = ValueFunction(penalty="log", mu=mu, lower=Newton())
         error, rounding = against_differences(estimator, lambda e: e, PROBLEMS[0])
         assert error <= max(1e-8, 10 * rounding)
 
@@ -103,7 +103,7 @@ def test_the_value_function_tends_to_the_hypergradient_at_the_cube_root():
     errors = solved_errors(
         case,
         [
-            ValueFunction(sigma=s, mu=0.0, theta=0.0, solver=Newton(steps=200, tolerance=1e-9))
+            ValueFunction(sigma=s, mu=0.0, theta=0.0, lower=Newton(steps=200, tolerance=1e-9))
             for s in (1e-5, 1e-8)
         ],
     )
@@ -118,7 +118,7 @@ def test_the_barrier_tends_to_it_with_the_root_of_the_slack():
     errors = solved_errors(
         case,
         [
-            ValueFunction(penalty="log", sigma=0.1, mu=mu, theta=0.0, solver=newton)
+            ValueFunction(penalty="log", sigma=0.1, mu=mu, theta=0.0, lower=newton)
             for mu in (1e-4, 1e-6)
         ],
     )

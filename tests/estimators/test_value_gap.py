@@ -11,7 +11,7 @@ from tests.estimators.typed_out import STEP, assert_moves, descend
 def test_value_gap_equals_its_formula_twice(here):
     case, start, at = here
     estimator = ValueGap(
-        strength=7.0, optimizer=STEP, solver=Gradient(steps=4, optimizer=SGD(lr=0.3))
+        strength=7.0, optimizer=STEP, lower=Gradient(steps=4, optimizer=SGD(lr=0.3))
     )
     state, y, z = None, start["y"], start["y"]
     for _ in range(2):  # z goes on from the last one

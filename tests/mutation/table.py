@@ -32,7 +32,7 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
         REFORMULATIONS,
         f"{CHECK}[aggregation]",
     ),
-    "estimators/alternating.py": ("tests/estimators/test_alternating.py", f"{CHECK}[none]"),
+    "estimators/alternating.py": ("tests/estimators/test_alternating.py", f"{CHECK}[alternating]"),
     "estimators/averaged_multipliers.py": (
         "tests/estimators/test_averaged_multipliers.py",
         f"{CHECK}[averaged_multipliers]",

@@ -100,7 +100,7 @@ def test_equals_a_loop_over_the_tasks(estimator, steps):
 
 
 @pytest.mark.parametrize(
-    "estimator", [Penalty(solver=Gradient(steps=3)), OneStep(finite_difference=True)], ids=repr
+    "estimator", [Penalty(lower=Gradient(steps=3)), OneStep(finite_difference=True)], ids=repr
 )
 def test_first_order_methods_too(estimator):
     """Their difference quotients are taken jointly, so the wrapper with a loop is the comparison."""

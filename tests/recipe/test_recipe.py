@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bilevel import recipe as recipes
 from bilevel.errors import RecipeError
+from bilevel.estimators.alternating import Alternating
 from bilevel.linear.cg import CG
 from bilevel.optimizers.differentiable import SGD
 from bilevel.recipe.recipe import SECTIONS
@@ -110,6 +111,41 @@ def test_an_error_says_where_and_what(old, new, message):
     with pytest.raises(RecipeError) as caught:
         loads(TEXT.replace(old, new, 1), title="my.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("implicit", "error", "target_error"),
+        *(
+            (name, "solver", "lower")
+            for name in ("penalty", "f2sa_p", "bome", "moreau", "value_gap", "value_function")
+        ),
+        ("regularised_gap", "solver", "lower"),
+        ("maid", "solver", "lower"),
+        ("maid", "convexity", "strong_convexity"),
+        ("maid", "slope", "sensitivity"),
+        ("maid", "finest", "min_accuracy"),
+        ("maid", "grow", "step_growth"),
+        ("maid", "loosen", "accuracy_growth"),
+    ],
+)
+def test_a_renamed_key_is_answered_with_its_new_name(name, old, new):
+    with pytest.raises(RecipeError) as caught:
+        loads(f"problem: quadratic\nestimator: {{name: {name}, {old}: 1}}\n", title="r")
+    assert str(caught.value) == f"r:2: estimator.{old}: unknown key. Did you mean {new!r}?"
+
+
+def test_a_new_name_is_suggested_only_where_it_is_one():
+    """Negative control: implicit has no `min_accuracy`."""
+    with pytest.raises(RecipeError, match=r"unknown key\. Known: "):
+        loads("problem: quadratic\nestimator: {name: implicit, finest: 1}\n")
+
+
+def test_the_estimator_none_is_alternating():
+    made = loads("problem: quadratic\nestimator: none\n")
+    assert made.estimator == Alternating()
+    assert made.content["estimator"] == {"name": "alternating"}
 
 
 def test_all_errors_are_shown_in_the_order_of_their_lines():
