@@ -12,6 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
+from bilevel.lower.start import at_start
 from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
@@ -137,7 +138,7 @@ def solve_lower(
     Raises:
         ProblemError: `record` with a solver whose steps cannot be replayed; a projection, a proximal
             map or constraints with a solver that would ignore them.
-        ConvergenceError: G became NaN or infinite.
+        ConvergenceError: G or its gradient became NaN or infinite; it says whether at the start.
     """
     restart = None if isinstance(y, dict) else y
     y = y if isinstance(y, dict) else y(tree.detach(x))
@@ -152,7 +153,8 @@ def solve_lower(
     if state is None:
         first = next(draws)
         draws = itertools.chain([first], draws)
-        refuse_impure(loss.on(first), x, y)
+        with at_start(0):
+            refuse_impure(loss.on(first), x, y)
     solution = solve(solver, loss, x, y, draws, state, keep)
     solution = with_restart(solution, restart and tied[1].shrunk(tied[0], restart))
     pairs = tied[1].expand_pairs(solution.pairs)

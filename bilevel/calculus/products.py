@@ -29,11 +29,32 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
     """
     result = scalar(loss, x, y)
     if not torch.isfinite(result):
-        raise ConvergenceError(
-            f"{loss.level}_loss = {result.item()}; a smaller step (lower.optimizer.lr, "
-            "upper.optimizer.lr) or damping keeps it finite"
-        )
+        raise ConvergenceError(_not_finite(f"{loss.level}_loss = {result.item()}", x, y))
     return result
+
+
+def _not_finite(what: str, x: Params, y: Params) -> str:
+    """Names the variable that was not finite before the loss saw it, where there is one."""
+    blamed = first_not_finite({"x": x, "y": y})
+    if blamed is None:
+        return (
+            f"{what} at finite x and y; a smaller step (lower.optimizer.lr, upper.optimizer.lr) or "
+            "damping keeps it finite, or a start where the loss is defined"
+        )
+    level, name, found = blamed
+    return (
+        f"{what} because {level}[{name!r}] has {found}; pass finite values, or look at the step "
+        "that made them"
+    )
+
+
+def first_not_finite(trees: dict[str, Params]) -> tuple[str, str, str] | None:
+    """(which tree, name, what it holds) of the first entry with NaN or infinity; None where none."""
+    for which, params in trees.items():
+        for name, entry in params.items():
+            if not bool(entry.isfinite().all()):
+                return which, name, "NaN" if bool(entry.isnan().any()) else "an infinity"
+    return None
 
 
 def scalar(loss: Loss, x: Params, y: Params) -> Tensor:

@@ -15,8 +15,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.calculus.products import first_not_finite
 from bilevel.components import Slot, component
-from bilevel.errors import ProblemError
+from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.newton import Newton
 from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Offers, Params, Structure
 
@@ -112,7 +113,14 @@ def _constraints(loss: Loss, x: Params, y: Params) -> Params:
             "none; add them, or use lower: lbfgs"
         )
     with torch.no_grad():
-        return loss.structure.constraints(x, y, loss.batch)
+        at = loss.structure.constraints(x, y, loss.batch)
+    blamed = first_not_finite({"x": x, "y": y, "lower_constraints": at})
+    if blamed:
+        raise ConvergenceError(
+            f"augmented_lagrangian: {blamed[0]}[{blamed[1]!r}] has {blamed[2]}; begin where the "
+            "constraints are defined (solve_lower's y, the problem's init or lower_start)"
+        )
+    return at
 
 
 def _moved(multipliers: Params, at: Params, rho: float) -> Params:

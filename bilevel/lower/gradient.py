@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
+from bilevel.lower.start import at_start, require_finite
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
 
@@ -18,11 +20,11 @@ from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Pa
 class Gradient:
     """At most `steps` steps of an optimizer, a new batch each; stops early at ‖∇y G‖ ≤ tolerance.
 
-    Costs one lower gradient a step. The optimizer's state goes on from one upper step to the next
+    Costs one lower gradient a step; with `steps` 0 y stays where it is, unevaluated. The optimizer's state goes on from one upper step to the next
     unless the problem restarts y (`lower_start`).
     """
 
-    steps: PositiveInt = 20
+    steps: NonNegativeInt = 20
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
     tolerance: NonNegativeFloat = 0.0
 
@@ -47,11 +49,15 @@ class Gradient:
         # with early stopping the last steps are known only afterwards, so all are kept
         first = 0 if self.tolerance > 0 else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
-        batch, converged = None, None
+        # without a step there still is a batch for the derivatives at y
+        batch, converged = None if self.steps else next(batches), None
         for k in range(self.steps):
             batch = next(batches)
-            last_value, g = calculus.gradient_y(loss.on(batch), x, y)
+            with at_start(k):
+                last_value, g = calculus.gradient_y(loss.on(batch), x, y)
             value, norm = float(last_value), tree.norm(g)
+            if not math.isfinite(norm):
+                require_finite(loss, x, y, g, k)
             if self.tolerance > 0 and norm <= self.tolerance:
                 converged = True
                 break

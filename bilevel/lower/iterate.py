@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,10 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.calculus import fixed_point_maps
+from bilevel.calculus.products import first_not_finite
 from bilevel.components import component
+from bilevel.errors import ConvergenceError
+from bilevel.lower.start import BEGIN_ELSEWHERE
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
@@ -23,6 +27,7 @@ class Iterate:
 
     Raises:
         ProblemError: the problem has no `lower_map`.
+        ConvergenceError: T − y is not finite; it says whether that was at the start.
     """
 
     steps: PositiveInt = 100
@@ -50,6 +55,22 @@ class Iterate:
         while taken < self.steps and shift > self.tolerance:
             batch = next(batches)
             after = fixed_point_maps.evaluate(loss.on(batch), x, y)
-            taken, shift, y = taken + 1, tree.norm(tree.sub(after, y)), after
+            shift = tree.norm(tree.sub(after, y))
+            if not math.isfinite(shift):
+                _refuse(x, y, after, taken)
+            taken, y = taken + 1, after
         stats = LowerStats(taken, taken, shift**2 / 2, shift, shift <= self.tolerance)
         return LowerSolution(tree.clone(y), state, stats, batch)
+
+
+def _refuse(x: Params, y: Params, after: Params, taken: int) -> None:
+    """T(x, y) − y is not finite: the start is to blame, or T that does not contract."""
+    blamed = first_not_finite({"x": x, "y": y, "lower_map(x, y)": after})
+    what = "the step" if blamed is None else f"{blamed[0]}[{blamed[1]!r}]"
+    found = "too large a norm" if blamed is None else blamed[2]
+    if taken:
+        raise ConvergenceError(
+            f"iterate: {what} has {found} after {taken} steps: lower_map does not contract here; "
+            "damp it, (1 − a) y + a T(x, y) with a < 1, or use lower: gradient"
+        )
+    raise ConvergenceError(f"{what} has {found}, before the first lower step; {BEGIN_ELSEWHERE}")

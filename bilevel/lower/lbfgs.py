@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.components import component
+from bilevel.lower.start import at_start, require_finite
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params
 
 
@@ -62,8 +64,12 @@ class LBFGS:
 
         def closure() -> float:
             nonlocal taken, best
-            value, g = calculus.gradient_y(loss, x, y)
-            taken, norm = taken + 1, tree.norm(g)
+            with at_start(taken):
+                value, g = calculus.gradient_y(loss, x, y)
+            norm = tree.norm(g)
+            if not math.isfinite(norm):
+                require_finite(loss, x, y, g, taken)
+            taken += 1
             points.append((tree.clone(y), g))
             if norm < best[1]:
                 best = (float(value), norm, points[-1][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.components import component
+from bilevel.errors import ConvergenceError
 from bilevel.linear.dense import matrix
+from bilevel.lower.start import at_start, require_finite
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point
 
 
@@ -22,6 +25,9 @@ class Newton:
     least 1e-8 of the largest, so that every step descends (Nocedal and Wright 2006, sec. 3.4).
     Stops at ‖∇y G‖ ≤ tolerance, after `steps` steps, or where rounding stops the descent.
     Draws one batch a solve. No path.
+
+    Raises:
+        ConvergenceError: G, ∇y G or ∂²yy G is not finite; it says whether that was at the start.
     """
 
     steps: PositiveInt = 50
@@ -47,8 +53,11 @@ class Newton:
         batch = next(batches)
         loss, taken, hvps = loss.on(batch), 0, 0
         while True:
-            lower = calculus.linearize(loss, Point(x, y))
+            with at_start(taken):
+                lower = calculus.linearize(loss, Point(x, y))
             value, norm = float(lower.value), tree.norm(lower.gradient)
+            if not math.isfinite(norm):
+                require_finite(loss, x, y, lower.gradient, taken)
             if norm <= self.tolerance or taken == self.steps:
                 break
             taken += 1
@@ -63,6 +72,11 @@ class Newton:
 
 def _direction(hessian: torch.Tensor, gradient: Params) -> Params:
     hessian = tree.wide(hessian)
+    if not bool(hessian.isfinite().all()):
+        raise ConvergenceError(
+            "newton: ∂²yy G is not finite where ∇y G is, as that of |y|^1.5 at 0; begin elsewhere, or "
+            "use lower: lbfgs or gradient, which need no second derivative"
+        )
     values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
     size = values.abs()
     size = size.clamp(min=float(size.max()) * 1e-8 + torch.finfo(size.dtype).tiny)

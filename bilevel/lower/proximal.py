@@ -15,6 +15,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.fixed_point_maps import Backward, backward_of, require_like
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
+from bilevel.lower.start import at_start, require_finite
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
@@ -58,8 +59,10 @@ class Proximal:
         loss, lr, z, t, taken = loss.on(batch), state["lr"], y, 1.0, 0
         value, shift, converged = float("nan"), float("nan"), False
         while taken < self.steps and not converged:
-            at_z, g = calculus.gradient_y(loss, x, z)
+            with at_start(taken):
+                at_z, g = calculus.gradient_y(loss, x, z)
             value = float(at_z)
+            require_finite(loss, x, z, g, taken)
             after, lr = self._step(loss, x, z, (value, g), lr)
             taken, move = taken + 1, tree.sub(after, z)
             shift = tree.norm(move) / lr
