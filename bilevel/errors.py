@@ -1,4 +1,8 @@
-"""Errors that a user can act on: what is wrong, where, what was expected, what to do."""
+"""Errors that a user can act on: what is wrong, where, what was expected, what to do.
+
+Each is also the builtin that code around a call catches for this kind of failure. A `ValueError`
+raised while a component is made becomes pydantic's `ValidationError`, itself a `ValueError`.
+"""
 
 
 class BilevelError(Exception):
@@ -7,37 +11,37 @@ class BilevelError(Exception):
     exit_code = 1
 
 
-class RecipeError(BilevelError):
+class RecipeError(BilevelError, ValueError):
     """The recipe, an override, a command-line argument or a component asked for is wrong."""
 
     exit_code = 2
 
 
-class ProblemError(BilevelError):
+class ProblemError(BilevelError, ValueError):
     """The problem cannot be differentiated as asked: wiring, shapes, kernels, module modes."""
 
     exit_code = 2
 
 
-class RequirementError(BilevelError):
+class RequirementError(BilevelError, ImportError):
     """A package, a data set or a device that the recipe needs is missing."""
 
     exit_code = 3
 
 
-class CheckError(BilevelError):
+class CheckError(BilevelError, RuntimeError):
     """A component does not do what it claims, or what its protocol asks of it."""
 
     exit_code = 4
 
 
-class ConvergenceError(BilevelError):
+class ConvergenceError(BilevelError, ArithmeticError):
     """A loss, gradient or solve became non-finite or diverged."""
 
     exit_code = 5
 
 
-class CheckpointError(BilevelError):
+class CheckpointError(BilevelError, OSError):
     """A state could not be written or read."""
 
     exit_code = 1

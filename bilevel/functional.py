@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.lower.gradient import Gradient
 from bilevel.lower.start import at_start
-from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Ties, bind
+from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
     Estimate,
@@ -35,6 +34,9 @@ from bilevel.types import (
 )
 from bilevel.unrolling.path import replay, with_restart
 
+Named = str | Mapping[str, Any]
+"""A component by its name, or a mapping of `name` and options, as in a recipe."""
+
 
 def hypergradient(
     upper_loss: Function,
@@ -42,7 +44,7 @@ def hypergradient(
     x: Params,
     y: Params | LowerSolution,
     *,
-    estimator: Estimator,
+    estimator: Estimator | Named,
     upper_batch: Any = None,
     lower_batch: Any = None,
     state: Any = None,
@@ -60,7 +62,8 @@ def hypergradient(
         y: lower variables, at (or near) the lower solution for x; or what `bilevel.solve_lower`
             returned, which brings its recorded path, its quasi-Newton pairs, its last batch and
             its structure to the estimators that use them.
-        estimator: the method, e.g. `bilevel.estimators.Implicit()`.
+        estimator: the method, e.g. `bilevel.estimators.Implicit()`; or its name, "implicit", or a
+            mapping of `name` and options.
         upper_batch: third argument of `upper_loss`.
         lower_batch: third argument of `lower_loss`; best the batch of the last lower step, which
             is what it is where y is a `LowerSolution` and nothing is given.
@@ -84,6 +87,7 @@ def hypergradient(
             ignore what restricts y.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
         CheckError: the estimator returned other names or shapes than those of x.
+        RecipeError: the estimator is a class, has an unknown name, or is none.
     """
     path, pairs = None, None
     if isinstance(y, LowerSolution):
@@ -91,10 +95,9 @@ def hypergradient(
         lower_batch = y.batch if lower_batch is None else lower_batch
         y, path, pairs = y.y, y.path, y.pairs
     structure = structure or Structure()
-    _refuse_ignored(estimator, structure)
-    _refuse_inference()
-    tree.require(x, "x")
-    tree.require(y, "y")
+    method: Estimator = resolve("estimators", estimator, "estimator")
+    _refuse_ignored(method, structure)
+    _require(x, y)
     tied = Ties(x), Ties(y)
     at = Point(
         tree.detach(tied[0].unique), tree.detach(tied[1].unique), path, tied[1].restrict(pairs)
@@ -102,7 +105,7 @@ def hypergradient(
     losses = _drawing(
         bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure), batches
     )
-    found = estimate(estimator, losses, at, state)
+    found = estimate(method, losses, at, state)
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))
     return replace(found, hypergradient=tied[0].expand(found.hypergradient), moved=moved)
 
@@ -112,7 +115,7 @@ def solve_lower(
     x: Params,
     y: Params | Callable[[Params], Params],
     *,
-    solver: LowerSolver | None = None,
+    solver: LowerSolver | Named = "gradient",
     batch: Any = None,
     batches: Iterable[Any] | None = None,
     state: Any = None,
@@ -126,7 +129,8 @@ def solve_lower(
         x: upper variables, held fixed.
         y: where to start; not changed. Or the start as a function of x, which the recorded path
             then keeps, so that estimators that unroll differentiate through it (MAML).
-        solver: `Gradient` (any torch.optim optimizer; default 20 SGD steps), `LBFGS` or `Newton`.
+        solver: `Gradient` (any torch.optim optimizer; default 20 SGD steps), `LBFGS` or `Newton`;
+            or its name, or a mapping of `name` and options.
         batch: the one batch used in every step, or
         batches: one batch a step.
         state: `LowerSolution.state` of the previous call.
@@ -139,13 +143,15 @@ def solve_lower(
         ProblemError: `record` with a solver whose steps cannot be replayed; a projection, a proximal
             map or constraints with a solver that would ignore them.
         ConvergenceError: G or its gradient became NaN or infinite; it says whether at the start.
+        RecipeError: the solver is a class, has an unknown name, or is none.
     """
-    restart = None if isinstance(y, dict) else y
-    y = y if isinstance(y, dict) else y(tree.detach(x))
-    _refuse_inference()
-    tree.require(y, "y")
-    solver, keep = solver or Gradient(), ALL_STEPS if record is True else float(record)
-    require_offers(solver, structure or Structure(), keep)
+    tree.require(x, "x")
+    restart = y if callable(y) else None
+    y = y(tree.detach(x)) if callable(y) else y
+    _require(x, y)
+    lower: LowerSolver = resolve("lower", solver, "solver")
+    keep = ALL_STEPS if record is True else float(record)
+    require_offers(lower, structure or Structure(), keep)
     tied = Ties(x), Ties(y)
     loss = bind(lower_loss, lower_loss, batch, batch, tied, structure).lower
     draws = _batches(batch, batches)
@@ -155,7 +161,7 @@ def solve_lower(
         draws = itertools.chain([first], draws)
         with at_start(0):
             refuse_impure(loss.on(first), x, y)
-    solution = solve(solver, loss, x, y, draws, state, keep)
+    solution = solve(lower, loss, x, y, draws, state, keep)
     solution = with_restart(solution, restart and tied[1].shrunk(tied[0], restart))
     pairs = tied[1].expand_pairs(solution.pairs)
     return replace(solution, y=tied[1].expand(solution.y), pairs=pairs, structure=structure)
@@ -167,7 +173,7 @@ def unroll(
     y: Params,
     *,
     steps: int,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Named = "sgd",
     batch: Any = None,
     batches: Iterable[Any] | None = None,
 ) -> Params:
@@ -182,11 +188,13 @@ def unroll(
         ProblemError: the optimizer's steps cannot be differentiated; or G is not a function of
             (x, y, batch) alone, writes into something, or has no second derivative.
         ConvergenceError: G became NaN or infinite.
+        RecipeError: the optimizer is a class, has an unknown name, or is none.
     """
-    optimizer = optimizer or SGD()
-    if not optimizer.differentiable:
+    _require(x, y)
+    rule: Optimizer = resolve("optimizers", optimizer, "optimizer")
+    if not rule.differentiable:
         raise ProblemError(
-            f"{optimizer!r} writes in place and cannot be differentiated; "
+            f"{rule!r} writes in place and cannot be differentiated; "
             "use SGD, Adam, AdamW or RMSprop of bilevel.optimizers.differentiable"
         )
     tied = Ties(x), Ties(y)
@@ -197,7 +205,7 @@ def unroll(
         at, first = Point(tree.detach(tied[0].unique), tree.detach(start)), loss.on(draws[0])
         refuse_impure(first, at.x, at.y)
         require_second_derivative(first, at)
-    path = Path(optimizer, start, optimizer.init(start), draws)
+    path = Path(rule, start, rule.init(start), draws)
     return tied[1].expand(replay(path, loss, tied[0].unique))
 
 
@@ -225,12 +233,17 @@ def _refuse_ignored(estimator: Estimator, structure: Structure) -> None:
         )
 
 
-def _refuse_inference() -> None:
+def _require(x: object, y: object) -> None:
+    """Raise `ProblemError` unless x and y are variables that a hypergradient may have."""
     if torch.is_inference_mode_enabled():
         raise ProblemError(
             "under torch.inference_mode() nothing can be differentiated; call it outside, or use "
             "torch.no_grad(), which does no harm"
         )
+    tree.require(x, "x")
+    tree.require(y, "y")
+    if not y:
+        raise ProblemError("y is empty: a bilevel problem has lower variables, G is minimised in y")
 
 
 def _drawing(losses: Losses, batches: tuple[Iterable[Any], Iterable[Any]] | None) -> Losses:

@@ -85,10 +85,33 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
     """alpha · a + b; b itself when alpha = 0."""
     if alpha == 0 or not a:
         return b
-    if _recorded(a, b):
+    if _recorded(a, b) or _exceeds(alpha, b):
         pairs = zip(*_pair(b, a), strict=True)
-        return _like(b, (torch.add(q, p, alpha=alpha) for q, p in pairs))
+        return _like(b, (add_scaled(q, alpha, p) for q, p in pairs))
     return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
+
+
+def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = None) -> Tensor:
+    """entry + alpha · other, into `out` where there is one, for an alpha of any size.
+
+    torch refuses one beyond the dtype's largest number (65,504 in float16), though alpha · other
+    may well be below it: the sum is then taken in float64.
+    """
+    if not _exceeds(alpha, {"": entry}):
+        return torch.add(entry, other, alpha=alpha, out=out)
+    result = (entry.double() + alpha * other.double()).to(entry.dtype)
+    return result if out is None else out.copy_(result)
+
+
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+def _exceeds(alpha: float, a: Params) -> bool:
+    """Whether a finite alpha is beyond the largest number of a dtype in a."""
+    size = abs(alpha)
+    if not HALF_MAX < size < math.inf:
+        return False
+    return any(size > torch.finfo(entry.dtype).max for entry in a.values())
 
 
 def mul(a: Params, b: Params) -> Params:
@@ -103,7 +126,10 @@ def div(a: Params, b: Params) -> Params:
 
 def axpy_(y: Params, alpha: float, a: Params) -> Params:
     """y ← y + alpha · a."""
-    if y:
+    if _exceeds(alpha, y):
+        for name, entry in y.items():
+            entry.copy_(add_scaled(entry, alpha, a[name]))
+    elif y:
         torch._foreach_add_(*_pair(y, a), alpha=alpha)
     return y
 
@@ -275,7 +301,10 @@ def is_nested(value: Any) -> bool:
 
 
 def require(value: object, name: str) -> None:
-    """Raise `ProblemError` unless `value` is a dict of names to floating-point tensors."""
+    """Raise `ProblemError` unless `value` is a dict of names to floating-point tensors.
+
+    Tensors made under `torch.inference_mode()` are refused too: autograd takes none of them.
+    """
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise ProblemError(f"{name} must be a dict[str, Tensor], got {kind}")
@@ -285,4 +314,10 @@ def require(value: object, name: str) -> None:
             raise ProblemError(
                 f"{name}[{key!r}] must be a floating-point tensor, got {got}; "
                 "integers and buffers belong in the batch or the loss"
+            )
+        if entry.is_inference():
+            raise ProblemError(
+                f"{name}[{key!r}] was made under torch.inference_mode(), and autograd takes no such "
+                f"tensor; make it under torch.no_grad(), or pass {name}[{key!r}].clone(), taken "
+                "outside of inference mode"
             )

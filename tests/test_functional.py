@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import bilevel
 from bilevel import tree
-from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.errors import ConvergenceError, ProblemError, RecipeError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
@@ -21,7 +21,9 @@ from bilevel.linear.gmres import GMRES
 from bilevel.linear.minres import MINRES
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.lower.gradient import Gradient
-from bilevel.optimizers.differentiable import SGD
+from bilevel.lower.lbfgs import LBFGS
+from bilevel.lower.newton import Newton
+from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.preconditioners.hutchinson import Hutchinson
 from bilevel.types import Estimate, LowerSolution, Point
@@ -446,3 +448,111 @@ def test_hutchinson_with_an_empty_entry():
     got = bilevel.hypergradient(product, halves, x, y, estimator=estimator).hypergradient["x"]
     # ∂²yy G = I, so dΦ/dx = b + 2a
     assert torch.allclose(got, y["b"] + 2 * y["a"])
+
+
+# arguments
+
+
+def doors(F, G, x, y, batch=None):
+    """Each way in from plain functions, called with these losses and variables."""
+    return {
+        "hypergradient": lambda: bilevel.hypergradient(
+            F, G, x, y, estimator="implicit", upper_batch=batch, lower_batch=batch
+        ),
+        "solve_lower": lambda: bilevel.solve_lower(G, x, y, batch=batch),
+        "unroll": lambda: bilevel.unroll(G, x, y, steps=2, batch=batch),
+    }
+
+
+every_door = pytest.mark.parametrize("door", ["hypergradient", "solve_lower", "unroll"])
+
+
+def inference(*shape):
+    with torch.inference_mode():
+        return torch.ones(*shape)
+
+
+NO_VARIABLES = {
+    "x is a list": (
+        [torch.ones(2)],
+        {"a": torch.ones(2)},
+        r"^x must be a dict\[str, Tensor\], got list",
+    ),
+    "x is None": (None, {"a": torch.ones(2)}, r"^x must be a dict\[str, Tensor\], got NoneType"),
+    "y is a tensor": ({"x": torch.ones(2)}, torch.ones(2), r"^y must be a dict.* got Tensor"),
+    "an entry is a number": ({"x": 1.0}, {"a": torch.ones(2)}, r"^x\['x'\] must be .* got float"),
+    "y is empty": ({"x": torch.ones(2)}, {}, "^y is empty"),
+    "x of inference": (
+        {"x": inference(2)},
+        {"a": torch.ones(2)},
+        r"^x\['x'\] was made under .*clone",
+    ),
+    "y of inference": (
+        {"x": torch.ones(2)},
+        {"a": inference(2)},
+        r"^y\['a'\] was made under .*clone",
+    ),
+}
+
+
+@every_door
+@pytest.mark.parametrize(("x", "y", "message"), NO_VARIABLES.values(), ids=NO_VARIABLES.keys())
+def test_what_is_no_variable_is_named(door, x, y, message):
+    with pytest.raises(ProblemError, match=message):
+        doors(halves, product, x, y)[door]()
+
+
+@every_door
+def test_a_batch_made_under_inference_mode_is_named_with_the_remedy(door):
+    def weighted(x, y, batch):
+        return (batch * (y["a"] - x["x"]) ** 2).sum()
+
+    def call(batch):
+        return doors(weighted, weighted, {"x": torch.zeros(2)}, {"a": torch.ones(2)}, batch)[door]()
+
+    with pytest.raises(ProblemError, match=r"^lower_loss uses a tensor .*inference_mode.*clone"):
+        call(inference(2))
+    call(inference(2).clone())  # taken outside of inference mode, as the remedy says
+
+
+def test_components_may_be_given_by_name_or_as_in_a_recipe():
+    x, y = point()
+    asked = {"name": "implicit", "solver": {"name": "cg", "iterations": 3}}
+    for given, estimator in (("implicit", Implicit()), (asked, Implicit(solver=CG(iterations=3)))):
+        named = bilevel.hypergradient(upper, lower, x, y, estimator=given).hypergradient
+        expected = bilevel.hypergradient(upper, lower, x, y, estimator=estimator).hypergradient
+        assert_close(named, expected, rtol=0)
+    for given, solver in (
+        ("newton", Newton()),
+        ({"name": "gradient", "steps": 2}, Gradient(steps=2)),
+    ):
+        named = bilevel.solve_lower(lower, x, y, solver=given).y
+        assert_close(named, bilevel.solve_lower(lower, x, y, solver=solver).y, rtol=0)
+    for given, optimizer in (("adam", Adam()), ({"name": "sgd", "lr": 0.2}, SGD(lr=0.2))):
+        named = bilevel.unroll(lower, x, y, steps=2, optimizer=given)
+        expected = bilevel.unroll(lower, x, y, steps=2, optimizer=optimizer)
+        assert_close(tree.detach(named), tree.detach(expected), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Implicit, r"estimator = Implicit, a class; expected an instance: Implicit\(…\)"),
+        ("implicit_", "Did you mean 'implicit'"),
+        (3, r"estimator = 3; expected an instance, a name \(.*implicit"),
+        (CG(), "estimator = CG.*; expected an instance, a name"),
+    ],
+)
+def test_what_is_no_estimator_is_refused(given, message):
+    with pytest.raises(RecipeError, match=message):
+        bilevel.hypergradient(upper, lower, *point(), estimator=given)
+
+
+def test_a_class_or_another_component_is_refused_as_a_solver_and_an_optimizer():
+    x, y = point()
+    with pytest.raises(RecipeError, match=r"solver = LBFGS, a class; .*LBFGS\(…\)"):
+        bilevel.solve_lower(lower, x, y, solver=LBFGS)
+    with pytest.raises(RecipeError, match=r"solver = SGD.*; expected an instance, a name"):
+        bilevel.solve_lower(lower, x, y, solver=SGD())
+    with pytest.raises(RecipeError, match=r"optimizer = Adam, a class; .*Adam\(…\)"):
+        bilevel.unroll(lower, x, y, steps=2, optimizer=Adam)

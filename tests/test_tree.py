@@ -136,3 +136,45 @@ def test_eps_is_that_of_the_coarsest_entry():
     mixed = {"a": torch.zeros(2), "b": torch.zeros((), dtype=torch.bfloat16)}
     assert tree.eps(mixed) == torch.finfo(torch.bfloat16).eps
     assert tree.eps({}) == 0.0
+
+
+# coefficients beyond the dtype
+
+
+def small(requires_grad=False):
+    return {
+        "p": torch.tensor([2**-14, -(2**-13)], dtype=torch.float16, requires_grad=requires_grad)
+    }
+
+
+@pytest.mark.parametrize(
+    "sum_of",
+    [
+        lambda a, b: tree.axpy(2.0**17, a, b),
+        lambda a, b: tree.axpy_(tree.clone(b), 2.0**17, a),
+        lambda a, b: {"p": tree.add_scaled(b["p"], 2.0**17, a["p"])},
+        lambda a, b: {"p": tree.add_scaled(b["p"], 2.0**17, a["p"], out=torch.zeros_like(b["p"]))},
+    ],
+    ids=["axpy", "axpy_", "add_scaled", "out"],
+)
+def test_a_coefficient_above_65504_times_a_small_float16(sum_of):
+    b = {"p": torch.tensor([1.0, 2.0], dtype=torch.float16)}
+    with pytest.raises(RuntimeError, match="without overflow"):  # what torch itself says
+        torch.add(b["p"], small()["p"], alpha=2.0**17)
+    got = sum_of(small(), b)["p"]
+    assert got.dtype == torch.float16
+    assert got.tolist() == [9.0, -14.0]
+
+
+def test_it_is_differentiated_and_float32_has_a_largest_number_too():
+    a, b = small(requires_grad=True), {"p": torch.ones(2, dtype=torch.float16)}
+    (slope,) = torch.autograd.grad(tree.axpy(2.0**15 * 2, a, b)["p"].sum() / 2**4, a["p"])
+    assert slope.tolist() == [4096.0, 4096.0]
+    wide = {"p": torch.tensor([2.0**-100])}
+    assert tree.axpy(2.0**130, wide, {"p": torch.zeros(1)})["p"].item() == 2.0**30
+
+
+def test_what_is_too_large_for_the_dtype_is_infinite_still():
+    b = {"p": torch.ones(2, dtype=torch.float16)}
+    assert tree.axpy(1e6, b, b)["p"].tolist() == [math.inf, math.inf]
+    assert tree.axpy(math.inf, b, b)["p"].tolist() == [math.inf, math.inf]

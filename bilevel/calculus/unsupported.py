@@ -22,6 +22,10 @@ COMPILED = (
     f"backend='eager'), or use {_FIRST_ORDER}"
 )
 _REMEDIES = {
+    "Inference tensors cannot be saved for backward": (
+        "uses a tensor that was made under torch.inference_mode(), such as a batch or a frozen "
+        "module's parameters; make it under torch.no_grad(), or .clone() it outside of inference mode"
+    ),
     "does not currently support double backward": COMPILED,
     "FlexAttention does not support backward": (
         "uses flex_attention, which has no derivative on this device; use attention that is "

@@ -203,7 +203,7 @@ def _update_residual(r: Params, alpha: float, Ap: Params) -> float:
         return tree.dot(r, r)
     parts = []
     for name, entry in r.items():
-        r[name] = torch.add(entry, Ap[name], alpha=-alpha)
+        r[name] = tree.add_scaled(entry, -alpha, Ap[name])
         flat = tree.wide(r[name]).reshape(-1)
         parts.append(torch.dot(flat, flat).double())
     total = float(torch.stack(parts).sum())
@@ -217,8 +217,8 @@ def _update_direction(v: Params, alpha: float, p: Params, beta: float, z: Params
         tree.axpy_(tree.scale_(p, beta), 1.0, z)
         return
     for name, entry in v.items():
-        entry.add_(p[name], alpha=alpha)
-        torch.add(z[name], p[name], alpha=beta, out=p[name])
+        tree.add_scaled(entry, alpha, p[name], out=entry)
+        tree.add_scaled(z[name], beta, p[name], out=p[name])
 
 
 def _on_cpu(a: Params) -> bool:

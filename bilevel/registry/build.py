@@ -61,12 +61,12 @@ def resolve(group: str, given: Any, where: str) -> Any:
     """
     if isinstance(given, (str, Mapping)):
         return build(group, given, where)
-    known = ", ".join(registry.names(group))
     if isinstance(given, type):
         raise RecipeError(
             f"{where} = {given.__name__}, a class; expected an instance: {given.__name__}(…)"
         )
     if group in DOES and not hasattr(given, DOES[group]):
+        known = ", ".join(registry.names(group))
         raise RecipeError(
             f"{where} = {show(given)}; expected an instance, a name ({known}), or a mapping with a "
             "name and options"

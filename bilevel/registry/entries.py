@@ -171,6 +171,8 @@ def _import(module: str, reference: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise _missing(error, module, reference) from error
+    except RequirementError:  # an ImportError that says itself what is missing
+        raise
     except ImportError as error:
         raise RecipeError(f"{reference!r}: importing {module} failed: {error}") from error
 
@@ -195,7 +197,7 @@ def _load_file(path: Path, reference: str) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, ModuleNotFoundError):
             raise _missing(error, str(path), reference) from error
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, RequirementError):
             kind = type(error).__name__
             raise RecipeError(f"{reference!r}: importing {path} failed: {kind}: {error}") from error
         raise

@@ -114,6 +114,19 @@ def test_a_file_that_fails_to_import_says_why(tmp_path: Path):
         registry.find("problems", "absent.py:A", tmp_path)
 
 
+def test_a_module_that_says_what_it_needs_is_not_a_mistake_of_the_recipe(tmp_path, monkeypatch):
+    text = "from bilevel.errors import RequirementError\nraise RequirementError('needs a disk')\n"
+    (tmp_path / "needy_module.py").write_text(text)
+    (tmp_path / "broken_module.py").write_text("from torch import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RequirementError, match=r"^needs a disk$"):
+        registry.find("problems", "needy_module:A")
+    with pytest.raises(RequirementError, match="needs a disk"):
+        registry.find("problems", "needy_module.py:A", tmp_path)
+    with pytest.raises(RecipeError, match="importing broken_module failed"):
+        registry.find("problems", "broken_module:A")
+
+
 def test_a_file_is_relative_to_its_base_and_loaded_once(toys: Path):
     first = registry.find("problems", "toys.py:Plain", toys.parent)
     assert registry.find("problems", str(toys) + ":Plain") is first

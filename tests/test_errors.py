@@ -1,0 +1,33 @@
+"""What a caller catches: every error of ours is also the builtin that fits."""
+
+import pytest
+
+from bilevel import errors
+
+BUILTINS = {
+    "RecipeError": ValueError,
+    "ProblemError": ValueError,
+    "RequirementError": ImportError,
+    "CheckError": RuntimeError,
+    "ConvergenceError": ArithmeticError,
+    "CheckpointError": OSError,
+}
+
+
+def test_every_error_is_in_the_table():
+    ours = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert ours - {"BilevelError"} == set(BUILTINS)
+
+
+@pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())
+def test_each_is_caught_as_its_builtin_and_says_what_it_was_given(name, builtin):
+    kind = getattr(errors, name)
+    with pytest.raises(builtin, match=r"^what is wrong$") as caught:
+        raise kind("what is wrong")
+    assert isinstance(caught.value, errors.BilevelError)
+    others = {ValueError, ImportError, RuntimeError, ArithmeticError, OSError} - {builtin}
+    assert not isinstance(caught.value, tuple(others))
