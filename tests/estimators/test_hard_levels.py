@@ -29,7 +29,7 @@ from bilevel.linear.normal_cg import NormalCG
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.optimizers.differentiable import SGD
-from bilevel.types import Structure
+from bilevel.types import LowerSolution, Structure
 from tests.hard import LARGE, contraction, spread, symmetric, vector
 
 
@@ -125,14 +125,20 @@ REMEDIES = ("use ", "lower ", "smaller step")
 
 def asked(level, estimator, given, state=None):
     x, y = {"x": level.x}, {"y": level.y}
-    options = {"structure": given.get("structure")}
+    pairs = path = None
     if "pairs" in given:
         near = {"y": level.y + 0.1 * vector(len(level.y), 4)}
-        options["pairs"] = solve_lower(level.lower, x, near, solver=given["pairs"]).pairs
+        pairs = solve_lower(level.lower, x, near, solver=given["pairs"]).pairs
     if "path" in given:
-        options["path"] = solve_lower(level.lower, x, y, solver=given["path"], record=True).path
+        path = solve_lower(level.lower, x, y, solver=given["path"], record=True).path
     return hypergradient(
-        level.upper, level.lower, x, y, estimator=estimator, state=state, **options
+        level.upper,
+        level.lower,
+        x,
+        LowerSolution(y, path=path, pairs=pairs),
+        estimator=estimator,
+        state=state,
+        structure=given.get("structure"),
     )
 
 

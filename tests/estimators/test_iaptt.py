@@ -81,8 +81,7 @@ def test_the_pessimistic_path_ends_where_F_is_largest(memory):
     assert float(got.value) == pytest.approx(-((y - 1) ** 2), rel=1e-12)
     assert float(got.hypergradient["x"]) == pytest.approx(-2 * (y - 1) * (dy - 1), rel=1e-12)
     last = Unroll(pessimistic=True, memory=memory, last=3)
-    options = {"estimator": last, "path": solution.path}
-    late = hypergradient(hill, well, one, solution.y, **options)
+    late = hypergradient(hill, well, one, solution, estimator=last)
     assert float(late.value) == pytest.approx(-((3 - 0.75**6 * 2.9 - 1) ** 2), rel=1e-12)
 
 

@@ -199,13 +199,12 @@ def test_first_order_ones_take_no_second_derivative(estimator):
 
     at = {"w": torch.zeros(2, dtype=torch.float64)}
     solution = solve_lower(loss, at, lambda x: x, solver=Gradient(steps=2), record=True)
-    options = {"estimator": estimator, "path": solution.path}
     assert estimator.needs.second_order is isinstance(estimator, Unroll)
     if estimator.needs.second_order:
         with pytest.raises(ProblemError, match="once_differentiable"):
-            hypergradient(loss, loss, at, solution.y, **options)
+            hypergradient(loss, loss, at, solution, estimator=estimator)
     else:
-        hypergradient(loss, loss, at, solution.y, **options)
+        hypergradient(loss, loss, at, solution, estimator=estimator)
 
 
 def test_without_a_start_to_learn_they_are_refused():
