@@ -183,7 +183,7 @@ class Stats:
     stopped: Stopped | None = None
     """Why the solve ended; None where it is none, or does not say."""
     degenerate: int | None = None
-    """Kinks or constraints of the lower level that are active only just, or of a wrong sign: where
+    """Kinks or constraints of the lower level that are weakly active, or of a wrong sign: where
     there are any, Φ may have no derivative, or y is not solved well enough to tell."""
     error_bound: float | None = None
     """A bound of ‖h − dΦ/dx‖ from what was seen at this point."""

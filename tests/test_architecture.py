@@ -172,6 +172,33 @@ def test_a_map_that_says_too_little_is_told(text, said):
     assert said in map_of(text) if said else map_of(text) is None
 
 
+# one class name, one meaning
+
+SAME_IN_EACH = {"Nystrom"}
+"""Registered under one name in two groups: a linear solver and a preconditioner of one method."""
+
+
+def repeated(texts):
+    """The class names that are defined in more than one place, by the files' texts."""
+    found = [
+        node.name
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef)
+    ]
+    return {name for name in found if found.count(name) > 1}
+
+
+def test_a_class_name_has_one_meaning():
+    assert repeated(path.read_text("utf-8") for path in FILES) == SAME_IN_EACH
+
+
+def test_a_class_name_of_two_meanings_is_found():
+    assert repeated(["class Found: ...", "def f():\n    class Found: ...", "class A: ..."]) == {
+        "Found"
+    }
+
+
 # the tests have the same rooms
 
 BESIDE = {"benchmarks", "benchmarks/peers", "gpu", "mutation", "third_party"}

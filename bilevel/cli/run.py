@@ -109,7 +109,7 @@ class _Run:
                     self._discard()
                 raise
 
-    def go_on(self, found: checkpoint.Found | None) -> None:
+    def go_on(self, found: checkpoint.FoundCheckpoint | None) -> None:
         with self.signals:
             before = self._first_measures()
             with self._closing_on_error(), self._requiring():

@@ -1,6 +1,6 @@
 """Directions of stochastic single-loop methods: what is kept of past draws, and how.
 
-A file is named as what it registers; `oracles` draws the gradients and products, `walk` moves
+A file is named as what it registers; `oracles` draws the gradients and products, `tracker` moves
 along them. `estimators/single_loop` composes. No step length and no lower solver is known here.
 """
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.draw import Draw, total
+from bilevel.directions.quantity import StochasticQuantity, total
 from bilevel.types import Params
 
 
@@ -33,7 +33,9 @@ class Average:
     def by_block(self) -> bool:
         return False
 
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
         now = total(draw.now())
         if not memory:
             return now, {"direction": now}

@@ -15,13 +15,13 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_y, gradients, linearize
 from bilevel.directions.blocks import block_of, every_block
-from bilevel.directions.draw import Draw, Parts
+from bilevel.directions.quantity import Parts, StochasticQuantity
 from bilevel.errors import ConvergenceError
 from bilevel.types import Loss, Params, Point
 
 
 @dataclass(frozen=True)
-class Iterate:
+class Triple:
     """Where a single-loop method is: x, y and the adjoint v."""
 
     x: Params
@@ -66,7 +66,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Batches:
     """The batches of one iteration. Each list is averaged over: one batch, or every block."""
 
     lower: list[Loss]
@@ -74,15 +74,15 @@ class Sample:
     factors: list[list[Loss]] = field(default_factory=list)
     series: Series | None = None
 
-    def whole(self) -> Sample:
+    def whole(self) -> Batches:
         """The same on every block of data."""
         lower = every_block(self.lower[0]) if self.lower else []
         upper = every_block(self.upper[0]) if self.upper else []
-        return Sample(lower, upper, [lower] * len(self.factors), self.series)
+        return Batches(lower, upper, [lower] * len(self.factors), self.series)
 
 
 @dataclass(frozen=True)
-class Found:
+class OracleValues:
     """Quantities by name, with the values of F and G met on the way."""
 
     parts: dict[str, Parts]
@@ -94,43 +94,43 @@ class Found:
 class Oracle:
     """The quantities in `wanted` on one sample; evaluated, and counted, once for each point asked for."""
 
-    sample: Sample
-    at: Iterate
-    previous: Iterate
+    sample: Batches
+    at: Triple
+    previous: Triple
     wanted: tuple[str, ...]
     upper_gradients: dict[tuple[int, int], Any] = field(default_factory=dict)
     """∇F by (loss, point): one batch of F serves all adjoint steps at a point."""
 
     @cached_property
-    def now(self) -> Found:
+    def now(self) -> OracleValues:
         return self._evaluate(self.sample, self.at)
 
     @cached_property
-    def before(self) -> Found:
+    def before(self) -> OracleValues:
         return self._evaluate(self.sample, self.previous)
 
     @cached_property
-    def full(self) -> Found:
+    def full(self) -> OracleValues:
         return self._evaluate(self.sample.whole(), self.at)
 
     @property
-    def latest(self) -> Found:
+    def latest(self) -> OracleValues:
         """What was evaluated at the present point."""
         return self.full if "full" in vars(self) else self.now
 
-    def draw(self, quantity: str) -> Draw:
-        return Draw(
+    def draw(self, quantity: str) -> StochasticQuantity:
+        return StochasticQuantity(
             now=lambda: self.now.parts[quantity],
             before=lambda: self.before.parts[quantity],
             full=lambda: self.full.parts[quantity],
             block=lambda share: block_of(getattr(self.sample, share)[0]),
         )
 
-    def _evaluate(self, sample: Sample, at: Iterate) -> Found:
+    def _evaluate(self, sample: Batches, at: Triple) -> OracleValues:
         point = Point(at.x, at.y)
         if self.wanted == ("lower",):
             row = _mean(_slopes(sample.lower, point))
-            return Found({"lower": {"lower": row["slope"]}}, row["value"]["G"])
+            return OracleValues({"lower": {"lower": row["slope"]}}, row["value"]["G"])
         upper = _mean(iter([self._gradients(loss, point) for loss in sample.upper]))
         F, F_x, F_y = upper["value"]["F"], upper["x"], upper["y"]
         if sample.series is None:
@@ -144,7 +144,7 @@ class Oracle:
             parts["adjoint"] = {"lower": lower["hvp"], "upper": tree.scale(-1.0, lower["right"])}
         if "cross" in lower:
             parts["upper"] = {"lower": tree.scale(-1.0, lower["cross"]), "upper": F_x}
-        return Found(parts, lower["value"]["G"], F)
+        return OracleValues(parts, lower["value"]["G"], F)
 
     def _gradients(self, loss: Loss, point: Point) -> dict[str, Params]:
         key = id(loss), id(point.y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.components import component
-from bilevel.directions.draw import Draw, total
+from bilevel.directions.quantity import StochasticQuantity, total
 from bilevel.types import Params
 
 
@@ -21,5 +21,7 @@ class Plain:
     def by_block(self) -> bool:
         return False
 
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
         return total(draw.now()), memory

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.draw import Draw, total
+from bilevel.directions.quantity import StochasticQuantity, total
 from bilevel.types import Params
 
 
@@ -30,7 +30,9 @@ class Saga:
     def by_block(self) -> bool:
         return True
 
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
         corrected, kept = {}, {}
         for share, now in draw.now().items():
             block, blocks = draw.block(share)

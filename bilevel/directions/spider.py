@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.draw import Draw, change, total
+from bilevel.directions.quantity import StochasticQuantity, change, total
 from bilevel.types import Params
 
 
@@ -33,7 +33,9 @@ class Spider:
     def by_block(self) -> bool:
         return True
 
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
         age = memory.get("age", 0)
         d = tree.add(memory["direction"], change(draw)) if age else total(draw.full())
         return d, {"direction": d, "age": (age + 1) % self.period}

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.draw import Draw, change, total
+from bilevel.directions.quantity import StochasticQuantity, change, total
 from bilevel.types import Params
 
 
@@ -33,7 +33,9 @@ class Storm:
     def by_block(self) -> bool:
         return False
 
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
         if not memory or not self.looks_back:
             d = total(draw.now())
         else:

@@ -17,7 +17,7 @@ from bilevel import tree
 from bilevel.calculus.products import Linearization, gradients, linearize
 from bilevel.components import component
 from bilevel.errors import ProblemError
-from bilevel.lower.auxiliary import begin, exact, minimise, to_come
+from bilevel.lower.auxiliary import batches_of, begin, exact, minimise
 from bilevel.types import Estimate, Loss, Losses, Moved, Needs, Params, Point, Stats
 
 TIGHT = 5000
@@ -43,7 +43,7 @@ class AveragedMultipliers:
     step, one of F and one of G, and 2 cross products; 1 HVP and 1 cross product with mu = 0.
 
     Raises:
-        ProblemError: y is held in a set.
+        ProblemError: y is restricted to a set.
     """
 
     mu: float = Field(default=0.9, ge=0, lt=1)
@@ -72,8 +72,8 @@ class AveragedMultipliers:
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         if losses.lower.structure.project is not None:
             raise ProblemError(
-                "averaged_multipliers has a multiplier for ∇y φ = 0 and none for a set that holds "
-                "y; use estimator: unroll, which projects after each step"
+                "averaged_multipliers has a multiplier for ∇y φ = 0 and none for a set that "
+                "restricts y; use estimator: unroll, which projects after each step"
             )
         calls = state["calls"]
         mu = self.mu * (calls + 1) ** -self.mu_decay
@@ -96,7 +96,7 @@ class AveragedMultipliers:
         mixed, solver = _mixed(losses, self.mu), exact(tree.size(at.y))
 
         def value(x: Params) -> Tensor:
-            batches = to_come(replace(losses.lower, draws=None))
+            batches = batches_of(replace(losses.lower, draws=None))
             end = minimise(solver, mixed.function, losses, x, begin(solver, at.y), batches, parts=2)
             return losses.upper(x, end["y"])
 

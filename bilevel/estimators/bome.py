@@ -15,7 +15,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise, move, to_come
+from bilevel.lower.auxiliary import (
+    Auxiliary,
+    batches_of,
+    begin,
+    convergence_stats,
+    exact,
+    minimise,
+    move,
+)
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Optimizer, Params, Point
@@ -73,7 +81,9 @@ class Bome:
         along = tree.axpy(strength, parts.q_y, parts.F_y)
         value = float(parts.F) + strength * parts.q
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
-        return Estimate(h, parts.F, {"optimizer": optimizer}, evidence(parts.lowest), moved)
+        return Estimate(
+            h, parts.F, {"optimizer": optimizer}, convergence_stats(parts.lowest), moved
+        )
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """F + λ q at fixed y and at the λ of this point, with z solved for at every x."""
@@ -102,4 +112,4 @@ class Bome:
 
     def _solve(self, losses: Losses, at: Point) -> Auxiliary:
         lower, start = losses.lower, begin(self.lower, at.y)
-        return minimise(self.lower, lower.function, losses, at.x, start, to_come(lower))
+        return minimise(self.lower, lower.function, losses, at.x, start, batches_of(lower))

@@ -41,7 +41,7 @@ class FixedPoint:
     radius of ∂y T, and needs `lr` < 2 / largest eigenvalue.
 
     Costs 2 gradients, the solver's products and one more for the true residual, counted as HVPs,
-    and 1 cross product. Kinks and constraints active only just (within `margin`, or within the
+    and 1 cross product. Kinks and constraints weakly active (within `margin`, or within the
     distance that T still moves y) are counted in `degenerate` and flagged `converged=False`.
 
     Raises:

@@ -16,7 +16,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise, move, to_come
+from bilevel.lower.auxiliary import (
+    Auxiliary,
+    batches_of,
+    begin,
+    convergence_stats,
+    exact,
+    minimise,
+    move,
+)
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Optimizer, Params, Point
@@ -79,7 +87,7 @@ class Moreau:
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"calls": state["calls"] + 1, "proximal": proximal, "optimizer": optimizer}
         h = tree.axpy(strength, gap, F_x)
-        return Estimate(h, F, state, evidence(proximal), moved)
+        return Estimate(h, F, state, convergence_stats(proximal), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate, at the first call."""
@@ -99,7 +107,7 @@ class Moreau:
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
             return lower.on(batch)(x, theta) + self._distance(theta, at.y)
 
-        return minimise(self.lower, proximal, losses, at.x, start, to_come(lower))
+        return minimise(self.lower, proximal, losses, at.x, start, batches_of(lower))
 
     def _distance(self, theta: Params, y: Params) -> Tensor:
         """‖θ − y‖² / 2γ, with its graph."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise
+from bilevel.lower.auxiliary import Auxiliary, begin, convergence_stats, exact, minimise
 from bilevel.lower.gradient import Gradient
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Params, Point
 
@@ -68,12 +68,14 @@ class Penalty:
         if not self.central:
             gap = tree.sub(G_x, gradient_x(losses.lower, at.x, at.y))
             h = tree.axpy(self.strength, gap, F_x)
-            return Estimate(h, value, {"plus": plus}, replace(evidence(plus), residual=left))
+            return Estimate(
+                h, value, {"plus": plus}, replace(convergence_stats(plus), residual=left)
+            )
         minus = self._solve(losses, at.x, state["minus"], -1 / self.strength)
         _, F_below, G_below, left_below = self._ends(losses, Point(at.x, minus["y"]), -1)
         F_sum = tree.add(F_x, F_below)
         h = tree.axpy(self.strength / 2, tree.sub(G_x, G_below), tree.scale(0.5, F_sum))
-        stats = replace(evidence(plus, minus), residual=max(left, left_below))
+        stats = replace(convergence_stats(plus, minus), residual=max(left, left_below))
         return Estimate(h, value, {"plus": plus, "minus": minus}, stats)
 
     def _ends(self, losses: Losses, at: Point, sign: int) -> tuple[Tensor, Params, Params, float]:

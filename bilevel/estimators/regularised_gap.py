@@ -16,7 +16,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise, move, to_come
+from bilevel.lower.auxiliary import (
+    Auxiliary,
+    batches_of,
+    begin,
+    convergence_stats,
+    exact,
+    minimise,
+    move,
+)
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Loss, Losses, LowerSolver, Needs, Optimizer, Params, Point
@@ -94,7 +102,9 @@ class RegularisedGap:
             "z": self._moved(z, mu, _constraints(losses.lower, at.x, theta.y)),
             "optimizer": optimizer,
         }
-        return Estimate(tree.axpy(strength, gap_x, F_x), F, after, evidence(proximal), moved)
+        return Estimate(
+            tree.axpy(strength, gap_x, F_x), F, after, convergence_stats(proximal), moved
+        )
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """F + λ · gap at fixed y, and at z = 0, where the multipliers start."""
@@ -130,7 +140,7 @@ class RegularisedGap:
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
             return lower.on(batch)(x, theta) + _distance(theta, at.y, self.gamma1)
 
-        return minimise(self.lower, proximal, losses, at.x, start, to_come(losses.lower))
+        return minimise(self.lower, proximal, losses, at.x, start, batches_of(losses.lower))
 
 
 def _constraints(loss: Loss, x: Params, y: Params) -> Params:

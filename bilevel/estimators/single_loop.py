@@ -16,10 +16,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from bilevel import rng, tree
 from bilevel.components import Slot, component
-from bilevel.directions.draw import Direction
-from bilevel.directions.oracles import Iterate, Sample, Series
+from bilevel.directions.oracles import Batches, Series, Triple
 from bilevel.directions.plain import Plain
-from bilevel.directions.walk import Walk
+from bilevel.directions.quantity import Direction
+from bilevel.directions.tracker import DirectionTracker
 from bilevel.errors import ProblemError
 from bilevel.types import Estimate, Loss, Losses, Needs, Params, Point
 
@@ -48,7 +48,7 @@ class SingleLoop:
     directions, T = lower_steps, K = adjoint_steps: `together` 2 T, T, T, with a series
     (2 + K) T, K T, T; `sequential` T + K + 2, K, 1. `storm` and `spider` evaluate twice. With a
     `tolerance` a loop ends early where ‖d_y‖, ‖d_v‖ / ‖∇y F‖ and the relative change of d_x are at
-    most that, and the stats say whether they are. Raises `ProblemError` where y is held in a set,
+    most that, and the stats say whether they are. Raises `ProblemError` where y is restricted to a set,
     or a direction needs to know the blocks of the data and does not; `ConvergenceError` where three
     factors of a series in a row make its term longer.
     """
@@ -114,54 +114,61 @@ class SingleLoop:
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         if losses.lower.structure.project is not None:
             raise ProblemError(
-                "single_loop knows no set that holds y, neither in its steps nor in its adjoint; "
+                "single_loop knows no set that restricts y, neither in its steps nor in its adjoint; "
                 "use estimator: unroll, which projects after each step"
             )
-        walk, start = Walk(self._directions, state, self.tolerance), Iterate(at.x, at.y, state["v"])
+        tracker, start = (
+            DirectionTracker(self._directions, state, self.tolerance),
+            Triple(at.x, at.y, state["v"]),
+        )
         go = self._together if self.order == "together" else self._sequential
-        return go(losses.upper, losses.lower, walk, start, f"series.{state['calls']}")
+        return go(losses.upper, losses.lower, tracker, start, f"series.{state['calls']}")
 
-    def _together(self, F: Loss, G: Loss, walk: Walk, at: Iterate, name: str) -> Estimate:
+    def _together(
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, name: str
+    ) -> Estimate:
         moving = ("lower", "adjoint") if self.adjoint == "steps" else ("lower",)
         steps, h = 0, at.x
-        while steps < self.lower_steps and not walk.rests(*moving, "upper"):
+        while steps < self.lower_steps and not tracker.rests(*moving, "upper"):
             if steps:
                 F, G = F.fresh(), G.fresh()
             sample = self._sample(F, G, f"{name}.{steps}")
-            oracle = walk.oracle("together", sample, at, *moving, "upper")
-            d = {quantity: walk.take(quantity, oracle) for quantity in moving}
-            h = walk.take("upper", oracle)
+            oracle = tracker.oracle("together", sample, at, *moving, "upper")
+            d = {quantity: tracker.take(quantity, oracle) for quantity in moving}
+            h = tracker.take("upper", oracle)
             at, steps = self._stepped(at, **d), steps + 1
-        return walk.estimate(h, at, steps)
+        return tracker.estimate(h, at, steps)
 
-    def _sequential(self, F: Loss, G: Loss, walk: Walk, at: Iterate, name: str) -> Estimate:
+    def _sequential(
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, name: str
+    ) -> Estimate:
         steps = 0
-        while steps < self.lower_steps and not walk.rests("lower"):
+        while steps < self.lower_steps and not tracker.rests("lower"):
             G = G.fresh() if steps else G
-            d = walk.take("lower", walk.oracle("lower", Sample([G], []), at, "lower"))
+            d = tracker.take("lower", tracker.oracle("lower", Batches([G], []), at, "lower"))
             at, steps = self._stepped(at, lower=d), steps + 1
         for _ in range(self.adjoint_steps if self.adjoint == "steps" else 0):
-            sample = Sample([G.fresh()], [F])
-            d = walk.take("adjoint", walk.oracle("adjoint", sample, at, "adjoint"))
+            sample = Batches([G.fresh()], [F])
+            d = tracker.take("adjoint", tracker.oracle("adjoint", sample, at, "adjoint"))
             at = self._stepped(at, adjoint=d)
-            if walk.rests("adjoint"):
+            if tracker.rests("adjoint"):
                 break
         sample = self._sample(F, G.fresh(), f"{name}.0")
-        h = walk.take("upper", walk.oracle("upper", sample, at, "upper"))
-        return walk.estimate(h, at, steps)
+        h = tracker.take("upper", tracker.oracle("upper", sample, at, "upper"))
+        return tracker.estimate(h, at, steps)
 
-    def _stepped(self, at: Iterate, **d: Params) -> Iterate:
+    def _stepped(self, at: Triple, **d: Params) -> Triple:
         y = tree.axpy(-self.lower_lr, d["lower"], at.y) if "lower" in d else at.y
         v = tree.axpy(-self.adjoint_lr, d["adjoint"], at.v) if "adjoint" in d else at.v
-        return Iterate(at.x, y, v)
+        return Triple(at.x, y, v)
 
-    def _sample(self, F: Loss, G: Loss, name: str) -> Sample:
+    def _sample(self, F: Loss, G: Loss, name: str) -> Batches:
         """The batches of the upper direction, with those of the series where there is one."""
         if self.adjoint == "steps":
-            return Sample([G], [F])
+            return Batches([G], [F])
         count, series = self.adjoint_steps, Series(self.adjoint_lr, 1.0, True)
         if self.adjoint == "random_series":
             series = Series(self.adjoint_lr, float(count), False)
             stream = rng.stream(self.seed, name)
             count = int(torch.randint(count, (), generator=stream))
-        return Sample([G], [F], [[G.fresh()] for _ in range(count)], series)
+        return Batches([G], [F], [[G.fresh()] for _ in range(count)], series)

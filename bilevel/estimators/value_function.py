@@ -18,7 +18,7 @@ from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise
+from bilevel.lower.auxiliary import Auxiliary, begin, convergence_stats, exact, minimise
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.types import Estimate, Losses, LowerSolver, Moved, Needs, Params, Point
 
@@ -98,7 +98,7 @@ class ValueFunction:
         value = float(F) + weight * float(G)
         moved = Moved(tree.clone(here.y), value, tree.norm(left), upper["steps"])
         state = {"calls": state["calls"] + 1, "value": z, "upper": upper}
-        return Estimate(h, F, state, evidence(z, upper), moved)
+        return Estimate(h, F, state, convergence_stats(z, upper), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate, at the first call."""

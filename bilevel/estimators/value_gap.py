@@ -15,7 +15,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, evidence, exact, minimise, move, to_come
+from bilevel.lower.auxiliary import (
+    Auxiliary,
+    batches_of,
+    begin,
+    convergence_stats,
+    exact,
+    minimise,
+    move,
+)
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Optimizer, Params, Point
@@ -67,7 +75,7 @@ class ValueGap:
         value = float(G) + float(F) / self.strength
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"lowest": lowest, "optimizer": optimizer}
-        return Estimate(h, F, state, evidence(lowest), moved)
+        return Estimate(h, F, state, convergence_stats(lowest), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:
         """The penalty function that this estimator claims to differentiate."""
@@ -81,4 +89,4 @@ class ValueGap:
 
     def _solve(self, losses: Losses, x: Params, start: Auxiliary) -> Auxiliary:
         lower = losses.lower
-        return minimise(self.lower, lower.function, losses, x, start, to_come(lower))
+        return minimise(self.lower, lower.function, losses, x, start, batches_of(lower))

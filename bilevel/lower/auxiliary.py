@@ -75,7 +75,7 @@ def move(
     return Moved(y, value, tree.norm(along)), state
 
 
-def to_come(loss: Loss) -> Iterator[Any]:
+def batches_of(loss: Loss) -> Iterator[Any]:
     """The batches that a loss draws; its present one again and again if it draws none."""
     return itertools.repeat(loss.batch) if loss.draws is None else loss.draws
 
@@ -85,7 +85,7 @@ def exact(dim: int) -> LowerSolver:
     return Newton() if dim <= 200 else LBFGS(steps=2000, tolerance=1e-9)
 
 
-def evidence(*ends: Auxiliary) -> Stats:
+def convergence_stats(*ends: Auxiliary) -> Stats:
     """Whether the auxiliary problems were solved; None where a solver has no tolerance."""
     known = [end["converged"] for end in ends if end["converged"] is not None]
     return Stats(converged=all(known) if known else None)

@@ -101,10 +101,10 @@ def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:
         return ()
     rough = tree.eps(points[0][1]) ** 0.5
     least = rough * max(tree.norm(change) for _, change in pairs)
-    return tuple((s, c) for s, c in pairs if tree.norm(c) > least and _bends_up(s, c))
+    return tuple((s, c) for s, c in pairs if tree.norm(c) > least and _has_positive_curvature(s, c))
 
 
-def _bends_up(step: Params, change: Params) -> bool:
+def _has_positive_curvature(step: Params, change: Params) -> bool:
     return tree.dot(step, change) > 1e-10 * tree.norm(step) * tree.norm(change)
 
 

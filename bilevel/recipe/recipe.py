@@ -196,7 +196,8 @@ class _Reading:
             return built
         lacking = ", ".join(m for m in _members(protocol) if not hasattr(built.value, m))
         kind = type(built.value).__name__
-        self._complaints.add((key,), f"{kind} is no {protocol.__name__}: it lacks {lacking}")
+        what = f"{'an' if protocol.__name__[0] in 'AEIO' else 'a'} {protocol.__name__}"
+        self._complaints.add((key,), f"{kind} is not {what}: it lacks {lacking}")
         return None
 
     def _sinks(self) -> Built | None:
@@ -214,7 +215,7 @@ class _Reading:
         built = self._builder.component("sinks", spec, where)
         if built is None or isinstance(built.value, Sink):
             return built
-        self._complaints.add(where, f"{type(built.value).__name__} is no Sink: it lacks open")
+        self._complaints.add(where, f"{type(built.value).__name__} is not a Sink: it lacks open")
         return None
 
 

@@ -77,7 +77,7 @@ EXPLAINED = ("rounding", "stagnation")
 
 
 @dataclass(frozen=True)
-class Row:
+class WarningRule:
     """One kind of warning. It is kept back where a kind of `unless` holds, which explains it."""
 
     kind: str
@@ -87,7 +87,7 @@ class Row:
 
 
 TABLE = (
-    Row(
+    WarningRule(
         "curvature",
         lambda step: step.has_negative_curvature,
         lambda step: (
@@ -96,7 +96,7 @@ TABLE = (
             "Take more lower steps, or set estimator.damping above its size"
         ),
     ),
-    Row(
+    WarningRule(
         "degenerate",
         lambda step: bool(step.stats.degenerate),
         lambda step: (
@@ -106,7 +106,7 @@ TABLE = (
         ),
         unless=("curvature",),
     ),
-    Row(
+    WarningRule(
         "inner solve",
         lambda step: step.stats.converged is False and not step.has_adjoint,
         lambda step: (
@@ -115,7 +115,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended(),
         lambda step: (
@@ -125,7 +125,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended("rounding"),
         lambda step: (
@@ -135,7 +135,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended("stagnation"),
         lambda step: (
@@ -146,7 +146,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "residual",
         lambda step: step.has_large_residual,
         lambda step: (
@@ -157,7 +157,7 @@ TABLE = (
         ),
         unless=("curvature",),
     ),
-    Row(
+    WarningRule(
         "lower solve",
         lambda step: step.lower_error > max(LARGE * step.lower_size, 1e-6),
         lambda step: (

@@ -32,7 +32,7 @@ _TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The newest checkpoint that is whole, and why newer ones were passed over."""
 
     path: Path
@@ -82,7 +82,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}{remedy}") from error
 
 
-def latest(folder: Path) -> Found | None:
+def latest(folder: Path) -> FoundCheckpoint | None:
     """The newest whole checkpoint in `folder`, None where there is none at all.
 
     Raises `CheckpointError` if there are checkpoints and none is whole.
@@ -95,12 +95,12 @@ def latest(folder: Path) -> Found | None:
     return found
 
 
-def _newest_valid(candidates: Iterator[Path] | list[Path]) -> Found | None:
+def _newest_valid(candidates: Iterator[Path] | list[Path]) -> FoundCheckpoint | None:
     skipped = []
     for path in candidates:
         fault = _fault(path)
         if fault is None:
-            return Found(path, _order(path)[0], tuple(skipped))
+            return FoundCheckpoint(path, _order(path)[0], tuple(skipped))
         skipped.append(fault)
     return None
 
@@ -131,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     except ValueError as error:
         raise CheckpointError(f"{path / STATE}: is cut off or altered: {error}") from error
     if not isinstance(document, dict) or document.keys() != {"checksum", "body"}:
-        raise CheckpointError(f"{path / STATE}: is no checkpoint, or altered")
+        raise CheckpointError(f"{path / STATE}: is not a checkpoint, or was altered")
     body = document["body"]
     if document["checksum"] != _digest(_text(body).encode()):
         raise CheckpointError(f"{path / STATE}: does not match its checksum: it was altered")

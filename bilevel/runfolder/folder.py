@@ -151,7 +151,7 @@ def find(reference: str, runs: Path) -> RunFolder:
         if below:
             return RunFolder(max(below, key=_age))
     raise RecipeError(
-        f"{reference}: is no run: neither a folder with {RESOLVED} nor the name of a run below "
+        f"{reference}: is not a run: neither a folder with {RESOLVED} nor the name of a run below "
         f"{runs}/; `bilevel runs` lists them"
     )
 

@@ -108,7 +108,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
 
 def _refuse(path: Path, number: int) -> NoReturn:
     raise CheckpointError(
-        f"{path}:{number}: the line is no event: it was altered. Take it out, or put the file "
+        f"{path}:{number}: the line is not an event: it was altered. Take it out, or put the file "
         "back as it was, to read the rest"
     )
 

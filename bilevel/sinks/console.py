@@ -198,8 +198,8 @@ def _evidence(event: Stepped) -> tuple[str, str, str]:
     """(residual, condition or what stands against it, error relative to h), `-` for the unknown."""
     stats, size = event.estimate, event.hypergradient_norm
     bound = None if stats.error_bound is None or not size else stats.error_bound / size
-    is_bent = stats.curvature is not None and stats.curvature <= 0
-    condition = "curv≤0" if is_bent else _small(stats.condition)
+    is_negative = stats.curvature is not None and stats.curvature <= 0
+    condition = "curv≤0" if is_negative else _small(stats.condition)
     return _small(stats.residual), condition, _small(bound)
 
 

@@ -4,8 +4,8 @@
     F(x, y) = ½ ‖y − t‖² + ½ ρ ‖x − p‖² + yᵀ D x,  or its part in x alone
 
 so that y*(x) = s⁻¹(B x + c). With sinh every second derivative of G changes with y. x and y have
-several entries of several shapes; nothing is centred at zero. Estimators that know what holds y,
-or that learn where the lower level starts, are held to `Held` and `Started` as well, or instead.
+several entries of several shapes; nothing is centred at zero. Estimators that respect what restricts y,
+or that learn where the lower level starts, are held to `ConstrainedCase` and `AdaptationCase` as well, or instead.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RHO = 0.2
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """One problem; `blind` takes y out of F, so that dΦ/dx = ∇x F."""
+    """One problem; `without_y` takes y out of F, so that dΦ/dx = ∇x F."""
 
     num_upper: int = 3
     num_lower: int = 5
-    is_bent: bool = False
-    is_blind: bool = False
+    is_nonlinear: bool = False
+    without_y: bool = False
     seed: int = 0
 
     @cached_property
@@ -69,14 +69,14 @@ class ClosedForm:
         far = at - batch["p"]
         alone = 0.5 * RHO * far @ far + 0.02 * (far**4).sum()
         lower = tree.flatten(y)
-        if self.is_blind:
+        if self.without_y:
             return alone + 0.0 * lower.sum()  # a loss that y does not reach at all is refused
         off = lower - batch["t"]
         return alone + 0.5 * off @ off + lower @ (batch["D"] @ at)
 
     def lower_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
         lower = tree.flatten(y)
-        r = (lower.sinh() if self.is_bent else lower) - self._goal(x, batch)
+        r = (lower.sinh() if self.is_nonlinear else lower) - self._goal(x, batch)
         return 0.5 * r @ (batch["A"] @ r)
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[Any]:
@@ -88,16 +88,16 @@ class ClosedForm:
     def lower_solution(self, x: Params) -> Params:
         """s⁻¹(B x + c)."""
         goal = self._goal(x, tree.to(self.constants, "cpu", tree.flatten(x).dtype))
-        return _split(goal.asinh() if self.is_bent else goal, "weight", "bias")
+        return _split(goal.asinh() if self.is_nonlinear else goal, "weight", "bias")
 
     def hypergradient(self, x: Params) -> Params:
         """∇x F + (dy*/dx)ᵀ ∇y F."""
         k, at = self.constants, tree.flatten(x).double()
         far = at - k["p"]
         h = RHO * far + 0.08 * far**3
-        if not self.is_blind:
+        if not self.without_y:
             y = tree.flatten(self.lower_solution(tree.map(Tensor.double, x)))
-            slope = 1 / y.cosh() if self.is_bent else torch.ones_like(y)
+            slope = 1 / y.cosh() if self.is_nonlinear else torch.ones_like(y)
             h = h + k["D"].T @ y + k["B"].T @ (slope * (y - k["t"] + k["D"] @ at))
         return tree.cast(h, x)
 
@@ -123,5 +123,5 @@ def cases(seed: int) -> dict[str, Any]:
         "quadratic": ClosedForm(seed=seed),
         "one lower variable": ClosedForm(num_lower=1, seed=seed),
         "one upper variable": ClosedForm(num_upper=1, num_lower=3, seed=seed),
-        "bent": ClosedForm(is_bent=True, seed=seed),
+        "nonlinear": ClosedForm(is_nonlinear=True, seed=seed),
     }

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.testing.findings import copied, difference, report, through_a_checkpoint
-from bilevel.testing.needs import blind, cases_of, unprovided
+from bilevel.testing.harness import Harness, in_float32, init
+from bilevel.testing.needs import cases_of, unprovided, without_y
 from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
-from bilevel.testing.stand import Stand, in_float32, init
 from bilevel.testing.verdicts import CheckRow, check
 from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
 
@@ -68,21 +68,21 @@ def parts_of(
     parts: dict[str, Callable[[], Iterator[str]]] = {}
     for seed in seeds:
         for case, problem in cases_of(estimator, seed).items():
-            stand = Stand(estimator, problem, seed)
+            harness = Harness(estimator, problem, seed)
             at = f"{case}, seed {seed}"
-            parts[f"claim ({at})"] = lambda s=stand: _claim(s)
-            parts[f"size ({at})"] = lambda s=stand: _size(s, within, average)
-            parts[f"warm start ({at})"] = lambda s=stand: _warm(s)
+            parts[f"claim ({at})"] = lambda s=harness: _claim(s)
+            parts[f"size ({at})"] = lambda s=harness: _size(s, within, average)
+            parts[f"warm start ({at})"] = lambda s=harness: _warm(s)
     first = cases_of(estimator, seeds[0])
     plain = next(iter(first.values()))
-    bent = Stand(estimator, first.get("bent", plain), seeds[0])
+    nonlinear = Harness(estimator, first.get("nonlinear", plain), seeds[0])
     parts |= {
-        "returns": lambda: _returns(bent),
-        "float32": lambda: _narrow(bent),
-        "state": lambda: _state(bent),
-        "purity": lambda: _pure(bent),
-        "counts": lambda: _counts(bent),
-        "no adjoint": lambda: _blind(Stand(estimator, blind(plain), seeds[0])),
+        "returns": lambda: _returns(nonlinear),
+        "float32": lambda: _narrow(nonlinear),
+        "state": lambda: _state(nonlinear),
+        "purity": lambda: _pure(nonlinear),
+        "counts": lambda: _counts(nonlinear),
+        "no adjoint": lambda: _without_y(Harness(estimator, without_y(plain), seeds[0])),
     }
     return parts
 
@@ -90,7 +90,7 @@ def parts_of(
 def _protocol(estimator: Estimator) -> Iterator[str]:
     if not isinstance(estimator, Estimator):
         missing = [n for n in ("needs", "claim", "init", "estimate") if not hasattr(estimator, n)]
-        yield f"is no Estimator: it has no {', '.join(missing)}"
+        yield f"is not an Estimator: it lacks {', '.join(missing)}"
         return
     if estimator.claim not in CLAIMS:
         yield f"claim = {estimator.claim!r}; must be one of {CLAIMS}"
@@ -103,10 +103,10 @@ def _protocol(estimator: Estimator) -> Iterator[str]:
         yield f"requires {', '.join(lacking)}, which no problem that it could be held to has"
 
 
-def _claim(stand: Stand) -> Iterator[str]:
-    if stand.estimator.claim is None:
+def _claim(harness: Harness) -> Iterator[str]:
+    if harness.estimator.claim is None:
         return
-    found = check(stand.setup, {"it": stand.estimator})
+    found = check(harness.setup, {"it": harness.estimator})
     row = next(row for row in found if isinstance(row, CheckRow))
     if row.verdict == "wrong":
         yield row.note
@@ -114,15 +114,15 @@ def _claim(stand: Stand) -> Iterator[str]:
         yield f"its claim {row.claim!r} could not be tested: {row.note}"
 
 
-def _size(stand: Stand, within: float | None, average: int) -> Iterator[str]:
+def _size(harness: Harness, within: float | None, average: int) -> Iterator[str]:
     """What can be asked of an estimator that claims nothing."""
-    if stand.estimator.claim is not None and within is None:
+    if harness.estimator.claim is not None and within is None:
         return
-    scene = stand.scene()
-    reference = stand.truth(scene)
-    state, total = stand.init(scene), tree.zeros_like(scene.x)
+    scene = harness.scene()
+    reference = harness.truth(scene)
+    state, total = harness.init(scene), tree.zeros_like(scene.x)
     for _ in range(average):
-        got = stand.ask(scene, state)
+        got = harness.ask(scene, state)
         state, total = got.state, tree.add(total, got.hypergradient)
     h = tree.scale(1 / average, total)
     error, cosine = reference.error(h), reference.cosine(h)
@@ -132,20 +132,20 @@ def _size(stand: Stand, within: float | None, average: int) -> Iterator[str]:
         yield f"cosine {cosine} with dΦ/dx at the lower solution; must be > 0, or state `within`"
 
 
-def _warm(stand: Stand) -> Iterator[str]:
+def _warm(harness: Harness) -> Iterator[str]:
     """A state from elsewhere may help, and must not decide."""
-    here, there = stand.scene(0), stand.scene(1)
-    first = stand.ask(here, stand.init(here))
-    second = stand.ask(there, first.state)
+    here, there = harness.scene(0), harness.scene(1)
+    first = harness.ask(here, harness.init(here))
+    second = harness.ask(there, first.state)
     if all(torch.equal(a, b) for a, b in _beside(first.hypergradient, second.hypergradient)):
         yield "returns at another x, with the state from before, the very answer from before"
-    if stand.estimator.claim != "solution":
+    if harness.estimator.claim != "solution":
         return
-    tight = stand.tight
-    warm = stand.ask(there, stand.ask(here, init(tight, here), estimator=tight).state)
-    got = stand.ask(there, warm.state, estimator=tight)
+    tight = harness.tight
+    warm = harness.ask(there, harness.ask(here, init(tight, here), estimator=tight).state)
+    got = harness.ask(there, warm.state, estimator=tight)
     if got.stats.converged is not False:
-        error = stand.truth(there).error(got.hypergradient)
+        error = harness.truth(there).error(got.hypergradient)
         if not error <= 1e-6:
             yield f"relative error {error:.1e} from the state of another x; {1e-6:.0e} was expected"
 
@@ -154,15 +154,15 @@ def _beside(a: Params, b: Params) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((a[name], b[name]) for name in a)
 
 
-def _returns(stand: Stand) -> Iterator[str]:
-    scene = stand.scene()
-    got = stand.ask(scene, stand.init(scene))
+def _returns(harness: Harness) -> Iterator[str]:
+    scene = harness.scene()
+    got = harness.ask(scene, harness.init(scene))
     yield from _alike(got.hypergradient, scene.x, "hypergradient")
     if not isinstance(got.value, Tensor) or got.value.shape != () or got.value.requires_grad:
         yield "value must be a detached scalar tensor: F where it was evaluated"
     elif not math.isfinite(float(got.value)):
         yield f"value = {float(got.value)}"
-    moves = stand.estimator.needs.moves_lower
+    moves = harness.estimator.needs.moves_lower
     if moves and got.moved is None:
         yield "needs.moves_lower, and `moved` is None"
     if got.moved is not None:
@@ -186,29 +186,29 @@ def _alike(got: Params, expected: Params, name: str) -> Iterator[str]:
             yield f"{name}[{key!r}] carries a graph; detach it"
 
 
-def _narrow(stand: Stand) -> Iterator[str]:
-    wide = stand.scene()
+def _narrow(harness: Harness) -> Iterator[str]:
+    wide = harness.scene()
     narrow = in_float32(wide)
-    expected = stand.ask(wide, stand.init(wide)).hypergradient
-    got = stand.ask(narrow, stand.init(narrow)).hypergradient
+    expected = harness.ask(wide, harness.init(wide)).hypergradient
+    got = harness.ask(narrow, harness.init(narrow)).hypergradient
     yield from _alike(got, narrow.x, "hypergradient")
     off = tree.norm(tree.sub(tree.map(Tensor.double, got), expected)) / tree.norm(expected)
     if not off <= LOOSE:
         yield f"differs by {off:.1e} from its answer in float64; {LOOSE:g} at most was expected"
 
 
-def _state(stand: Stand) -> Iterator[str]:
-    here, there = stand.scene(0), stand.scene(1)
-    state = stand.ask(here, stand.init(here)).state
+def _state(harness: Harness) -> Iterator[str]:
+    here, there = harness.scene(0), harness.scene(1)
+    state = harness.ask(here, harness.init(here)).state
     kept = through_a_checkpoint(state)
     if said := difference(state, kept):
         yield f"state does not come back from a checkpoint as it went in: {said}"
         return
-    first = stand.ask(there, state)
+    first = harness.ask(there, state)
     if said := difference(state, kept):
         yield f"writes into the state that it is given: {said}; it belongs to the caller"
     yield from _apart(first, there)
-    again, resumed = stand.ask(there, kept), stand.ask(there, through_a_checkpoint(kept))
+    again, resumed = harness.ask(there, kept), harness.ask(there, through_a_checkpoint(kept))
     for other, how in ((again, "asked again"), (resumed, "resumed from a checkpoint")):
         if difference(first.hypergradient, other.hypergradient):
             yield f"{how}, with the same state, it answers otherwise"
@@ -234,12 +234,12 @@ def _memories(value: Any) -> Iterator[int]:
             yield from _memories(item)
 
 
-def _pure(stand: Stand) -> Iterator[str]:
-    scene = stand.scene()
-    random, before = torch.random.get_rng_state(), repr(stand.estimator)
+def _pure(harness: Harness) -> Iterator[str]:
+    scene = harness.scene()
+    random, before = torch.random.get_rng_state(), repr(harness.estimator)
     kept = {name: tree.clone(part) for name, part in _inputs(scene).items()}
     batch = copied(scene.losses.lower.batch)
-    stand.ask(scene, None)
+    harness.ask(scene, None)
     for name, part in _inputs(scene).items():
         if said := difference(part, kept[name]):
             yield f"writes into {name}: {said}"
@@ -247,7 +247,7 @@ def _pure(stand: Stand) -> Iterator[str]:
         yield f"writes into the batch: {said}"
     if not torch.equal(random, torch.random.get_rng_state()):
         yield "draws from the global random state; rng.stream(seed, name) is a stream of its own"
-    if repr(stand.estimator) != before:
+    if repr(harness.estimator) != before:
         yield "changes its own fields; what it remembers belongs in `state`"
 
 
@@ -255,30 +255,30 @@ def _inputs(scene: Scene) -> dict[str, Params]:
     return {"x": scene.x, "y": scene.tight}
 
 
-def _counts(stand: Stand) -> Iterator[str]:
-    scene, seen = stand.scene(), Passes()
-    stats = stand.ask(scene, stand.init(scene), wrap=seen.watch).stats
+def _counts(harness: Harness) -> Iterator[str]:
+    scene, seen = harness.scene(), Passes()
+    stats = harness.ask(scene, harness.init(scene), wrap=seen.watch).stats
     products = stats.hvps + stats.cross_products
     if stats.gradients < seen.first:
         yield f"counts {stats.gradients} gradients; autograd was asked for {seen.first}"
     if products < seen.second:
         yield f"counts {products} second-order products; autograd was asked for {seen.second}"
-    if not stand.estimator.needs.second_order and seen.graphs:
+    if not harness.estimator.needs.second_order and seen.graphs:
         yield (
             "needs.second_order is False, and a gradient was taken with its graph "
             f"(create_graph=True), {seen.graphs} times"
         )
-    if products and not stand.estimator.needs.second_order:
+    if products and not harness.estimator.needs.second_order:
         yield f"needs.second_order is False, and it counts {products} second-order products"
 
 
-def _blind(stand: Stand) -> Iterator[str]:
-    scene = stand.scene()
-    tight = stand.tight
-    got = stand.ask(scene, init(tight, scene), estimator=tight).hypergradient
+def _without_y(harness: Harness) -> Iterator[str]:
+    scene = harness.scene()
+    tight = harness.tight
+    got = harness.ask(scene, init(tight, scene), estimator=tight).hypergradient
     if not tree.is_finite(got):
         yield "F does not depend on y, and the hypergradient is not finite"
-    elif stand.estimator.claim in ("solution", "path", "step", "direct"):
+    elif harness.estimator.claim in ("solution", "path", "step", "direct"):
         _, truth, _ = calculus.gradients(_fresh(scene).upper, Point(scene.x, scene.tight))
         off = tree.norm(tree.sub(got, truth)) / tree.norm(truth)
         if not off <= 1e-6:

@@ -1,8 +1,8 @@
 """Closed forms for estimators that need more of a problem than two losses, and who gets which.
 
-Held:     G of `ClosedForm` over y_first + y_second = e and y_last ≤ b, the bound active,
+ConstrainedCase:     G of `ClosedForm` over y_first + y_second = e and y_last ≤ b, the bound active,
           y*(x) = p + Z (ZᵀAZ)⁻¹ ZᵀA (B x + c − p) with Z a basis of what the constraints leave free
-Started:  G = Σᵢ ½ (yᵢ − cᵢ)ᵀ A (yᵢ − cᵢ) + ½ λ ‖yᵢ − x‖², two copies yᵢ of x, from yᵢ = x,
+AdaptationCase:  G = Σᵢ ½ (yᵢ − cᵢ)ᵀ A (yᵢ − cᵢ) + ½ λ ‖yᵢ − x‖², two copies yᵢ of x, from yᵢ = x,
           F = mean of ½ ‖yᵢ − tᵢ‖² + ½ ρ ‖x − p‖², y*ᵢ = (A + λI)⁻¹ (A cᵢ + λ x)
 """
 
@@ -23,11 +23,11 @@ from bilevel.testing.cases import RHO, ClosedForm, cases
 from bilevel.types import Estimator, Params
 
 PROXIMAL = 5.0
-"""λ of `Started`: large, so that what drops the derivative of the steps is not far off."""
+"""λ of `AdaptationCase`: large, so that what drops the derivative of the steps is not far off."""
 
 
 @dataclass(frozen=True)
-class Held:
+class ConstrainedCase:
     """A quadratic lower level over one equality and one active bound; one more that is not active."""
 
     free: ClosedForm = field(default_factory=ClosedForm)
@@ -82,7 +82,7 @@ class Held:
         k, at = self.free.constants, tree.flatten(x).double()
         y, far = tree.flatten(self.lower_solution(tree.map(Tensor.double, x))), at - k["p"]
         h = RHO * far + 0.08 * far**3
-        if not self.free.is_blind:
+        if not self.free.without_y:
             slope = y - k["t"] + k["D"] @ at
             h = h + k["D"].T @ y + (self._reduced[1] @ k["B"]).T @ slope
         return tree.cast(h, x)
@@ -99,11 +99,11 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Started:
+class AdaptationCase:
     """Two tasks that start at x and are held near it; what is learned is where to start."""
 
     num_upper: int = 3
-    is_blind: bool = False
+    without_y: bool = False
     seed: int = 0
 
     @property
@@ -134,7 +134,7 @@ class Started:
 
     def upper_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
         alone = 0.5 * RHO * (tree.flatten(x) - batch["p"]).square().sum()
-        weight = 0.0 if self.is_blind else 0.25
+        weight = 0.0 if self.without_y else 0.25
         return alone + weight * (_rows(y) - batch["t"]).square().sum()
 
     def lower_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
@@ -157,7 +157,7 @@ class Started:
     def hypergradient(self, x: Params) -> Params:
         """ρ (x − p) + ½ λ (A + λI)⁻¹ Σ (y*ᵢ − tᵢ)."""
         k, h = self.constants, RHO * (tree.flatten(x).double() - self.constants["p"])
-        if not self.is_blind:
+        if not self.without_y:
             off = _rows(self.lower_solution(tree.map(Tensor.double, x))) - k["t"]
             h = h + 0.5 * PROXIMAL * torch.linalg.solve(self._held, off.sum(0))
         return tree.cast(h, x)
@@ -173,21 +173,23 @@ def _rows(y: Params) -> Tensor:
     return torch.cat([p.reshape(2, -1) for p in y.values()], dim=1)
 
 
-def held_cases(seed: int) -> dict[str, Any]:
+def constrained_cases(seed: int) -> dict[str, Any]:
     return {
-        "held": Held(ClosedForm(seed=seed)),
-        "held, one upper variable": Held(ClosedForm(num_upper=1, num_lower=4, seed=seed)),
+        "constrained": ConstrainedCase(ClosedForm(seed=seed)),
+        "constrained, one upper variable": ConstrainedCase(
+            ClosedForm(num_upper=1, num_lower=4, seed=seed)
+        ),
     }
 
 
-def started_cases(seed: int) -> dict[str, Any]:
+def adaptation_cases(seed: int) -> dict[str, Any]:
     return {
-        "started": Started(seed=seed),
-        "started, one upper variable": Started(num_upper=1, seed=seed),
+        "adaptation": AdaptationCase(seed=seed),
+        "adaptation, one upper variable": AdaptationCase(num_upper=1, seed=seed),
     }
 
 
-PROVIDED = {"lower_constraints": held_cases, "lower_start": started_cases}
+PROVIDED = {"lower_constraints": constrained_cases, "lower_start": adaptation_cases}
 """What an estimator may require of a problem, and the cases that have it."""
 
 
@@ -199,7 +201,7 @@ def cases_of(estimator: Estimator, seed: int) -> dict[str, Any]:
         if name in needs.requires:
             found = found | make(seed)
     if {"project_lower", "lower_constraints"} & needs.supports:
-        found = found | held_cases(seed)
+        found = found | constrained_cases(seed)
     return found
 
 
@@ -208,8 +210,8 @@ def unprovided(estimator: Estimator) -> list[str]:
     return sorted(estimator.needs.requires - {*PROVIDED})
 
 
-def blind(problem: Any) -> Any:
+def without_y(problem: Any) -> Any:
     """The problem with y taken out of F."""
-    if isinstance(problem, Held):
-        return Held(replace(problem.free, is_blind=True))
-    return replace(problem, is_blind=True)
+    if isinstance(problem, ConstrainedCase):
+        return ConstrainedCase(replace(problem.free, without_y=True))
+    return replace(problem, without_y=True)

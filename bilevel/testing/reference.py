@@ -143,7 +143,7 @@ def reference_at(scene: Scene) -> Reference | None:
         if found.error <= 1e-2:
             return from_differences("central differences", found)
     if _held(levels):
-        return None  # the adjoint equation does not know the set that holds y
+        return None  # the adjoint equation does not know the set that restricts y
     return _verified_adjoint(scene)
 
 

@@ -17,7 +17,7 @@ from bilevel.events import Event
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import point_of
 from bilevel.run.engine import Setup, prepare
-from bilevel.testing.grounds import Ground, Grounds, moved, unfit
+from bilevel.testing.check_scenes import CheckScene, CheckScenes, moved, not_applicable
 from bilevel.testing.reference import (
     Reference,
     Scene,
@@ -65,36 +65,36 @@ def check(
     A claim is tested where it must hold: at the tightly solved lower level for "solution", with
     the estimator's `tight` settings; by central differences of its own `objective` else. Where
     the setup's lower solver keeps no path or pairs for an estimator that needs them, one that
-    does is lent, and said so; `error` and `cosine` are then None.
+    does is substituted, and said so; `error` and `cosine` are then None.
 
     Raises:
         ProblemError: the problem itself cannot be differentiated.
     """
     setup = replace(setup, dtype=dtype)
     yield from prepare(setup)
-    grounds = Grounds(setup, perturb)
-    reference = grounds.own.reference
+    check_scenes = CheckScenes(setup, perturb)
+    reference = check_scenes.own.reference
     for name, estimator in estimators.items():
-        yield _row(grounds, reference, name, estimator)
+        yield _row(check_scenes, reference, name, estimator)
 
 
 def _row(
-    grounds: Grounds, reference: Reference | None, name: str, estimator: Estimator
+    check_scenes: CheckScenes, reference: Reference | None, name: str, estimator: Estimator
 ) -> CheckRow:
     known = reference.name if reference else "none: the lower level cannot be solved tightly"
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
-    row = _judge(grounds, row, estimator)
+    row = _judge(check_scenes, row, estimator)
     caution = estimator.needs.caution
     return replace(row, note="; ".join(filter(None, (row.note, caution and caution()))))
 
 
-def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
+def _judge(check_scenes: CheckScenes, row: CheckRow, estimator: Estimator) -> CheckRow:
     try:
-        ground = grounds.of(estimator)
-        row = _judge_on(ground, row, estimator)
-        return replace(row, note="; ".join(filter(None, (row.note, ground.lent))))
+        check_scene = check_scenes.of(estimator)
+        row = _judge_on(check_scene, row, estimator)
+        return replace(row, note="; ".join(filter(None, (row.note, check_scene.substituted))))
     except ProblemError as error:
-        verdict: Verdict = "untested" if grounds.own.is_one_of_many else "refused"
+        verdict: Verdict = "untested" if check_scenes.own.is_one_of_many else "refused"
         return replace(row, verdict=verdict, note=str(error))
     except CheckError as error:
         return replace(row, verdict="wrong", note=str(error))
@@ -104,28 +104,28 @@ def _judge(grounds: Grounds, row: CheckRow, estimator: Estimator) -> CheckRow:
         return replace(row, verdict="wrong", note=f"raised {type(error).__name__}: {error}")
 
 
-def _judge_on(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
-    scene = ground.scene
-    row = _as_configured(ground, row, estimator)
+def _judge_on(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> CheckRow:
+    scene = check_scene.scene
+    row = _as_configured(check_scene, row, estimator)
     if estimator.claim is None:
         return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
-    if reason := unfit(ground, estimator):
+    if reason := not_applicable(check_scene, estimator):
         return replace(row, verdict="refused", note=reason)
     if estimator.claim == "solution":
         return _judge_solution(
-            scene, ground.reference, row, tightened(estimator, tree.size(scene.tight))
+            scene, check_scene.reference, row, tightened(estimator, tree.size(scene.tight))
         )
     return _judge_objective(scene, row, tightened(estimator, tree.size(scene.tight)))
 
 
-def _as_configured(ground: Ground, row: CheckRow, estimator: Estimator) -> CheckRow:
-    scene = ground.scene
+def _as_configured(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> CheckRow:
+    scene = check_scene.scene
     try:
         got = _ask(scene, estimator, scene.solved.y)
     except ConvergenceError as error:  # its claim may hold at other settings
         return replace(row, note=str(error))
     row = replace(row, stats=got.stats)
-    reference = None if ground.lent else ground.reference
+    reference = None if check_scene.substituted else check_scene.reference
     if reference is None:
         return row
     h = got.hypergradient
@@ -142,7 +142,7 @@ def _judge_solution(
     got = _ask_gently(scene, tight)
     if got is None:
         note = "diverges, however small its scale, on a lower level that is convex here"
-        verdict: Verdict = "wrong" if _bends_up(scene) else "untested"
+        verdict: Verdict = "wrong" if _has_positive_curvature(scene) else "untested"
         return replace(row, verdict=verdict, note=note if verdict == "wrong" else row.note)
     error, stats = reference.error(got.hypergradient), got.stats
     row, tolerance = replace(row, claim_error=error), reference.tolerance
@@ -222,13 +222,13 @@ def _unfinished(scene: Scene, reference: Reference, row: CheckRow, stats: Stats)
     note = f"adjoint not converged: residual {residual}"
     _, F_x, _ = calculus.gradients(scene.losses.upper, Point(scene.x, scene.tight))
     useless = (row.claim_error or 0.0) >= 0.999 * reference.error(F_x)
-    if useless and reference.error(F_x) > reference.tolerance and _bends_up(scene):
+    if useless and reference.error(F_x) > reference.tolerance and _has_positive_curvature(scene):
         note = f"{note}; no better than no solve at all, on a lower level that is convex here"
         return replace(row, verdict="wrong", note=note)
     return replace(row, note=note)
 
 
-def _bends_up(scene: Scene) -> bool:
+def _has_positive_curvature(scene: Scene) -> bool:
     """Whether G has positive curvature along ∇y F and along noise, by first differences alone."""
     at, losses = Point(scene.x, scene.tight), scene.losses
     _, _, F_y = calculus.gradients(losses.upper, at)

@@ -28,7 +28,7 @@ from bilevel.types import Params
 from . import formulations
 from .batches import Data, contrast_batch, joined, task_batch
 from .evaluation.examiner import (
-    Exam,
+    EvaluationSplit,
     Examiner,
     captions,
     make_exam,
@@ -41,7 +41,7 @@ from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.export import export
 from .models.instructions import conversations
-from .models.network import Backbone, Opened, parameters
+from .models.network import Backbone, LoadedModel, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
 from .sources.protocol import Corpus, Encoder, Scene, Source, Split
@@ -54,13 +54,13 @@ TRIPLES = 180
 
 
 @dataclass
-class Held:
+class Prepared:
     """What `prepare` makes; everything else of the problem is frozen."""
 
-    opened: Opened
+    opened: LoadedModel
     train: Data
     upper: Data
-    exam: Exam
+    exam: EvaluationSplit
     constants: dict[str, Tensor]
     """Scalars of the losses at their start, for those that are no variables."""
     reference: Params = field(default_factory=dict)
@@ -121,11 +121,11 @@ class HierarchicalFineTuning:
         return FORMS[self.formulation]
 
     @cached_property
-    def _made(self) -> list[Held]:
+    def _made(self) -> list[Prepared]:
         return []
 
     @property
-    def _held(self) -> Held:
+    def _held(self) -> Prepared:
         if not self._made:
             raise ProblemError(
                 "mllm_hft is not prepared; run through `prepare()` first: "
@@ -141,7 +141,7 @@ class HierarchicalFineTuning:
         exam = yield from self._exam(opened, scenes)
         yield from self._warm_up(opened, train)
         scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
-        held = Held(opened, train, upper, exam, {str(n): v for n, v in scalars.items()})
+        held = Prepared(opened, train, upper, exam, {str(n): v for n, v in scalars.items()})
         self._made[:] = [held]
         held.reference = tree.clone(parameters(opened.network, "projector"))
 
@@ -259,7 +259,7 @@ class HierarchicalFineTuning:
             }
         return found
 
-    def _start(self, held: Held, stream: torch.Generator | None) -> tuple[Params, Params]:
+    def _start(self, held: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
         """x and y to start from; without a stream LoRA is zero, which is the same function."""
         network = held.opened.network
         parts: dict[str, Params] = {
@@ -281,7 +281,7 @@ class HierarchicalFineTuning:
         return corpus
 
     def _data(
-        self, opened: Opened, split: Split, size: int
+        self, opened: LoadedModel, split: Split, size: int
     ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
         corpus = yield from self._corpus(split, size)
         pictures = yield from opened.encode(corpus)
@@ -291,7 +291,9 @@ class HierarchicalFineTuning:
         lines = captions(corpus.scenes, self.source, opened.tokenizer)
         return Data(pictures, rows, lines), corpus.scenes
 
-    def _exam(self, opened: Opened, training: tuple[Scene, ...]) -> Generator[Progress, None, Exam]:
+    def _exam(
+        self, opened: LoadedModel, training: tuple[Scene, ...]
+    ) -> Generator[Progress, None, EvaluationSplit]:
         corpus = yield from self._corpus(self.split, self.test)
         pictures = yield from opened.encode(corpus)
         return make_exam(
@@ -305,7 +307,7 @@ class HierarchicalFineTuning:
             generator=rng.stream(self.seed, f"questions.{self.split}"),
         )
 
-    def _warm_up(self, opened: Opened, train: Data) -> Generator[Progress, None, None]:
+    def _warm_up(self, opened: LoadedModel, train: Data) -> Generator[Progress, None, None]:
         """Stage 1, cached; sets the network's projector."""
         projector = opened.network.projector
         # A copy: training writes into these tensors, and the key is hashed again when it is kept.

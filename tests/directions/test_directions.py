@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from bilevel.directions.average import Average
-from bilevel.directions.draw import Draw
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.directions.saga import Saga
 from bilevel.directions.spider import Spider
 from bilevel.directions.storm import Storm
@@ -26,7 +26,7 @@ def made(now, before=None, full=None, block=(0, 1)):
 
         return call
 
-    return Draw(give(now), give(before), give(full), lambda share: block)
+    return StochasticQuantity(give(now), give(before), give(full), lambda share: block)
 
 
 def test_storm_at_momentum_one_is_the_draw():

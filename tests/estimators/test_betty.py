@@ -23,8 +23,8 @@ from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, check, check_estimator
 from bilevel.testing.cases import cases
+from bilevel.testing.harness import Harness
 from bilevel.testing.passes import Passes
-from bilevel.testing.stand import Stand
 from bilevel_problems.quadratic import Quadratic
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, offset, relative
 
@@ -60,13 +60,14 @@ def test_its_neumann_series_is_ours(make, seed):
 @pytest.mark.parametrize("method", ["darts", "sama"])
 def test_its_difference_is_ours_to_second_order(method):
     """On a lower level that bends: error slope 2 in epsilon against the exact product."""
-    stand = Stand(Implicit(solver=Identity(scale=1.0)), cases(0)["bent"], 0)
-    scene = stand.scene()
-    exact = stand.ask(scene, stand.init(scene)).hypergradient
+    harness = Harness(Implicit(solver=Identity(scale=1.0)), cases(0)["nonlinear"], 0)
+    scene = harness.scene()
+    exact = harness.ask(scene, harness.init(scene)).hypergradient
     sizes = (1e-1, 1e-2)
     errors = [
         relative(
-            stand.ask(scene, {}, estimator=Betty(method=method, epsilon=size)).hypergradient, exact
+            harness.ask(scene, {}, estimator=Betty(method=method, epsilon=size)).hypergradient,
+            exact,
         )
         for size in sizes
     ]
@@ -139,9 +140,9 @@ def test_the_adapter_keeps_the_contract(method):
 @with_betty
 @pytest.mark.parametrize("method", ["neumann", "cg", "darts", "sama"])
 def test_its_calls_are_counted_as_they_were_made(method):
-    stand, seen = Stand(Betty(method=method, iterations=7), cases(0)["bent"], 0), Passes()
-    scene = stand.scene()
-    stats = stand.ask(scene, {}, wrap=seen.watch).stats
+    harness, seen = Harness(Betty(method=method, iterations=7), cases(0)["nonlinear"], 0), Passes()
+    scene = harness.scene()
+    stats = harness.ask(scene, {}, wrap=seen.watch).stats
     assert stats.gradients == seen.first == (3 if method in ("neumann", "cg") else 4)
     assert stats.hvps + stats.cross_products == seen.second == (8 if stats.hvps else 0)
 

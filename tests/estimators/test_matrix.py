@@ -33,7 +33,7 @@ from bilevel.registry import presets
 from bilevel.registry.build import build
 from bilevel.run import refusals
 from bilevel.testing import CheckRow, Scene, check
-from bilevel.testing.grounds import Grounds
+from bilevel.testing.check_scenes import CheckScenes
 from bilevel.types import Point
 from tests.problems.mllm_hft import miniature
 
@@ -255,13 +255,13 @@ def test_methods_and_closed_forms(problem, seed):
     made = setup(problem, seed)
     found = rows(made, suited(problem))
     hold(problem, found)
-    ground = Grounds(made, 0.1).own
-    assert ground.reference is not None
+    check_scene = CheckScenes(made, 0.1).own
+    assert check_scene.reference is not None
     for name, row in found.items():
         assert row.reference == "closed form"
         if row.verdict == "exact":
-            size = float(ground.reference.truth.norm())
-            allowed = bound(ground.scene, distinct()[name], size)
+            size = float(check_scene.reference.truth.norm())
+            allowed = bound(check_scene.scene, distinct()[name], size)
             assert row.claim_error is not None
             assert row.claim_error <= allowed < 1e-5, (name, allowed)
 
@@ -316,13 +316,16 @@ def test_a_new_refusal_is_found():
 
 
 def test_a_solve_that_is_not_quite_tight_is_above_the_bound():
-    ground = Grounds(setup("quadratic", 0), 0.1).own
-    assert ground.reference is not None
-    at, loose = Point(ground.scene.x, ground.scene.tight), Implicit(solver=CG(tolerance=1e-6))
-    off = loose.estimate(ground.scene.losses, at, loose.init(at)).hypergradient
+    check_scene = CheckScenes(setup("quadratic", 0), 0.1).own
+    assert check_scene.reference is not None
+    at, loose = (
+        Point(check_scene.scene.x, check_scene.scene.tight),
+        Implicit(solver=CG(tolerance=1e-6)),
+    )
+    off = loose.estimate(check_scene.scene.losses, at, loose.init(at)).hypergradient
     off = tree.axpy(1e-9 * tree.norm(off), tree.map(torch.ones_like, off), off)
-    error = ground.reference.error(off)
-    assert error > bound(ground.scene, Implicit(), float(ground.reference.truth.norm()))
+    error = check_scene.reference.error(off)
+    assert error > bound(check_scene.scene, Implicit(), float(check_scene.reference.truth.norm()))
 
 
 MINUTES = {"forward", "penalty", "f2sa_p", "regularised_gap", "gaffo"}

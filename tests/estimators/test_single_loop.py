@@ -161,7 +161,7 @@ def test_the_point_before_is_kept_for_those_that_look_back_to_it(direction, kept
 
 
 def test_a_set_that_holds_y_is_refused():
-    with pytest.raises(ProblemError, match="no set that holds y"):
+    with pytest.raises(ProblemError, match="no set that restricts y"):
         ask_anyway(BoxQP(), *BoxQP().init(Streams(0)), SingleLoop())
 
 

@@ -127,13 +127,13 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "linear/task_cg.py": ("tests/linear/test_task_cg.py",),
     "directions/average.py": SINGLE_LOOP,
     "directions/blocks.py": SINGLE_LOOP,
-    "directions/draw.py": SINGLE_LOOP,
+    "directions/quantity.py": SINGLE_LOOP,
     "directions/oracles.py": SINGLE_LOOP,
     "directions/plain.py": SINGLE_LOOP,
     "directions/saga.py": SINGLE_LOOP,
     "directions/spider.py": SINGLE_LOOP,
     "directions/storm.py": SINGLE_LOOP,
-    "directions/walk.py": SINGLE_LOOP,
+    "directions/tracker.py": SINGLE_LOOP,
     "calculus/fixed_point_maps.py": (
         "tests/calculus/test_fixed_point_maps.py",
         "tests/estimators/test_fixed_point.py",
@@ -183,7 +183,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("directions/spider.py", "return (d, {'direction': d, 'age': (age - 1) % self.period})"): (
         "counting down comes by 0 at the same steps"
     ),
-    ("directions/walk.py", "self._left['upper'] = step / (tree.norm(d) or 2.0)"): (
+    ("directions/tracker.py", "self._left['upper'] = step / (tree.norm(d) or 2.0)"): (
         "where d = 0 there is no size to be relative to"
     ),
     (

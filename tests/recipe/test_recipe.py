@@ -102,7 +102,11 @@ def test_the_resolved_recipe_loads_again_to_an_equal_one(name):
         ("seed: 3", "1: 3", "my.yaml:3: 1: keys must be text"),
         ("problem: {name: quadratic, condition: 5}", "problem:", "my.yaml:4: problem: missing"),
         ("problem: {name: quadratic,", "problem: {", "my.yaml:4: problem: has no name"),
-        ("quadratic, condition: 5", "bilevel.rng:Streams, seed: 1", "is no Problem: it lacks init"),
+        (
+            "quadratic, condition: 5",
+            "bilevel.rng:Streams, seed: 1",
+            "is not a Problem: it lacks init",
+        ),
     ],
 )
 def test_an_error_says_where_and_what(old, new, message):

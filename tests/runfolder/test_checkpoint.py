@@ -273,7 +273,7 @@ def test_a_disk_that_is_really_full(tiny_disk: Path):
 SAVER = """
 import sys, itertools, torch
 from pathlib import Path
-from bilevel import checkpoint
+from bilevel.runfolder import checkpoint
 for step in itertools.count(1):
     saved = {"step": step, "x": torch.full((20_000,), float(step))}
     checkpoint.save(Path(sys.argv[1]), saved, step=step)

@@ -174,7 +174,7 @@ def test_a_damaged_line_is_named_with_its_place(damage, tmp_path: Path):
     path = tmp_path / record.FILE
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:5], damage, *lines[6:]]))
-    place = rf"{re.escape(str(path))}:6: the line is no event"
+    place = rf"{re.escape(str(path))}:6: the line is not an event"
     with pytest.raises(CheckpointError, match=place):
         list(record.read(tmp_path))
     with pytest.raises(CheckpointError, match=place):

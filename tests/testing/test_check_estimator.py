@@ -21,7 +21,7 @@ from bilevel.estimators.unroll import Unroll
 from bilevel.linear.identity import Identity
 from bilevel.testing import check_estimator
 from bilevel.testing.cases import cases
-from bilevel.testing.needs import cases_of, held_cases, started_cases
+from bilevel.testing.needs import adaptation_cases, cases_of, constrained_cases
 from bilevel.types import Moved, Needs, Point
 
 QUICK = (0,)
@@ -77,7 +77,7 @@ def test_a_claim_that_does_not_hold():
     said = complaint(Off(Implicit()))
     for name in cases(0):
         assert f"claim ({name}, seed 0): claim missed by 1.0e-03" in said
-    assert "warm start (bent, seed 0): relative error 1.0e-03" in said
+    assert "warm start (nonlinear, seed 0): relative error 1.0e-03" in said
     assert "no adjoint: F does not depend on y, and it is 1.0e-03 off" in said
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_claim():
 
 
 def test_no_estimator_at_all():
-    assert "has no needs, claim, init, estimate" in complaint(object())
+    assert "is not an Estimator: it lacks needs, claim, init, estimate" in complaint(object())
 
 
 def test_an_answer_that_is_the_one_before():
@@ -276,12 +276,12 @@ def test_products_that_are_not_counted():
 )
 def test_what_is_counted_is_what_autograd_did(estimator):
     """Exactly for those that take one pass a product; unrolling has two products in one."""
+    from bilevel.testing.harness import Harness
     from bilevel.testing.passes import Passes
-    from bilevel.testing.stand import Stand
 
-    stand, seen = Stand(estimator, cases(0)["bent"], 0), Passes()
-    scene = stand.scene()
-    stats = stand.ask(scene, stand.init(scene), wrap=seen.watch).stats
+    harness, seen = Harness(estimator, cases(0)["nonlinear"], 0), Passes()
+    scene = harness.scene()
+    stats = harness.ask(scene, harness.init(scene), wrap=seen.watch).stats
     assert stats.gradients == seen.first
     each = 2 if isinstance(estimator, Unroll) else 1
     assert stats.hvps + stats.cross_products == each * seen.second
@@ -366,18 +366,18 @@ class Needy(Around):
 
 def test_constraints_that_are_required_and_not_used():
     said = complaint(Needy(Implicit(), Needs(requires=frozenset({"lower_constraints"}))))
-    for name in held_cases(0):
+    for name in constrained_cases(0):
         assert f"claim ({name}, seed 0): " in said
-    assert "bent" not in said
+    assert "nonlinear" not in said
 
 
 def test_a_set_that_is_said_to_be_known_and_is_not():
     boasts = Needy(Implicit(), Needs(supports=frozenset({"project_lower"})))
-    assert {*cases_of(boasts, 0)} == {*cases(0), *held_cases(0)}
+    assert {*cases_of(boasts, 0)} == {*cases(0), *constrained_cases(0)}
     said = complaint(boasts)
-    assert "claim (held, seed 0): claim missed by" in said
-    assert "warm start (held, seed 0): relative error" in said
-    assert "claim (bent, seed 0)" not in said
+    assert "claim (constrained, seed 0): claim missed by" in said
+    assert "warm start (constrained, seed 0): relative error" in said
+    assert "claim (nonlinear, seed 0)" not in said
 
 
 def test_a_start_that_is_pulled_the_wrong_way():
@@ -388,7 +388,7 @@ def test_a_start_that_is_pulled_the_wrong_way():
 
     for estimator in (FOMAML(), Reptile()):
         said = complaint(Uphill(estimator))
-        assert all(f"size ({name}, seed 0): cosine -" in said for name in started_cases(0))
+        assert all(f"size ({name}, seed 0): cosine -" in said for name in adaptation_cases(0))
 
 
 def test_a_need_that_no_case_can_serve():
@@ -396,7 +396,7 @@ def test_a_need_that_no_case_can_serve():
     assert "requires lower_prices, which no problem that it could be held to has" in complaint(odd)
 
 
-@pytest.mark.parametrize("make", [held_cases, started_cases])
+@pytest.mark.parametrize("make", [constrained_cases, adaptation_cases])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_closed_forms_of_the_needy_are_right(make, seed):
     """y* stays where it is under a projected step, and dΦ/dx is autograd's through it."""

@@ -28,7 +28,7 @@ SHIPPED = [
     Ridge(data="synthetic"),
     HyperCleaning(num_train=40, num_clean=30),
     *cases(1).values(),
-    ClosedForm(is_blind=True),
+    ClosedForm(without_y=True),
 ]
 
 
@@ -47,7 +47,7 @@ def complaint(problem, **options):
 class Right(ClosedForm):
     """To be made wrong in one way at a time."""
 
-    is_bent: bool = True
+    is_nonlinear: bool = True
 
 
 def test_all_that_is_wrong_is_said_at_once():
@@ -65,7 +65,7 @@ def test_all_that_is_wrong_is_said_at_once():
 
 
 def test_no_problem_at_all():
-    assert "is no Problem: it has no init, upper_loss" in complaint(object())
+    assert "is not a Problem: it lacks init, upper_loss" in complaint(object())
 
 
 def test_a_wrong_hypergradient():

@@ -282,7 +282,7 @@ def test_an_active_constraint_makes_implicit_differentiation_wrong():
     found = rows(Held(), {"cg": Implicit(), "unroll": Unroll(), "none": Alternating()})
     assert found["cg"].reference == "central differences"
     assert found["cg"].verdict == "refused"
-    assert "project_lower holds the lower solution here" in found["cg"].note
+    assert "project_lower restricts the lower solution here" in found["cg"].note
     assert "use estimator: fixed_point" in found["cg"].note
     assert found["cg"].error > 0.5
     assert found["unroll"].error < 1e-9

@@ -39,7 +39,7 @@ CAPTION_TOKENS = 48
 ANSWER_TOKENS = 8
 
 
-class Asked(NamedTuple):
+class PopeQuestions(NamedTuple):
     """Questions of one group, such as a POPE split."""
 
     rows: Rows
@@ -98,7 +98,7 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSplit:
     """A split with everything that is asked about it."""
 
     scenes: tuple[Scene, ...]
@@ -106,7 +106,7 @@ class Exam:
     dialogues: Rows
     talked: Int[Tensor, "row"]
     """The scene of each dialogue: those of which nothing is said have none."""
-    asked: Mapping[str, Asked]
+    asked: Mapping[str, PopeQuestions]
     """By group, "pope_random" for example."""
     captions: Captions
     lexicon: Lexicon
@@ -128,7 +128,7 @@ def make_exam(
     per_scene: int,
     cooccurrence: Tensor,
     generator: torch.Generator,
-) -> Exam:
+) -> EvaluationSplit:
     """Questions, dialogues for the task loss, and captions for the embeddings.
 
     Questions are those that come with the pictures; where there are none, POPE's three splits are
@@ -150,13 +150,13 @@ def make_exam(
         }
     turns = dialogues(scenes, source, generator)
     talked = [i for i, conversation in enumerate(turns) if conversation]
-    return Exam(
+    return EvaluationSplit(
         scenes,
         pictures,
         conversations([turns[i] for i in talked], tokenizer, template),
         torch.tensor(talked),
         {
-            group: Asked(prompts([q.text for q in found], tokenizer, template), found)
+            group: PopeQuestions(prompts([q.text for q in found], tokenizer, template), found)
             for group, found in groups.items()
             if found
         },
@@ -180,7 +180,7 @@ class Examiner:
     """Measure answers that are written out, too, beside those read off the logits."""
 
     def measure(
-        self, parameters: Params, exam: Exam
+        self, parameters: Params, exam: EvaluationSplit
     ) -> Generator[Progress | Warned, None, Findings]:
         """Task loss, answers, captions and the gap, with a row for each question and picture."""
         weights, _ = split(parameters)
@@ -202,7 +202,7 @@ class Examiner:
         return found.finish()
 
     @torch.no_grad()
-    def embed(self, parameters: Params, exam: Exam) -> Embeddings:
+    def embed(self, parameters: Params, exam: EvaluationSplit) -> Embeddings:
         """Embeddings of every picture, caption and hallucinated caption."""
         weights, _ = split(parameters)
         found = []
@@ -214,7 +214,7 @@ class Examiner:
             found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
         return Embeddings(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def describe(self, weights: Params, exam: Exam) -> tuple[list[str], list[bool]]:
+    def describe(self, weights: Params, exam: EvaluationSplit) -> tuple[list[str], list[bool]]:
         """Greedy captions, and whether each ended by itself before `CAPTION_TOKENS`."""
         by_instruction: dict[str, list[int]] = {}
         for i, scene in enumerate(exam.scenes):
@@ -228,7 +228,7 @@ class Examiner:
         return [text for text, _ in found], [ended for _, ended in found]
 
     def _generate(
-        self, weights: Params, exam: Exam, scene: Tensor, asked: list[int], length: int
+        self, weights: Params, exam: EvaluationSplit, scene: Tensor, asked: list[int], length: int
     ) -> list[tuple[str, bool]]:
         """Greedy continuations of one prompt about some scenes."""
         lines = []
@@ -248,22 +248,24 @@ class Examiner:
         said, ended = until_end(ids, self.tokenizer.ends)
         return self.tokenizer.decode(said), ended
 
-    def _gap(self, found: Findings, parameters: Params, exam: Exam) -> None:
+    def _gap(self, found: Findings, parameters: Params, exam: EvaluationSplit) -> None:
         embeddings, present = self.embed(parameters, exam), exam.captions.present
         found.add("gap", gap(*embeddings, present, [scene.caption for scene in exam.scenes]))
         report_pictures(found, *embeddings, present, self.kinds, exam.scenes)
 
-    def _caption(self, found: Findings, weights: Params, exam: Exam) -> None:
+    def _caption(self, found: Findings, weights: Params, exam: EvaluationSplit) -> None:
         said, ended = self.describe(weights, exam)
         report_captions(found, said, ended, exam.scenes, exam.lexicon, exam.association)
 
-    def _ask(self, found: Findings, weights: Params, exam: Exam, name: str) -> None:
+    def _ask(self, found: Findings, weights: Params, exam: EvaluationSplit, name: str) -> None:
         asked = exam.asked[name]
         scores = self._scores(weights, exam, asked)
         said = self._answers(weights, exam, asked) if self.generate_answers else None
         report_questions(found, name, asked.questions, exam.scenes, scores, said)
 
-    def _scores(self, weights: Params, exam: Exam, asked: Asked) -> Float[Tensor, "question"]:
+    def _scores(
+        self, weights: Params, exam: EvaluationSplit, asked: PopeQuestions
+    ) -> Float[Tensor, "question"]:
         rows, scene = asked.rows, asked.scene
         words = answer_words(self.tokenizer, self.template)
         scores = []
@@ -281,7 +283,7 @@ class Examiner:
             scores.append(answer_scores(logits, batch["mask"], words).cpu())
         return torch.cat(scores)
 
-    def _answers(self, weights: Params, exam: Exam, asked: Asked) -> list[str]:
+    def _answers(self, weights: Params, exam: EvaluationSplit, asked: PopeQuestions) -> list[str]:
         """Answers written out; questions of one wording go together."""
         places: dict[str, list[int]] = {}
         for i, question in enumerate(asked.questions):
@@ -294,7 +296,7 @@ class Examiner:
             said |= {i: line for i, (line, _) in zip(rows, lines, strict=True)}
         return [said[i] for i in range(len(asked.questions))]
 
-    def _task_loss(self, parameters: Params, exam: Exam) -> Metrics:
+    def _task_loss(self, parameters: Params, exam: EvaluationSplit) -> Metrics:
         total, tokens = 0.0, 0
         for part in chunks(len(exam.talked), CHUNK):
             batch = exam.dialogues.take(torch.arange(len(exam.talked))[part])

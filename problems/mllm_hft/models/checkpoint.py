@@ -18,7 +18,7 @@ from .adapters import Adapter, adapted, add_lora
 from .cache import Tensors, cached
 from .instructions import before
 from .loading import Folder, read
-from .network import Network, Opened, start_heads
+from .network import LoadedModel, Network, start_heads
 from .pictures import Picture, Pictures, stack
 
 VERSION = 2
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def open(
         self, source: Source, encoder: Encoder | None, seed: int
-    ) -> Generator[Progress, None, Opened]:
+    ) -> Generator[Progress, None, LoadedModel]:
         if encoder is not None:
             raise ProblemError(
                 f"encoder = {type(encoder).__name__} with model checkpoint: a checkpoint sees with "
@@ -77,7 +77,7 @@ class Checkpoint:
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
             return self._encode(found, network, corpus)
 
-        return Opened(
+        return LoadedModel(
             network, tokenizer, found.template, encode, found.companions, found.base, facts={}
         )
 

@@ -16,12 +16,12 @@ from bilevel.errors import CheckpointError
 from bilevel.types import Params
 
 from .adapters import NAME, PREFIX
-from .network import Network, Opened, parameters
+from .network import LoadedModel, Network, parameters
 
 ADAPTER, HEADS = "adapter_model.safetensors", "heads.safetensors"
 
 
-def export(opened: Opened, values: Params, to: Path, *, merged: bool) -> None:
+def export(opened: LoadedModel, values: Params, to: Path, *, merged: bool) -> None:
     """Write the model at `values` into a new or empty folder, with tokenizer and picture processor.
 
     Not merged: LoRA and projector as one peft adapter, `PeftModel.from_pretrained(base, to)`; where
@@ -50,7 +50,7 @@ def export(opened: Opened, values: Params, to: Path, *, merged: bool) -> None:
         raise CheckpointError(f"{to}: the model cannot be written: {error}") from error
 
 
-def _write_adapter(opened: Opened, values: Params, to: Path) -> None:
+def _write_adapter(opened: LoadedModel, values: Params, to: Path) -> None:
     network, base = opened.network, opened.base
     if base is None:
         network.mllm.save_pretrained(to / "base", state_dict=_plain(network, merged=False))

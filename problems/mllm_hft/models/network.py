@@ -265,7 +265,7 @@ def start_heads(network: Network, generator: torch.Generator) -> None:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A backbone ready for use: frozen network, LoRA in place, and how text and pictures enter it."""
 
     network: Network
@@ -287,7 +287,7 @@ class Backbone(Protocol):
 
     def open(
         self, source: Source, encoder: Encoder | None, seed: int
-    ) -> Generator[Progress, None, Opened]:
+    ) -> Generator[Progress, None, LoadedModel]:
         """Make or load the model, yielding progress; `encoder` None is the backbone's choice."""
         ...
 

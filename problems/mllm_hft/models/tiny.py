@@ -19,7 +19,7 @@ from .adapters import add_lora
 from .cache import Tensors, cached
 from .encoders import ViT
 from .instructions import before
-from .network import ATTENTION, Backbone, Network, Opened, start_heads
+from .network import ATTENTION, Backbone, LoadedModel, Network, start_heads
 from .pictures import Pictures
 from .pretrain import TextTraining, pretrain, question_accuracy
 from .template import Template
@@ -48,7 +48,7 @@ class Tiny:
 
     def open(
         self, source: Source, encoder: Encoder | None, seed: int
-    ) -> Generator[Progress, None, Opened]:
+    ) -> Generator[Progress, None, LoadedModel]:
         drawn = simulator(source, "model tiny", "model checkpoint")
         eyes = encoder or ViT()
 
@@ -72,7 +72,7 @@ class Tiny:
         add_lora(network, self.rank)
         start_heads(network, rng.stream(seed, "heads"))
         facts = {"language_model/question_accuracy": accuracy}
-        return Opened(
+        return LoadedModel(
             network, tokenizer, template, encode, tokenizer.save_pretrained, base=None, facts=facts
         )
 

@@ -14,7 +14,7 @@ from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
 from bilevel_problems.mllm_hft.models.export import export
 from bilevel_problems.mllm_hft.models.families import FAMILIES
 from bilevel_problems.mllm_hft.models.instructions import prompt_ids
-from bilevel_problems.mllm_hft.models.network import Opened, call, parameters
+from bilevel_problems.mllm_hft.models.network import LoadedModel, call, parameters
 from bilevel_problems.mllm_hft.sources.protocol import Corpus
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.miniature import prepared
@@ -41,7 +41,7 @@ def finish(generator: Any) -> Any:
             return stop.value
 
 
-def moved(opened: Opened) -> dict[str, torch.Tensor]:
+def moved(opened: LoadedModel) -> dict[str, torch.Tensor]:
     """Every trained part away from where it began, as after a run."""
     g = torch.Generator().manual_seed(3)
     at = start_lora(opened.network, g) | parameters(opened.network, "projector")

@@ -20,7 +20,7 @@ from bilevel.testing.reference import Reference, Scene, scene_at
 from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point, tightened
 
 
-class Stand:
+class Harness:
     """An estimator beside a problem, with the lower solves that it needs."""
 
     def __init__(self, estimator: Estimator, problem: Any, seed: int) -> None:

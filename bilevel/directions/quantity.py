@@ -14,7 +14,7 @@ Parts = dict[str, Params]
 
 
 @dataclass(frozen=True)
-class Draw:
+class StochasticQuantity:
     """One quantity on the batches drawn now. Nothing is evaluated, or counted, before it is asked for."""
 
     now: Callable[[], Parts]
@@ -31,15 +31,17 @@ class Draw:
 class Direction(Protocol):
     """Turns draws of a quantity into a direction. Frozen; what it remembers is `memory`.
 
-    `take` gets {} the first time; `looks_back` says whether it asks for `Draw.before`, `by_block`
-    whether it asks for `Draw.full` or `Draw.block`, which a batch without a number has not.
+    `take` gets {} the first time; `looks_back` says whether it asks for `StochasticQuantity.before`, `by_block`
+    whether it asks for `StochasticQuantity.full` or `StochasticQuantity.block`, which a batch without a number has not.
     """
 
     @property
     def looks_back(self) -> bool: ...
     @property
     def by_block(self) -> bool: ...
-    def take(self, draw: Draw, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]: ...
+    def take(
+        self, draw: StochasticQuantity, memory: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]: ...
 
 
 def total(parts: Parts) -> Params:
@@ -50,6 +52,6 @@ def total(parts: Parts) -> Params:
     return first
 
 
-def change(draw: Draw) -> Params:
+def change(draw: StochasticQuantity) -> Params:
     """What the quantity has changed by since the point before, on the batches drawn now."""
     return tree.sub(total(draw.now()), total(draw.before()))

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.directions.draw import Direction
-from bilevel.directions.oracles import Iterate, Oracle, Sample
+from bilevel.directions.oracles import Batches, Oracle, Triple
+from bilevel.directions.quantity import Direction
 from bilevel.types import Estimate, Moved, Params, Stats
 
 
-class Walk:
+class DirectionTracker:
     """Hands each quantity to its direction, and keeps the evidence. Never writes into `state`.
 
     A tolerance of 0 asks for no evidence of rest, which would cost a synchronisation.
@@ -34,10 +34,10 @@ class Walk:
         self._value: Tensor | None = None
         self._upper: Params | None = None
 
-    def oracle(self, place: str, sample: Sample, at: Iterate, *wanted: str) -> Oracle:
+    def oracle(self, place: str, sample: Batches, at: Triple, *wanted: str) -> Oracle:
         """The quantities at a point, which becomes the one before for the next call at `place`."""
         kept = self._before.get(place)
-        previous = Iterate(**kept) if kept else at
+        previous = Triple(**kept) if kept else at
         if any(self._directions[quantity].looks_back for quantity in wanted):
             self._before[place] = at.save()
         return Oracle(sample, at, previous, wanted, self._upper_gradients)
@@ -67,7 +67,7 @@ class Walk:
             return False
         return all(self._left.get(q, math.inf) <= self._tolerance for q in quantities)
 
-    def estimate(self, hypergradient: Params, at: Iterate, steps: int) -> Estimate:
+    def estimate(self, hypergradient: Params, at: Triple, steps: int) -> Estimate:
         """The upper direction with y where it was moved to, v and the memories."""
         assert self._value is not None
         state = {

@@ -1,4 +1,4 @@
-"""The ground an estimator is checked on: the setup's own lower solver, or one that is lent."""
+"""Where an estimator is checked: after the setup's own lower solver, or a substituted one."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from bilevel.types import Estimator, LowerSolver, Point
 from bilevel.unrolling.path import projected
 
 ACTIVE = 1e3 * STATIONARY
-"""‖∇y G‖ at the lower solution from which on something holds y there, relative as `STATIONARY`."""
+"""‖∇y G‖ at the lower solution from which on something restricts y there, relative as `STATIONARY`."""
 
 
 @dataclass(frozen=True)
-class Ground:
+class CheckScene:
     """The problem near its first x, after the steps of one lower solver, with the truth there."""
 
     setup: Setup
     perturb: float
-    lent: str | None = None
-    """What is lent and why; None for the setup's own lower solver."""
+    substituted: str | None = None
+    """Which lower solver was substituted and why; None for the setup's own lower solver."""
 
     @cached_property
     def scene(self) -> Scene:
@@ -59,8 +59,8 @@ class Ground:
         return isinstance(batch, Mapping) and batch.get("blocks", 1) > 1
 
     @cached_property
-    def is_held(self) -> bool:
-        """Whether the lower solution is no stationary point of G: something else holds it there."""
+    def is_restricted(self) -> bool:
+        """Whether the lower solution is no stationary point of G: something else restricts it there."""
         scene = self.scene
         if not scene.stationary:
             return False
@@ -73,18 +73,18 @@ class Ground:
 
 
 @dataclass
-class Grounds:
-    """The grounds of one setup: its own, and those with a lower solver that is lent to it."""
+class CheckScenes:
+    """The scenes of one setup: after its own lower solver, and after substituted ones."""
 
     setup: Setup
     perturb: float
-    _lent: dict[str, Ground] = field(default_factory=dict)
+    _substituted: dict[str, CheckScene] = field(default_factory=dict)
 
     @cached_property
-    def own(self) -> Ground:
-        return Ground(self.setup, self.perturb)
+    def own(self) -> CheckScene:
+        return CheckScene(self.setup, self.perturb)
 
-    def of(self, estimator: Estimator) -> Ground:
+    def of(self, estimator: Estimator) -> CheckScene:
         """The setup's own, unless its lower solver keeps nothing that the estimator needs.
 
         Raises:
@@ -102,7 +102,7 @@ class Grounds:
             return self.own
         name = type(chosen).__name__.lower()
         about = f"after lower: {name}, for the recipe's own keeps nothing that it needs"
-        return self._lent.setdefault(name, Ground(setup, self.perturb, about))
+        return self._substituted.setdefault(name, CheckScene(setup, self.perturb, about))
 
     @cached_property
     def _steepest(self) -> float:
@@ -119,13 +119,13 @@ class Grounds:
         return size
 
 
-def unfit(ground: Ground, estimator: Estimator) -> str | None:
-    """Why dΦ/dx is nothing the estimator could return here: what holds y is unknown to it."""
-    name = ignored_by(estimator, ground.setup.levels)
-    if name is None or estimator.claim != "solution" or not ground.is_held:
+def not_applicable(check_scene: CheckScene, estimator: Estimator) -> str | None:
+    """Why dΦ/dx is nothing the estimator could return here: what restricts y is unknown to it."""
+    name = ignored_by(estimator, check_scene.setup.levels)
+    if name is None or estimator.claim != "solution" or not check_scene.is_restricted:
         return None
     return (
-        f"{name} holds the lower solution here, and {called(estimator, 'estimators')} does not support it; "
+        f"{name} restricts the lower solution here, and {called(estimator, 'estimators')} does not support it; "
         "use estimator: fixed_point, or kkt where the problem has lower_constraints"
     )
 
