@@ -18,6 +18,11 @@ class Totals:
     hvps: int = 0
     cross_products: int = 0
 
+    @property
+    def calls(self) -> int:
+        """All of them, as a budget counts them."""
+        return self.gradients + self.hvps + self.cross_products
+
     def plus(self, *, gradients: int = 0, hvps: int = 0, cross_products: int = 0) -> Totals:
         return Totals(
             self.gradients + gradients, self.hvps + hvps, self.cross_products + cross_products

@@ -159,6 +159,10 @@ curvature; its residual is as small as the dtype can tell; no step gains anythin
 watched it asked for the end."""
 
 
+KNOWN_CONSTANTS = "known constants"
+"""`Stats.error_bound_from` of a bound that leaves nothing out and estimates nothing."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """The evidence that comes with a hypergradient; None where a method has nothing to say."""
@@ -186,9 +190,10 @@ class Stats:
     """Kinks or constraints of the lower level that are weakly active, or of a wrong sign: where
     there are any, Φ may have no derivative, or y is not solved well enough to tell."""
     error_bound: float | None = None
-    """A bound of ‖h − dΦ/dx‖ from what was seen at this point."""
+    """A bound or an estimate of ‖h − dΦ/dx‖ from what was seen at this point."""
     error_bound_from: str | None = None
-    """Where the constants in `error_bound` come from: "known" ones hold, estimates may not."""
+    """Where the constants in `error_bound` come from. Of `KNOWN_CONSTANTS` it is a bound, shown as
+    "≤"; of anything else an estimate, which the error may exceed, shown as "~"."""
     seconds: float = 0.0
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bilevel import tree
-from bilevel.types import Params, Solve, Stats
-
-KNOWN = "known constants"
+from bilevel.types import KNOWN_CONSTANTS, Params, Solve, Stats
 
 
 def with_known_bound(
@@ -36,6 +34,7 @@ def with_known_bound(
     left = stats.residual * size + damping * tree.norm(solve.solution)
     bound = cross_norm * left / strong_convexity
     if sensitivity is None:
-        return replace(stats, error_bound=bound, error_bound_from=f"{KNOWN}, y taken as solved")
+        source = f"{KNOWN_CONSTANTS}, y taken as solved"
+        return replace(stats, error_bound=bound, error_bound_from=source)
     bound += sensitivity * tree.norm(G_y) / strong_convexity
-    return replace(stats, error_bound=bound, error_bound_from=KNOWN)
+    return replace(stats, error_bound=bound, error_bound_from=KNOWN_CONSTANTS)

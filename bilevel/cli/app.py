@@ -128,7 +128,7 @@ def run(
 
 @app.command()
 def resume(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
-    """Go on with a run as if it had never been stopped."""
+    """Resume a run as if it had never been stopped."""
     with boundary():
         from bilevel.cli.run import resume as resume_run
 
@@ -162,13 +162,14 @@ def compare(
     estimators: Annotated[
         str | None,
         typer.Option(
-            "--estimators", metavar="A,B", help="Names, file.py:Class, labels of --with, or all."
+            "--estimators", metavar="A,B", help="Names, file.py:Class, labels of --labels, or all."
         ),
     ] = None,
-    with_: Annotated[
+    labels: Annotated[
         Path | None,
-        typer.Option("--with", metavar="FILE", help="YAML or JSON: label to estimator."),
+        typer.Option("--labels", metavar="FILE", help="YAML or JSON: label to estimator."),
     ] = None,
+    with_: Annotated[Path | None, typer.Option("--with", hidden=True)] = None,
     seeds: Annotated[
         str | None,
         typer.Option("--seeds", metavar="0..4", help="Seeds; the recipe's if not given."),
@@ -176,7 +177,10 @@ def compare(
     budget: Annotated[
         int | None,
         typer.Option(
-            "--budget", metavar="N", min=1, help="Oracle calls a run; else as the recipe's run."
+            "--budget",
+            metavar="N",
+            min=1,
+            help="Gradients + HVPs + cross products of a run; else as many as the recipe's run.",
         ),
     ] = None,
     runs_dir: RunsOption = Path("runs"),
@@ -184,13 +188,16 @@ def compare(
     """Compare estimators: error, cost, memory, result."""
     with boundary():
         from bilevel.cli.compare import compare as compare_estimators
+        from bilevel.errors import RecipeError
 
+        if with_ is not None:
+            raise RecipeError(f"--with is now --labels; write --labels {with_}")
         compare_estimators(
             _console(),
             recipe,
             overrides or [],
             estimators=estimators,
-            given=with_,
+            given=labels,
             seeds=seeds,
             budget=budget,
             runs=runs_dir,

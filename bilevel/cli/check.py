@@ -1,4 +1,4 @@
-"""`validate`, `check` and `show --resolved`: is the recipe right, are the hypergradients right?"""
+"""`validate`, `check` and `show --resolved`: is the recipe valid, are the hypergradients right?"""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from bilevel.recipe.recipe import Recipe
 from bilevel.registry import presets
 from bilevel.registry.build import build
 from bilevel.sinks.console import ConsoleReceiver
+from bilevel.sinks.numbers import small
 from bilevel.testing import CheckRow
 from bilevel.types import Estimator, Stats
 
+LONGEST = 17
+"""Characters of a name beside which the table has room to spare in 80 columns."""
 _STYLES = {
     "exact": "green",
     "as claimed": "green",
@@ -33,10 +36,10 @@ _STYLES = {
 
 
 def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:
-    """Load a recipe; says that it is right, or raises with all that is not."""
+    """Load a recipe; says that it is valid, or raises with all that is wrong in it."""
     path = locate(reference)
     recipe = recipes.load(path, overrides)
-    text = f"{path}: right (hash {recipe.hash[:12]})"
+    text = f"{path}: valid (hash {recipe.hash[:12]})"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -129,21 +132,20 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
     references = list(dict.fromkeys(row.reference for row in rows))
     text = f"{recipe.name}: dΦ/dx near the initial x, reference: {', '.join(references)}"
     console.print(text, markup=False, highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("estimator")
-    for head in ("error", "cosine"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("claim")
-    table.add_column("its error", justify="right", no_wrap=True)
-    table.add_column("HVPs", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    gap = 2 if all(len(row.name) <= LONGEST for row in rows) else 1
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    table.add_column("estimator", overflow="fold", vertical="bottom")
+    table.add_column("differentiates", no_wrap=True, vertical="bottom")
+    for head in ("claim\nerr", "err vs\ndΦ/dx", "cosine", "HVPs"):
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
+    table.add_column("verdict", no_wrap=True, vertical="bottom")
     for row in rows:
         table.add_row(
             Text(row.name),
-            _small(row.error),
-            "-" if row.cosine is None else f"{row.cosine:.4f}",
             row.claim or "-",
-            _small(row.claim_error),
+            small(row.claim_error),
+            small(row.error),
+            small(row.cosine, ".3f"),
             f"{row.stats.hvps}",
             Text(row.verdict, style=_STYLES.get(row.verdict, "")),
         )
@@ -155,7 +157,7 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
     if settled:
         console.print(
             f"{', '.join(settled)}: exact with all inner solves, and its own steps, settled; one call "
-            "as configured, after the recipe's lower solve, is off by its `error`",
+            "as configured, after the recipe's lower solve, is off by `err vs dΦ/dx`",
             highlight=False,
         )
     for row in rows:
@@ -169,10 +171,6 @@ def _is_settled_only(row: CheckRow) -> bool:
 
 
 _LEGEND = (
-    "error: relative, after the recipe's own lower solve. claim: what the method says it "
-    "differentiates; its error: relative, with the inner solves converged."
+    "claim err: relative to the gradient of what it differentiates, all inner solves converged. "
+    "err vs dΦ/dx: ‖h − dΦ/dx‖ / ‖dΦ/dx‖ as configured, after the recipe's own lower solve."
 )
-
-
-def _small(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"

@@ -23,6 +23,7 @@ from bilevel.comparing.plan import Plan
 from bilevel.comparing.table import Row
 from bilevel.errors import CheckpointError
 from bilevel.runfolder.folder import RunFolder, environment
+from bilevel.sinks.numbers import counts, duration, small
 
 FAILED = 6
 """Exit code where some cells failed."""
@@ -78,7 +79,7 @@ def _measure(console: Console, made: Plan, folder: Path) -> list[Done]:
                 done.append(step)
                 _tell(console, step, len(done), total, left(made, done))
         except Stopped as stopped:
-            message = f"stopped; {len(done)} of {total} are done: the same command goes on"
+            message = f"stopped; {len(done)} of {total} are done: the same command resumes"
             raise Stopped(stopped.code, message) from None
     return done
 
@@ -105,17 +106,9 @@ def _tell(console: Console, step: Done, number: int, total: int, ahead: float) -
     how = "as before" if step.reused else f"{step.seconds:.1f} s"
     if step.result["status"] != "ok":
         how = "failed"
-    rest = f"  about {_duration(ahead)} left" if number < total and ahead else ""
+    rest = f"  about {duration(ahead)} left" if number < total and ahead else ""
     text = f"{number:{width}d}/{total}  {what}: {how}{rest}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
 def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) -> list[Row]:
@@ -183,49 +176,63 @@ def _budget(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budget: str) -> None:
     count = f"{len(made.seeds)} seed" + ("s" if len(made.seeds) > 1 else "")
-    text = f"{made.recipe.name}, {count}; reference: {known or 'none'}; budget: {budget} calls"
+    text = (
+        f"{made.recipe.name}, {count}; reference: {known or 'none'}; budget: {budget} oracle calls"
+    )
     console.print()
     console.print(text, markup=False, highlight=False)
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    shown.add_column("#", justify="right", no_wrap=True)
-    shown.add_column("estimator", overflow="fold")
-    for head in ("error", "trained", "warm", "cos", "in run", "ms", "MB", "g+H+c", "F end"):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in found:
-        shown.add_row(*_cells(row))
+    shown.add_column("#", justify="right", no_wrap=True, vertical="bottom")
+    shown.add_column("estimator", overflow="fold", vertical="bottom")
+    rows = [_cells(row) for row in found]
+    # room is short: memory is left out where all take next to none, warm where it tells nothing
+    kept = [n for n in range(len(_HEADS)) if any(row[n + 2] not in ("-", "0") for row in rows)]
+    if not any(row.has_state for row in found):
+        kept = [n for n in kept if n != _HEADS.index("err\nwarm")]
+    for n in kept:
+        shown.add_column(_HEADS[n], justify="right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        shown.add_row(*row[:2], *(row[n + 2] for n in kept))
     console.print(shown)
     console.print()
-    console.print(_LEGEND, style="dim", highlight=False)
+    has_state = any(row.has_state for row in found)
+    console.print(_LEGEND.format(warm=_WARM if has_state else ""), style="dim", highlight=False)
     for row in found:
         for reason in row.failures:
             console.print(Text.assemble((row.label, "bold"), f", {reason}"))
 
 
 def _cells(row: Row) -> list[str | Text]:
-    parts = (row.gradients, row.hvps, row.cross_products)
-    calls = "-" if None in parts else "+".join(f"{part:g}" for part in parts if part is not None)
+    parts = [part for part in (row.gradients, row.hvps, row.cross_products) if part is not None]
     return [
         "-" if row.rank is None else f"{row.rank}",
         Text(f"{row.label}*" if row.has_state else row.label, "green" if row.is_front else ""),
-        _number(row.error, ".1e"),
-        _number(row.trained, ".1e"),
-        _number(row.warm, ".1e"),
-        _number(row.cosine, ".3f"),
-        _number(row.in_run, ".1e"),
-        _number(row.seconds and 1e3 * row.seconds, ".3g"),
-        _number(None if row.memory is None else row.memory / 1e6, ".0f"),
-        calls,
-        Text("failed", style="bold red") if row.failures else _number(row.upper_loss, ".4g"),
+        small(row.error),
+        small(row.trained),
+        small(row.warm),
+        small(row.cosine, ".3f"),
+        small(row.in_run),
+        small(row.seconds and 1e3 * row.seconds, ".3g"),
+        small(None if row.memory is None else row.memory / 1e6, ".0f"),
+        counts(*parts) if len(parts) == 3 else "-",
+        Text("failed", style="bold red") if row.failures else small(row.upper_loss, ".4g"),
     ]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-_LEGEND = (
-    "#: by error, which is cold; * has a state to live from, so see warm. error: relative, along "
-    "the recipe's run, lower level solved. trained: at its end. warm: with the state of the point "
-    "before. in run: after its own lower solves. g+H+c: gradients, HVPs, cross products of one "
-    "estimate. F end: with the budget of such calls. Medians."
+_HEADS = (
+    "err\nat y*",
+    "err\nat end",
+    "err\nwarm",
+    "cos",
+    "err\nin run",
+    "ms",
+    "MB",
+    "grad/HVP\n/cross",
+    "F\nat end",
 )
+_LEGEND = (
+    "err: ‖h − dΦ/dx‖ / ‖dΦ/dx‖, median along the recipe's run; at end: its last point; {warm}"
+    "in run: after its own lower solves. F at end: F(x, y*) once gradients + HVPs + cross products "
+    "reach the budget."
+)
+_WARM = "warm (*): with the state of the point before; "

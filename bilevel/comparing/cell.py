@@ -193,9 +193,9 @@ def _run(setup: Setup, budget: int, trained: Truth) -> dict[str, Any]:
     for event in engine.run(setup, state):
         if not isinstance(event, Stepped):
             continue
-        if scene.calls(event.totals) > budget:
+        if event.totals.calls > budget:
             break
-        x, spent, steps = tree.clone(state.x), scene.calls(event.totals), event.step
+        x, spent, steps = tree.clone(state.x), event.totals.calls, event.step
         if steps == setup.upper.steps:
             break
     value, is_solution = _upper_loss(setup, x, trained)

@@ -18,7 +18,7 @@ from bilevel import recipe as recipes
 from bilevel import rng, tree
 from bilevel.comparing.files import read, write
 from bilevel.errors import ConvergenceError
-from bilevel.events import Stepped, Totals
+from bilevel.events import Stepped
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 from bilevel.run.engine import Setup, State
@@ -51,7 +51,7 @@ def make(recipe: Path, folder: Path) -> dict[str, Any]:
     budget = 0
     for step, state in _train(setup):
         checkpoint.save(folder / "states", state.save(), step=step, keep=POINTS)
-        budget = calls(state.totals)
+        budget = state.totals.calls
     precise = replace(assemble(recipes.load(recipe)), dtype=torch.float64)
     _exhaust(precise)
     found = []
@@ -70,11 +70,6 @@ def load(folder: Path) -> Iterator[Truth]:
         kept = checkpoint.load(folder / "truths" / name)
         reference = Reference(**kept["reference"]) if kept["reference"] else None
         yield Truth(point["step"], state, kept["tight"], kept["stationary"], reference)
-
-
-def calls(totals: Totals) -> int:
-    """Oracle calls: gradients, HVPs and cross products."""
-    return totals.gradients + totals.hvps + totals.cross_products
 
 
 def _train(setup: Setup) -> Iterator[tuple[int, State]]:
@@ -115,7 +110,7 @@ def _find(setup: Setup, saved: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def cast(state: State, dtype: torch.dtype) -> State:
-    """A state whose x and y have another dtype; the lower solver starts anew."""
+    """A state whose x and y have another dtype; the lower solver starts again."""
     state.x, state.y = (tree.map(lambda p: p.to(dtype), side) for side in (state.x, state.y))
     return state
 

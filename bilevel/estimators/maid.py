@@ -21,6 +21,7 @@ from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.linear.cg import CG
 from bilevel.lower.proximal import Proximal
 from bilevel.types import (
+    KNOWN_CONSTANTS,
     Estimate,
     LinearSolver,
     Losses,
@@ -132,7 +133,7 @@ class MAID:
         }
         moved = Moved(taken.y, taken.lower, taken.norm)
         known = self.strong_convexity is not None and self.cross_norm is not None
-        source = "known constants" if known else "estimated"
+        source = KNOWN_CONSTANTS if known else "estimated"
         stats = replace(found.stats, error_bound=bound, error_bound_from=source)
         return Estimate(found.h, found.value, after, stats, moved, taken.step)
 

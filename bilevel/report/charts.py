@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair
 
 from bilevel.report.history import History
+from bilevel.sinks.numbers import relation
 
 WIDTH, HEIGHT = 400, 200
 DECADES = 100
@@ -43,7 +45,7 @@ def charts(history: History) -> list[Chart]:
         ),
         (
             "Error of the hypergradient",
-            "its bound, or the estimate of one, in the units of dΦ/dx",
+            f"in the units of dΦ/dx; {error_legend(history.error_sources)}",
             {"error": one("error_bound")},
         ),
         (
@@ -61,7 +63,7 @@ def charts(history: History) -> list[Chart]:
             "since the start, both levels together",
             {
                 "gradients": one("gradients"),
-                "Hessian products": one("hvps"),
+                "HVPs": one("hvps"),
                 "cross products": one("cross_products"),
             },
         ),
@@ -69,6 +71,13 @@ def charts(history: History) -> list[Chart]:
     return [
         Chart(title, note, _spec(curves)) for title, note, curves in planned if any(curves.values())
     ]
+
+
+def error_legend(sources: Sequence[str]) -> str:
+    """What the numbers that stand for the error are: "≤ a bound", "~ an estimate", from what."""
+    kinds = {"≤": "a bound", "~": "an estimate, which the error may exceed"}
+    said = [f"{relation(source)} {kinds[relation(source)]} (from: {source})" for source in sources]
+    return "; ".join(said) or f"~ {kinds['~']}"
 
 
 def metric_charts(history: History) -> list[Chart]:

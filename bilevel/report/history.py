@@ -37,6 +37,8 @@ class History:
     steps: list[int] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in _COLUMNS})
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    error_sources: list[str] = field(default_factory=list)
+    """What the bounds and estimates of the error rest on, as `Stats.error_bound_from` says; each once."""
     warnings: list[Mapping[str, Any]] = field(default_factory=list)
     finished: Mapping[str, Any] | None = None
 
@@ -96,3 +98,6 @@ def _add_step(history: History, event: Mapping[str, Any]) -> None:
         for key in path:
             value = value.get(key)  # a record of an older version may lack a statistic
         history.columns[column].append(record.number(value))
+    source = event["estimate"].get("error_bound_from")
+    if source and source not in history.error_sources:
+        history.error_sources.append(source)

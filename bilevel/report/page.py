@@ -16,6 +16,7 @@ from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
 from bilevel.report.history import History, read
 from bilevel.runfolder.folder import RunFolder
+from bilevel.sinks.numbers import spelled
 
 
 def render(folder: RunFolder) -> str:
@@ -75,11 +76,8 @@ def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple
     yield "Upper level", _inline(content["upper"])
     yield "Estimator", _inline(content["estimator"])
     if history.steps:
-        totals = {name: history.columns[name][-1] for name in ("gradients", "hvps")}
-        yield (
-            "Oracle calls",
-            f"{totals['gradients']:,.0f} gradients, {totals['hvps']:,.0f} Hessian products",
-        )
+        kinds = ("gradients", "hvps", "cross_products")
+        yield "Oracle calls", spelled(*(history.columns[name][-1] for name in kinds))
         each = history.seconds / len(history.steps)
         yield "Time in steps", f"{_seconds(history.seconds)}, {_seconds(each)} a step"
     yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Started, Stepped, Warned
+from bilevel.sinks.numbers import COUNTS, counts, duration, relative_error, small, spelled
 
 ROWS = 20
 """Rows of a run without a terminal, besides one for every `PATIENCE` seconds of silence."""
@@ -66,11 +68,9 @@ class ConsoleReceiver:
     def _finish(self, event: Finished) -> None:
         if self._before and self._after:
             self._console.print(_comparison(self._before, self._after))
-        spent = _duration(event.seconds)
-        done = f"{event.reason} at step {event.step} after {spent}"
+        done = f"{event.reason} at step {event.step} after {duration(event.seconds)}"
         if self._last:
-            totals = self._last.totals
-            done += f" · {totals.gradients:,} gradients, {totals.hvps:,} Hessian products"
+            done += f" · {spelled(*astuple(self._last.totals))}"
         self._console.print(done, highlight=False)
         for kind, count in event.warned.items():
             if count:
@@ -79,7 +79,7 @@ class ConsoleReceiver:
 
 
 class _Live:
-    """Two lines that are redrawn: stage or step, bar, losses, time left; below, the evidence."""
+    """Two lines that are redrawn: stage or step, bar, losses, ETA; below, the evidence and calls."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Bar(
@@ -107,11 +107,12 @@ class _Live:
             left = self._clock.left(event.step)
             note = (
                 f"F {event.upper_loss:.3e}  G {event.lower_loss:.3e}  "
-                f"|h| {event.hypergradient_norm:.1e}  {left}"
+                f"‖dΦ/dx‖ {event.hypergradient_norm:.1e}  {left}"
             )
             count = f"{event.step}/{self._clock.steps}"
-            residual, condition, error = (part.strip() for part in _evidence(event))
-            self._evidence.plain = f"  residual {residual}  condition {condition}  error {error}  {_calls(event)} calls"
+            known = [column for column in EVIDENCE if column.of(event) is not None]
+            parts = [f"{column.head} {column.of(event)}" for column in known]
+            self._evidence.plain = "  ".join(["", *parts, f"{COUNTS} {_calls(event)}"])
             self._show("step", event.step, self._clock.steps, count, note)
 
     def _show(self, what: str, done: int, total: int | None, count: str, note: str) -> None:
@@ -139,13 +140,16 @@ class _Live:
 
 
 class _Plain:
-    """Some twenty rows a run, none wider than 80 columns."""
+    """Some twenty rows a run, none wider than 80 columns.
+
+    A column of evidence is there from the first row that fills it: the head is then said again.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._clock = _Clock()
         self._stages: set[tuple[str, bool]] = set()
-        self._has_head = False
+        self._shown: Sequence[Column] | None = None
         self._said = time.monotonic()
 
     def receive(self, event: Event) -> None:
@@ -174,16 +178,21 @@ class _Plain:
         self._say("  ".join(part for part in (f"{event.stage}: {count}", event.note) if part))
 
     def _row(self, event: Stepped) -> None:
-        if not self._has_head:
-            self._has_head = True
+        before = self._shown or ()
+        shown = [each for each in EVIDENCE if each in before or each.of(event) is not None]
+        width = max(4, len(str(self._clock.steps)))
+        digits = 3 if width == 4 else 2
+        if shown != self._shown:
+            self._shown = shown
+            heads = " ".join(f"{each.head:>{each.width}}" for each in (*shown, CALLS))
             self._say(
-                "step upper loss lower loss     |h| residual   cond.   error         g+H    left"
+                f"{'step':>{width}} {'F':>{digits + 7}} {'G':>{digits + 7}} ‖dΦ/dx‖ {heads} {'ETA':>6}"
             )
-        residual, condition, error = _evidence(event)
+        cells = " ".join(f"{each.of(event) or '-':>{each.width}}" for each in (*shown, CALLS))
         self._say(
-            f"{event.step:4d} {event.upper_loss:10.3e} {event.lower_loss:10.3e} "
-            f"{event.hypergradient_norm:7.1e} {residual:>8} {condition:>7} {error:>7} "
-            f"{_calls(event):>11} {self._clock.left(event.step):>7}"
+            f"{event.step:{width}d} {event.upper_loss:{digits + 7}.{digits}e} "
+            f"{event.lower_loss:{digits + 7}.{digits}e} "
+            f"{event.hypergradient_norm:7.1e} {cells} {self._clock.left(event.step):>6}"
         )
 
     def _silent(self) -> bool:
@@ -194,29 +203,43 @@ class _Plain:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _evidence(event: Stepped) -> tuple[str, str, str]:
-    """(residual, condition or what stands against it, error relative to h), `-` for the unknown."""
-    stats, size = event.estimate, event.hypergradient_norm
-    bound = None if stats.error_bound is None or not size else stats.error_bound / size
-    is_negative = stats.curvature is not None and stats.curvature <= 0
-    condition = "curv≤0" if is_negative else _small(stats.condition)
-    return _small(stats.residual), condition, _small(bound)
+@dataclass(frozen=True)
+class Column:
+    """A head, its width, and what stands below it; None where the step has nothing to say."""
+
+    head: str
+    width: int
+    of: Callable[[Stepped], str | None]
 
 
-def _small(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
+def _residual(event: Stepped) -> str | None:
+    value = event.estimate.residual
+    return None if value is None else small(value)
+
+
+def _condition(event: Stepped) -> str | None:
+    """Of an indefinite matrix it means nothing: the curvature that tells so stands in its place."""
+    stats = event.estimate
+    if stats.curvature is not None and stats.curvature <= 0:
+        return "curv≤0"
+    return None if stats.condition is None else small(stats.condition, ".0e")
+
+
+def _error(event: Stepped) -> str | None:
+    stats = event.estimate
+    return relative_error(stats.error_bound, stats.error_bound_from, event.hypergradient_norm)
 
 
 def _calls(event: Stepped) -> str:
-    """Gradients and Hessian products so far."""
-    return f"{_short(event.totals.gradients)}+{_short(event.totals.hvps)}"
+    return counts(*astuple(event.totals))
 
 
-def _short(count: int) -> str:
-    """At most five characters: 99999, 1235k, 12.3M."""
-    if count < 100_000:
-        return str(count)
-    return f"{count / 1e3:.0f}k" if count < 9_999_500 else f"{count / 1e6:.3g}M"
+EVIDENCE = (
+    Column("adj.res", 7, _residual),
+    Column("cond≥", 6, _condition),
+    Column("rel.err", 8, _error),
+)
+CALLS = Column(COUNTS, len(COUNTS), _calls)
 
 
 class _Clock:
@@ -232,15 +255,15 @@ class _Clock:
             self._began = time.monotonic()
         taken = step - self.first - 1
         spent = time.monotonic() - self._began
-        return _duration(spent / taken * (self.steps - step)) if taken else ""
+        return duration(spent / taken * (self.steps - step)) if taken else ""
 
 
 def _headline(event: Started) -> Text:
-    goes_on = f", going on from step {event.step}" if event.step else ""
+    resumed = f", resumed from step {event.step}" if event.step else ""
     return Text.assemble(
         (event.name, "bold"),
         f": {event.num_upper:,} upper and {event.num_lower:,} lower variables, "
-        f"{event.device} {event.dtype}{goes_on}",
+        f"{event.device} {event.dtype}{resumed}",
     )
 
 
@@ -253,11 +276,3 @@ def _comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Tabl
         first = f"{before[name]:.4g}" if name in before else "-"
         table.add_row(Text(name), first, f"{after[name]:.4g}")
     return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -22,7 +22,7 @@ COMMANDS = {
         "RECIPE",
         "OVERRIDES?",
         "--estimators",
-        "--with",
+        "--labels",
         "--seeds",
         "--budget",
         "--runs-dir",
@@ -42,7 +42,7 @@ def test_commands_and_options_are_frozen():
         name: [
             param.opts[0] if param.opts[0].startswith("-") else _argument(param)
             for param in command.params
-            if param.name != "help"
+            if param.name != "help" and not getattr(param, "hidden", False)
         ]
         for name, command in group.commands.items()
     }

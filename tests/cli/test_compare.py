@@ -61,7 +61,7 @@ def test_a_table_a_file_and_a_figure(tmp_path, started):
         *SHORT,
         "--estimators",
         "cg2,none",
-        "--with",
+        "--labels",
         labels,
         "--seeds",
         "0,1",
@@ -114,7 +114,7 @@ def test_what_cannot_work_is_shown_and_not_started(tmp_path, started):
 def test_a_cell_in_a_process_of_its_own(tmp_path, started):
     labels = tmp_path / "labels.json"
     labels.write_text('{"isolated": {"name": "implicit", "damping": 0.1}}')
-    invoke(tmp_path, "quadratic", *SHORT, "--with", labels)
+    invoke(tmp_path, "quadratic", *SHORT, "--labels", labels)
     (path,) = tmp_path.glob("compare-*/cells/isolated-*.json")
     found = files.read(path)
     assert found["status"] == "ok"
@@ -157,7 +157,12 @@ def test_a_run_that_diverges_fails_its_cells_and_says_so(tmp_path, started):
         (["quadratc"], 2, "Did you mean 'quadratic'"),
         (["quadratic", "--estimators", "implict"], 2, "Did you mean 'implicit'"),
         (["quadratic", "--seeds", "4..0"], 2, "is empty"),
-        (["quadratic", "--with", "absent.yaml"], 2, "cannot be read"),
+        (["quadratic", "--labels", "absent.yaml"], 2, "cannot be read"),
+        (
+            ["quadratic", "--with", "mine.yaml"],
+            2,
+            "--with is now --labels; write --labels mine.yaml",
+        ),
         (["quadratic", "runtime.device=cuda:99"], 3, "cuda:99"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -10,9 +10,9 @@ from tests.cli.commands import invoke
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_shipped_recipes_are_right(name):
-    assert "right (hash" in invoke("validate", name).output
-    assert "right (hash" in invoke("validate", shipped()[name]).output
+def test_shipped_recipes_are_valid(name):
+    assert "valid (hash" in invoke("validate", name).output
+    assert "valid (hash" in invoke("validate", shipped()[name]).output
     recipe = recipes.load(shipped()[name])
     assert recipes.loads(recipe.dump()) == recipe
 

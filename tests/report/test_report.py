@@ -123,6 +123,31 @@ def test_curves_are_thinned_and_end_where_the_run_did(steps, tmp_path: Path):
         assert (curve[0], curve[-1]) == ((1, 1.0), (steps, float(steps)))
 
 
+def test_the_error_is_said_to_be_a_bound_or_an_estimate(tmp_path: Path):
+    for name, sources, said in (
+        ("bound", ["known constants"], ["≤ a bound (from: known constants)"]),
+        (
+            "ritz",
+            ["Ritz values"],
+            ["~ an estimate, which the error may exceed (from: Ritz values)"],
+        ),
+        ("both", ["known constants", "estimated"], ["≤ a bound", "~ an estimate"]),
+    ):
+        (tmp_path / name).mkdir()
+        receiver = JSONLines().open(tmp_path / name, None)
+        receiver.receive(STARTED)
+        for step, source in enumerate(sources, 1):
+            receiver.receive(with_evidence(step, error_bound=0.1, error_bound_from=source))
+        receiver.close()
+        (chart,) = [c for c in charts(read(tmp_path / name)) if c.title.startswith("Error of")]
+        assert all(part in chart.note for part in said)
+        assert ("≤" in chart.note, "~" in chart.note) == ("≤" in str(said), "~" in str(said))
+
+
+def test_the_report_counts_each_kind_of_call(run):
+    assert "6 gradients, 6 HVPs, 6 cross products" in report.write(run).read_text()
+
+
 def test_curvature_is_drawn_with_a_line_at_zero_where_it_matters(tmp_path: Path):
     pytest.importorskip("altair")
     for name, values, rules in (("up", (1.0, 2.0), 0), ("bent", (1.0, -0.5), 1)):

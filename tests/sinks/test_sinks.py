@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,7 @@ def test_each_kind_of_warning_is_said_once():
 def test_a_resumed_run_compares_with_its_beginning():
     events = [Started(4, 6, "toy", 3, 4, "cpu", "float64"), *EVENTS[-4:]]
     text = shown(events, before={"accuracy": 0.125})
-    assert "going on from step 4" in text
+    assert "resumed from step 4" in text
     assert re.search(r"accuracy +0.125 +1\n", text)
     assert not re.search(r"accuracy +0.125", shown(events))
 
@@ -273,23 +274,66 @@ def test_a_terminal_shows_a_bar_and_leaves_the_table():
     assert re.search(r"accuracy +0.5 +1\n", text)
 
 
+KNOWN = {"residual": 3e-4, "curvature": 0.1, "condition": 4e7, "error_bound": 5e-4}
+"""5e-4 is 2e-3 of a hypergradient of length 0.25."""
+
+
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
 def test_all_the_evidence_is_shown_within_80_columns(terminal):
-    """5e-4 is 2e-3 of a hypergradient of length 0.25."""
-    known = {"residual": 3e-4, "curvature": 0.1, "condition": 4e7, "error_bound": 5e-4}
     large = Totals(12345678, 99999, 1)
-    event = Stepped(**{**vars(with_evidence(1, **known)), "lower_loss": -5e-100, "totals": large})
+    event = Stepped(**{**vars(with_evidence(1, **KNOWN)), "lower_loss": -5e-10, "totals": large})
     text = shown([STARTED, event], terminal=terminal)
-    for number in ("3.0e-04", "4.0e+07", "2.0e-03", "12.3M+99999"):
+    for number in ("3.0e-04", "4e+07", "~2.0e-03", "12M/100k/1"):
         assert number in text
     assert "curv≤0" not in text
     assert max(len(line) for line in text.splitlines()) <= 80 or terminal
-    bent = shown([STARTED, with_evidence(1, **known | {"curvature": -1e-9})], terminal=terminal)
+    bent = shown([STARTED, with_evidence(1, **KNOWN | {"curvature": -1e-9})], terminal=terminal)
     assert "curv≤0" in bent
-    assert "4.0e+07" not in bent, "a condition number of an indefinite matrix means nothing"
-    nothing = shown([STARTED, with_evidence(1)], terminal=terminal)
-    assert "e-04" not in nothing
-    assert " - " in nothing
+    assert "4e+07" not in bent, "a condition number of an indefinite matrix means nothing"
+
+
+def test_long_runs_have_room_for_their_steps():
+    event = Stepped(**{**vars(with_evidence(99999, **KNOWN)), "lower_loss": -5e-10})
+    text = shown([replace(STARTED, steps=99999), event])
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\n99999 " in text
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
+@pytest.mark.parametrize(
+    ("source", "sign"),
+    [
+        ("known constants", "≤"),
+        ("known constants, y taken as solved", "~"),
+        ("Ritz values, y taken as solved", "~"),
+        ("estimated", "~"),
+    ],
+)
+def test_a_bound_and_an_estimate_are_told_apart(source, sign, terminal):
+    event = with_evidence(1, **KNOWN, error_bound_from=source)
+    text = shown([STARTED, event], terminal=terminal)
+    assert f"{sign}2.0e-03" in text
+    assert ({"≤": "~", "~": "≤"}[sign] + "2.0e-03") not in text
+
+
+def test_evidence_that_a_method_does_not_give_has_no_column():
+    text = shown([STARTED, with_evidence(1), with_evidence(2)])
+    assert text.count("step ") == 1
+    for head in ("adj.res", "cond≥", "rel.err"):
+        assert head not in text
+    live = shown([STARTED, with_evidence(1)], terminal=True)
+    assert "adj.res" not in live
+    assert "grad/HVP/cross 1/1/1" in live
+
+
+def test_a_column_that_fills_later_is_headed_then_and_stays():
+    lines = shown([STARTED, *(with_evidence(n, **{} if n == 1 else KNOWN) for n in (1, 2))])
+    heads = [line.split() for line in lines.splitlines() if line.startswith("step ")]
+    assert heads[0] == ["step", "F", "G", "‖dΦ/dx‖", "grad/HVP/cross", "ETA"]
+    assert heads[1][4:7] == ["adj.res", "cond≥", "rel.err"]
+    again = shown([STARTED, with_evidence(1, **KNOWN), with_evidence(2)]).splitlines()
+    assert [line.startswith("step ") for line in again].count(True) == 1
+    assert again[-1].split()[4:7] == ["-", "-", "-"]
 
 
 def test_the_end_says_how_often_each_warning_held():

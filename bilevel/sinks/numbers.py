@@ -1,0 +1,60 @@
+"""How the numbers of a run are written, the same in the console, the tables and the report."""
+
+from __future__ import annotations
+
+from bilevel.types import KNOWN_CONSTANTS
+
+COUNTS = "grad/HVP/cross"
+"""The head over `counts`: gradients, HVPs and cross products."""
+
+
+def relation(source: str | None) -> str:
+    """What stands between the error of h and `Stats.error_bound`, by its `error_bound_from`.
+
+    "≤" where it is a bound of the whole error; "~" where it is an estimate, which the error may
+    exceed: its constants are estimated, or something, such as the error of y, is left out.
+    """
+    return "≤" if source == KNOWN_CONSTANTS else "~"
+
+
+def relative_error(bound: float | None, source: str | None, norm: float) -> str | None:
+    """`Stats.error_bound` in units of ‖h‖, "≤2.0e-03"; None where there is none."""
+    if bound is None or not norm:
+        return None
+    return f"{relation(source)}{bound / norm:.1e}"
+
+
+def small(value: float | None, form: str = ".1e") -> str:
+    """A number, "-" for None."""
+    return "-" if value is None else format(value, form)
+
+
+def counts(gradients: float, hvps: float, cross_products: float) -> str:
+    """Oracle calls, kind by kind, each in four characters at most: 440/217/20, 12M/99k/1."""
+    return "/".join(_short(count) for count in (gradients, hvps, cross_products))
+
+
+def _short(count: float) -> str:
+    if count < 10_000:
+        return f"{count:.4g}"
+    for unit in "kMG":
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.1f}{unit}" if count < 9.95 else f"{count:.0f}{unit}"
+    return f"{count / 1000:.0f}T"
+
+
+def spelled(gradients: float, hvps: float, cross_products: float) -> str:
+    """Oracle calls in words: 440 gradients, 217 HVPs, 20 cross products."""
+    return f"{gradients:,.0f} gradients, {hvps:,.0f} HVPs, {cross_products:,.0f} cross products"
+
+
+def duration(seconds: float) -> str:
+    """In six characters at most: 0.4s, 59s, 12m03s, 3h07m, 12d05h."""
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 100 else f"{hours // 24}d{hours % 24:02d}h"
