@@ -69,9 +69,9 @@ def test_a_table_a_file_and_a_figure(tmp_path, started):
     assert started == ["points", "implicit", "cg2", "none"] * 2
     lines = result.output.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
-    table = [re.match(r"(\d)  ?(\S+) .*?(\d+\+\d+\+\d+)", line) for line in lines]
+    table = [re.match(r"(\d)  ?(\S+) .*?(\d+/\d+/\d+)", line) for line in lines]
     shown = [m.groups() for m in table if m]
-    assert shown == [("1", "implicit", "2+10+1"), ("2", "cg2*", "2+2+1"), ("3", "none", "1+0+0")]
+    assert shown == [("1", "implicit", "2/10/1"), ("2", "cg2*", "2/2/1"), ("3", "none", "1/0/0")]
     (folder,) = tmp_path.glob("compare-quadratic-*")
     document = json.loads((folder / "compare.json").read_text())
     assert document["rows"][0]["error"] < 1e-6
