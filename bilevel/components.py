@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, dataclass_transform
@@ -24,7 +26,8 @@ def component(cls: type[C]) -> type[C]:
 
     The fields of a component are at once its recipe schema, its documentation and its
     defaults. Unknown or mistyped options raise `pydantic.ValidationError`, which the recipe
-    loader turns into a `RecipeError` with the line; one given by position raises `TypeError`.
+    loader turns into a `RecipeError` with the line; one given by position, and a tensor given as a
+    number, raise `TypeError`.
     """
     decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
     made = cast("type[C]", decorate(cls))
@@ -43,9 +46,30 @@ def _by_name_only(made: type[Any]) -> Any:
     def __new__(cls: type[Any], *args: Any, **options: Any) -> Any:
         if args:
             raise TypeError(_by_position(cls, args))
+        _refuse_tensors(cls, options)
         return create(cls) if create is object.__new__ else create(cls, **options)
 
     return __new__
+
+
+def _refuse_tensors(cls: type[Any], options: dict[str, Any]) -> None:
+    """Raise `TypeError` for a tensor given as a number: it would be cut from its graph, unsaid."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    for name, value in options.items():
+        field = cls.__pydantic_fields__.get(name)
+        if isinstance(value, torch.Tensor) and field and _is_number(field.annotation):
+            raise TypeError(
+                f"{cls.__name__}({name}=…) must be a number, got a tensor of shape "
+                f"{tuple(value.shape)}: it would be read as one and cut from its graph, so that "
+                f"nothing is differentiated in it; give {name}=tensor.item()"
+            )
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether an annotation takes a number: float, int | None, Annotated[int, ...] | None."""
+    return annotation in (int, float) or any(map(_is_number, typing.get_args(annotation)))
 
 
 def _by_position(cls: type[Any], args: tuple[Any, ...]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
@@ -16,7 +17,7 @@ from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
-from bilevel.problem.tied import Ties, bind
+from bilevel.problem.tied import Plain, Ties, bind
 from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
@@ -38,11 +39,15 @@ Named = str | Mapping[str, Any]
 """A component by its name, or a mapping of `name` and options, as in a recipe."""
 
 
+Nested = Mapping[str, Any] | Sequence[Any]
+"""Tensors in dicts, lists, tuples, named tuples or dataclasses, nested to any depth."""
+
+
 def hypergradient(
-    upper_loss: Function,
-    lower_loss: Function,
-    x: Params,
-    y: Params | LowerSolution,
+    upper_loss: Function | Plain,
+    lower_loss: Function | Plain,
+    x: Params | Nested,
+    y: Params | Nested | LowerSolution,
     *,
     estimator: Estimator | Named,
     upper_batch: Any = None,
@@ -56,9 +61,10 @@ def hypergradient(
         dΦ/dx = ∇x F − (∂²xy G)ᵀ v,    (∂²yy G) v = ∇y F
 
     Args:
-        upper_loss: F(x, y, batch), a scalar; pure.
-        lower_loss: G(x, y, batch), a scalar; pure.
-        x: upper variables, name to floating-point tensor.
+        upper_loss: F(x, y, batch), or F(x, y), a scalar; pure.
+        lower_loss: G(x, y, batch), or G(x, y), a scalar; pure.
+        x: upper variables, name to floating-point tensor; or nested, as y may be: messages then
+            name `layer.weight`, and the losses and the result have the containers given.
         y: lower variables, at (or near) the lower solution for x; or what `bilevel.solve_lower`
             returned, which brings its recorded path, its quasi-Newton pairs, its last batch and
             its structure to the estimators that use them.
@@ -97,8 +103,7 @@ def hypergradient(
     structure = structure or Structure()
     method: Estimator = resolve("estimators", estimator, "estimator")
     _refuse_ignored(method, structure)
-    _require(x, y)
-    tied = Ties(x), Ties(y)
+    tied = _variables(x, y)
     at = Point(
         tree.detach(tied[0].unique), tree.detach(tied[1].unique), path, tied[1].restrict(pairs)
     )
@@ -111,9 +116,9 @@ def hypergradient(
 
 
 def solve_lower(
-    lower_loss: Function,
-    x: Params,
-    y: Params | Callable[[Params], Params],
+    lower_loss: Function | Plain,
+    x: Params | Nested,
+    y: Params | Nested | Callable[[Params], Params],
     *,
     solver: LowerSolver | Named = "gradient",
     batch: Any = None,
@@ -125,7 +130,7 @@ def solve_lower(
     """Approximately solve min over y of G(x, y), from y.
 
     Args:
-        lower_loss: G(x, y, batch), a scalar; pure.
+        lower_loss: G(x, y, batch), or G(x, y), a scalar; pure.
         x: upper variables, held fixed.
         y: where to start; not changed. Or the start as a function of x, which the recorded path
             then keeps, so that estimators that unroll differentiate through it (MAML).
@@ -145,14 +150,14 @@ def solve_lower(
         ConvergenceError: G or its gradient became NaN or infinite; it says whether at the start.
         RecipeError: the solver is a class, has an unknown name, or is none.
     """
-    tree.require(x, "x")
     restart = y if callable(y) else None
-    y = y(tree.detach(x)) if callable(y) else y
-    _require(x, y)
+    if callable(y):
+        tree.require(tree.flat(x, "x"), "x")
+        y = y(tree.map_nested(Tensor.detach, x))
+    tied = _variables(x, y)
     lower: LowerSolver = resolve("lower", solver, "solver")
     keep = ALL_STEPS if record is True else float(record)
     require_offers(lower, structure or Structure(), keep)
-    tied = Ties(x), Ties(y)
     loss = bind(lower_loss, lower_loss, batch, batch, tied, structure).lower
     draws = _batches(batch, batches)
     x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
@@ -168,9 +173,9 @@ def solve_lower(
 
 
 def unroll(
-    lower_loss: Function,
-    x: Params,
-    y: Params,
+    lower_loss: Function | Plain,
+    x: Params | Nested,
+    y: Params | Nested,
     *,
     steps: int,
     optimizer: Optimizer | Named = "sgd",
@@ -190,14 +195,13 @@ def unroll(
         ConvergenceError: G became NaN or infinite.
         RecipeError: the optimizer is a class, has an unknown name, or is none.
     """
-    _require(x, y)
+    tied = _variables(x, y)
     rule: Optimizer = resolve("optimizers", optimizer, "optimizer")
     if not rule.differentiable:
         raise ProblemError(
             f"{rule!r} writes in place and cannot be differentiated; "
             "use SGD, Adam, AdamW or RMSprop of bilevel.optimizers.differentiable"
         )
-    tied = Ties(x), Ties(y)
     loss = bind(lower_loss, lower_loss, batch, batch, tied).lower
     draws = tuple(itertools.islice(_batches(batch, batches), steps))
     start = tied[1].unique
@@ -233,17 +237,25 @@ def _refuse_ignored(estimator: Estimator, structure: Structure) -> None:
         )
 
 
-def _require(x: object, y: object) -> None:
-    """Raise `ProblemError` unless x and y are variables that a hypergradient may have."""
+def _variables(x: Any, y: Any) -> tuple[Ties, Ties]:
+    """x and y as flat dicts of the tensors that there are.
+
+    Raises:
+        ProblemError: they are not variables that a hypergradient may have.
+    """
     if torch.is_inference_mode_enabled():
         raise ProblemError(
             "under torch.inference_mode() nothing can be differentiated; call it outside, or use "
             "torch.no_grad(), which does no harm"
         )
-    tree.require(x, "x")
-    tree.require(y, "y")
-    if not y:
-        raise ProblemError("y is empty: a bilevel problem has lower variables, G is minimised in y")
+    for value, name in ((x, "x"), (y, "y")):
+        flat = tree.flat(value, name)
+        tree.require(flat, name)
+        if name == "y" and not flat:
+            raise ProblemError(
+                "y is empty: a bilevel problem has lower variables, G is minimised in y"
+            )
+    return Ties(x, "x"), Ties(y, "y")
 
 
 def _drawing(losses: Losses, batches: tuple[Iterable[Any], Iterable[Any]] | None) -> Losses:

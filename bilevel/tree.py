@@ -293,6 +293,48 @@ def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from named(part, where)
 
 
+def flat(value: Any, name: str) -> Params:
+    """The leaves of a nested value under dotted names, {"layer.weight": tensor}; a flat dict itself.
+
+    Raises:
+        ProblemError: it is no container, or two of its leaves have one dotted name.
+    """
+    if isinstance(value, dict) and not any(is_nested(part) for part in value.values()):
+        return value
+    if not is_nested(value):
+        kind = type(value).__name__
+        raise ProblemError(
+            f"{name} must be a dict[str, Tensor], or tensors in nested dicts, lists, tuples or "
+            f"dataclasses, got {kind}"
+        )
+    found: Params = {}
+    for key, leaf in _dotted(value, ""):
+        if key in found:
+            raise ProblemError(f"{name} has two entries of the dotted name {key!r}; rename one")
+        found[key] = leaf
+    return found
+
+
+def nest(flat: Params, like: Any) -> Any:
+    """The inverse of `flat`, in the containers of `like`."""
+    names = iter([key for key, _ in _dotted(like, "")])
+    return map_nested(lambda _: flat[next(names)], like)
+
+
+def _dotted(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not is_nested(value):
+        yield prefix, value
+        return
+    if isinstance(value, Mapping):
+        keys: Iterable[Any] = value
+    elif isinstance(value, (list, tuple)):
+        keys = getattr(value, "_fields", range(len(value)))
+    else:
+        keys = [field.name for field in dataclasses.fields(value)]
+    for key, (_, part) in zip(keys, parts(value), strict=True):
+        yield from _dotted(part, f"{prefix}.{key}" if prefix else str(key))
+
+
 def is_nested(value: Any) -> bool:
     """Whether a value is a container that batches may be, rather than a leaf."""
     if isinstance(value, (Mapping, list, tuple)):

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import pydantic
 import pytest
+import torch
 from pydantic import Field
 
 from bilevel import registry
 from bilevel.components import component
 from bilevel.linear.cg import CG
 from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.optimizers.torch_optim import TorchOptimizer
 
 REGISTERED = [(group, name) for group in registry.groups() for name in registry.names(group)]
 
@@ -93,3 +95,32 @@ def test_what_copies_a_component_is_not_disturbed():
     solver = CG(iterations=3)
     assert copy.deepcopy(solver) == copy.copy(solver) == pickle.loads(pickle.dumps(solver))
     assert pydantic.TypeAdapter(SGD).validate_python({"lr": 0.5}, strict=False) == SGD(lr=0.5)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_tensor_is_not_cut_to_a_number(requires_grad):
+    lr = torch.tensor(0.5, requires_grad=requires_grad)
+    with pytest.raises(
+        TypeError, match=r"^SGD\(lr=…\) must be a number, got a tensor .* lr=tensor.item"
+    ):
+        SGD(lr=lr)
+    with pytest.raises(TypeError, match=r"^CG\(iterations=…\) must be a number, got a tensor"):
+        CG(iterations=torch.tensor(3))
+    assert SGD(lr=lr.item()).lr == 0.5
+    message = r"options\['lr'\] is a tensor that requires grad"
+    if requires_grad:
+        with pytest.raises(ValueError, match=message):
+            TorchOptimizer(optimizer="SGD", options={"lr": lr})
+    else:
+        TorchOptimizer(optimizer="SGD", options={"lr": lr})
+
+
+def test_a_component_may_have_a_field_for_a_tensor():
+    @component
+    class Known:
+        target: torch.Tensor
+        size: float = 1.0
+
+    assert Known(target=torch.ones(2)).target.tolist() == [1, 1]
+    with pytest.raises(TypeError, match=r"Known\(size=…\)"):
+        Known(target=torch.ones(2), size=torch.ones(()))

@@ -473,12 +473,12 @@ def inference(*shape):
 
 
 NO_VARIABLES = {
-    "x is a list": (
-        [torch.ones(2)],
+    "x is a list of numbers": (
+        [1.0],
         {"a": torch.ones(2)},
-        r"^x must be a dict\[str, Tensor\], got list",
+        r"^x\['0'\] must be a floating-point tensor, got float",
     ),
-    "x is None": (None, {"a": torch.ones(2)}, r"^x must be a dict\[str, Tensor\], got NoneType"),
+    "x is None": (None, {"a": torch.ones(2)}, r"^x must be a dict.* got NoneType"),
     "y is a tensor": ({"x": torch.ones(2)}, torch.ones(2), r"^y must be a dict.* got Tensor"),
     "an entry is a number": ({"x": 1.0}, {"a": torch.ones(2)}, r"^x\['x'\] must be .* got float"),
     "y is empty": ({"x": torch.ones(2)}, {}, "^y is empty"),

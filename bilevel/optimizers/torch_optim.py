@@ -33,6 +33,12 @@ class TorchOptimizer:
                 f"{self.optimizer!r} is no step-wise optimizer of torch.optim; it has {offered}. "
                 "For L-BFGS use lower: lbfgs"
             )
+        for name, value in self.options.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"options[{name!r}] is a tensor that requires grad, and torch's steps are not "
+                    f"differentiated in it; give a number, or {name}.detach()"
+                )
         self._build({"y": torch.zeros(1)})
         return self
 

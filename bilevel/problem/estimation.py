@@ -105,5 +105,6 @@ def _require_reached(losses: Losses, at: Point) -> None:
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
             "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
             "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off). One "
-            "that says where the lower level starts, and nothing else, needs estimator=unroll"
+            "that says where the lower level starts, and nothing else, needs estimator=unroll. "
+            "Where it is meant to reach neither, add 0 * x[...].sum() to upper_loss"
         )

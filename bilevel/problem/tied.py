@@ -1,20 +1,33 @@
-"""Tensors that two names of x or y stand for: one variable each, whatever the loss calls them."""
+"""Variables as they are counted: one for each tensor, whatever a loss calls it and keeps it in.
+
+Two names may stand for one tensor, and x and y may be nested: inside, both are flat dicts of the
+tensors that there are, and the losses and the results have what the caller gave.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.calculus.gauss_newton import Composed
 from bilevel.errors import ProblemError
 from bilevel.types import Counts, Function, Loss, Losses, Pairs, Params, Structure
 
+Plain = Callable[[Params, Params], Tensor]
+"""A loss without a batch: pure in (x, y), returns a scalar."""
+
 
 class Ties:
     """Names that stand for one and the same tensor, and the way there and back.
+
+    Nested values (dicts, lists, tuples, named tuples, dataclasses of tensors) are variables under
+    dotted names, `layer.weight`; "with every name" is then in the containers that were given.
 
     The same memory seen through one shape is the same tensor, as in a `state_dict()`, which makes
     an object of its own for every name.
@@ -23,7 +36,9 @@ class Ties:
         ProblemError: two entries share a part of their memory, or see it in different shapes.
     """
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, given: Any, level: str = "") -> None:
+        params = tree.flat(given, level)
+        self._nested = None if params is given else given
         first: dict[Hashable, str] = {}
         self._home = {name: first.setdefault(_place(p), name) for name, p in params.items()}
         self.unique = {home: params[home] for home in first.values()}
@@ -31,7 +46,13 @@ class Ties:
 
     def expand(self, unique: Params) -> Params:
         """The same with every name."""
-        return {name: unique[home] for name, home in self._home.items()}
+        full = {name: unique[home] for name, home in self._home.items()}
+        return full if self._nested is None else tree.nest(full, self._nested)
+
+    def shrink(self, full: Any) -> Params:
+        """The inverse of `expand`."""
+        flat = full if self._nested is None else tree.flat(full, "the result")
+        return {home: flat[home] for home in self.unique}
 
     def shrunk(
         self, given: Ties, function: Callable[[Params], Params]
@@ -39,8 +60,7 @@ class Ties:
         """A function from and to dicts with every name, as one of the unique entries alone."""
 
         def unique(params: Params) -> Params:
-            full = function(given.expand(params))
-            return {home: full[home] for home in self.unique}
+            return self.shrink(function(given.expand(params)))
 
         return unique
 
@@ -48,9 +68,7 @@ class Ties:
         """Pairs in the names of `unique`: one entry for each variable, however many its names."""
         if pairs is None or self.trivial:
             return pairs
-        return tuple(
-            ({n: s[n] for n in self.unique}, {n: c[n] for n in self.unique}) for s, c in pairs
-        )
+        return tuple((self.shrink(s), self.shrink(c)) for s, c in pairs)
 
     def expand_pairs(self, pairs: Pairs | None) -> Pairs | None:
         """The inverse of `restrict`."""
@@ -60,8 +78,8 @@ class Ties:
 
     @property
     def trivial(self) -> bool:
-        """Whether each name has a tensor of its own."""
-        return len(self.unique) == len(self._home)
+        """Whether each name has a tensor of its own, in a flat dict."""
+        return self._nested is None and len(self.unique) == len(self._home)
 
 
 def _place(entry: Tensor) -> Hashable:
@@ -119,8 +137,8 @@ def _overlap(a: Tensor, b: Tensor, offset: int) -> bool:
 
 
 def bind(
-    upper: Function,
-    lower: Function,
+    upper: Function | Plain,
+    lower: Function | Plain,
     upper_batch: Any,
     lower_batch: Any,
     tied: tuple[Ties, Ties],
@@ -128,14 +146,54 @@ def bind(
 ) -> Losses:
     """F and G of the unique variables, with their batches and one ledger."""
     structure = structure or Structure()
+    F, G = with_batch(upper, "upper"), with_batch(lower, "lower")
     if not all(ties.trivial for ties in tied):
-        upper, lower = _expanding(upper, tied), _expanding(lower, tied)
+        F, G = _expanding(F, tied), _expanding(G, tied)
         structure = _structured(structure, tied)
     counts = Counts()
     return Losses(
-        Loss(upper, upper_batch, counts, "upper"),
-        Loss(lower, lower_batch, counts, "lower", structure=structure),
+        Loss(F, upper_batch, counts, "upper"),
+        Loss(G, lower_batch, counts, "lower", structure=structure),
     )
+
+
+def with_batch(function: Function | Plain, level: str) -> Function:
+    """A loss as a function of (x, y, batch), also one that takes (x, y) alone.
+
+    That one raises `ProblemError` where there is a batch, which it would ignore.
+    """
+    if not _takes_no_batch(function):
+        return cast("Function", function)
+    plain = cast("Plain", function)
+
+    def loss(x: Params, y: Params, batch: Any) -> Tensor:
+        if batch is not None:
+            raise ProblemError(
+                f"{level}_loss takes (x, y) alone and would ignore the batch that was given; "
+                f"write it as {level}_loss(x, y, batch), or give it no batch"
+            )
+        return plain(x, y)
+
+    return loss
+
+
+def _takes_no_batch(function: Callable[..., Any]) -> bool:
+    """Whether a function takes two arguments and not three."""
+    if isinstance(function, FunctionType) and function.__code__.co_argcount == 3:
+        return False  # as most do: a signature takes longer than a step of CG
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one written in C
+        return False
+    return _takes(signature, 2) and not _takes(signature, 3)
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
@@ -145,7 +203,7 @@ def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
     def unique(function: Any, inward: bool) -> Any:
         def call(x: Params, y: Params, third: Any) -> Params:
             found = function(x_ties.expand(x), y_ties.expand(y), third)
-            return {home: found[home] for home in y_ties.unique} if inward else found
+            return y_ties.shrink(found) if inward else found
 
         return function and call
 
