@@ -45,3 +45,10 @@ class CheckpointError(BilevelError, OSError):
     """A state could not be written or read."""
 
     exit_code = 1
+
+
+class UntrustedWarning(UserWarning):
+    """A hypergradient whose own evidence speaks against it; `Estimate.reasons` says the same.
+
+    Off with `warnings.filterwarnings("ignore", category=UntrustedWarning)`.
+    """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, UntrustedWarning
 from bilevel.lower.start import at_start
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
+from bilevel.problem.trust import Step, reasons
 from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
@@ -82,7 +84,9 @@ def hypergradient(
             known diagonal), for estimators that support it (`Needs.supports`).
 
     Returns:
-        The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence.
+        The hypergradient in the names, shapes and dtypes of x, F, the state and the evidence;
+        `trusted` says whether to trust it and `reasons` why not, the lower solve included where y
+        is a `LowerSolution`.
         Nothing is written to `.grad`, to x, to y or to a random state. Entries that are one
         tensor under two names (tied) are one variable and share its hypergradient.
 
@@ -94,8 +98,13 @@ def hypergradient(
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
         CheckError: the estimator returned other names or shapes than those of x.
         RecipeError: the estimator is a class, has an unknown name, or is none.
+
+    Warns:
+        UntrustedWarning: the evidence speaks against a hypergradient that claims to be that of the
+            lower solution. Off with `warnings.filterwarnings("ignore", category=UntrustedWarning)`,
+            from `bilevel.errors`.
     """
-    path, pairs = None, None
+    path, pairs, solved = None, None, y if isinstance(y, LowerSolution) else None
     if isinstance(y, LowerSolution):
         structure = y.structure if structure is None else structure
         lower_batch = y.batch if lower_batch is None else lower_batch
@@ -111,6 +120,10 @@ def hypergradient(
         bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure), batches
     )
     found = estimate(method, losses, at, state)
+    if solved:
+        found = replace(found, reasons=reasons(Step(method, found, solved)))
+    if found.reasons and method.claim == "solution":
+        warnings.warn("; ".join(found.reasons), UntrustedWarning, stacklevel=2)
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))
     return replace(found, hypergradient=tied[0].expand(found.hypergradient), moved=moved)
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
+from bilevel.lower.divergence import Growth
 from bilevel.lower.start import at_start, require_finite
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
@@ -22,6 +23,9 @@ class Gradient:
 
     Costs one lower gradient a step; with `steps` 0 y stays where it is, unevaluated. The optimizer's state goes on from one upper step to the next
     unless the problem restarts y (`lower_start`).
+
+    Raises:
+        ConvergenceError: G or ∇y G is not finite; or both have grown, ‖∇y G‖ a thousandfold.
     """
 
     steps: NonNegativeInt = 20
@@ -51,6 +55,7 @@ class Gradient:
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
         # without a step there still is a batch for the derivatives at y
         batch, converged = None if self.steps else next(batches), None
+        growth = Growth()
         for k in range(self.steps):
             batch = next(batches)
             with at_start(k):
@@ -58,6 +63,7 @@ class Gradient:
             value, norm = float(last_value), tree.norm(g)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, k)
+            growth.note(value, norm)
             if self.tolerance > 0 and norm <= self.tolerance:
                 converged = True
                 break
@@ -66,6 +72,7 @@ class Gradient:
                 used.append(batch)
             y, state = step(self.optimizer, y, g, state, loss.structure.project)
             steps, converged = k + 1, False if self.tolerance > 0 else None
+        growth.refuse_divergence()
         path = Path(self.optimizer, start[0], start[1], tuple(used)) if record else None
         stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
         return LowerSolution(y, state, stats, batch, path)

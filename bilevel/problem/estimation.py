@@ -14,6 +14,7 @@ from bilevel.calculus.precision import require_resolved
 from bilevel.errors import CheckError, ConvergenceError, ProblemError
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
+from bilevel.problem.trust import Step, reasons
 from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
 
 
@@ -56,7 +57,8 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         cross_products=counts.cross_products,
         seconds=time.perf_counter() - began,
     )
-    return replace(found, stats=stats)
+    found = replace(found, stats=stats)
+    return replace(found, reasons=reasons(Step(estimator, found)))
 
 
 def require_own(state: Any, at: Point, error: Exception) -> None:

@@ -18,8 +18,8 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
+from bilevel.problem.trust import TABLE, Step, found
 from bilevel.run.engine import restore, run, start
-from bilevel.run.warnings import TABLE, Step, found
 from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
 from bilevel_problems.quadratic import Quadratic
 from tests.run.setups import setup

@@ -1,0 +1,239 @@
+"""Why an estimate is not to be trusted: one table, a line for each kind, read off its evidence.
+
+A run warns in the words of `TABLE` (`bilevel.run.warnings`), `Estimate.reasons` holds them, and
+`bilevel.hypergradient` gives them as an `UntrustedWarning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bilevel import tree
+from bilevel.types import Estimate, Estimator, LowerSolution, Stats
+
+LARGE = 0.1
+"""A relative residual above this is warned of, whatever `converged` says."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one estimate left to judge, and the lower solve before it where that is known."""
+
+    estimator: Estimator
+    estimate: Estimate
+    lower: LowerSolution | None = None
+
+    @property
+    def stats(self) -> Stats:
+        return self.estimate.stats
+
+    @property
+    def has_negative_curvature(self) -> bool:
+        """Or none that stands clear of rounding."""
+        stats = self.stats
+        return stats.curvature is not None and (
+            stats.curvature <= 0 or stats.stopped == "curvature"
+        )
+
+    @property
+    def has_adjoint(self) -> bool:
+        """Whether what did not converge is the adjoint system, and not a solve for y."""
+        return bool(self.stats.residual) and self.estimator.needs.second_order
+
+    @property
+    def has_large_residual(self) -> bool:
+        """Unless the error of h is known to be small, or is as large as the method means it to be."""
+        stats = self.stats
+        if stats.residual is None or stats.residual <= LARGE or self.estimate.step is not None:
+            return False
+        bound = stats.error_bound
+        return bound is None or bound > LARGE * tree.norm(self.estimate.hypergradient)
+
+    @property
+    def lower_error(self) -> float:
+        """How far y is off where its solve met a tolerance, by ‖∇y G‖ / curvature; else 0."""
+        return self._distance if self.lower_converged else 0.0
+
+    @property
+    def unbounded_lower_error(self) -> float:
+        """The same where the solve had no tolerance to meet; else 0."""
+        return self._distance if self.lower and self.lower_converged is None else 0.0
+
+    @property
+    def _distance(self) -> float:
+        curvature = self.stats.curvature
+        return self.lower_norm / curvature if self.lower and curvature and curvature > 0 else 0.0
+
+    @property
+    def lower_converged(self) -> bool | None:
+        return self.lower.stats.converged if self.lower else None
+
+    @property
+    def lower_norm(self) -> float:
+        """‖∇y G‖ where the lower solve last looked."""
+        return self.lower.stats.gradient_norm if self.lower else 0.0
+
+    @property
+    def lower_size(self) -> float:
+        return tree.norm(self.lower.y) if self.lower else 0.0
+
+    def has_ended(self, *reasons: str) -> bool:
+        """Whether the adjoint solve has not converged, for one of these reasons or, of none, another."""
+        unconverged = self.stats.converged is False and self.has_adjoint
+        if not unconverged or self.has_large_residual:
+            return False
+        return self.stats.stopped in reasons if reasons else self.stats.stopped not in EXPLAINED
+
+
+EXPLAINED = ("rounding", "stagnation")
+"""Why a solve ended where more iterations do not help."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of warning. It is kept back where a kind of `unless` holds, which explains it."""
+
+    kind: str
+    holds: Callable[[Step], bool]
+    message: Callable[[Step], str]
+    unless: tuple[str, ...] = ()
+
+
+TABLE = (
+    Row(
+        "curvature",
+        lambda step: step.has_negative_curvature,
+        lambda step: (
+            f"the lower Hessian has curvature {step.stats.curvature:.3g} along a search direction: "
+            "to working precision it is not positive definite here, so the adjoint is not reliable. "
+            "Take more lower steps, or set estimator.damping above its size"
+        ),
+    ),
+    Row(
+        "degenerate",
+        lambda step: bool(step.stats.degenerate),
+        lambda step: (
+            f"{step.stats.degenerate} of the lower level's kinks or active constraints are weakly "
+            "active or in doubt (strict complementarity fails): the hypergradient is that of one "
+            "side. Take more lower steps; if it stays, Φ has no derivative here"
+        ),
+        unless=("curvature",),
+    ),
+    Row(
+        "inner solve",
+        lambda step: step.stats.converged is False and not step.has_adjoint,
+        lambda step: (
+            "the estimator's inner solve did not reach its tolerance; give estimator.lower more "
+            "steps, or raise estimator.strength if the penalised problem has no minimum"
+        ),
+        unless=("curvature", "degenerate"),
+    ),
+    Row(
+        "adjoint",
+        lambda step: step.has_ended(),
+        lambda step: (
+            f"the adjoint solve ended after {step.stats.iterations} iterations at a relative "
+            f"residual of {step.stats.residual:.2g}, above its tolerance; raise "
+            "estimator.solver.iterations, or loosen estimator.solver.tolerance"
+        ),
+        unless=("curvature", "degenerate"),
+    ),
+    Row(
+        "adjoint",
+        lambda step: step.has_ended("rounding"),
+        lambda step: (
+            "the adjoint solve has come as far as the dtype allows, to a relative residual of "
+            f"{step.stats.residual:.2g}, and that is too far off; set estimator.damping, or use a "
+            "wider dtype where there is one (runtime.dtype: float64)"
+        ),
+        unless=("curvature", "degenerate"),
+    ),
+    Row(
+        "adjoint",
+        lambda step: step.has_ended("stagnation"),
+        lambda step: (
+            "the adjoint solve gains nothing more at a relative residual of "
+            f"{step.stats.residual:.2g}, above its tolerance: the system is singular to working "
+            "precision, or restarts forget too much; set estimator.damping, or raise "
+            "estimator.solver.restart where there is one"
+        ),
+        unless=("curvature", "degenerate"),
+    ),
+    Row(
+        "residual",
+        lambda step: step.has_large_residual,
+        lambda step: (
+            f"the adjoint system is left with a relative residual of {step.stats.residual:.2g}: the "
+            "part of the hypergradient that goes through y is off by as much, or by up to the "
+            f"condition number times that; {_remedy(step.estimator)}, or look with bilevel check "
+            "how far it is off"
+        ),
+        unless=("curvature",),
+    ),
+    Row(
+        "lower solve",
+        lambda step: step.lower_error > max(LARGE * step.lower_size, 1e-6),
+        lambda step: (
+            f"the lower solve met its tolerance at ‖∇y G‖ = {step.lower_norm:.1e}, "
+            f"but with a curvature of {step.stats.curvature:.1e} that leaves y off by about "
+            f"{step.lower_error:.1e}, where its length is {step.lower_size:.1e}: set "
+            f"lower.tolerance to {_lower_tolerance(step):.0e}, or scale G up"
+        ),
+    ),
+)
+
+
+LOWER = (
+    Row(
+        "lower solve",
+        lambda step: step.lower_converged is False and step.estimator.claim == "solution",
+        lambda step: (
+            f"the lower solve ended at ‖∇y G‖ = {step.lower_norm:.1e}, above its tolerance, and the "
+            "hypergradient is that of the lower solution: give the solver more steps, or go on from "
+            "its y and state"
+        ),
+    ),
+    Row(
+        "lower solve",
+        lambda step: (
+            step.estimator.claim == "solution"
+            and step.unbounded_lower_error > max(LARGE * step.lower_size, 1e-6)
+        ),
+        lambda step: (
+            f"the lower solve, which has no tolerance, ended at ‖∇y G‖ = {step.lower_norm:.1e}: with "
+            f"a curvature of {step.stats.curvature:.1e} that leaves y off by about "
+            f"{step.unbounded_lower_error:.1e}, where its length is {step.lower_size:.1e}; take more "
+            "steps, or a solver with a tolerance (lower: lbfgs)"
+        ),
+    ),
+)
+"""Beside `TABLE` for one call of `hypergradient`; in a run a lower solve may stop short by design."""
+
+
+def reasons(step: Step) -> tuple[str, ...]:
+    """Why not to trust one estimate, in the words that a run would use; empty where nothing is."""
+    return tuple(found(step, (*TABLE, *LOWER)).values())
+
+
+def found(step: Step, table: tuple[Row, ...] = TABLE) -> dict[str, str]:
+    """The kinds of warning that hold at a step, with their messages, in the order of the table."""
+    holding = [row for row in table if row.holds(step)]
+    kinds = {row.kind for row in holding}
+    return {row.kind: row.message(step) for row in holding if not kinds.intersection(row.unless)}
+
+
+def _remedy(estimator: Estimator) -> str:
+    if hasattr(getattr(estimator, "lower", None), "steps"):
+        return "raise estimator.lower.steps"
+    solver = getattr(estimator, "solver", None)
+    read = [name for name in ("iterations", "rank") if hasattr(solver, name)]
+    if not read:
+        return "take estimator: implicit, whose solver cg says when it has converged"
+    other = "" if type(solver).__name__ == "CG" else ", or take estimator.solver: cg"
+    return f"raise estimator.solver.{read[0]}{other}"
+
+
+def _lower_tolerance(step: Step) -> float:
+    """That leaves y off by a thousandth of its length."""
+    return 1e-3 * (step.stats.curvature or 0.0) * max(step.lower_size, 1e-3)

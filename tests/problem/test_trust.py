@@ -1,0 +1,128 @@
+"""One look says whether to trust an estimate: the closed form is missed exactly where it warns."""
+
+import warnings
+
+import pytest
+import torch
+
+from bilevel import hypergradient, solve_lower
+from bilevel.errors import ConvergenceError, UntrustedWarning
+from bilevel.estimators import Implicit, Unroll
+from bilevel.linear import CG
+from bilevel.lower import LBFGS, Gradient, Newton
+from bilevel.optimizers import SGD, Adam
+
+B = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+
+
+def problem(curvatures, scale=1.0):
+    """G = scale · (½ yᵀ D y − s bᵀ y): y* = s b / d, and dΦ/ds = Σ b²/d² · s for F = ½ ‖y‖²."""
+    d = torch.tensor(curvatures, dtype=torch.float64)
+
+    def G(x, y, _):
+        return scale * ((d * y["w"].square()).sum() / 2 - x["s"] * (B @ y["w"]))
+
+    def F(x, y, _):
+        return y["w"].square().sum() / 2
+
+    x = {"s": torch.tensor(2.0, dtype=torch.float64)}
+    return F, G, x, {"w": 2 * B / d}, float(2 * (B / d).square().sum())
+
+
+def error(estimate, right):
+    return abs(float(estimate.hypergradient["s"]) - right) / abs(right)
+
+
+def test_a_good_estimate_is_trusted_and_silent():
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solved = solve_lower(G, x, y, solver=Newton())
+        found = hypergradient(F, G, x, solved, estimator=Implicit())
+    assert error(found, right) < 1e-6
+    assert found.trusted
+    assert found.reasons == ()
+
+
+def test_a_large_condition_number_is_warned_of_by_the_words_of_a_run():
+    curvatures = [1e-6, 1e-3, 0.1, 1.0]
+    _, G, x, y, _ = problem(curvatures)
+    right = float((B / torch.tensor(curvatures, dtype=torch.float64)).sum())
+
+    def F(x, y, _):
+        return y["w"].sum()
+
+    with pytest.warns(UntrustedWarning, match="relative residual") as caught:
+        found = hypergradient(F, G, x, y, estimator=Implicit(solver=CG(iterations=2)))
+    assert error(found, right) > 0.5
+    assert not found.trusted
+    assert str(caught[0].message) == "; ".join(found.reasons)
+    assert caught[0].filename == __file__
+
+
+def test_the_warning_can_be_turned_off_and_the_reasons_stay():
+    F, G, x, y, _ = problem([1e-6, 1e-3, 0.1, 1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=UntrustedWarning)
+        found = hypergradient(F, G, x, y, estimator=Implicit(solver=CG(iterations=2)))
+    assert not found.trusted
+
+
+def test_a_saddle_of_the_lower_level_is_not_trusted():
+    F, G, x, y, _ = problem([1.0, 2.0, -3.0, 4.0])
+    with pytest.warns(UntrustedWarning, match="not positive definite"):
+        assert not hypergradient(F, G, x, y, estimator=Implicit()).trusted
+
+
+def test_a_lower_solve_short_of_its_tolerance_is_a_reason_for_what_claims_the_solution_alone():
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    start = {"w": y["w"] + 5}
+    few = Gradient(steps=3, tolerance=1e-8)
+    solved = solve_lower(G, x, start, solver=few, record=True)
+    with pytest.warns(UntrustedWarning, match="above its tolerance"):
+        found = hypergradient(F, G, x, solved, estimator=Implicit())
+    assert error(found, right) > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hypergradient(F, G, x, solved, estimator=Unroll()).trusted  # right for its path
+
+
+def test_a_lower_solve_without_a_tolerance_is_judged_by_where_it_ended():
+    F, G, x, y, right = problem([0.01, 0.02, 0.03, 0.04])
+    start = {"w": y["w"] + 5 * y["w"].norm()}
+    with pytest.warns(UntrustedWarning, match="has no tolerance"):
+        found = hypergradient(F, G, x, solve_lower(G, x, start), estimator=Implicit())
+    assert error(found, right) > 0.1
+    enough = solve_lower(G, x, start, solver=Gradient(steps=400, optimizer=SGD(lr=40.0)))
+    good = hypergradient(F, G, x, enough, estimator=Implicit())
+    assert error(good, right) < 1e-6
+    assert good.trusted
+
+
+def test_an_absolute_tolerance_that_a_small_loss_meets_at_once_is_seen_through():
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0], scale=1e-9)
+    solved = solve_lower(G, x, {"w": 0.5 * y["w"]}, solver=LBFGS())
+    assert solved.stats.steps == 0
+    assert solved.stats.converged
+    with pytest.warns(UntrustedWarning, match="met its tolerance"):
+        found = hypergradient(F, G, x, solved, estimator=Implicit())
+    assert error(found, right) < 1e-6 or not found.trusted
+
+
+def test_steps_that_diverge_are_an_error_that_bounds_the_step():
+    _, G, x, y, _ = problem([1.0, 2.0, 3.0, 50.0])
+    start = {"w": y["w"] + 1}
+    with pytest.raises(ConvergenceError, match=r"diverge.*at most 0.4 times") as caught:
+        solve_lower(G, x, start)
+    assert "factor of 4 " in str(caught.value)  # lr L − 1 with lr = 0.1, L = 50
+    inside = solve_lower(G, x, start, solver=Gradient(steps=400, optimizer=SGD(lr=0.1 * 0.4 * 0.9)))
+    assert torch.allclose(inside.y["w"], y["w"], atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.1), SGD(lr=0.01, momentum=0.95)])
+def test_what_moves_off_a_point_of_rest_does_not_count_as_divergence(optimizer):
+    _, G, x, y, _ = problem([1.0, 2.0, 3.0, 4.0])
+    near = {"w": y["w"] + 1e-12}
+    stats = solve_lower(G, x, near, solver=Gradient(steps=20, optimizer=optimizer)).stats
+    assert stats.steps == 20
