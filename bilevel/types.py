@@ -136,6 +136,8 @@ class Path:
     batches: tuple[Any, ...]
     restart: Callable[[Params], Params] | None = None
     """y_0 as a function of x, where it is one and the path begins there (MAML)."""
+    dropped: int = 0
+    """Steps that were taken before these and not recorded."""
 
 
 Pairs = tuple[tuple[Params, Params], ...]
@@ -410,6 +412,10 @@ class LowerStats:
     """‖∇y G‖ at the last point it was evaluated."""
     converged: bool | None = None
     hvps: int = 0
+    violation: float | None = None
+    """How far y is outside the lower constraints, where the solver heeds any."""
+    infeasible: bool = False
+    """The solver gave up on the constraints: a larger penalty no longer brought y closer to them."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling import forward_over_reverse, reversible
 from bilevel.unrolling.nested import flat, rebuild, zeros
-from bilevel.unrolling.path import advance, along, pull_start, replay, step
+from bilevel.unrolling.path import advance, along, pull_start, replay, require_steps, step
 from bilevel.unrolling.traced import Pull, traced
 
 
@@ -109,6 +109,7 @@ class Unroll:
                 "unroll has no lower steps to differentiate: pass the `path` of "
                 "bilevel.solve_lower(..., record=True), or set `along`"
             )
+        require_steps(path, self.last or math.inf, "Unroll")
         surplus = len(path.batches) - (self.last or len(path.batches))
         return advance(path, losses.lower, at.x, max(0, surplus))
 

@@ -23,6 +23,8 @@ from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Offers, 
 
 GROWTH = 10.0
 """By how much the penalty grows; 100 in the book, which a solver of first order has to pay for."""
+STALLED = 5
+"""Times in a row that a larger penalty may gain less than a tenth of the violation."""
 
 
 @component
@@ -41,6 +43,9 @@ class AugmentedLagrangian:
     ρ is `penalty` at first; it, λ and μ go on from call to call. y is outside the constraints by up
     to `tolerance`; kkt's `activity` had better be larger. A `project_lower` beside the constraints
     says the same and is not used. Draws one batch a solve. No path.
+
+    Where five tenfold penalties in a row gain less than a tenth of the violation, it ends with
+    `LowerStats.infeasible`, and the next call begins with the ρ, λ and μ of this one's beginning.
 
     Raises:
         ProblemError: the problem has no `lower_constraints`.
@@ -74,6 +79,7 @@ class AugmentedLagrangian:
         asked, close = rho**-0.1, 1 / rho
         steps = gradients = hvps = 0
         norm, converged = float("nan"), False
+        violation, least, stalled = float("nan"), float("inf"), 0
         for _ in range(self.rounds):
             solver = _to(self.solver, max(close, self.tolerance))
             augmented = _augmented(loss, multipliers, rho)
@@ -85,17 +91,25 @@ class AugmentedLagrangian:
             violation = tree.norm(tree.sub(moved, multipliers)) / rho
             if violation <= max(asked, self.tolerance):
                 multipliers = moved
+                stalled = 0
                 converged = violation <= self.tolerance and norm <= self.tolerance
                 if converged:
                     break
                 asked, close = asked / rho**0.9, close / rho
             else:
+                stalled = 0 if violation < 0.9 * least else stalled + 1
+                least = min(least, violation)
+                if stalled == STALLED:
+                    break
                 rho = GROWTH * rho
                 asked, close = rho**-0.1, 1 / rho
         with torch.no_grad():
             value = float(loss(x, y))
-        stats = LowerStats(steps, gradients, value, norm, converged, hvps)
+        infeasible = stalled == STALLED
+        stats = LowerStats(steps, gradients, value, norm, converged, hvps, violation, infeasible)
         kept = {"penalty": rho, "multipliers": multipliers, "solver": inner}
+        if infeasible:  # a penalty without bound would follow the run to where they can be met
+            kept = state
         return LowerSolution(tree.clone(y), kept, stats, batch)
 
 

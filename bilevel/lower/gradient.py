@@ -73,9 +73,9 @@ class Gradient:
             y, state = step(self.optimizer, y, g, state, loss.structure.project)
             steps, converged = k + 1, False if self.tolerance > 0 else None
         growth.refuse_divergence()
-        path = Path(self.optimizer, start[0], start[1], tuple(used)) if record else None
+        path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
         stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
-        return LowerSolution(y, state, stats, batch, path)
+        return LowerSolution(y, state, stats, batch, path if record else None)
 
 
 @torch.no_grad()

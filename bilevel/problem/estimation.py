@@ -16,6 +16,7 @@ from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.problem.trust import Step, reasons
 from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
+from bilevel.unrolling.path import require_steps
 
 
 def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Estimate:
@@ -23,12 +24,14 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
 
     Raises:
         ProblemError: a loss is no function of (x, y, batch) or has no second derivative, an upper
-            variable reaches neither, or the dtype is too coarse for what the estimator subtracts.
+            variable reaches neither, the dtype is too coarse for what the estimator subtracts, or
+            lower steps that it follows were not recorded.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
         CheckError: it returned other names or shapes than those of x.
     """
     began, first = time.perf_counter(), state is None
     require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
+    require_steps(at.path, estimator.needs.path, type(estimator).__name__)
     if first:
         for loss in (losses.upper, losses.lower):
             refuse_impure(loss, at.x, at.y)
@@ -37,7 +40,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         state = estimator.init(at)
     try:
         found = estimator.estimate(losses, at, state)
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         require_own(state, at, error)
         raise
     _require_shapes(estimator, found.hypergradient, at.x)

@@ -9,6 +9,7 @@ from typing import Any
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.problem.protocol import OPTIONAL
+from bilevel.problem.states import require_state
 from bilevel.types import (
     Counts,
     Loss,
@@ -131,11 +132,23 @@ def solve(
     """The solver's own solve, once it is known to be able to; `state` None begins with a new one.
 
     Raises:
-        ProblemError: it would ignore what restricts y, or its steps cannot be recorded.
+        ProblemError: it would ignore what restricts y, its steps cannot be recorded, or the state
+            is of another problem.
     """
     require_offers(solver, loss.structure, record)
-    state = solver.init(y) if state is None else state
-    return solver.solve(loss, x, y, batches=batches, state=state, record=record)
+    if state is None:
+        state = solver.init(y)
+    else:
+        require_state(state, y, "the state of the lower solver")
+    try:
+        return solver.solve(loss, x, y, batches=batches, state=state, record=record)
+    except KeyError as error:
+        if "trees differ" not in str(error):
+            raise  # a loss that looks for a name that is not there
+        raise ProblemError(
+            f"the state of the lower solver is not one of {type(solver).__name__} for these "
+            f"variables: {error.args[0]}; pass state=None where they or the solver have changed"
+        ) from error
 
 
 def require_offers(solver: LowerSolver, structure: Structure, record: float = 0) -> None:

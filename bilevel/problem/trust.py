@@ -102,6 +102,15 @@ class Row:
 
 TABLE = (
     Row(
+        "infeasible",
+        lambda step: step.lower is not None and step.lower.stats.infeasible,
+        lambda step: (
+            f"the lower constraints could not be met: y is {_violation(step):.2g} outside them, and no "
+            "larger penalty brings it closer. Look whether they can be met at all for this x, or "
+            "begin elsewhere"
+        ),
+    ),
+    Row(
         "curvature",
         lambda step: step.has_negative_curvature,
         lambda step: (
@@ -193,6 +202,7 @@ LOWER = (
             "hypergradient is that of the lower solution: give the solver more steps, or go on from "
             "its y and state"
         ),
+        unless=("infeasible",),
     ),
     Row(
         "lower solve",
@@ -221,6 +231,10 @@ def found(step: Step, table: tuple[Row, ...] = TABLE) -> dict[str, str]:
     holding = [row for row in table if row.holds(step)]
     kinds = {row.kind for row in holding}
     return {row.kind: row.message(step) for row in holding if not kinds.intersection(row.unless)}
+
+
+def _violation(step: Step) -> float:
+    return (step.lower and step.lower.stats.violation) or 0.0
 
 
 def _remedy(estimator: Estimator) -> str:

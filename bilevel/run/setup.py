@@ -13,6 +13,7 @@ from bilevel.errors import ProblemError
 from bilevel.events import Totals
 from bilevel.problem.levels import Levels
 from bilevel.problem.protocol import Problem
+from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
 from bilevel.registry.build import resolve
 from bilevel.rng import Streams
@@ -127,6 +128,15 @@ def _draws(setup: Setup) -> tuple[Draws, Draws]:
 def restore(setup: Setup, saved: dict[str, Any]) -> State:
     """The state that `State.save` described, on the setup's device."""
     state = start(setup)
+    for level in ("x", "y"):
+        params = getattr(state, level)
+        got = {name: tuple(entry.shape) for name, entry in saved[level].items()}
+        expected = {name: tuple(entry.shape) for name, entry in params.items()}
+        if got != expected:
+            raise ProblemError(
+                f"the saved state is of another problem: {level} is {got} in it, expected {expected}"
+            )
+        require_state(saved[{"x": "upper", "y": "lower"}[level]], params, "the saved optimizer")
     for name in ("x", "y", "lower", "upper", "estimator"):
         setattr(state, name, _on(saved[name], setup.device))
     state.upper_batches.restore(saved["upper_batches"])

@@ -103,6 +103,19 @@ def recorded(at: Point, name: str) -> Path:
     return at.path
 
 
+def require_steps(path: Path | None, needed: float, name: str) -> None:
+    """Raise `ProblemError` if the path lacks steps that were taken and that are to be followed."""
+    if path is None or not path.dropped or needed <= len(path.batches):
+        return
+    kept, taken = len(path.batches), len(path.batches) + path.dropped
+    asked = "all" if needed > taken else f"the last {needed:g}"
+    fewer = f", or Unroll(last={kept}) for those that there are" if kept else ""
+    raise ProblemError(
+        f"{name} follows {asked} of the {taken} lower steps, and only the last {kept} were recorded: "
+        f"its hypergradient would be that of a shorter path; call solve_lower(..., record=True){fewer}"
+    )
+
+
 def recorded_from_x(at: Point, name: str) -> Path:
     """The lower steps that led to a point, where they begin at a function of x.
 

@@ -319,3 +319,38 @@ upper: {steps: 2}
     (row,) = (row for row in check(setup, {"kkt": setup.estimator}) if hasattr(row, "verdict"))
     assert (row.reference, row.verdict) == ("closed form", "exact")
     assert row.error < 1e-7
+
+
+def nearest(x, y, _):
+    return (y["y"] - x["s"]).square().sum() / 2
+
+
+def squares(offset):
+    """c(y) = y² + offset: no root where the offset is positive."""
+    return Structure(constraints=lambda x, y, _: {"equality": y["y"].square() + offset})
+
+
+def test_constraints_that_cannot_be_met_end_it_early_and_are_said():
+    x = {"s": torch.tensor(2.0, dtype=torch.float64)}
+    start = {"y": torch.tensor([0.5], dtype=torch.float64)}
+    end = solve_lower(nearest, x, start, solver=AugmentedLagrangian(), structure=squares(1.0))
+    assert end.stats.infeasible
+    assert end.stats.converged is False
+    assert end.stats.violation == pytest.approx(1.0, abs=1e-2)  # least at y = 0
+    assert end.stats.steps < 200
+    # the same penalty again, on a problem that can be met: y = 2 is nearest to s
+    on = solve_lower(
+        nearest, x, start, solver=AugmentedLagrangian(), structure=squares(-4.0), state=end.state
+    )
+    assert on.stats.converged
+    assert on.stats.infeasible is False
+    assert float(on.y["y"]) == pytest.approx(2.0, abs=1e-8)
+
+
+@pytest.mark.parametrize("offset", [-1.0, -1e-4, 0.0])
+def test_constraints_that_can_be_met_are_not_called_infeasible(offset):
+    x = {"s": torch.tensor(2.0, dtype=torch.float64)}
+    start = {"y": torch.tensor([0.5], dtype=torch.float64)}
+    end = solve_lower(nearest, x, start, solver=AugmentedLagrangian(), structure=squares(offset))
+    assert not end.stats.infeasible
+    assert float(end.y["y"]) == pytest.approx((-offset) ** 0.5, abs=1e-3)

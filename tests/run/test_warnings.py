@@ -41,6 +41,12 @@ def step(stats=RIGHT, estimator=None, gradient_norm=1e-9, h=1.0, length=None):
     return Step(estimator or Implicit(), estimate, lower)
 
 
+def unmet():
+    given = step()
+    stats = replace(given.lower.stats, converged=False, violation=1.0, infeasible=True)
+    return replace(given, lower=replace(given.lower, stats=stats))
+
+
 CASES = {
     "curvature": (step(replace(RIGHT, curvature=-0.5)), "curvature -0.5"),
     "no curvature at all": (step(replace(RIGHT, curvature=0.0)), "curvature 0"),
@@ -50,6 +56,7 @@ CASES = {
     "adjoint, rounding": (step(replace(SHORT, stopped="rounding")), "as far as the dtype allows"),
     "adjoint, stagnation": (step(replace(SHORT, stopped="stagnation")), "gains nothing more"),
     "residual": (step(replace(RIGHT, residual=0.3)), "estimator.solver.iterations, or look"),
+    "infeasible": (unmet(), "y is 1 outside them"),
     "lower solve": (step(gradient_norm=0.3), "set lower.tolerance to 1e-03"),
 }
 
