@@ -91,7 +91,7 @@ EXPLAINED = ("rounding", "stagnation")
 
 
 @dataclass(frozen=True)
-class Row:
+class WarningRule:
     """One kind of warning. It is kept back where a kind of `unless` holds, which explains it."""
 
     kind: str
@@ -101,7 +101,7 @@ class Row:
 
 
 TABLE = (
-    Row(
+    WarningRule(
         "infeasible",
         lambda step: step.lower is not None and step.lower.stats.infeasible,
         lambda step: (
@@ -110,7 +110,7 @@ TABLE = (
             "begin elsewhere"
         ),
     ),
-    Row(
+    WarningRule(
         "curvature",
         lambda step: step.has_negative_curvature,
         lambda step: (
@@ -119,7 +119,7 @@ TABLE = (
             "Take more lower steps, or set estimator.damping above its size"
         ),
     ),
-    Row(
+    WarningRule(
         "degenerate",
         lambda step: bool(step.stats.degenerate),
         lambda step: (
@@ -129,7 +129,7 @@ TABLE = (
         ),
         unless=("curvature",),
     ),
-    Row(
+    WarningRule(
         "inner solve",
         lambda step: step.stats.converged is False and not step.has_adjoint,
         lambda step: (
@@ -138,7 +138,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended(),
         lambda step: (
@@ -148,7 +148,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended("rounding"),
         lambda step: (
@@ -158,7 +158,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "adjoint",
         lambda step: step.has_ended("stagnation"),
         lambda step: (
@@ -169,7 +169,7 @@ TABLE = (
         ),
         unless=("curvature", "degenerate"),
     ),
-    Row(
+    WarningRule(
         "residual",
         lambda step: step.has_large_residual,
         lambda step: (
@@ -180,7 +180,7 @@ TABLE = (
         ),
         unless=("curvature",),
     ),
-    Row(
+    WarningRule(
         "lower solve",
         lambda step: step.lower_error > max(LARGE * step.lower_size, 1e-6),
         lambda step: (
@@ -194,7 +194,7 @@ TABLE = (
 
 
 LOWER = (
-    Row(
+    WarningRule(
         "lower solve",
         lambda step: step.lower_converged is False and step.estimator.claim == "solution",
         lambda step: (
@@ -204,7 +204,7 @@ LOWER = (
         ),
         unless=("infeasible",),
     ),
-    Row(
+    WarningRule(
         "lower solve",
         lambda step: (
             step.estimator.claim == "solution"
@@ -226,7 +226,7 @@ def reasons(step: Step) -> tuple[str, ...]:
     return tuple(found(step, (*TABLE, *LOWER)).values())
 
 
-def found(step: Step, table: tuple[Row, ...] = TABLE) -> dict[str, str]:
+def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, str]:
     """The kinds of warning that hold at a step, with their messages, in the order of the table."""
     holding = [row for row in table if row.holds(step)]
     kinds = {row.kind for row in holding}
