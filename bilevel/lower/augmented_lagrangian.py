@@ -116,7 +116,10 @@ class AugmentedLagrangian:
 def _to(solver: LowerSolver, tolerance: float) -> LowerSolver:
     """The solver stopping at a gradient of that size, where it has a tolerance at all."""
     chosen: Any = solver
-    return replace(chosen, tolerance=tolerance) if hasattr(solver, "tolerance") else solver
+    if not hasattr(solver, "tolerance"):
+        return solver
+    relative = {"relative_tolerance": None} if hasattr(solver, "relative_tolerance") else {}
+    return replace(chosen, tolerance=tolerance, **relative)
 
 
 def _constraints(loss: Loss, x: Params, y: Params) -> Params:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
 from bilevel.lower.divergence import Growth
 from bilevel.lower.start import at_start, require_finite
+from bilevel.lower.tolerance import limit
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
 
@@ -31,6 +32,8 @@ class Gradient:
     steps: NonNegativeInt = 20
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
     tolerance: NonNegativeFloat = 0.0
+    relative_tolerance: PositiveFloat | None = None
+    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
 
     @property
     def offers(self) -> Offers:
@@ -38,7 +41,10 @@ class Gradient:
         return Offers(path=self.optimizer.differentiable, supports=frozenset({"project_lower"}))
 
     def init(self, y: Params) -> Any:
-        return self.optimizer.init(y)
+        state = self.optimizer.init(y)
+        if self.relative_tolerance is None:
+            return state
+        return {"optimizer": state, "reference": 0.0}
 
     def solve(
         self,
@@ -50,8 +56,11 @@ class Gradient:
         state: Any,
         record: float = 0,
     ) -> LowerSolution:
+        kept, tolerance, reference = state, self.tolerance, 0.0
+        state = state if self.relative_tolerance is None else state["optimizer"]
+        stops = tolerance > 0 or self.relative_tolerance is not None
         # with early stopping the last steps are known only afterwards, so all are kept
-        first = 0 if self.tolerance > 0 else max(0, self.steps - record)
+        first = 0 if stops else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
         # without a step there still is a batch for the derivatives at y
         batch, converged = None if self.steps else next(batches), None
@@ -64,17 +73,21 @@ class Gradient:
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, k)
             growth.note(value, norm)
-            if self.tolerance > 0 and norm <= self.tolerance:
+            if k == 0:
+                tolerance, reference = limit(tolerance, self.relative_tolerance, kept, norm)
+            if stops and norm <= tolerance:
                 converged = True
                 break
             if record and k >= first:
                 start = (y, state) if k == first else start
                 used.append(batch)
             y, state = step(self.optimizer, y, g, state, loss.structure.project)
-            steps, converged = k + 1, False if self.tolerance > 0 else None
+            steps, converged = k + 1, False if stops else None
         growth.refuse_divergence()
         path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
         stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
+        if self.relative_tolerance is not None:
+            state = {"optimizer": state, "reference": reference}
         return LowerSolution(y, state, stats, batch, path if record else None)
 
 

@@ -10,11 +10,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.components import component
 from bilevel.lower.start import at_start, require_finite
+from bilevel.lower.tolerance import limit
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params
 
 
@@ -29,6 +30,8 @@ class LBFGS:
 
     steps: PositiveInt = 100
     tolerance: NonNegativeFloat = 1e-8
+    relative_tolerance: PositiveFloat | None = None
+    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
     history: PositiveInt = 10
 
     @property
@@ -36,7 +39,7 @@ class LBFGS:
         return Offers(pairs=True)
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {}
+        return {"reference": 0.0}
 
     def solve(
         self,
@@ -62,18 +65,22 @@ class LBFGS:
         best = (float("inf"), float("inf"), tree.clone(y))
         points: deque[tuple[Params, Params]] = deque(maxlen=self.history + 1)
 
+        tolerance, reference = self.tolerance, 0.0
+
         def closure() -> float:
-            nonlocal taken, best
+            nonlocal taken, best, tolerance, reference
             with at_start(taken):
                 value, g = calculus.gradient_y(loss, x, y)
             norm = tree.norm(g)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, taken)
+            if taken == 0:
+                tolerance, reference = limit(tolerance, self.relative_tolerance, state, norm)
             taken += 1
             points.append((tree.clone(y), g))
             if norm < best[1]:
                 best = (float(value), norm, points[-1][0])
-            if norm <= self.tolerance:
+            if norm <= tolerance:
                 raise _Converged
             for name, entry in y.items():
                 entry.grad = g[name].contiguous()  # it is viewed as a vector; vmap leaves strides
@@ -83,8 +90,8 @@ class LBFGS:
             optimizer.step(closure)
         iterations = optimizer.state[next(iter(y.values()))].get("n_iter", 0) if y else 0
         value, norm, y = best
-        stats = LowerStats(iterations, taken, value, norm, norm <= self.tolerance)
-        return LowerSolution(y, state, stats, batch, pairs=_pairs(points))
+        stats = LowerStats(iterations, taken, value, norm, norm <= tolerance)
+        return LowerSolution(y, {"reference": reference}, stats, batch, pairs=_pairs(points))
 
 
 def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import calculus, tree
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.dense import matrix
 from bilevel.lower.start import at_start, require_finite
+from bilevel.lower.tolerance import limit
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point
 
 
@@ -32,13 +33,15 @@ class Newton:
 
     steps: PositiveInt = 50
     tolerance: NonNegativeFloat = 1e-10
+    relative_tolerance: PositiveFloat | None = None
+    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
 
     @property
     def offers(self) -> Offers:
         return Offers()
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {}
+        return {"reference": 0.0}
 
     def solve(
         self,
@@ -52,13 +55,16 @@ class Newton:
     ) -> LowerSolution:
         batch = next(batches)
         loss, taken, hvps = loss.on(batch), 0, 0
+        tolerance, reference = self.tolerance, 0.0
         while True:
             with at_start(taken):
                 lower = calculus.linearize(loss, Point(x, y))
             value, norm = float(lower.value), tree.norm(lower.gradient)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, lower.gradient, taken)
-            if norm <= self.tolerance or taken == self.steps:
+            if taken == 0:
+                tolerance, reference = limit(self.tolerance, self.relative_tolerance, state, norm)
+            if norm <= tolerance or taken == self.steps:
                 break
             taken += 1
             direction = _direction(matrix(lower.hvp_yy, y), lower.gradient)
@@ -66,8 +72,8 @@ class Newton:
             y, moved = _search(loss, x, y, direction, value, tree.dot(direction, lower.gradient))
             if not moved:
                 break
-        stats = LowerStats(taken, taken + 1, value, norm, norm <= self.tolerance, hvps)
-        return LowerSolution(tree.detach(y), state, stats, batch)
+        stats = LowerStats(taken, taken + 1, value, norm, norm <= tolerance, hvps)
+        return LowerSolution(tree.detach(y), {"reference": reference}, stats, batch)
 
 
 def _direction(hessian: torch.Tensor, gradient: Params) -> Params:

@@ -16,6 +16,7 @@ from bilevel.calculus.fixed_point_maps import Backward, backward_of, require_lik
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.lower.start import at_start, require_finite
+from bilevel.lower.tolerance import limit
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
@@ -36,6 +37,8 @@ class Proximal:
     steps: PositiveInt = 100
     lr: PositiveFloat = 1.0
     tolerance: NonNegativeFloat = 1e-8
+    relative_tolerance: PositiveFloat | None = None
+    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
     accelerate: bool = True
 
     @property
@@ -43,7 +46,7 @@ class Proximal:
         return Offers(supports=frozenset({"project_lower", "prox_lower"}))
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {"lr": self.lr}
+        return {"lr": self.lr, "reference": 0.0}
 
     def solve(
         self,
@@ -58,6 +61,7 @@ class Proximal:
         batch = next(batches)
         loss, lr, z, t, taken = loss.on(batch), state["lr"], y, 1.0, 0
         value, shift, converged = float("nan"), float("nan"), False
+        tolerance, reference = self.tolerance, 0.0
         while taken < self.steps and not converged:
             with at_start(taken):
                 at_z, g = calculus.gradient_y(loss, x, z)
@@ -66,14 +70,16 @@ class Proximal:
             after, lr = self._step(loss, x, z, (value, g), lr)
             taken, move = taken + 1, tree.sub(after, z)
             shift = tree.norm(move) / lr
-            converged = shift <= self.tolerance
+            if taken == 1:
+                tolerance, reference = limit(tolerance, self.relative_tolerance, state, shift)
+            converged = shift <= tolerance
             ahead = tree.sub(after, y)
             uphill = tree.dot(move, ahead) < 0
             t_next = 1.0 if uphill else (1 + (1 + 4 * t * t) ** 0.5) / 2
             weight = 0.0 if uphill or not self.accelerate else (t - 1) / t_next
             y, z, t = after, tree.axpy(weight, ahead, after), t_next
         stats = LowerStats(taken, taken, value, shift, converged)
-        return LowerSolution(tree.clone(y), {"lr": lr}, stats, batch)
+        return LowerSolution(tree.clone(y), {"lr": lr, "reference": reference}, stats, batch)
 
     def _step(
         self,
