@@ -6,6 +6,7 @@ import torch
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.preconditioners.diagonal import Diagonal
+from bilevel.problem.levels import structure_of
 from bilevel.types import Counts, Loss, Losses, Point, System
 from bilevel_problems.logistic import Logistic
 from tests.adjoint.systems import seen_by
@@ -29,7 +30,7 @@ def test_the_problem_may_know_its_diagonal():
     got = problem.lower_diagonal(x, y, batch)["w"]
     losses = Losses(
         Loss(problem.upper_loss, batch, Counts(), "upper"),
-        Loss(problem.lower_loss, batch, Counts(), "lower"),
+        Loss(problem.lower_loss, batch, Counts(), "lower", structure=structure_of(problem)),
     )
     from bilevel.calculus.products import linearize
     from bilevel.linear.dense import matrix
