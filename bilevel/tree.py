@@ -165,7 +165,10 @@ def _flat(value: Tensor) -> Tensor:
 
 
 def _sum(parts: Iterable[Tensor]) -> float:
-    return float(torch.stack([part.double() for part in parts]).sum())
+    first, *rest = parts
+    if not rest:
+        return float(first)
+    return float(torch.stack([part.double() for part in (first, *rest)]).sum())
 
 
 def _out_of_range(total: float) -> bool:

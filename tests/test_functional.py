@@ -556,3 +556,21 @@ def test_a_class_or_another_component_is_refused_as_a_solver_and_an_optimizer():
         bilevel.solve_lower(lower, x, y, solver=SGD())
     with pytest.raises(RecipeError, match=r"optimizer = Adam, a class; .*Adam\(…\)"):
         bilevel.unroll(lower, x, y, steps=2, optimizer=Adam)
+
+
+def test_a_call_with_state_evaluates_each_loss_once():
+    calls = {"F": 0, "G": 0}
+
+    def counted(name, loss):
+        def function(x, y, batch):
+            calls[name] += 1
+            return loss(x, y, batch)
+
+        return function
+
+    F, G = counted("F", upper), counted("G", lower)
+    state = bilevel.hypergradient(F, G, *point(), estimator="implicit").state
+    assert calls["G"] > 1  # the first call looks whether the losses are pure
+    calls.update(F=0, G=0)
+    bilevel.hypergradient(F, G, *point(), estimator="implicit", state=state)
+    assert calls == {"F": 1, "G": 1}
