@@ -1,9 +1,8 @@
-"""Named random streams: one CPU generator a name, derived from the recipe's seed, checkpointed."""
+"""Named random streams: one CPU generator a name, derived from the recipe's seed."""
 
 import hashlib
 
 import torch
-from torch import Tensor
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -23,12 +22,3 @@ class Streams:
         if name not in self._made:
             self._made[name] = stream(self.seed, name)
         return self._made[name]
-
-    def state(self) -> dict[str, Tensor]:
-        """The state of every stream made so far, for a checkpoint."""
-        return {name: made.get_state() for name, made in self._made.items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put every stream back to where `state` found it."""
-        for name, saved in state.items():
-            self[name].set_state(saved)

@@ -61,7 +61,7 @@ def resume(console: Console, reference: str, runs: Path) -> None:
     if finished and finished["reason"] == "done":
         raise RecipeError(
             f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
-            f"its recipe anew: bilevel run {folder.resolved} upper.steps=…"
+            f"its recipe again: bilevel run {folder.resolved} upper.steps=…"
         )
     recipe = recipes.load(folder.resolved)
     if recipe.hash != folder.environment()["hash"]:

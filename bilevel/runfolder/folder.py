@@ -27,7 +27,7 @@ from bilevel.runfolder import record
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
 _ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
-_ANEW = f"put it back, or run {RESOLVED}, which lies beside it, anew"
+_REMEDY = f"put it back, or run {RESOLVED}, which lies beside it, again"
 _PACKAGES = ("bilevel", "torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
 
@@ -59,11 +59,11 @@ class RunFolder:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_ANEW}") from error
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
         except ValueError as error:
-            raise CheckpointError(f"{path}: is cut off or altered: {error}; {_ANEW}") from error
+            raise CheckpointError(f"{path}: is cut off or altered: {error}; {_REMEDY}") from error
         if not isinstance(about, dict) or "hash" not in about:
-            raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_ANEW}")
+            raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_REMEDY}")
         return about
 
     def finished(self) -> dict[str, Any] | None:

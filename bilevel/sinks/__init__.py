@@ -31,7 +31,7 @@ class Receiver(Protocol):
 class Sink(Protocol):
     """Opens a receiver in the folder of a run.
 
-    `step` is the checkpoint that the run goes on from: what was recorded after it never
+    `step` is the checkpoint that the run resumes from: what was recorded after it never
     happened. None for a run that begins.
     """
 
