@@ -41,7 +41,7 @@ class ConvergenceError(BilevelError, ArithmeticError):
     exit_code = 5
 
 
-class CheckpointError(BilevelError, OSError):
+class CheckpointError(BilevelError, RuntimeError):
     """A state could not be written or read."""
 
     exit_code = 1

@@ -10,7 +10,7 @@ BUILTINS = {
     "RequirementError": ImportError,
     "CheckError": RuntimeError,
     "ConvergenceError": ArithmeticError,
-    "CheckpointError": OSError,
+    "CheckpointError": RuntimeError,
 }
 
 
