@@ -437,7 +437,9 @@ def test_dense_names_a_hessian_that_is_not_finite():
         return halves(x, y, batch) + y["a"].abs().pow(1.5).sum()
 
     x, y = {"x": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(2)}
-    with pytest.raises(ConvergenceError, match=r"product with the lower Hessian is not finite at this point"):
+    with pytest.raises(
+        ConvergenceError, match=r"product with the lower Hessian is not finite at this point"
+    ):
         bilevel.hypergradient(product, rooted, x, y, estimator=Implicit(solver=Dense()))
 
 

@@ -35,9 +35,13 @@ class Growth:
         if not (self._norm > LIMIT * self._largest_norm and self._value > self._largest_value):
             return
         factor = self._norm / self._before
+        # it says something of the curvature only where the last step was one of the growth
+        bound = (
+            ", by gradient descent's bound (2 / largest curvature) at most "
+            f"{2 / (1 + factor):.2g} times the present one"
+        )
         raise ConvergenceError(
             f"the lower steps diverge: in {self._seen} of them lower_loss went to {self._value:.1e} "
             f"and ‖∇y G‖ to {self._norm:.1e}, by a factor of {factor:.2g} in the last; take a smaller "
-            f"lower.optimizer.lr, by gradient descent's bound (2 / largest curvature) at most "
-            f"{2 / (1 + factor):.2g} times the present one, or lower: lbfgs, which needs none"
+            f"lower.optimizer.lr{bound if factor > 1 else ''}, or lower: lbfgs, which needs none"
         )

@@ -19,6 +19,7 @@ from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.dense import Dense
 from bilevel.lower.gradient import Gradient
+from bilevel.optimizers.differentiable import SGD
 from bilevel.problem import estimation, second_derivatives
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.run.engine import Setup, run, start
@@ -479,7 +480,13 @@ def test_modules_with_weight_norm_are_refused(net):
 
     with pytest.raises(ProblemError, match=r"_weight_norm"):
         bilevel.hypergradient(lambda x, y, b: y["bias"].sum(), lower, S, y, estimator=Implicit())
-    first = bilevel.hypergradient(lambda x, y, b: y["bias"].sum(), lower, S, y, estimator=Penalty())
+    first = bilevel.hypergradient(
+        lambda x, y, b: y["bias"].sum(),
+        lower,
+        S,
+        y,
+        estimator=Penalty(lower=Gradient(optimizer=SGD(lr=1e-3))),
+    )
     assert torch.isfinite(first.hypergradient["s"]).all()
 
 
