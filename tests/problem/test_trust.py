@@ -10,6 +10,7 @@ from bilevel.errors import ConvergenceError, UntrustedWarning
 from bilevel.estimators import Implicit, Unroll
 from bilevel.linear import CG
 from bilevel.lower import LBFGS, Gradient, Newton
+from bilevel.lower.divergence import Growth
 from bilevel.optimizers import SGD, Adam
 
 B = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
@@ -126,3 +127,15 @@ def test_what_moves_off_a_point_of_rest_does_not_count_as_divergence(optimizer):
     near = {"w": y["w"] + 1e-12}
     stats = solve_lower(G, x, near, solver=Gradient(steps=20, optimizer=optimizer)).stats
     assert stats.steps == 20
+
+
+@pytest.mark.parametrize(("last", "bound"), [(1e9, True), (1e5, False)])
+def test_the_bound_of_the_step_is_said_where_the_last_step_grew(last, bound):
+    """lr L − 1 = 1e9 / 1e7 there; a step that shrank says nothing of L."""
+    growth = Growth()
+    for norm in (1.0, 2.0, 4.0, 8.0, 1e7, last):
+        growth.note(norm, norm)
+    with pytest.raises(ConvergenceError, match="the lower steps diverge") as said:
+        growth.refuse_divergence()
+    assert ("at most 0.02 times the present one" in str(said.value)) is bound
+    assert "take a smaller lower.optimizer.lr" in str(said.value)
