@@ -35,7 +35,7 @@ class Wrong:
 
 def test_check_says_which_are_exact_only_once_settled():
     text = " ".join(invoke("check", "quadratic", "--estimators", "implicit,lancbio").output.split())
-    assert re.search(r"lancbio 4.\de-01 .* exact ", text)
+    assert re.search(r"lancbio solution \S+ 4.\de-01 .* exact ", text)
     assert "lancbio: exact with all inner solves" in text
     assert "implicit, lancbio: exact with" not in text  # it is 2.5e-02 off
 
