@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from bilevel import tree
 from bilevel.errors import ProblemError
@@ -141,7 +142,7 @@ def test_the_clean_share_comes_from_upper_data_and_is_for_baselines():
     assert math.isfinite(
         float(problem.lower_loss({}, problem.init(Streams(0))[1], {"task": batch}))
     )
-    with pytest.raises(ProblemError, match="does not see"):
+    with pytest.raises(ValidationError, match="does not see"):
         miniature(formulation="weighted", clean=0.5)
 
 

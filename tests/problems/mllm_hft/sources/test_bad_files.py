@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from bilevel.errors import ProblemError, RequirementError
 from bilevel.rng import stream
@@ -136,7 +137,7 @@ def test_a_split_without_pictures(tmp_path):
     ],
 )
 def test_options_that_cannot_be_met(options, message):
-    with pytest.raises(ProblemError, match=message):
+    with pytest.raises(ValidationError, match=message):
         Jsonl(path="x", **options)
 
 

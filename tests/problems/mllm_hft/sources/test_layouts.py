@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from bilevel.errors import ProblemError
 from bilevel.registry.build import build
@@ -115,7 +116,7 @@ def test_coco_without_captions_writes_them_and_without_instances_asks_nothing(tm
     assert scene.caption == "There are two dogs and a car."
     (scene,) = whole(Coco(images=files["images"], captions=files["captions"])).scenes
     assert (scene.caption, scene.annotated, scene.names) == ("A dog.", False, {"dog"})
-    with pytest.raises(ProblemError, match="instances, captions, or both"):
+    with pytest.raises(ValidationError, match="instances, captions, or both"):
         Coco(images=files["images"])
 
 
@@ -139,7 +140,7 @@ def test_pope_alone_and_about_coco(tmp_path):
     alone = Pope(**asked, images=files["images"])
     scene = by_id(whole(alone))[name_of(1)]
     assert (scene.annotated, scene.names, scene.caption) == (False, {"dog"}, "")
-    with pytest.raises(ProblemError, match="random, popular or adversarial"):
+    with pytest.raises(ValidationError, match="random, popular or adversarial"):
         Pope()
 
 
@@ -234,7 +235,7 @@ def test_layouts_are_combined_by_split(tmp_path):
     assert source.vocabulary[0] == "car"  # the most frequent of training data
     with pytest.raises(ProblemError, match="no development"):
         source.corpus("development", 1, generator=stream(0, "d"))
-    with pytest.raises(ProblemError, match=r"by_split\.train = Shapes"):
+    with pytest.raises(ValidationError, match=r"by_split\.train = Shapes"):
         BySplit(train=Shapes(), upper=source.upper, test=source.test)
 
 
