@@ -3,6 +3,13 @@
 Automatic preconditioning: Morales and Nocedal (2000), SIAM J. Optim. 10(4); all pairs at once, as
 in the limited memory preconditioners of Gratton, Sartenaer and Tshimanga (2011), SIAM J. Optim.
 21(3).
+
+Differs from the papers in:
+1. The pairs of several solves are kept, so A is another for the older ones: SᵀC is then not
+   symmetric, and its symmetric part is inverted.
+2. Eigenvalues of it below √eps of the largest, or not positive, are left out: such combinations of
+   pairs are rounding, or curvature that A no longer has. M⁻¹ stays positive definite.
+3. The pairs are an even selection of a long solve's, not its first or last: `room` is in bytes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,13 @@ Python decided while it was taken (branches, closures, numbers) is frozen in it,
 the trace with the step as it is now, once a call, before it trusts it. What is replayed then is a
 lighter form of the trace, in which products are added where they are made. It rounds otherwise, and
 so is not what is compared: the derivative of Adam's first step is little more than rounding.
+
+Differs from an ordinary trace in:
+1. It is compared with the eager step at its first use in every call, not trusted by its key alone;
+   one that disagrees is taken again, and a new one that disagrees is refused.
+2. Every tensor enters under an alias of its own, since tracing merges inputs that are one object.
+3. It is taken on fake tensors: real ones would all be alive at once.
+4. Graphs that write in place are replayed as they are; those that draw random numbers are refused.
 """
 
 from __future__ import annotations
