@@ -31,8 +31,7 @@ def require_resolved(estimator: Estimator, dtypes: Iterable[torch.dtype]) -> Non
         raise ProblemError(
             f"{type(estimator).__name__} amplifies rounding {needs.rounding_amplification:.3g} times, and in "
             f"{_name(coarsest)} an error of {100 * expected:.2g} % comes of that; use "
-            f"{needs.rounding_remedy} by a factor of {_up(expected / SHARE):g} or more, or a wider dtype "
-            "(runtime.dtype: float32)"
+            f"{needs.rounding_remedy} by a factor of {_up(expected / SHARE):g} or more{_or_wider(coarsest)}"
         )
 
 
@@ -44,8 +43,14 @@ def require_step(name: str, step: float, y: Params) -> None:
         raise ProblemError(
             f"{name} takes a difference over epsilon = {step:.3g} in y, and in {_name(coarsest)} a "
             f"y of length {tree.norm(y):.3g} is rounded by about as much; use epsilon = "
-            f"{_up(least):g} or more, or a wider dtype (runtime.dtype: float32)"
+            f"{_up(least):g} or more{_or_wider(coarsest)}"
         )
+
+
+def _or_wider(dtype: torch.dtype) -> str:
+    """The next wider dtype as a remedy; nothing where there is none."""
+    wider = {2: "float32", 4: "float64"}.get(dtype.itemsize)
+    return f", or a wider dtype (runtime.dtype: {wider})" if wider else ""
 
 
 def _up(value: float) -> float:

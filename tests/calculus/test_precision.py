@@ -9,8 +9,10 @@ import torch
 
 from bilevel import hypergradient, registry, rng, tree
 from bilevel.calculus import precision
+from bilevel.calculus.precision import require_resolved, require_step
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
 from bilevel.lower.gradient import Gradient
 from bilevel.registry import presets
 from bilevel.registry.build import build
@@ -155,3 +157,17 @@ def test_what_a_fixed_point_loses_is_the_condition_number():
         assert error("fixed_point", dtype) < 10 * 3 * torch.finfo(dtype).eps
     with pytest.raises(BilevelError):
         error("kkt", torch.float64)  # why it is not here
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wider"), [("bfloat16", "float32"), ("float32", "float64"), ("float64", None)]
+)
+def test_a_wider_dtype_is_advised_only_where_there_is_one(dtype, wider):
+    dtype = getattr(torch, dtype)
+    with pytest.raises(ProblemError) as step:
+        require_step("one_step", 0.0, {"y": torch.ones(2, dtype=dtype)})
+    with pytest.raises(ProblemError) as resolved:
+        require_resolved(Penalty(strength=1e18), [dtype])
+    for said in (str(step.value), str(resolved.value)):
+        assert ("wider dtype" in said) is (wider is not None)
+        assert wider is None or f"(runtime.dtype: {wider})" in said
