@@ -3,12 +3,18 @@
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def stream(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on (seed, name) alone, independent of every other name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """±1 with equal chance, in the shape, dtype and device of `like`."""
+    return (2 * torch.randint(0, 2, like.shape, generator=generator) - 1).to(like)
 
 
 class Streams:

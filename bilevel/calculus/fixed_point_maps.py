@@ -231,7 +231,7 @@ class _ForwardBackward:
         largest, left = _largest(self._z), _largest(self.shift)
         width = max(margin * min(1.0, self._lr), 100 * tree.eps(self._z)) * (1 + largest) + left
         stream = rng.stream(0, "kinks")
-        signs, probe = (tree.map(lambda p: _signs(p, stream), self._z) for _ in range(2))
+        signs, probe = (tree.map(lambda p: rng.signs(p, stream), self._z) for _ in range(2))
         above, below = (
             self._jacobian(tree.axpy(s * width, signs, self._z), probe) for s in (1, -1)
         )
@@ -246,7 +246,3 @@ class _ForwardBackward:
 
 def _largest(a: Params) -> float:
     return max((float(p.detach().abs().max()) for p in a.values() if p.numel()), default=0.0)
-
-
-def _signs(like: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
-    return (2 * torch.randint(0, 2, like.shape, generator=stream) - 1).to(like)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.components import component
@@ -48,13 +47,9 @@ class Hutchinson:
     def _estimate(self, system: System, built: int) -> Params:
         stream, total = rng.stream(self.seed, f"hutchinson.{built}"), tree.zeros_like(system.b)
         for _ in range(self.probes):
-            signs = tree.map(lambda p: _signs(p, stream), system.b)
+            signs = tree.map(lambda p: rng.signs(p, stream), system.b)
             tree.axpy_(total, 1 / self.probes, tree.mul(signs, system.matvec(signs)))
         size = tree.map(torch.abs, total)
         largest = max((float(e.max()) for e in size.values() if e.numel()), default=0.0)
         least = self.floor * largest if largest > 0 else 1.0
         return tree.map(lambda entry: entry.clamp(min=least), size)
-
-
-def _signs(like: Tensor, stream: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=stream) * 2 - 1).to(like)

@@ -115,16 +115,12 @@ def _curvatures(
     """The mean of the diagonal of ∂²yy G + damping · I over each entry, its size alone; > 0."""
     total = dict.fromkeys(names, 0.0)
     for _ in range(probes):
-        signs = tree.map(lambda p: _signs(p, stream), system.b)
+        signs = tree.map(lambda p: rng.signs(p, stream), system.b)
         bent = tree.mul(signs, system.matvec(signs))
         for name in names:
             total[name] += float(tree.wide(bent[name]).mean()) / probes
     least = 1e-6 * max(abs(curvature) for curvature in total.values()) or 1.0
     return {name: max(abs(curvature), least) for name, curvature in total.items()}
-
-
-def _signs(like: Tensor, stream: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=stream) * 2 - 1).to(like)
 
 
 _Draws = list[tuple[Tensor, Tensor]]
@@ -177,7 +173,7 @@ def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) ->
     live = [(i, g) for i, g in enumerate(slopes) if g is not None and g.requires_grad]
     for _ in range(probes if live else 0):
         loss.counts.hvps += 1
-        signs = {i: _signs(g, stream) for i, g in live}
+        signs = {i: rng.signs(g, stream) for i, g in live}
         bent = grad(
             loss,
             [g for _, g in live],
