@@ -12,11 +12,16 @@ from bilevel.registry.exports import exports
 if TYPE_CHECKING:
     from bilevel.problem.from_modules import FromModules as FromModules
     from bilevel.problem.learned_start import LearnedStart as LearnedStart
+    from bilevel.problem.levels import Levels as Levels
     from bilevel.problem.over_tasks import OverTasks as OverTasks
     from bilevel.problem.protocol import Problem as Problem
 else:
     __getattr__, __dir__ = exports(
         __name__,
         "problems",
-        also={"FromModules": "bilevel.problem.from_modules", "Problem": "bilevel.problem.protocol"},
+        also={
+            "FromModules": "bilevel.problem.from_modules",
+            "Levels": "bilevel.problem.levels",
+            "Problem": "bilevel.problem.protocol",
+        },
     )

@@ -14,7 +14,7 @@ from bilevel.registry.exports import exports
 
 GROUPS = {"problem": "problems"}
 NOT_REGISTERED = {
-    "problem": {"FromModules", "Problem"},
+    "problem": {"FromModules", "Levels", "Problem"},
     "run": {"Setup", "Upper"},
     "sinks": {"Receiver", "Sink"},
 }
