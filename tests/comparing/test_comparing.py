@@ -351,7 +351,7 @@ def test_a_plan_has_the_own_estimator_first_with_its_options(quadratic):
 def test_without_labels_what_cannot_work_is_left_out():
     made = plan.make(recipes.load(shipped()["ridge"]))
     assert "cannot be replayed" in made.left_out["unroll"]
-    assert {"implicit", "none"} <= {c.label for c in made.cells}
+    assert {"implicit", "alternating"} <= {c.label for c in made.cells}
 
 
 def test_one_named_that_cannot_work_is_a_cell_that_says_why():
