@@ -79,7 +79,7 @@ def test_a_recipe_runs_it_and_check_calls_it_exact(installed, tmp_path):
     )
     shown = python(LS.format(f"'check', '{recipe}'"), installed, folder=tmp_path)
     assert rows(shown, "response")[0].split()[-1] == "exact"
-    assert rows(shown, "none")[0].split()[-2:] == ["as", "claimed"]
+    assert rows(shown, "alternating")[0].split()[-2:] == ["as", "claimed"]
     python(LS.format(f"'run', '{recipe}', '--runs-dir', '{tmp_path}/runs'"), installed)
     assert list((tmp_path / "runs" / "pricing").iterdir())
 
