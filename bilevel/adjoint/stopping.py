@@ -48,6 +48,7 @@ class HoldsError:
     rounding alone exceeds what is asked stops, and `held` stays False.
 
     Differs from a textbook's stopping rule in:
+
     1. It bounds the error of h = ∇x F − Bᵀ v and not the residual of v: one part of b in the
        kernel of Bᵀ costs nothing, and one along a flat direction is not taken for small.
     2. What it knows of A and B it has seen, in this solve or before, and what was seen before

@@ -38,6 +38,7 @@ class CG:
     `iterations`: None for 20, and for 10 dim(b) + 100, 5,000 at most, where a `stop` decides.
 
     Differs from the textbook in:
+
     1. Curvature below 4 eps of the largest met (eps^1.5 with a preconditioner, which takes out what
        scales differ by) is rounding, and taken for 0: along such a p v would go off to overflow.
     2. The recursive residual goes on falling after b − A v has stalled. So the solve ends, with

@@ -5,6 +5,7 @@ in the limited memory preconditioners of Gratton, Sartenaer and Tshimanga (2011)
 21(3).
 
 Differs from the papers in:
+
 1. The pairs of several solves are kept, so A is another for the older ones: SᵀC is then not
    symmetric, and its symmetric part is inverted.
 2. Eigenvalues of it below √eps of the largest, or not positive, are left out: such combinations of

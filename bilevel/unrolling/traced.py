@@ -8,6 +8,7 @@ lighter form of the trace, in which products are added where they are made. It r
 so is not what is compared: the derivative of Adam's first step is little more than rounding.
 
 Differs from an ordinary trace in:
+
 1. It is compared with the eager step at its first use in every call, not trusted by its key alone;
    one that disagrees is taken again, and a new one that disagrees is refused.
 2. Every tensor enters under an alias of its own, since tracing merges inputs that are one object.

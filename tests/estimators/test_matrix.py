@@ -133,7 +133,7 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(IGNORE_THE_SET, r"project_lower holds.*use estimator: fixed_point, or kkt"),
     },
     "lasso": {
-        name: r"does not know prox_lower.*use estimator: fixed_point"
+        name: r"does not support prox_lower.*use estimator: fixed_point"
         for name in methods()
         if name not in KNOW_PROX
     },

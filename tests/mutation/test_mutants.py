@@ -84,7 +84,9 @@ class Stale(Mutant):
         return replace(got, hypergradient=h, state=kept)
 
 
-EQUIVALENT = {("none", Negated): DIRECT, ("none", Severed): DIRECT}
+EQUIVALENT = {
+    (name, kind): DIRECT for name in ("alternating", "none") for kind in (Negated, Severed)
+}
 
 
 def built(name):
