@@ -36,7 +36,10 @@ nitpick_ignore_regex = [
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
     (r"py:.*", r"Start|Params|Direction|tuple\[.*"),
-    (r"py:.*", r"bilevel\.((types|components)\.C|recipe\.recipe\._device)"),  # a type variable, a validator
+    (
+        r"py:.*",
+        r"bilevel\.((types|components)\.C|recipe\.recipe\._device)",
+    ),  # a type variable, a validator
 ]
 
 _ANNOTATED = re.compile(r"Annotated\[([^\[\]]+), \w+\([^()]*\)\]")

@@ -130,7 +130,9 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(STARTS, r"have lower_start.*or use estimator: fixed_point"),
         **dict.fromkeys(PAIRS, r"keeps none; use estimator: fixed_point"),
         **dict.fromkeys(MOVES, r"moves y itself.*use estimator: fixed_point, or unroll"),
-        **dict.fromkeys(IGNORE_THE_SET, r"project_lower restricts.*use estimator: fixed_point, or kkt"),
+        **dict.fromkeys(
+            IGNORE_THE_SET, r"project_lower restricts.*use estimator: fixed_point, or kkt"
+        ),
     },
     "lasso": {
         name: r"does not support prox_lower.*use estimator: fixed_point"
