@@ -29,6 +29,7 @@ from bilevel.types import (
     Losses,
     LowerSolution,
     LowerSolver,
+    Named,
     Optimizer,
     Params,
     Path,
@@ -36,10 +37,6 @@ from bilevel.types import (
     Structure,
 )
 from bilevel.unrolling.path import replay, with_restart
-
-Named = str | Mapping[str, Any]
-"""A component by its name, or a mapping of `name` and options, as in a recipe."""
-
 
 Nested = Mapping[str, Any] | Sequence[Any]
 """Tensors in dicts, lists, tuples, named tuples or dataclasses, nested to any depth."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import (
     Any,
@@ -19,6 +19,8 @@ from torch import Tensor
 from bilevel.errors import ProblemError
 
 Params = dict[str, Tensor]
+Named = str | Mapping[str, Any]
+"""A component by its name, or a mapping of `name` and options, as in a recipe."""
 Function = Callable[[Params, Params, Any], Tensor]
 """A loss as the user writes it: pure in (x, y, batch), returns a scalar."""
 

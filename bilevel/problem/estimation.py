@@ -6,14 +6,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from bilevel import calculus, tree
 from bilevel.calculus.fixed_point_maps import reached
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import CheckError, ConvergenceError, ProblemError
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
+from bilevel.problem.states import require_state
 from bilevel.problem.trust import Step, reasons
 from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
 from bilevel.unrolling.path import require_steps
@@ -40,8 +39,9 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         state = estimator.init(at)
     try:
         found = estimator.estimate(losses, at, state)
-    except (KeyError, RuntimeError) as error:
-        require_own(state, at, error)
+    except (KeyError, RuntimeError):
+        for params in (at.x, at.y):
+            require_state(state, params, "the state")
         raise
     _require_shapes(estimator, found.hypergradient, at.x)
     if first:
@@ -62,28 +62,6 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
     )
     found = replace(found, stats=stats)
     return replace(found, reasons=reasons(Step(estimator, found)))
-
-
-def require_own(state: Any, at: Point, error: Exception) -> None:
-    """Raise `ProblemError` if an estimator failed with a state from a point of other shapes."""
-    if isinstance(state, list):
-        state = dict(enumerate(state))
-    if not isinstance(state, dict):
-        return
-    for params in (at.x, at.y):
-        differing = [n for n in params if _shape(state.get(n)) not in (None, _shape(params[n]))]
-        if state.keys() == params.keys() and differing:
-            name = differing[0]
-            raise ProblemError(
-                f"the state is of another problem: {name} has shape {_shape(state[name])} in it, "
-                f"expected {_shape(params[name])}; pass state=None where the variables have changed"
-            ) from error
-    for part in state.values():
-        require_own(part, at, error)
-
-
-def _shape(entry: Any) -> tuple[int, ...] | None:
-    return tuple(entry.shape) if isinstance(entry, torch.Tensor) else None
 
 
 def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:

@@ -17,8 +17,10 @@ def require_state(state: Any, params: Params, what: str) -> None:
     """Raise `ProblemError` if a tensor kept for a variable has another shape than the variable.
 
     Trees keyed as `params` are looked at, and an optimizer's entries for each of its names, however
-    deep; torch would broadcast a momentum of shape (1, 3) into a variable of shape (3,).
+    deep in dicts and lists; torch would broadcast a momentum of shape (1, 3) into a variable of shape (3,).
     """
+    if isinstance(state, list):
+        state = dict(enumerate(state))
     if not isinstance(state, dict):
         return
     if state.keys() == params.keys():

@@ -182,7 +182,8 @@ TABLE = (
     ),
     WarningRule(
         "lower solve",
-        lambda step: step.lower_error > max(LARGE * step.lower_size, 1e-6),
+        # ‖y‖ last: it is a pass over y, and seldom asked for
+        lambda step: step.lower_error > 1e-6 and step.lower_error > LARGE * step.lower_size,
         lambda step: (
             f"the lower solve met its tolerance at ‖∇y G‖ = {step.lower_norm:.1e}, "
             f"but with a curvature of {step.stats.curvature:.1e} that leaves y off by about "
@@ -208,7 +209,8 @@ LOWER = (
         "lower solve",
         lambda step: (
             step.estimator.claim == "solution"
-            and step.unbounded_lower_error > max(LARGE * step.lower_size, 1e-6)
+            and step.unbounded_lower_error > 1e-6
+            and step.unbounded_lower_error > LARGE * step.lower_size
         ),
         lambda step: (
             f"the lower solve, which has no tolerance, ended at ‖∇y G‖ = {step.lower_norm:.1e}: with "

@@ -17,10 +17,7 @@ from bilevel.run import engine, placement
 from bilevel.run.setup import Setup, State
 from bilevel.run.upper import Upper
 from bilevel.sinks.progress import progress as shown
-from bilevel.types import Estimator, LowerSolver, Optimizer, Params
-
-Named = str | Mapping[str, Any]
-"""A component by its name, or a mapping of `name` and options, as in a recipe."""
+from bilevel.types import Estimator, LowerSolver, Named, Optimizer, Params
 
 
 @dataclass(frozen=True)
