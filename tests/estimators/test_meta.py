@@ -18,6 +18,7 @@ from bilevel.problem.over_tasks import OverTasks
 from bilevel.registry.build import build
 from bilevel.rng import Streams, stream
 from tests.cases import assert_close, relative
+from tests.estimators.shared import OnceOnly
 from tests.estimators.starts import LR, STARTS, K, Sine, X, ask, lower, solved, upper
 
 
@@ -177,25 +178,10 @@ def ys():
     return [adapted(shots, X["w"].clone().requires_grad_()).detach() for shots, _ in tasks()]
 
 
-class _OnceOnly(torch.autograd.Function):
-    """A square whose gradient cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, value):
-        ctx.save_for_backward(value)
-        return value**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (value,) = ctx.saved_tensors
-        return 2 * value * grad
-
-
 @pytest.mark.parametrize("estimator", [FOMAML(), Reptile(), Unroll()], ids=repr)
 def test_first_order_ones_take_no_second_derivative(estimator):
     def loss(x, y, batch):
-        return _OnceOnly.apply(y["w"] - 1).sum()
+        return OnceOnly.apply(y["w"] - 1).sum()
 
     at = {"w": torch.zeros(2, dtype=torch.float64)}
     solution = solve_lower(loss, at, lambda x: x, solver=Gradient(steps=2), record=True)

@@ -11,34 +11,17 @@ from bilevel import calculus, registry, tree
 from bilevel.errors import RequirementError
 from bilevel.registry.build import build
 from tests.mutation.held import CLAIMS_NOTHING, LEFT_OUT, first_complaint
+from tests.wrapped import Wrapped
 
 NAMES = [name for name in registry.names("estimators") if name not in LEFT_OUT]
 DIRECT = "it has no implicit term"
 
 
 @dataclass(frozen=True)
-class Mutant:
+class Mutant(Wrapped):
     """An estimator with one mistake in what it returns."""
 
     inner: Any
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    @property
-    def claim(self):
-        return self.inner.claim
-
-    def tight(self, dim):
-        tighten = getattr(self.inner, "tight", None)
-        return replace(self, inner=tighten(dim) if tighten else self.inner)
-
-    def init(self, at):
-        return self.inner.init(at)
-
-    def objective(self, losses, at):
-        return self.inner.objective(losses, at)
 
     def estimate(self, losses, at, state):
         got = self.inner.estimate(losses, at, state)

@@ -24,28 +24,8 @@ from bilevel.problem import estimation, second_derivatives
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
-from bilevel.types import Counts, Loss, Point
-
-X = {"x": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)}
-Y = {"y": torch.tensor([0.3, 0.0, -1.2], dtype=torch.float64)}
-
-
-def square(x, y, batch):
-    return (y["y"] - x["x"]).square().sum()
-
-
-def upper(x, y, batch):
-    return y["y"].sum()
-
-
-def lower_of(function, batch=None):
-    return Loss(function, batch, Counts(), "lower")
-
-
-def estimate(lower, estimator=None, y=None, x=None):
-    x = x or X
-    solved = bilevel.solve_lower(lower, x, y or Y, solver=Gradient(steps=40), record=True)
-    return bilevel.hypergradient(upper, lower, x, solved, estimator=estimator or Implicit())
+from bilevel.types import Counts, Point
+from tests.problem.squares import X, Y, estimate, lower_of, square
 
 
 class Double(torch.autograd.Function):

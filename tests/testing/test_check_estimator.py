@@ -23,36 +23,16 @@ from bilevel.testing import check_estimator
 from bilevel.testing.cases import cases
 from bilevel.testing.needs import adaptation_cases, cases_of, constrained_cases
 from bilevel.types import Moved, Needs, Point
+from tests.wrapped import Wrapped
 
 QUICK = (0,)
 
 
 @dataclass
-class Around:
+class Around(Wrapped):
     """An estimator with something wrong around it."""
 
     inner: Any
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    @property
-    def claim(self):
-        return self.inner.claim
-
-    def tight(self, dim):
-        tighten = getattr(self.inner, "tight", None)
-        return replace(self, inner=tighten(dim) if tighten else self.inner)
-
-    def init(self, at):
-        return self.inner.init(at)
-
-    def objective(self, losses, at):
-        return self.inner.objective(losses, at)
-
-    def estimate(self, losses, at, state):
-        return self.inner.estimate(losses, at, state)
 
 
 def complaint(estimator, **options):

@@ -17,6 +17,7 @@ from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.lasso import Lasso
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
+from tests.estimators.shared import OnceOnly
 
 SHIPPED = [
     Quadratic(),
@@ -250,23 +251,11 @@ def test_a_hessian_that_is_not_symmetric():
 
 
 def test_no_second_derivative_where_none_is_asked_for():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value):
-            ctx.save_for_backward(value)
-            return value**2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            (value,) = ctx.saved_tensors
-            return 2 * value * grad
-
     class First(Right):
         lower_solution = hypergradient = None
 
         def lower_loss(self, x, y, batch):
-            return Once.apply(tree.flatten(y) - self._goal(x, batch)).sum()
+            return OnceOnly.apply(tree.flatten(y) - self._goal(x, batch)).sum()
 
     check_problem(First(), second_order=False)
     assert "second derivatives: raised" in complaint(First())

@@ -40,6 +40,7 @@ from bilevel.types import Stats
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from bilevel_problems.quadratic import Quadratic
 from bilevel_problems.ridge import Ridge
+from tests.wrapped import Wrapped
 
 SHIPPED = {
     "cg": Implicit(),
@@ -106,29 +107,11 @@ def test_every_estimator_keeps_its_claim(problem):
 
 
 @dataclass(frozen=True)
-class Planted:
+class Planted(Wrapped):
     """An estimator with one mistake."""
 
     inner: object
     mistake: object
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    @property
-    def claim(self):
-        return self.inner.claim
-
-    def tight(self, dim):
-        tighten = getattr(self.inner, "tight", None)
-        return replace(self, inner=tighten(dim) if tighten else self.inner)
-
-    def init(self, at):
-        return self.inner.init(at)
-
-    def objective(self, losses, at):
-        return self.inner.objective(losses, at)
 
     def estimate(self, losses, at, state):
         estimate = self.inner.estimate(losses, at, state)
