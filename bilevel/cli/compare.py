@@ -185,8 +185,8 @@ def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budge
     shown.add_column("#", justify="right", no_wrap=True, vertical="bottom")
     shown.add_column("estimator", overflow="fold", vertical="bottom")
     rows = [_cells(row) for row in found]
-    # room is short: memory is left out where all take next to none, warm where it tells nothing
-    kept = [n for n in range(len(_HEADS)) if any(row[n + 2] not in ("-", "0") for row in rows)]
+    # room is short: what was not measured is left out, and warm where it tells nothing
+    kept = [n for n in range(len(_HEADS)) if any(row[n + 2] != "-" for row in rows)]
     if not any(row.has_state for row in found):
         kept = [n for n in kept if n != _HEADS.index("err\nwarm")]
     for n in kept:
