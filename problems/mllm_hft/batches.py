@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .evaluation.examiner import Captions
+from .evaluation.evaluation_split import Captions
 from .models import pictures
 from .models.instructions import Rows
 from .models.pictures import Pictures

@@ -27,12 +27,8 @@ from bilevel.types import Params
 
 from . import formulations
 from .batches import Data, contrast_batch, joined, task_batch
-from .evaluation.examiner import (
-    EvaluationSplit,
-    Examiner,
-    captions,
-    make_exam,
-)
+from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
+from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics, Row
 from .evaluation.questions import cooccurrence
@@ -57,10 +53,10 @@ TRIPLES = 180
 class Prepared:
     """What `prepare` makes; everything else of the problem is frozen."""
 
-    opened: LoadedModel
+    loaded: LoadedModel
     train: Data
     upper: Data
-    exam: EvaluationSplit
+    evaluation: EvaluationSplit
     constants: dict[str, Tensor]
     """Scalars of the losses at their start, for those that are no variables."""
     reference: Params = field(default_factory=dict)
@@ -125,7 +121,7 @@ class HierarchicalFineTuning:
         return []
 
     @property
-    def _held(self) -> Prepared:
+    def _prepared(self) -> Prepared:
         if not self._made:
             raise ProblemError(
                 "mllm_hft is not prepared; run through `prepare()` first: "
@@ -135,50 +131,52 @@ class HierarchicalFineTuning:
 
     def prepare(self) -> Iterator[Progress]:
         """Model and language model, features, projector: cached, so only the first time is slow."""
-        opened = yield from self.model.open(self.source, self.encoder, self.seed)
-        train, scenes = yield from self._data(opened, "train", self.train)
-        upper, _ = yield from self._data(opened, "upper", self.upper)
-        exam = yield from self._exam(opened, scenes)
-        yield from self._warm_up(opened, train)
+        loaded = yield from self.model.open(self.source, self.encoder, self.seed)
+        train, scenes = yield from self._data(loaded, "train", self.train)
+        upper, _ = yield from self._data(loaded, "upper", self.upper)
+        evaluation = yield from self._evaluation(loaded, scenes)
+        yield from self._warm_up(loaded, train)
         scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
-        held = Prepared(opened, train, upper, exam, {str(n): v for n, v in scalars.items()})
-        self._made[:] = [held]
-        held.reference = tree.clone(parameters(opened.network, "projector"))
+        prepared = Prepared(
+            loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}
+        )
+        self._made[:] = [prepared]
+        prepared.reference = tree.clone(parameters(loaded.network, "projector"))
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move the frozen model, and what losses compare with."""
-        held = self._held
-        held.device, held.dtype = torch.device(device), dtype
-        held.opened.network.place(held.device, dtype)
-        held.reference = tree.to(held.reference, held.device, dtype)
-        held.constants = tree.to(held.constants, held.device, dtype)
+        prepared = self._prepared
+        prepared.device, prepared.dtype = torch.device(device), dtype
+        prepared.loaded.network.place(prepared.device, dtype)
+        prepared.reference = tree.to(prepared.reference, prepared.device, dtype)
+        prepared.constants = tree.to(prepared.constants, prepared.device, dtype)
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""
-        return self._start(self._held, streams["lora"])
+        return self._start(self._prepared, streams["lora"])
 
     def upper_loss(self, x: Params, y: Params, batch: dict[str, Tensor]) -> Tensor:
-        return formulations.task(self._held.opened.network, {**x, **y}, batch)
+        return formulations.task(self._prepared.loaded.network, {**x, **y}, batch)
 
     def lower_loss(self, x: Params, y: Params, batch: dict[str, Any]) -> Tensor:
-        held = self._held
+        prepared = self._prepared
         return formulations.lower(
             self._form,
-            held.opened.network,
-            {**held.constants, **x, **y},
+            prepared.loaded.network,
+            {**prepared.constants, **x, **y},
             batch,
             anchor=self.anchor,
-            reference=held.reference,
+            reference=prepared.reference,
         )
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Conversations about unbiased pictures, drawn with replacement."""
         while True:
-            yield task_batch(self._held.upper, self.upper_batch, stream)
+            yield task_batch(self._prepared.upper, self.upper_batch, stream)
 
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         """What the formulation's lower loss reads: conversations, captions, or both."""
-        held = self._held
+        prepared = self._prepared
         while True:
             batch: dict[str, Any] = {}
             if self._form.task:
@@ -186,13 +184,13 @@ class HierarchicalFineTuning:
                 shares = {"train": self.lower_batch - clean, "upper": clean}
                 batch["task"] = joined(
                     [
-                        task_batch(getattr(held, n), size, stream)
+                        task_batch(getattr(prepared, n), size, stream)
                         for n, size in shares.items()
                         if size
                     ]
                 )
             if self._form.contrast:
-                batch["contrast"] = contrast_batch(held.train, self.lower_batch, stream)
+                batch["contrast"] = contrast_batch(prepared.train, self.lower_batch, stream)
             yield batch
 
     def project_upper(self, x: Params) -> Params:
@@ -204,44 +202,48 @@ class HierarchicalFineTuning:
     @property
     def rows(self) -> dict[str, list[Row]]:
         """Questions, captions and pictures of the last evaluation, one row each."""
-        return self._held.rows
+        return self._prepared.rows
 
     def evaluate(self, x: Params, y: Params) -> Generator[Progress | Warned, None, Metrics]:
         """Every measure on the evaluated split; yields its progress and returns them."""
-        held = self._held
-        found = yield from self._examiner.measure({**x, **y}, held.exam)
-        held.rows = found.rows
-        return {**found.metrics, **held.opened.facts, **self._learned({**x, **y})}
+        prepared = self._prepared
+        found = yield from self._evaluator.measure({**x, **y}, prepared.evaluation)
+        prepared.rows = found.rows
+        return {**found.metrics, **prepared.loaded.facts, **self._learned({**x, **y})}
 
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
         """Embeddings before and after, in one projection."""
-        held = self._held
-        if not held.exam.has_captions:
+        prepared = self._prepared
+        if not prepared.evaluation.has_captions:
             return {}
         before = tree.to(
-            dict(zip("xy", self._start(held, None), strict=True)), held.device, held.dtype
+            dict(zip("xy", self._start(prepared, None), strict=True)),
+            prepared.device,
+            prepared.dtype,
         )
         panels = []
         for title, at in (("before", {**before["x"], **before["y"]}), ("after", {**x, **y})):
-            embeddings = self._examiner.embed(at, held.exam)
-            panels.append(Panel.of(title, embeddings, held.exam.captions.present, TRIPLES))
+            embeddings = self._evaluator.embed(at, prepared.evaluation)
+            panels.append(
+                Panel.of(title, embeddings, prepared.evaluation.captions.present, TRIPLES)
+            )
         return {"embeddings": embedding_figure(panels)}
 
     def export(self, x: Params, y: Params, folder: Path, merged: bool) -> None:
         """Write the model at (x, y) for transformers and peft; see `models.export`."""
-        export(self._held.opened, {**x, **y}, folder, merged=merged)
+        export(self._prepared.loaded, {**x, **y}, folder, merged=merged)
 
     @property
-    def _examiner(self) -> Examiner:
-        held = self._held
-        opened = held.opened
-        return Examiner(
-            opened.network,
-            opened.tokenizer,
-            opened.template,
+    def _evaluator(self) -> Evaluator:
+        prepared = self._prepared
+        loaded = prepared.loaded
+        return Evaluator(
+            loaded.network,
+            loaded.tokenizer,
+            loaded.template,
             self.source.kinds,
-            held.device,
-            held.dtype,
+            prepared.device,
+            prepared.dtype,
             self.generate_answers,
         )
 
@@ -259,14 +261,14 @@ class HierarchicalFineTuning:
             }
         return found
 
-    def _start(self, held: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
+    def _start(self, prepared: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
         """x and y to start from; without a stream LoRA is zero, which is the same function."""
-        network = held.opened.network
+        network = prepared.loaded.network
         parts: dict[str, Params] = {
             "projector": parameters(network, "projector"),
             "heads": parameters(network, "heads"),
             "lora": start_lora(network, stream),
-            **{name: {name: value} for name, value in held.constants.items()},
+            **{name: {name: value} for name, value in prepared.constants.items()},
         }
         x = {n: v for part in self._form.upper for n, v in parts[part].items()}
         y = {n: v for part in self._form.lower for n, v in parts[part].items()}
@@ -281,41 +283,41 @@ class HierarchicalFineTuning:
         return corpus
 
     def _data(
-        self, opened: LoadedModel, split: Split, size: int
+        self, loaded: LoadedModel, split: Split, size: int
     ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
         corpus = yield from self._corpus(split, size)
-        pictures = yield from opened.encode(corpus)
+        pictures = yield from loaded.encode(corpus)
         stream = rng.stream(self.seed, f"dialogues.{split}")
         turns = dialogues(corpus.scenes, self.source, stream)
-        rows = conversations(turns, opened.tokenizer, opened.template)
-        lines = captions(corpus.scenes, self.source, opened.tokenizer)
+        rows = conversations(turns, loaded.tokenizer, loaded.template)
+        lines = captions(corpus.scenes, self.source, loaded.tokenizer)
         return Data(pictures, rows, lines), corpus.scenes
 
-    def _exam(
-        self, opened: LoadedModel, training: tuple[Scene, ...]
+    def _evaluation(
+        self, loaded: LoadedModel, training: tuple[Scene, ...]
     ) -> Generator[Progress, None, EvaluationSplit]:
         corpus = yield from self._corpus(self.split, self.test)
-        pictures = yield from opened.encode(corpus)
-        return make_exam(
+        pictures = yield from loaded.encode(corpus)
+        return evaluation_split(
             corpus,
             pictures,
             self.source,
-            opened.tokenizer,
-            opened.template,
+            loaded.tokenizer,
+            loaded.template,
             per_scene=self.questions,
             cooccurrence=cooccurrence(training, self.source.vocabulary),
             generator=rng.stream(self.seed, f"questions.{self.split}"),
         )
 
-    def _warm_up(self, opened: LoadedModel, train: Data) -> Generator[Progress, None, None]:
+    def _warm_up(self, loaded: LoadedModel, train: Data) -> Generator[Progress, None, None]:
         """Stage 1, cached; sets the network's projector."""
-        projector = opened.network.projector
+        projector = loaded.network.projector
         # A copy: training writes into these tensors, and the key is hashed again when it is kept.
-        start = tree.clone(parameters(opened.network, "projector"))
+        start = tree.clone(parameters(loaded.network, "projector"))
 
         def make() -> Generator[Progress, None, Tensors]:
             yield from warm_up(
-                opened.network,
+                loaded.network,
                 train.pictures,
                 train.dialogues,
                 steps=self.warm_up,
@@ -325,7 +327,7 @@ class HierarchicalFineTuning:
             )
             return projector.state_dict()
 
-        frozen = {n: v for n, v in opened.network.state_dict().items() if n not in start}
+        frozen = {n: v for n, v in loaded.network.state_dict().items() if n not in start}
         key = {
             "version": VERSION,
             "start": start,

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from .examiner import Embeddings
+from .evaluator import Embeddings
 from .measures import centroid_distance, preference
 
 

@@ -21,7 +21,7 @@ from .network import LoadedModel, Network, parameters
 ADAPTER, HEADS = "adapter_model.safetensors", "heads.safetensors"
 
 
-def export(opened: LoadedModel, values: Params, to: Path, *, merged: bool) -> None:
+def export(loaded: LoadedModel, values: Params, to: Path, *, merged: bool) -> None:
     """Write the model at `values` into a new or empty folder, with tokenizer and picture processor.
 
     Not merged: LoRA and projector as one peft adapter, `PeftModel.from_pretrained(base, to)`; where
@@ -34,15 +34,15 @@ def export(opened: LoadedModel, values: Params, to: Path, *, merged: bool) -> No
         raise CheckpointError(
             f"{to}: is not an empty folder; name a new one, nothing is overwritten"
         )
-    network = opened.network
+    network = loaded.network
     try:
         to.mkdir(parents=True, exist_ok=True)
         if merged:
             with _at(network, values):
                 network.mllm.save_pretrained(to, state_dict=_plain(network, merged=True))
         else:
-            _write_adapter(opened, values, to)
-        opened.companions(to)
+            _write_adapter(loaded, values, to)
+        loaded.companions(to)
         at = parameters(network, "heads") | values
         heads = {n: _own(at[n]) for n in parameters(network, "heads")}
         save_file(heads, to / HEADS, metadata={"format": "pt"})
@@ -50,11 +50,11 @@ def export(opened: LoadedModel, values: Params, to: Path, *, merged: bool) -> No
         raise CheckpointError(f"{to}: the model cannot be written: {error}") from error
 
 
-def _write_adapter(opened: LoadedModel, values: Params, to: Path) -> None:
-    network, base = opened.network, opened.base
+def _write_adapter(loaded: LoadedModel, values: Params, to: Path) -> None:
+    network, base = loaded.network, loaded.base
     if base is None:
         network.mllm.save_pretrained(to / "base", state_dict=_plain(network, merged=False))
-        opened.companions(to / "base")
+        loaded.companions(to / "base")
         base = str((to / "base").absolute())
     config = copy.copy(network.adapter)
     config.base_model_name_or_path = base

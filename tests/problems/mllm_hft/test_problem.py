@@ -114,7 +114,7 @@ def test_weighted_is_task_plus_lambda_times_contrast():
 def test_upper_and_lower_levels_see_different_pictures():
     problem = prepared(formulation="weighted")
     upper = next(problem.upper_batches(stream(0, "u")))["features"]
-    train = problem._held.train.pictures.features
+    train = problem._prepared.train.pictures.features
     assert not any(torch.equal(picture, other) for picture in upper for other in train)
     lower = next(problem.lower_batches(stream(0, "l")))["contrast"]["features"]
     assert all(any(torch.equal(picture, other) for other in train) for picture in lower)
@@ -136,7 +136,7 @@ def test_batches_are_a_function_of_their_stream():
 def test_the_clean_share_comes_from_upper_data_and_is_for_baselines():
     problem = prepared(formulation="task_only", clean=0.5)
     batch = next(problem.lower_batches(stream(0, "l")))["task"]
-    upper = problem._held.upper.pictures.features
+    upper = problem._prepared.upper.pictures.features
     clean = [any(torch.equal(picture, other) for other in upper) for picture in batch["features"]]
     assert clean == [False, False, True, True]
     assert math.isfinite(

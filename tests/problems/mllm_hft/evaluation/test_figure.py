@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bilevel_problems.mllm_hft.evaluation.examiner import Embeddings
+from bilevel_problems.mllm_hft.evaluation.evaluator import Embeddings
 from bilevel_problems.mllm_hft.evaluation.figure import Panel, embedding_figure, plane
 
 pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")

@@ -41,15 +41,15 @@ def finish(generator: Any) -> Any:
             return stop.value
 
 
-def moved(opened: LoadedModel) -> dict[str, torch.Tensor]:
+def moved(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """Every trained part away from where it began, as after a run."""
     g = torch.Generator().manual_seed(3)
-    at = start_lora(opened.network, g) | parameters(opened.network, "projector")
-    at |= parameters(opened.network, "heads")
+    at = start_lora(loaded.network, g) | parameters(loaded.network, "projector")
+    at |= parameters(loaded.network, "heads")
     return {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in at.items()}
 
 
-def loaded(to: Path, *, merged: bool) -> Any:
+def reloaded(to: Path, *, merged: bool) -> Any:
     """By transformers and peft alone."""
     import transformers
     from peft import PeftConfig, PeftModel
@@ -65,22 +65,22 @@ def loaded(to: Path, *, merged: bool) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_checkpoint_says_the_same_after_export(family, merged, folder, tmp_path):
-    opened = finish(
+    loaded = finish(
         Checkpoint(path=str(folder(family)), rank=2, embedding=8).open(Shapes(), None, 0)
     )
     g = torch.Generator().manual_seed(1)
     image = torch.randint(256, (1, 3, 60, 100), generator=g, dtype=torch.uint8)
-    pictures = finish(opened.encode(Corpus((), image)))
-    asked = prompt_ids("What do you see?", opened.tokenizer, opened.template)
-    values = moved(opened)
+    pictures = finish(loaded.encode(Corpus((), image)))
+    asked = prompt_ids("What do you see?", loaded.tokenizer, loaded.template)
+    values = moved(loaded)
     given = {"ids": torch.tensor(asked), "length": LENGTH, **pictures.take(slice(0, 1))}
-    ours = call(opened.network, values, "captions", **given)[0].tolist()
-    assert ours != opened.network.captions(**given)[0].tolist()  # else it proves nothing
-    before = {n: v.clone() for n, v in opened.network.state_dict().items()}
-    export(opened, values, tmp_path / "out", merged=merged)
-    assert all(torch.equal(v, before[n]) for n, v in opened.network.state_dict().items())
+    ours = call(loaded.network, values, "captions", **given)[0].tolist()
+    assert ours != loaded.network.captions(**given)[0].tolist()  # else it proves nothing
+    before = {n: v.clone() for n, v in loaded.network.state_dict().items()}
+    export(loaded, values, tmp_path / "out", merged=merged)
+    assert all(torch.equal(v, before[n]) for n, v in loaded.network.state_dict().items())
 
-    theirs = loaded(tmp_path / "out", merged=merged)
+    theirs = reloaded(tmp_path / "out", merged=merged)
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -90,7 +90,7 @@ def test_a_checkpoint_says_the_same_after_export(family, merged, folder, tmp_pat
     block = [picture] * pictures.features.shape[1] if layout is None else [
         picture if code < 0 else code for code in layout[0].tolist()
     ]  # fmt: skip
-    ids = torch.tensor([[*opened.network.before.tolist(), *block, *asked]])
+    ids = torch.tensor([[*loaded.network.before.tolist(), *block, *asked]])
     nested = [[image[0]]] if family in ("idefics3", "smolvlm") else [image[0]]
     extra = {}
     if family.startswith("qwen"):
@@ -99,7 +99,7 @@ def test_a_checkpoint_says_the_same_after_export(family, merged, folder, tmp_pat
         extra = {"token_type_ids": torch.zeros_like(ids)}
     said = theirs.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LENGTH,
-        pad_token_id=opened.tokenizer.end, **processor(images=nested, return_tensors="pt"), **extra,
+        pad_token_id=loaded.tokenizer.end, **processor(images=nested, return_tensors="pt"), **extra,
     )[0, ids.shape[1] :]  # fmt: skip
     assert said.tolist() == ours[: len(said)]
 
@@ -112,24 +112,24 @@ def test_the_embedded_model_says_the_same_after_export(merged, tmp_path):
 
 
 def _says_the_same(problem, merged, tmp_path):
-    opened, exam = problem._held.opened, problem._held.exam
-    values = moved(opened)
+    loaded, evaluation = problem._prepared.loaded, problem._prepared.evaluation
+    values = moved(loaded)
     x = {n: v for n, v in values.items() if ".lora_" in n}
     y = {n: v for n, v in values.items() if n not in x}
-    asked = torch.tensor(prompt_ids("describe the picture .", opened.tokenizer, opened.template))
-    batch = exam.pictures.take(slice(0, 1))
-    ours = call(opened.network, values, "captions", ids=asked, length=LENGTH, **batch)[0].tolist()
+    asked = torch.tensor(prompt_ids("describe the picture .", loaded.tokenizer, loaded.template))
+    batch = evaluation.pictures.take(slice(0, 1))
+    ours = call(loaded.network, values, "captions", ids=asked, length=LENGTH, **batch)[0].tolist()
     problem.export(x, y, tmp_path / "out", merged)
-    theirs = loaded(tmp_path / "out", merged=merged)
+    theirs = reloaded(tmp_path / "out", merged=merged)
     plain = theirs if merged else theirs.get_base_model()
     words = plain.get_input_embeddings()
     seen = plain.model.multi_modal_projector(batch["features"])
-    parts = [words(opened.network.before)[None], seen, words(asked)[None]]
+    parts = [words(loaded.network.before)[None], seen, words(asked)[None]]
     joined = torch.cat(parts, dim=1)
     mask = torch.ones(joined.shape[:2], dtype=torch.long)
     said = theirs.generate(
         inputs_embeds=joined, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH,
-        pad_token_id=opened.tokenizer.pad,
+        pad_token_id=loaded.tokenizer.pad,
     )[0].tolist()  # fmt: skip
     assert said == ours[: len(said)]
     import transformers

@@ -33,7 +33,7 @@ def llava(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder("llava"), tmp_path / "llava"))
 
 
-def opened(path: Path, **options):
+def loaded(path: Path, **options):
     events = Checkpoint(path=str(path), rank=2, embedding=8, **options).open(Shapes(), None, 0)
     notes = []
     while True:
@@ -70,7 +70,7 @@ def test_a_folder_without_its_projector_is_refused(llava):
     with pytest.raises(
         RequirementError, match=r"lacks weights, .*multi_modal_projector.*and 1 more"
     ):
-        opened(llava)
+        loaded(llava)
 
 
 def test_names_of_the_original_llava_are_told_with_the_remedy(llava):
@@ -80,14 +80,14 @@ def test_names_of_the_original_llava_are_told_with_the_remedy(llava):
     }
     rewrite(llava, renamed)
     with pytest.raises(RequirementError, match=r"mm_projector.*convert_llava_weights_to_hf"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_the_config_of_the_original_llava_is_told_with_the_remedy(llava):
     said = {"model_type": "llava", "mm_vision_tower": "openai/clip", "hidden_size": 32}
     (llava / "config.json").write_text(json.dumps(said))
     with pytest.raises(RequirementError, match="convert_llava_weights_to_hf"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_a_shape_that_differs_is_refused(llava):
@@ -95,14 +95,14 @@ def test_a_shape_that_differs_is_refused(llava):
     name = next(n for n in tensors if n.endswith("linear_2.weight"))
     rewrite(llava, {**tensors, name: torch.zeros(32, 31)})
     with pytest.raises(RequirementError, match=r"cannot be loaded.*save_pretrained"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_a_download_cut_short_is_refused(llava):
     file = llava / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(RequirementError, match=r"cannot be loaded \(SafetensorError"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_a_shard_that_is_missing_is_refused(llava):
@@ -113,7 +113,7 @@ def test_a_shard_that_is_missing_is_refused(llava):
     model.save_pretrained(llava, max_shard_size="3MB")
     sorted(llava.glob("model-*.safetensors"))[-1].unlink()
     with pytest.raises(RequirementError, match=r"cannot be loaded.*model-0"):
-        opened(llava)
+        loaded(llava)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_shard_that_is_missing_is_refused(llava):
 def test_a_file_that_is_missing_is_refused(file, words, llava):
     (llava / file).unlink()
     with pytest.raises(RequirementError, match=words) as caught:
-        opened(llava)
+        loaded(llava)
     assert caught.value.exit_code == 3
 
 
@@ -137,7 +137,7 @@ def test_a_config_cut_short_is_refused(llava):
     file = llava / "config.json"
     file.write_text(file.read_text()[:-40])
     with pytest.raises(RequirementError, match=r"config\.json is cut short"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(llava):
@@ -145,11 +145,11 @@ def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(llava
     (llava / "config.json").write_text(json.dumps({**said, "model_type": "vipllava"}))
     (llava / "model.safetensors").unlink()
     with pytest.raises(ProblemError, match=r"'vipllava'.*known are llava"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_a_template_of_the_recipe_comes_before_the_folders(llava):
-    made, _ = opened(llava, template="[INST] <image>\n{prompt} [/INST]")
+    made, _ = loaded(llava, template="[INST] <image>\n{prompt} [/INST]")
     assert made.template.before == "[INST] "
 
 
@@ -157,7 +157,7 @@ def test_end_tokens_are_those_of_generation_config(llava):
     file = llava / "generation_config.json"
     said = json.loads(file.read_text())
     file.write_text(json.dumps({**said, "eos_token_id": [2, 32003]}))
-    made, _ = opened(llava)
+    made, _ = loaded(llava)
     assert made.tokenizer.ends == made.network.ends == (2, 32003)
     picture = torch.zeros(1, 4, 16)
     asked = torch.tensor([5, 6])
@@ -172,7 +172,7 @@ def test_a_pad_token_added_without_a_row_is_replaced(llava):
     raw = transformers.AutoTokenizer.from_pretrained(llava)
     raw.add_special_tokens({"pad_token": "<nothing>"})
     raw.save_pretrained(llava)
-    made, _ = opened(llava)
+    made, _ = loaded(llava)
     assert raw.pad_token_id == made.tokenizer.rows
     assert made.tokenizer.pad == made.tokenizer.end
     assert loss(made) > 0
@@ -185,7 +185,7 @@ def test_a_token_of_the_template_without_a_row_is_refused(llava):
     raw.add_special_tokens({"additional_special_tokens": ["<new>"]})
     raw.save_pretrained(llava)
     with pytest.raises(BilevelError, match=r"'<new>'.*resize_token_embeddings"):
-        opened(llava, template="<new> <image>\n{prompt}")
+        loaded(llava, template="<new> <image>\n{prompt}")
 
 
 def with_adapter(llava: Path, *, whole: bool, **options) -> Path:
@@ -211,9 +211,9 @@ def test_an_adapter_of_the_folder_is_where_the_run_starts(whole, how, llava):
     import peft
     import transformers
 
-    base = loss(opened(llava)[0])
+    base = loss(loaded(llava)[0])
     folder = with_adapter(llava, whole=whole)
-    made, notes = opened(folder, adapter=how)
+    made, notes = loaded(folder, adapter=how)
     bare = llava
     if whole:
         bare = Path(shutil.copytree(llava, llava.parent / "bare"))
@@ -229,7 +229,7 @@ def test_an_adapter_of_the_folder_is_where_the_run_starts(whole, how, llava):
         "chat_template.jinja",
     ):
         shutil.copy(bare / file, bare.parent / "merged")
-    tuned = loss(opened(bare.parent / "merged")[0])
+    tuned = loss(loaded(bare.parent / "merged")[0])
     assert loss(made) == pytest.approx(tuned, rel=1e-5)
     assert abs(tuned - base) > 1e-2  # the negative control: the adapter matters
     assert any("rank 3" in note and how in note for note in notes)
@@ -237,22 +237,22 @@ def test_an_adapter_of_the_folder_is_where_the_run_starts(whole, how, llava):
 
 def test_a_continued_adapter_is_trained_further_and_a_merged_one_is_frozen(llava):
     with_adapter(llava, whole=True)
-    kept, notes = opened(llava, adapter="continue")
+    kept, notes = loaded(llava, adapter="continue")
     lora = parameters(kept.network, "lora")
     assert len(lora) == 2 * 2 * 2  # layers, q and v, A and B
     assert {v.shape[0] for n, v in lora.items() if ".lora_A." in n} == {3}
     assert any("2 q_proj, 2 v_proj, continued" in note for note in notes)
     start = start_lora(kept.network, torch.Generator().manual_seed(0))
     assert all(torch.equal(value, lora[name]) for name, value in start.items())
-    merged, _ = opened(llava, adapter="merge")
+    merged, _ = loaded(llava, adapter="merge")
     assert len(parameters(merged.network, "lora")) == 2 * 7 * 2
 
 
 def test_an_adapter_of_the_tower_can_be_merged_and_not_continued(llava):
     with_adapter(llava, whole=True, targets=r".*\.(q_proj|v_proj)")
     with pytest.raises(ProblemError, match=r"vision_tower.*adapter=merge"):
-        opened(llava, adapter="continue")
-    opened(llava, adapter="merge")
+        loaded(llava, adapter="continue")
+    loaded(llava, adapter="merge")
 
 
 def test_an_adapter_that_lacks_weights_or_is_of_another_model_is_refused(llava):
@@ -262,13 +262,13 @@ def test_an_adapter_that_lacks_weights_or_is_of_another_model_is_refused(llava):
     first = sorted(saved)[0]
     save_file({n: v for n, v in saved.items() if n != first}, file)
     with pytest.raises(RequirementError, match=r"lacks weights for 1 places"):
-        opened(llava)
+        loaded(llava)
     save_file({**saved, first: torch.zeros(3, 5)}, file)
     with pytest.raises(RequirementError, match=r"belongs to another model"):
-        opened(llava)
+        loaded(llava)
     file.unlink()
     with pytest.raises(RequirementError, match=r"adapter_model\.safetensors"):
-        opened(llava)
+        loaded(llava)
 
 
 def test_bfloat16_is_kept_and_what_is_trained_is_not(llava):
@@ -276,14 +276,14 @@ def test_bfloat16_is_kept_and_what_is_trained_is_not(llava):
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)
     model.save_pretrained(llava)
-    made, _ = opened(llava)
+    made, _ = loaded(llava)
     made.network.place(torch.device("cpu"), torch.float32)
     trained = {n for g in ("lora", "projector", "heads") for n in parameters(made.network, g)}
     kinds = {n: p.dtype for n, p in made.network.named_parameters()}
     assert {kinds[n] for n in trained} == {torch.float32}
     assert {kinds[n] for n in kinds.keys() - trained} == {torch.bfloat16}
     assert torch.bfloat16 in HALF
-    wide, _ = opened(llava, weights="float32")
+    wide, _ = loaded(llava, weights="float32")
     assert {p.dtype for p in wide.network.parameters()} == {torch.float32}
     assert loss(made) == pytest.approx(loss(wide), rel=5e-2)
 
@@ -302,7 +302,7 @@ def test_lora_is_on_every_linear_map_whatever_its_name(kind, maps, tmp_path):
     given = {**folders.TEXT, "vocab_size": 32027}
     more = {"num_local_experts": 2} if kind == "MixtralConfig" else {}
     text = getattr(transformers, kind)(**given, **more)
-    made, notes = opened(folders.llava(tmp_path / kind, text=text))
+    made, notes = loaded(folders.llava(tmp_path / kind, text=text))
     covered = [n for n in notes if "LoRA on" in n]
     assert all(name in covered[0] for name in maps)
     lora = parameters(made.network, "lora")

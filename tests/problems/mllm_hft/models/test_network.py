@@ -220,23 +220,23 @@ def test_a_checkpoint_sees_as_transformers_does(checkpoint, tmp_path, monkeypatc
     monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     source, g = Shapes(), torch.Generator().manual_seed(0)
     corpus = source.render(source.scenes(3, biased=False, generator=g), g)
-    opened = _finish(
+    loaded = _finish(
         Checkpoint(path=checkpoint, template=TEMPLATE, rank=2, embedding=8).open(source, None, 0)
     )
-    features = _finish(opened.encode(corpus))
+    features = _finish(loaded.encode(corpus))
     assert features.features.shape == (3, 9, 8)
     assert features.layout is None
     transformers = pytest.importorskip("transformers")
     pictures = transformers.AutoImageProcessor.from_pretrained(checkpoint)
     pixels = pictures(images=list(corpus.images), return_tensors="pt")["pixel_values"]
     theirs = torch.stack(
-        list(opened.network.mllm.get_image_features(pixel_values=pixels).pooler_output)
+        list(loaded.network.mllm.get_image_features(pixel_values=pixels).pooler_output)
     )
-    ours = opened.network.projector(features.features)
+    ours = loaded.network.projector(features.features)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(ours[0], theirs[1], rtol=1e-3)
-    assert isinstance(opened.tokenizer, PretrainedTokenizer)
-    assert opened.tokenizer.pad == opened.tokenizer.end  # no pad token: masks decide
+    assert isinstance(loaded.tokenizer, PretrainedTokenizer)
+    assert loaded.tokenizer.pad == loaded.tokenizer.end  # no pad token: masks decide
 
 
 def test_a_missing_checkpoint_names_the_remedy(tmp_path):

@@ -1,0 +1,201 @@
+"""Every measure of a model on an evaluation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.events import Progress, Warned
+from bilevel.types import Params
+
+from ..formulations import split, task
+from ..models.instructions import prompt_ids
+from ..models.network import Network, call, chunks
+from ..models.pretrain import answer_scores, answer_words
+from ..models.template import Template
+from ..models.tokenizer import Tokenizer, until_end
+from ..sources.protocol import Kind
+from .evaluation_split import EvaluationSplit, PopeQuestions
+from .measures import Metrics, gap
+from .reports import Findings, report_captions, report_pictures, report_questions
+
+CHUNK = 128
+CAPTION_TOKENS = 48
+ANSWER_TOKENS = 8
+
+
+class Embeddings(NamedTuple):
+    """Pictures, true captions and hallucinated captions through the heads, on CPU."""
+
+    image: Float[Tensor, "scene embedding"]
+    text: Float[Tensor, "scene embedding"]
+    hallucinated: Float[Tensor, "scene kind embedding"]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures a model on an evaluation split; batches go where the model is."""
+
+    network: Network
+    tokenizer: Tokenizer
+    template: Template
+    kinds: tuple[Kind, ...]
+    device: torch.device
+    dtype: torch.dtype
+    generate_answers: bool = False
+    """Measure answers that are written out, too, beside those read off the logits."""
+
+    def measure(
+        self, parameters: Params, evaluation: EvaluationSplit
+    ) -> Generator[Progress | Warned, None, Findings]:
+        """Task loss, answers, captions and the gap, with a row for each question and picture."""
+        weights, _ = split(parameters)
+        found = Findings()
+        stages: list[tuple[str, Callable[[], None]]] = [
+            ("task loss", lambda: found.add("", self._task_loss(parameters, evaluation))),
+            *(
+                (name, partial(self._ask, found, weights, evaluation, name))
+                for name in evaluation.asked
+            ),
+            ("captions", lambda: self._caption(found, weights, evaluation)),
+        ]
+        if evaluation.has_captions:
+            stages.append(("gap", lambda: self._gap(found, parameters, evaluation)))
+        for done, (name, stage) in enumerate(stages):
+            yield Progress("evaluation", done, len(stages), name)
+            with torch.no_grad():
+                stage()
+        yield Progress("evaluation", len(stages), len(stages))
+        for kind, message in found.warnings.items():
+            yield Warned(0, kind, message)
+        return found.finish()
+
+    @torch.no_grad()
+    def embed(self, parameters: Params, evaluation: EvaluationSplit) -> Embeddings:
+        """Embeddings of every picture, caption and hallucinated caption."""
+        weights, _ = split(parameters)
+        found = []
+        for part in chunks(len(evaluation.scenes), CHUNK):
+            lines = self._move(evaluation.captions.take(part))
+            image = call(
+                self.network, weights, "image", **self._move(evaluation.pictures.take(part))
+            )
+            flat = {name: lines[name].flatten(0, 1) for name in ("ids", "mask")}
+            text = call(self.network, weights, "text", **flat).unflatten(0, lines["ids"].shape[:2])
+            found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
+        return Embeddings(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def describe(
+        self, weights: Params, evaluation: EvaluationSplit
+    ) -> tuple[list[str], list[bool]]:
+        """Greedy captions, and whether each ended by itself before `CAPTION_TOKENS`."""
+        by_instruction: dict[str, list[int]] = {}
+        for i, scene in enumerate(evaluation.scenes):
+            by_instruction.setdefault(scene.instruction, []).append(i)
+        said: dict[int, tuple[str, bool]] = {}
+        for instruction, places in by_instruction.items():
+            asked = prompt_ids(instruction, self.tokenizer, self.template)
+            lines = self._generate(weights, evaluation, torch.tensor(places), asked, CAPTION_TOKENS)
+            said |= dict(zip(places, lines, strict=True))
+        found = [said[i] for i in range(len(evaluation.scenes))]
+        return [text for text, _ in found], [ended for _, ended in found]
+
+    def _generate(
+        self,
+        weights: Params,
+        evaluation: EvaluationSplit,
+        scene: Tensor,
+        asked: list[int],
+        length: int,
+    ) -> list[tuple[str, bool]]:
+        """Greedy continuations of one prompt about some scenes."""
+        lines = []
+        for part in scene.split(CHUNK):
+            tokens = call(
+                self.network,
+                weights,
+                "captions",
+                ids=torch.tensor(asked, device=self.device),
+                length=length,
+                **self._move(evaluation.pictures.take(part)),
+            )
+            lines += [self._until_end(row) for row in tokens.tolist()]
+        return lines
+
+    def _until_end(self, ids: list[int]) -> tuple[str, bool]:
+        said, ended = until_end(ids, self.tokenizer.ends)
+        return self.tokenizer.decode(said), ended
+
+    def _gap(self, found: Findings, parameters: Params, evaluation: EvaluationSplit) -> None:
+        embeddings, present = self.embed(parameters, evaluation), evaluation.captions.present
+        found.add("gap", gap(*embeddings, present, [scene.caption for scene in evaluation.scenes]))
+        report_pictures(found, *embeddings, present, self.kinds, evaluation.scenes)
+
+    def _caption(self, found: Findings, weights: Params, evaluation: EvaluationSplit) -> None:
+        said, ended = self.describe(weights, evaluation)
+        report_captions(
+            found, said, ended, evaluation.scenes, evaluation.lexicon, evaluation.association
+        )
+
+    def _ask(
+        self, found: Findings, weights: Params, evaluation: EvaluationSplit, name: str
+    ) -> None:
+        asked = evaluation.asked[name]
+        scores = self._scores(weights, evaluation, asked)
+        said = self._answers(weights, evaluation, asked) if self.generate_answers else None
+        report_questions(found, name, asked.questions, evaluation.scenes, scores, said)
+
+    def _scores(
+        self, weights: Params, evaluation: EvaluationSplit, asked: PopeQuestions
+    ) -> Float[Tensor, "question"]:
+        rows, scene = asked.rows, asked.scene
+        words = answer_words(self.tokenizer, self.template)
+        scores = []
+        for part in chunks(len(rows), 2 * CHUNK):
+            batch = self._move(rows.take(torch.arange(len(rows))[part]))
+            logits = call(
+                self.network,
+                weights,
+                "logits",
+                ids=batch["ids"],
+                mask=batch["mask"],
+                prefix=batch["prefix"],
+                **self._move(evaluation.pictures.take(scene[part])),
+            )
+            scores.append(answer_scores(logits, batch["mask"], words).cpu())
+        return torch.cat(scores)
+
+    def _answers(
+        self, weights: Params, evaluation: EvaluationSplit, asked: PopeQuestions
+    ) -> list[str]:
+        """Answers written out; questions of one wording go together."""
+        places: dict[str, list[int]] = {}
+        for i, question in enumerate(asked.questions):
+            places.setdefault(question.text, []).append(i)
+        said: dict[int, str] = {}
+        for text, rows in places.items():
+            prompt = prompt_ids(text, self.tokenizer, self.template)
+            scene = asked.scene[torch.tensor(rows)]
+            lines = self._generate(weights, evaluation, scene, prompt, ANSWER_TOKENS)
+            said |= {i: line for i, (line, _) in zip(rows, lines, strict=True)}
+        return [said[i] for i in range(len(asked.questions))]
+
+    def _task_loss(self, parameters: Params, evaluation: EvaluationSplit) -> Metrics:
+        total, tokens = 0.0, 0
+        for part in chunks(len(evaluation.talked), CHUNK):
+            batch = evaluation.dialogues.take(torch.arange(len(evaluation.talked))[part])
+            count = int(batch["counted"].sum())
+            batch = self._move({**batch, **evaluation.pictures.take(evaluation.talked[part])})
+            total += float(task(self.network, parameters, batch)) * count
+            tokens += count
+        return {"task_loss": total / tokens} if tokens else {}
+
+    def _move(self, value: Any) -> Any:
+        return tree.to(value, self.device, self.dtype)
