@@ -1,4 +1,4 @@
-"""Splits of pictures with what is said about them, and batches drawn from them with replacement."""
+"""Splits of pictures with what is said about them, and batches drawn from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -13,6 +14,8 @@ from .evaluation.evaluation_split import Captions
 from .models import pictures
 from .models.instructions import Rows
 from .models.pictures import Pictures
+from .sources.pictures import PictureFiles
+from .sources.protocol import Corpus
 
 Batch = dict[str, Tensor]
 
@@ -24,18 +27,34 @@ class Data:
     pictures: Pictures
     dialogues: Rows
     captions: Captions
+    picture: Int[Tensor, "scene"]
+    """A number each picture: two scenes of one file have the same."""
+
+
+def drawn(size: int, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"]:
+    """Which of `size` scenes make a batch: different ones where there are enough of them.
+
+    A batch depends on the stream alone and not on those before it, which keeps resuming exact.
+    """
+    if batch > size:
+        return torch.randint(size, (batch,), generator=stream)
+    return torch.randperm(size, generator=stream)[:batch]
 
 
 def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     """Pictures and conversations about them."""
-    index = torch.randint(len(data.pictures), (size,), generator=stream)
+    index = drawn(len(data.pictures), size, stream)
     return {**data.pictures.take(index), **data.dialogues.take(index)}
 
 
 def contrast_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
-    """Pictures, each with its caption and hallucinated captions."""
-    index = torch.randint(len(data.pictures), (size,), generator=stream)
-    return {**data.pictures.take(index), **data.captions.take(index)}
+    """Pictures with their numbers, each with its caption and hallucinated captions."""
+    index = drawn(len(data.pictures), size, stream)
+    return {
+        **data.pictures.take(index),
+        **data.captions.take(index),
+        "picture": data.picture[index],
+    }
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -47,3 +66,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
     }
     prefix = torch.cat([batch["prefix"] for batch in batches])
     return {**pictures.joined(batches), **rows, "prefix": prefix}
+
+
+def numbered(corpus: Corpus) -> Int[Tensor, "scene"]:
+    """A number each picture; scenes about one file share it."""
+    if not isinstance(corpus.images, PictureFiles):
+        return torch.arange(len(corpus.scenes))
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(file, len(numbers)) for file in corpus.images.files])

@@ -28,6 +28,7 @@ from .losses import (
     TAU_START,
     contrastive_loss,
     log_kind_weights,
+    negatives,
     task_loss,
     temperature,
 )
@@ -127,7 +128,7 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Tensor]) -> 
         image,
         text[:, 0],
         text[:, 1:],
-        batch["present"],
+        negatives(batch["picture"], batch["line"], batch["present"], "own"),
         log_kind_weights(scalars["kind_scores"]),
         temperature(scalars["log_tau"]),
     )

@@ -1,20 +1,31 @@
 """Task loss, and hallucination-augmented contrast (HACL).
 
 Jiang et al., Hallucination Augmented Contrastive Learning for Multimodal Large Language Model,
-CVPR 2024, arXiv:2312.06968. Here the hallucinated captions of a picture are negatives of that
-picture alone, because another's may be true of it, and each kind has a weight w, which enters as
-+ log w on its logit: a negative of weight w counts as w copies of it would.
+CVPR 2024, arXiv:2312.06968. It differs from the released code in that
+
+1. what is known to be true of a picture is never its negative: another drawing of the same picture,
+   and a caption, true or hallucinated, that reads as the picture's own (`Negatives`);
+2. a picture's negatives are by default its own hallucinated captions, because another's may be
+   true of it without reading the same; "batch" takes those of all pictures, as the code does;
+3. each kind of hallucination has a weight w, which enters as + log w on its logit: a negative of
+   weight w counts as w copies of it would.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel.errors import ProblemError
+
+Choice = Literal["own", "batch"]
+"""Whose hallucinated captions are a picture's negatives."""
 TAU_START = 0.07
 TAU_RANGE = (0.001, 0.5)
 LOG_TAU_RANGE = (math.log(TAU_RANGE[0]), math.log(TAU_RANGE[1]))
@@ -34,26 +45,72 @@ def log_kind_weights(scores: Float[Tensor, "kind"]) -> Float[Tensor, "kind"]:
     return scores.log_softmax(0) + math.log(scores.numel())
 
 
+@dataclass(frozen=True)
+class Negatives:
+    """What each picture of a batch is contrasted with."""
+
+    pairs: Bool[Tensor, "pair pair"]
+    """[i, j]: picture and true caption j are negatives of i; false on the diagonal."""
+    hallucinated: Bool[Tensor, "pair pair kind"] | Bool[Tensor, "pair kind"]
+    """[i, j, k]: hallucinated caption k of j is a negative of i; [i, k]: of its own alone."""
+
+
+def negatives(
+    picture: Int[Tensor, "pair"],
+    line: Int[Tensor, "pair line"],
+    present: Bool[Tensor, "pair kind"],
+    choice: Choice,
+) -> Negatives:
+    """All that is not known to be true of a picture.
+
+    `picture` numbers the pictures; `line` numbers the captions, the true one first, equal ones
+    alike. Pair j is a negative of i unless it is of the same picture or its true caption reads the
+    same. A hallucinated caption counts where the scene has it (`present`) and it does not read as
+    the picture's own true caption; under "batch" those of another drawing of the picture are left
+    out, as they are the same ones.
+    """
+    again = picture[:, None] == picture
+    true, false = line[:, 0], line[:, 1:]
+    pairs = ~again & (true[:, None] != true)
+    if choice == "own":
+        return Negatives(pairs, present & (false != true[:, None]))
+    itself = torch.eye(len(picture), dtype=torch.bool, device=picture.device)
+    whose = ~again | itself
+    return Negatives(pairs, whose[..., None] & present & (false != true[:, None, None]))
+
+
 def contrastive_loss(
     image: Float[Tensor, "pair embedding"],
     text: Float[Tensor, "pair embedding"],
     hallucinated: Float[Tensor, "pair kind embedding"],
-    present: Bool[Tensor, "pair kind"],
+    against: Negatives,
     log_weights: Float[Tensor, "kind"],
     tau: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """L_C, the mean of both directions of InfoNCE over the batch; s is the cosine.
 
     text → image  −log exp(s(v_i,t_i)/τ) / Σ_j exp(s(v_j,t_i)/τ)
-    image → text  −log exp(s(v_i,t_i)/τ) / (Σ_j exp(s(v_i,t_j)/τ) + Σ_k w_k exp(s(v_i,h_ik)/τ))
+    image → text  −log exp(s(v_i,t_i)/τ) / (Σ_j exp(s(v_i,t_j)/τ) + Σ_jk w_k exp(s(v_i,h_jk)/τ))
 
-    A kind that a scene does not allow (`present` false) is no negative.
+    j runs over i and its negatives (`against`), in the last sum over the pictures whose
+    hallucinated captions count. A row without a negative adds −log 1 = 0. Raises `ProblemError`
+    where no row of the batch has one.
     """
     image, text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
     hallucinated = functional.normalize(hallucinated, dim=-1)
-    pairs = image @ text.T / tau
-    hard = torch.einsum("ie,ike->ik", image, hallucinated) / tau + log_weights
-    hard = hard.masked_fill(~present, -math.inf)
+    counted = against.pairs | torch.eye(len(image), dtype=torch.bool, device=image.device)
+    pairs = (image @ text.T / tau).masked_fill(~counted, -math.inf)
+    if against.hallucinated.ndim == 2:
+        hard = torch.einsum("ie,ike->ik", image, hallucinated)
+    else:
+        hard = torch.einsum("ie,jke->ijk", image, hallucinated)
+    hard = (hard / tau + log_weights).masked_fill(~against.hallucinated, -math.inf).flatten(1)
+    _require_some(
+        torch.cat([against.pairs.flatten(), against.hallucinated.flatten()]),
+        f"a contrast batch of {len(image)} pairs has no negative: every pair is of one picture or "
+        "reads the same, and there is no hallucinated caption; draw larger batches "
+        "(problem.lower_batch), or give hallucinated captions",
+    )
     right = torch.arange(len(image), device=image.device)
     to_image = functional.cross_entropy(pairs.T, right)
     to_text = functional.cross_entropy(torch.cat([pairs, hard], dim=1), right)
@@ -67,7 +124,19 @@ def task_loss(
 ) -> Float[Tensor, ""]:
     """L_T, the mean of −log p(ids) over the counted (answer) tokens; logits[:, j] predict ids[:, j].
 
-    `counted` may hold weights; the mean is then the weighted one.
+    `counted` may hold weights; the mean is then the weighted one. A row may have no answer; raises
+    `ProblemError` where the whole batch has none.
     """
+    _require_some(
+        counted,
+        f"a task batch of {len(ids)} conversations has no answer to count, so its loss is 0 / 0; "
+        "give the pictures captions, questions or conversations, or draw larger batches",
+    )
     each = functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     return (each * counted).sum() / counted.sum()
+
+
+def _require_some(counted: Tensor, message: str) -> None:
+    """Raise `ProblemError` where nothing counts; without values (meta device) nothing is known."""
+    if not counted.is_meta and not counted.any():
+        raise ProblemError(message)

@@ -26,7 +26,7 @@ from bilevel.rng import Streams
 from bilevel.types import Params
 
 from . import formulations
-from .batches import Data, contrast_batch, joined, task_batch
+from .batches import Data, contrast_batch, joined, numbered, task_batch
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
@@ -170,7 +170,7 @@ class HierarchicalFineTuning:
         )
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:
-        """Conversations about unbiased pictures, drawn with replacement."""
+        """Conversations about unbiased pictures."""
         while True:
             yield task_batch(self._prepared.upper, self.upper_batch, stream)
 
@@ -291,7 +291,7 @@ class HierarchicalFineTuning:
         turns = dialogues(corpus.scenes, self.source, stream)
         rows = conversations(turns, loaded.tokenizer, loaded.template)
         lines = captions(corpus.scenes, self.source, loaded.tokenizer)
-        return Data(pictures, rows, lines), corpus.scenes
+        return Data(pictures, rows, lines, numbered(corpus)), corpus.scenes
 
     def _evaluation(
         self, loaded: LoadedModel, training: tuple[Scene, ...]

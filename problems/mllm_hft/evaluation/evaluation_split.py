@@ -38,6 +38,8 @@ class Captions:
     ids: Int[Tensor, "scene line token"]
     mask: Bool[Tensor, "scene line token"]
     present: Bool[Tensor, "scene kind"]
+    line: Int[Tensor, "scene line"]
+    """A number each text: lines that read the same have the same."""
 
     def take(self, index: Int[Tensor, "batch"] | slice) -> dict[str, Tensor]:
         """Some scenes as a batch, cut to the longest line of them."""
@@ -47,6 +49,7 @@ class Captions:
             "ids": self.ids[index, :, :width],
             "mask": mask[:, :, :width],
             "present": self.present[index],
+            "line": self.line[index],
         }
 
 
@@ -61,12 +64,19 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
         )
     ]
     rows = texts(lines, tokenizer)
+    numbers: dict[tuple[int, ...], int] = {}
+    read = [
+        tuple(ids[:width])
+        for ids, width in zip(rows.ids.tolist(), rows.mask.sum(1).tolist(), strict=True)
+    ]
+    line = torch.tensor([numbers.setdefault(ids, len(numbers)) for ids in read])
     shape = (len(scenes), 1 + len(source.kinds))
     present = [[kind in scene.hallucinated for kind in source.kinds] for scene in scenes]
     return Captions(
         rows.ids.unflatten(0, shape),
         rows.mask.unflatten(0, shape),
         torch.tensor(present, dtype=torch.bool),
+        line.unflatten(0, shape),
     )
 
 

@@ -94,6 +94,26 @@ def test_the_lower_loss_of_two_variable_is_contrast_and_anchor():
     assert anchored - loose == pytest.approx(0.25 * 0.01 * size, rel=1e-3)
 
 
+def test_pairs_of_one_picture_are_masked_in_the_lower_loss():
+    problem = prepared(formulation="two_variable")
+    x, y = problem.init(Streams(0))
+    batch = next(problem.lower_batches(stream(0, "b")))["contrast"]
+    assert len(set(batch["picture"].tolist())) == len(batch["picture"])
+
+    def loss(**changed) -> float:
+        return float(problem.lower_loss(x, y, {"contrast": {**batch, **changed}}))
+
+    one = torch.zeros_like(batch["picture"])
+    alike = batch["line"].clone()
+    alike[:, 0] = alike.max() + 1
+    masked = loss(picture=one)  # each against its own hallucinated captions alone
+    assert masked < loss()
+    assert loss(line=alike) == pytest.approx(masked, rel=1e-6)
+    nothing = torch.zeros_like(batch["present"])
+    with pytest.raises(ProblemError, match="no negative"):
+        loss(picture=one, present=nothing)
+
+
 def test_weighted_is_task_plus_lambda_times_contrast():
     problem = prepared(formulation="weighted", contrast=0.5)
     x, y = problem.init(Streams(0))

@@ -1,0 +1,91 @@
+"""What a batch holds, and what it does not hold twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bilevel.rng import stream
+from bilevel_problems.mllm_hft.batches import Data, contrast_batch, drawn, numbered, task_batch
+from bilevel_problems.mllm_hft.evaluation.evaluation_split import captions
+from bilevel_problems.mllm_hft.models.instructions import texts
+from bilevel_problems.mllm_hft.models.pictures import Pictures
+from bilevel_problems.mllm_hft.models.tokenizer import WordTokenizer
+from bilevel_problems.mllm_hft.sources.pictures import PictureFiles
+from bilevel_problems.mllm_hft.sources.protocol import Corpus, Scene
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
+
+WORDS = WordTokenizer(["one", "two", "three", "red", "blue", "circle", "square"])
+
+
+def scene(caption: str, wrong: str | None = None) -> Scene:
+    return Scene((), caption, {"object": wrong} if wrong else {})
+
+
+def data(size: int) -> Data:
+    lines = ["one red circle", "two blue square"] * size
+    return Data(
+        Pictures(torch.arange(size).float()[:, None, None]),
+        texts(lines[:size], WORDS),
+        captions(tuple(scene(line, "three square") for line in lines[:size]), Shapes(), WORDS),
+        torch.arange(size),
+    )
+
+
+@pytest.mark.parametrize("draw", [task_batch, contrast_batch])
+def test_a_batch_holds_no_picture_twice_where_there_are_enough(draw):
+    for seed in range(20):
+        seen = draw(data(6), 5, stream(seed, "b"))["features"].flatten().tolist()
+        assert len(set(seen)) == 5
+    with_replacement = draw(data(6), 7, stream(0, "b"))["features"].flatten().tolist()
+    assert len(with_replacement) == 7 > len(set(with_replacement))
+
+
+def test_scenes_are_drawn_evenly():
+    source = stream(0, "even")
+    counts = torch.zeros(10)
+    for _ in range(1000):
+        counts += torch.bincount(drawn(10, 4, source), minlength=10)
+    # A scene is in a batch with probability 0.4: 400 ± √(1000 · 0.4 · 0.6) = 15.5, four of them.
+    assert (counts - 400).abs().max() < 62
+
+
+def test_a_batch_says_which_picture_and_which_line():
+    batch = contrast_batch(data(4), 3, stream(0, "b"))
+    assert torch.equal(batch["picture"].float(), batch["features"].flatten())
+    true = batch["line"][:, 0]
+    assert torch.equal(true, torch.where(batch["picture"] % 2 == 0, true.min(), true.max()))
+    assert len(set(batch["line"][:, 1].tolist())) == 1
+
+
+def test_lines_that_read_the_same_have_one_number():
+    """Widths differ, and where a kind is missing the true caption stands in its place."""
+    scenes = (
+        scene("one red circle", "two square"),
+        scene("two square", "one red circle"),
+        scene("two square square"),
+        scene("one red circle", "one red"),
+    )
+    found = captions(scenes, Shapes(), WORDS).line
+    kind = Shapes().kinds.index("object") + 1
+    a, b, c = found[0, 0], found[1, 0], found[2, 0]
+    assert len({int(a), int(b), int(c)}) == 3
+    assert (found[0, kind], found[1, kind], found[3, 0]) == (b, a, a)
+    assert found[3, kind] not in (a, b, c)
+    assert (found[2] == c).all()
+
+
+def test_scenes_about_one_file_share_its_number(tmp_path: Path):
+    files = []
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+        files.append(tmp_path / name)
+    first, second = files
+    pictures = PictureFiles.of([first, second, first])
+    scenes = tuple(scene("one") for _ in range(3))
+    assert numbered(Corpus(scenes, pictures)).tolist() == [0, 1, 0]
+    blank = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    assert numbered(Corpus(scenes, blank)).tolist() == [0, 1, 2]
