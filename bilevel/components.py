@@ -64,7 +64,14 @@ def _refuse_tensors(cls: type[Any], options: dict[str, Any]) -> None:
                 f"{cls.__name__}({name}=…) must be a number, got a tensor of shape "
                 f"{tuple(value.shape)}: it would be read as one and cut from its graph, so that "
                 f"nothing is differentiated in it; give {name}=tensor.item()"
+                f"{_or_from_x(name, field.annotation)}"
             )
+
+
+def _or_from_x(name: str, annotation: Any) -> str:
+    """The other remedy, for an option that may be one of the upper variables."""
+    kinds = [kind for kind in typing.get_args(annotation) if hasattr(kind, "__pydantic_fields__")]
+    return "".join(f", or make it an entry of x: {name}={kind.__name__}(upper=…)" for kind in kinds)
 
 
 def _is_number(annotation: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError, UntrustedWarning
 from bilevel.lower.start import at_start
+from bilevel.optimizers.learned import require_in_range
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
@@ -220,6 +221,7 @@ def unroll(
         at, first = Point(tree.detach(tied[0].unique), tree.detach(start)), loss.on(draws[0])
         refuse_impure(first, at.x, at.y)
         require_second_derivative(first, at)
+    require_in_range(rule, tied[0].unique, start)
     path = Path(rule, start, rule.init(start), draws)
     return tied[1].expand(replay(path, loss, tied[0].unique))
 

@@ -248,6 +248,8 @@ class Needs:
     """Batches of its own, drawn by `Loss.fresh` while it estimates."""
     pairs: bool = False
     """The pairs of a quasi-Newton lower solver, as `Point.pairs`."""
+    learned: bool = False
+    """It differentiates what the lower optimizer takes from x (`bilevel.optimizers.Learned`)."""
     moves_lower: bool = False
     """It moves y itself and returns `Estimate.moved`: the run's lower solver is not used."""
     moves_upper: bool = False
@@ -277,6 +279,8 @@ class Offers:
     """Its steps can be recorded and replayed, as `LowerSolution.path`."""
     pairs: bool = False
     """It returns `LowerSolution.pairs`."""
+    learned: frozenset[str] = frozenset()
+    """The entries of x that its steps take as options, such as a learned learning rate."""
     supports: frozenset[str] = frozenset()
     """Which of a problem's `RESTRICTIONS` it takes into account."""
 

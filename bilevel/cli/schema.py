@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import typing
 from types import NoneType
 from typing import Any
@@ -122,10 +124,16 @@ def _field(field: Field) -> dict[str, Any]:
 
 def _plain(field: Field) -> dict[str, Any]:
     """What pydantic knows about a type; anything goes where it knows nothing."""
+    members = typing.get_args(field.annotation)
+    composed = [member for member in members if hasattr(member, "__pydantic_fields__")]
+    kind = field.annotation
+    if composed:
+        kind = functools.reduce(operator.or_, (m for m in members if m not in composed))
     try:
-        adapter = pydantic.TypeAdapter(field.annotation, config=COMPONENT)
-        schema = adapter.json_schema()
+        schema = pydantic.TypeAdapter(kind, config=COMPONENT).json_schema()
     except pydantic.PydanticUserError:  # also what pydantic has no JSON schema for
         return {}
+    if composed:
+        schema = {"anyOf": [schema, *(_component(member, None) for member in composed)]}
     default = plain(field.default)
     return schema if field.required or default is NOTHING else {**schema, "default": default}

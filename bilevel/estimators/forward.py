@@ -15,9 +15,10 @@ from torch import Tensor
 from bilevel import calculus, rng, tree
 from bilevel.calculus.products import gradients
 from bilevel.components import component
+from bilevel.optimizers.learned import upper_entries
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling.nested import flat, rebuild, zeros
-from bilevel.unrolling.path import advance, along, projected, pull_start, recorded
+from bilevel.unrolling.path import advance, along, bound, projected, pull_start, recorded
 
 
 @component
@@ -39,7 +40,7 @@ class Forward:
 
     @property
     def needs(self) -> Needs:
-        return Needs(path=float("inf"))
+        return Needs(path=float("inf"), learned=True)
 
     @property
     def claim(self) -> Literal["path"] | None:
@@ -82,15 +83,16 @@ def _carry(
     pull_start(path, losses.lower, x, y)  # notes which of x the start depends on
     tangents = [_start_tangent(path, x, d) for d in directions]
     state_tangents: list[Any] = [zeros(state) for _ in directions]
+    taken = upper_entries(path.optimizer, x)
     for batch in path.batches:
         lower = calculus.linearize(losses.lower.on(batch), Point(x, y))
         for i, (d, t) in enumerate(zip(directions, tangents, strict=True)):
             g_dot = tree.add(lower.hvp_yy(t), lower.jvp_yx(d))
-            tangents[i], state_tangents[i] = _step_tangent(
-                path, losses, y, lower.gradient, state, (t, g_dot, state_tangents[i])
-            )
+            at = (taken, y, lower.gradient, state)
+            moving = ({name: d[name] for name in taken}, t, g_dot, state_tangents[i])
+            tangents[i], state_tangents[i] = _step_tangent(path, losses, at, moving)
         with torch.no_grad():
-            y, state = path.optimizer.step(y, lower.gradient, state)
+            y, state = bound(path, losses.lower, x, y).step(y, lower.gradient, state)
             y = projected(losses.lower, y)
     return y, tangents
 
@@ -106,19 +108,15 @@ def _start_tangent(path: Path, x: Params, direction: Params) -> Params:
 
 
 def _step_tangent(
-    path: Path,
-    losses: Losses,
-    y: Params,
-    g: Params,
-    state: Any,
-    tangents: tuple[Params, Params, Any],
+    path: Path, losses: Losses, at: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Params, Any]:
-    """The tangent of one optimizer step."""
-    inputs = [leaf.detach().requires_grad_() for part in (y, g, state) for leaf in flat(part)]
+    """The tangent of one optimizer step at (options taken from x, y, ∇y G, state)."""
+    inputs = [leaf.detach().requires_grad_() for part in at for leaf in flat(part)]
     given = [leaf for part in tangents for leaf in flat(part)]
     leaves = iter(inputs)
     with torch.enable_grad():
-        y, state = path.optimizer.step(*(rebuild(part, leaves) for part in (y, g, state)))
+        options, y, g, state = (rebuild(part, leaves) for part in at)
+        y, state = bound(path, losses.lower, options, y).step(y, g, state)
         y = projected(losses.lower, y)
     pushed = iter(_push([*flat(y), *flat(state)], inputs, given))
     return rebuild(y, pushed), rebuild(state, pushed)

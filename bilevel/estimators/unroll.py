@@ -20,6 +20,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
+from bilevel.optimizers.learned import require_in_range
 from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling import forward_over_reverse, reversible
 from bilevel.unrolling.nested import flat, rebuild, zeros
@@ -64,7 +65,7 @@ class Unroll:
 
     @property
     def needs(self) -> Needs:
-        return Needs(path=0 if self.along else self.last or math.inf)
+        return Needs(path=0 if self.along else self.last or math.inf, learned=True)
 
     @property
     def claim(self) -> Literal["path"]:
@@ -102,6 +103,7 @@ class Unroll:
         if path is None and self.along is not None:
             if not self.along.optimizer.differentiable:
                 raise ProblemError("unroll.along: this optimizer's steps cannot be differentiated")
+            require_in_range(self.along.optimizer, at.x, at.y)
             batches = (losses.lower.batch,) * self.along.steps
             path = Path(self.along.optimizer, at.y, self.along.init(at.y), batches)
         if path is None:

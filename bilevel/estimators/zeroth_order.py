@@ -47,6 +47,7 @@ class ZerothOrder:
         return Needs(
             second_order=False,
             path=float("inf"),
+            learned=True,
             rounding_amplification=rounding_amplification,
             rounding_remedy=rounding_remedy,
         )

@@ -58,7 +58,8 @@ class AugmentedLagrangian:
 
     @property
     def offers(self) -> Offers:
-        return Offers(supports=frozenset({"lower_constraints"}))
+        inner = self.solver.offers.learned
+        return Offers(learned=inner, supports=frozenset({"lower_constraints"}))
 
     def init(self, y: Params) -> dict[str, Any]:
         return {"penalty": self.penalty, "multipliers": {}, "solver": self.solver.init(y)}

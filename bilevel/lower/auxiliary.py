@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bilevel import tree
+from bilevel.errors import ProblemError
 from bilevel.lower.gradient import step
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
@@ -31,7 +32,17 @@ Auxiliary = dict[str, Any]
 
 
 def begin(solver: LowerSolver, y: Params) -> Auxiliary:
-    """An auxiliary solve that starts at y."""
+    """An auxiliary solve that starts at y.
+
+    Raises:
+        ProblemError: its steps take options from x, which nothing here differentiates.
+    """
+    if solver.offers.learned:
+        raise ProblemError(
+            f"an estimator's own lower solver takes {', '.join(sorted(solver.offers.learned))} from x "
+            "(a learned option of its optimizer), and only the steps of the run's lower solver are "
+            "differentiated; give a number there"
+        )
     return {"y": tree.clone(y), "solver": solver.init(y), "steps": 0, "converged": None}
 
 

@@ -15,6 +15,7 @@ from bilevel.lower.divergence import Growth
 from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import limit
 from bilevel.optimizers.differentiable import SGD
+from bilevel.optimizers.learned import bound, learned, require_in_range
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
 
 
@@ -22,11 +23,13 @@ from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Pa
 class Gradient:
     """At most `steps` steps of an optimizer, a new batch each; stops early at ‖∇y G‖ ≤ tolerance.
 
-    Costs one lower gradient a step; with `steps` 0 y stays where it is, unevaluated. The optimizer's state goes on from one upper step to the next
-    unless the problem restarts y (`lower_start`).
+    Costs one lower gradient a step; with `steps` 0 y stays where it is, unevaluated. The optimizer's
+    state goes on from one upper step to the next unless the problem restarts y (`lower_start`).
+    Options of the optimizer that are `Learned` are those at x.
 
     Raises:
         ConvergenceError: G or ∇y G is not finite; or both have grown, ‖∇y G‖ a thousandfold.
+        ProblemError: x has no entry for a learned option, or one out of its range.
     """
 
     steps: NonNegativeInt = 20
@@ -38,7 +41,9 @@ class Gradient:
     @property
     def offers(self) -> Offers:
         """A path where the optimizer's steps are differentiable."""
-        return Offers(path=self.optimizer.differentiable, supports=frozenset({"project_lower"}))
+        taken = frozenset(option.upper for option in learned(self.optimizer).values())
+        supports = frozenset({"project_lower"})
+        return Offers(path=self.optimizer.differentiable, learned=taken, supports=supports)
 
     def init(self, y: Params) -> Any:
         state = self.optimizer.init(y)
@@ -65,6 +70,9 @@ class Gradient:
         # without a step there still is a batch for the derivatives at y
         batch, converged = None if self.steps else next(batches), None
         growth = Growth()
+        with torch.no_grad():
+            require_in_range(self.optimizer, x, y)
+            optimizer = bound(self.optimizer, x, y)
         for k in range(self.steps):
             batch = next(batches)
             with at_start(k):
@@ -81,7 +89,7 @@ class Gradient:
             if record and k >= first:
                 start = (y, state) if k == first else start
                 used.append(batch)
-            y, state = step(self.optimizer, y, g, state, loss.structure.project)
+            y, state = step(optimizer, y, g, state, loss.structure.project)
             steps, converged = k + 1, False if stops else None
         growth.refuse_divergence()
         path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))

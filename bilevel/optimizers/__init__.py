@@ -1,6 +1,7 @@
 """Optimizers of either level: (y, gradient, state) ↦ (y, state), out of place.
 
-`differentiable` has those whose steps autograd can differentiate, `torch_optim` all of torch's.
+`differentiable` has those whose steps autograd can differentiate, `torch_optim` all of torch's;
+`learned` what their options may be in the place of numbers.
 No loss is evaluated here.
 """
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from bilevel.optimizers.differentiable import Adam as Adam
     from bilevel.optimizers.differentiable import AdamW as AdamW
     from bilevel.optimizers.differentiable import RMSprop as RMSprop
+    from bilevel.optimizers.learned import Learned as Learned
     from bilevel.optimizers.torch_optim import TorchOptimizer as TorchOptimizer
 else:
-    __getattr__, __dir__ = exports(__name__, "optimizers")
+    __getattr__, __dir__ = exports(
+        __name__, "optimizers", {"Learned": "bilevel.optimizers.learned"}
+    )

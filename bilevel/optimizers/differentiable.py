@@ -1,12 +1,14 @@
 """Optimizer steps that autograd can differentiate: SGD, Adam, AdamW, RMSprop.
 
 Each equals its torch.optim namesake to rounding. Out of place, pure in (y, gradient, state), with
-the state a dict of trees, so a step can be replayed and differentiated (unrolling).
+the state a dict of trees, so a step can be replayed and differentiated (unrolling). Where an option
+is `Learned`, it is bound before a step is taken (`bilevel.optimizers.learned.bound`).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import component
+from bilevel.errors import ProblemError
+from bilevel.optimizers.learned import Learned
 from bilevel.types import Params
 
 
@@ -24,11 +28,11 @@ class SGD:
     differentiable: ClassVar[bool] = True
     affine: ClassVar[bool] = True
     """The step is affine in (y, gradient, state): its derivative does not depend on them."""
-    lr: PositiveFloat = 0.1
-    momentum: NonNegativeFloat = 0.0
+    lr: PositiveFloat | Learned = 0.1
+    momentum: NonNegativeFloat | Learned = 0.0
     dampening: NonNegativeFloat = 0.0
     nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat | Learned = 0.0
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -42,17 +46,17 @@ class SGD:
     def step(
         self, y: Params, gradient: Params, state: dict[str, Params]
     ) -> tuple[Params, dict[str, Params]]:
-        d = tree.axpy(self.weight_decay, y, gradient)
-        if self.momentum:
+        d = _plus(gradient, self.weight_decay, y)
+        if self.momentum != 0:
             # torch starts the average at the first gradient, undampened
             buffer = (
-                tree.axpy(1 - self.dampening, d, tree.scale(self.momentum, state["momentum"]))
+                _plus(_scale(self.momentum, state["momentum"]), 1 - self.dampening, d)
                 if state
                 else d
             )
             state = {"momentum": buffer}
-            d = tree.axpy(self.momentum, buffer, d) if self.nesterov else buffer
-        return tree.axpy(-self.lr, d, y), state
+            d = _plus(d, self.momentum, buffer) if self.nesterov else buffer
+        return _minus(y, self.lr, d), state
 
 
 @component
@@ -60,18 +64,18 @@ class Adam:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980), with L2 `weight_decay`; as `torch.optim.Adam`."""
 
     differentiable: ClassVar[bool] = True
-    lr: PositiveFloat = 1e-3
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    lr: PositiveFloat | Learned = 1e-3
+    beta1: Annotated[float, Field(ge=0, lt=1)] | Learned = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] | Learned = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat | Learned = 0.0
 
     def init(self, y: Params) -> dict[str, Any]:
         return _adam_init(y)
 
     def step(self, y: Params, gradient: Params, state: dict[str, Any]) -> tuple[Params, Any]:
-        d, state = _adam_direction(self, tree.axpy(self.weight_decay, y, gradient), state)
-        return tree.axpy(-self.lr, d, y), state
+        d, state = _adam_direction(self, _plus(gradient, self.weight_decay, y), state)
+        return _minus(y, self.lr, d), state
 
 
 @component
@@ -79,18 +83,19 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv:1711.05101); as `torch.optim.AdamW`."""
 
     differentiable: ClassVar[bool] = True
-    lr: PositiveFloat = 1e-3
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    lr: PositiveFloat | Learned = 1e-3
+    beta1: Annotated[float, Field(ge=0, lt=1)] | Learned = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] | Learned = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 1e-2
+    weight_decay: NonNegativeFloat | Learned = 1e-2
 
     def init(self, y: Params) -> dict[str, Any]:
         return _adam_init(y)
 
     def step(self, y: Params, gradient: Params, state: dict[str, Any]) -> tuple[Params, Any]:
         d, state = _adam_direction(self, gradient, state)
-        return tree.axpy(-self.lr, d, tree.scale(1 - self.lr * self.weight_decay, y)), state
+        kept = _option(lambda lr, decay: 1 - lr * decay, self.lr, self.weight_decay)
+        return _minus(_scale(kept, y), self.lr, d), state
 
 
 @component
@@ -98,11 +103,11 @@ class RMSprop:
     """RMSprop (Tieleman and Hinton 2012), uncentred; as `torch.optim.RMSprop`."""
 
     differentiable: ClassVar[bool] = True
-    lr: PositiveFloat = 1e-2
-    alpha: float = Field(default=0.99, ge=0, lt=1)
+    lr: PositiveFloat | Learned = 1e-2
+    alpha: Annotated[float, Field(ge=0, lt=1)] | Learned = 0.99
     eps: PositiveFloat = 1e-8
-    momentum: NonNegativeFloat = 0.0
-    weight_decay: NonNegativeFloat = 0.0
+    momentum: NonNegativeFloat | Learned = 0.0
+    weight_decay: NonNegativeFloat | Learned = 0.0
 
     def init(self, y: Params) -> dict[str, Params]:
         return {"square": tree.zeros_like(y), "momentum": tree.zeros_like(y)}
@@ -110,11 +115,11 @@ class RMSprop:
     def step(
         self, y: Params, gradient: Params, state: dict[str, Params]
     ) -> tuple[Params, dict[str, Params]]:
-        g = tree.axpy(self.weight_decay, y, gradient)
+        g = _plus(gradient, self.weight_decay, y)
         square = _average(self.alpha, state["square"], tree.mul(g, g))
         d = tree.div(g, _root(square, self.eps))
-        momentum = tree.axpy(1.0, d, tree.scale(self.momentum, state["momentum"]))
-        return tree.axpy(-self.lr, momentum, y), {"square": square, "momentum": momentum}
+        momentum = tree.add(_scale(self.momentum, state["momentum"]), d)
+        return _minus(y, self.lr, momentum), {"square": square, "momentum": momentum}
 
 
 def _adam_init(y: Params) -> dict[str, Any]:
@@ -129,18 +134,64 @@ def _adam_direction(
     mean = _average(options.beta1, state["mean"], g)
     square = _average(options.beta2, state["square"], tree.mul(g, g))
     count = step.detach().double()  # as a tensor: a trace must not freeze it
-    corrected = _times(1 / (1 - options.beta2**count), square)
+    corrected = _scale(_correction(options.beta2, count), square)
     d = tree.div(mean, _root(corrected, options.eps))
-    direction = _times(1 / (1 - options.beta1**count), d)
+    direction = _scale(_correction(options.beta1, count), d)
     return direction, {"step": step, "mean": mean, "square": square}
 
 
-def _average(beta: float, old: Params, new: Params) -> Params:
-    return tree.axpy(1 - beta, new, tree.scale(beta, old))
+def _correction(beta: Value, count: Tensor) -> Value:
+    """What makes an average that began at 0 one of weights that sum to 1."""
+    return _option(lambda number: 1 / (1 - number**count), beta)
 
 
-def _times(factor: Tensor, values: Params) -> Params:
-    return tree.map(lambda entry: entry * factor, values)
+def _average(beta: Value, old: Params, new: Params) -> Params:
+    return _plus(_scale(beta, old), _option(lambda number: 1 - number, beta), new)
+
+
+Value = float | Tensor | Params | Learned
+"""An option of an optimizer: one number for all of y, or one for each entry, as `bound` leaves it."""
+
+
+def _option(function: Callable[..., Any], *options: Value) -> Value:
+    """function of options, entry by entry where one of them is a tree."""
+    options = tuple(map(_known, options))
+    names = next((option for option in options if isinstance(option, dict)), None)
+    if names is None:
+        return function(*options)
+    rows = {n: [o[n] if isinstance(o, dict) else o for o in options] for n in names}
+    return {name: function(*row) for name, row in rows.items()}
+
+
+def _plus(y: Params, option: Value, d: Params) -> Params:
+    """y + option · d."""
+    option = _known(option)
+    if isinstance(option, dict):
+        return {name: entry + option[name] * d[name] for name, entry in y.items()}
+    return tree.axpy(float(option), d, y)
+
+
+def _minus(y: Params, option: Value, d: Params) -> Params:
+    return _plus(y, _option(lambda number: -number, option), d)
+
+
+def _scale(option: Value, values: Params) -> Params:
+    """option · values."""
+    option = _known(option)
+    if isinstance(option, dict):
+        return {name: option[name] * entry for name, entry in values.items()}
+    if isinstance(option, Tensor):
+        return tree.map(lambda entry: entry * option, values)
+    return tree.scale(option, values)
+
+
+def _known(option: Value) -> float | Tensor | Params:
+    if isinstance(option, Learned):
+        raise ProblemError(
+            f"an optimizer's option is {option}, and this step is not one of the lower solve that "
+            "takes options from x: that is lower: gradient; give a number here"
+        )
+    return option
 
 
 def _root(square: Params, eps: float) -> Params:

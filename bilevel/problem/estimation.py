@@ -10,12 +10,13 @@ from bilevel import calculus, tree
 from bilevel.calculus.fixed_point_maps import reached
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import CheckError, ConvergenceError, ProblemError
+from bilevel.optimizers.learned import upper_entries
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.problem.states import require_state
 from bilevel.problem.trust import Step, reasons
 from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
-from bilevel.unrolling.path import require_steps
+from bilevel.unrolling.path import refuse_learned, require_steps
 
 
 def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Estimate:
@@ -31,6 +32,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
     began, first = time.perf_counter(), state is None
     require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
     require_steps(at.path, estimator.needs.path, type(estimator).__name__)
+    refuse_learned(estimator, upper_entries(at.path.optimizer, at.x) if at.path else {})
     if first:
         for loss in (losses.upper, losses.lower):
             refuse_impure(loss, at.x, at.y)
@@ -88,6 +90,7 @@ def _require_reached(losses: Losses, at: Point) -> None:
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
             "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
             "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off). One "
-            "that says where the lower level starts, and nothing else, needs estimator=unroll. "
+            "that says where the lower level starts, or how it steps (Learned), and nothing else, "
+            "needs estimator=unroll. "
             "Where it is meant to reach neither, add 0 * x[...].sum() to upper_loss"
         )

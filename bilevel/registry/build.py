@@ -1,7 +1,8 @@
 """Components from plain data: a name and options, nested to any depth, checked as a whole.
 
 A field annotated with `Slot("linear")` takes a component of that group: a bare name, a mapping
-with `name` and options, or options alone, which then change the field's default component.
+with `name` and options, or options alone, which then change the field's default component. One
+annotated with a component's class itself takes that class's options, with no name.
 pydantic components, standard dataclasses and plain classes are all built the same way.
 """
 
@@ -220,6 +221,8 @@ class Builder:
                 return self._entries(arguments[1], given, where)
             if group is not None:
                 return self.component(group, given, where, default)
+            if isinstance(given, Mapping) and hasattr(member, "__pydantic_fields__"):
+                return self.options(member, given, where)
             if member is Path and isinstance(given, str):
                 return Built(Path(given), given)
         return Built(given, given)

@@ -36,6 +36,7 @@ _EXPECTED = {
     "too_short": "must have at least {min_length} items",
     "too_long": "must have at most {max_length} items",
     "is_instance_of": "must be a component of type {class}",
+    "dataclass_exact_type": "must be a mapping of {class_name}'s options",
 }
 
 

@@ -118,6 +118,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         entries = {str(key): plain(item) for key, item in value.items()}
         return NOTHING if any(e is NOTHING for e in entries.values()) else entries
+    if hasattr(type(value), "__pydantic_fields__"):
+        return content_of(value, fields_of(type(value))[0], {})
     return NOTHING
 
 

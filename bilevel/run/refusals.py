@@ -10,10 +10,12 @@ from bilevel import rng, tree
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import ProblemError
 from bilevel.events import Warned
+from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
 from bilevel.run.setup import Setup, State
 from bilevel.types import Counts, Estimator, Loss
+from bilevel.unrolling.path import refuse_learned
 
 
 def refuse_mismatch(setup: Setup) -> None:
@@ -21,6 +23,12 @@ def refuse_mismatch(setup: Setup) -> None:
     needs, offers, levels = setup.estimator.needs, setup.lower.offers, setup.levels
     estimator, lower = _names(setup)
     _refuse_ignored_prox(setup)
+    refuse_learned(setup.estimator, offers.learned)
+    if learned(setup.upper.optimizer):
+        raise ProblemError(
+            f"upper.optimizer takes {', '.join(learned(setup.upper.optimizer))} from x, and only the "
+            "steps of lower: gradient are differentiated in it; give a number"
+        )
     if needs.path and not offers.path:
         raise ProblemError(
             f"estimator {estimator} differentiates through the lower steps, "

@@ -26,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import calculus, tree
 from bilevel.errors import ProblemError
+from bilevel.optimizers.learned import upper_entries
 from bilevel.types import Loss, Params, Path
 from bilevel.unrolling.nested import flat, rebuild
-from bilevel.unrolling.path import projected
+from bilevel.unrolling.path import bound, projected
 from bilevel.unrolling.traced import Adjoint
 
 
@@ -36,30 +37,37 @@ def pull(one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> tuple[Params, Ad
     """(contribution to the hypergradient, adjoint before the step) of a path of one step.
 
     1 gradient, forward over reverse; 1 more to know ∇y G beforehand, unless the step is affine in
-    it and not projected.
+    it, not projected, and has no learned option.
 
     Raises:
         ProblemError: the loss does something that forward mode cannot.
     """
     loss = loss.on(one.batches[0])
-    if getattr(one.optimizer, "affine", False) and loss.structure.project is None:
+    taken = upper_entries(one.optimizer, x)
+    if getattr(one.optimizer, "affine", False) and loss.structure.project is None and not taken:
         g = tree.zeros_like(one.start)  # any will do: the derivative of the step does not see it
     else:
         _, g = calculus.gradient_y(loss, x, one.start)
-    at_y, at_g, at_state = _through_the_update(one, loss, g, adjoint)
+    at_x, at_y, at_g, at_state = _through_the_update(one, loss, taken, g, adjoint)
     contribution, product = along(loss, x, one.start, at_g)
+    for name, part in at_x.items():
+        contribution[name] = contribution[name] + part
     return contribution, (tree.add(at_y, product), at_state)
 
 
 def _through_the_update(
-    one: Path, loss: Loss, g: Params, adjoint: Adjoint
-) -> tuple[Params, Params, Any]:
-    """The adjoint of (y, ∇y G, state) as the optimizer and the projection are given them."""
-    parts = one.start, g, one.state
+    one: Path, loss: Loss, taken: Params, g: Params, adjoint: Adjoint
+) -> tuple[Params, Params, Params, Any]:
+    """The adjoint of (x, y, ∇y G, state) as the optimizer and the projection are given them.
+
+    Of x there are the entries that are `taken` as options of the optimizer.
+    """
+    parts = taken, one.start, g, one.state
     inputs = [leaf.detach().requires_grad_() for part in parts for leaf in flat(part)]
     leaves = iter(inputs)
     with torch.enable_grad():
-        y, state = one.optimizer.step(*(rebuild(part, leaves) for part in parts))
+        options, y, g, state = (rebuild(part, leaves) for part in parts)
+        y, state = bound(one, loss, options, y).step(y, g, state)
         y = projected(loss, y)
     pairs = zip([*flat(y), *flat(state)], [*flat(adjoint[0]), *flat(adjoint[1])], strict=True)
     live = [(out, cotangent) for out, cotangent in pairs if out.requires_grad]
@@ -68,8 +76,8 @@ def _through_the_update(
         outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
     )
     leaves = iter(found)
-    at_y, at_g, at_state = (rebuild(part, leaves) for part in parts)
-    return at_y, at_g, at_state
+    at_x, at_y, at_g, at_state = (rebuild(part, leaves) for part in parts)
+    return at_x, at_y, at_g, at_state
 
 
 def along(loss: Loss, x: Params, y: Params, u: Params) -> tuple[Params, Params]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.errors import ProblemError
-from bilevel.types import Loss, Losses, LowerSolution, Params, Path, Point
+from bilevel.optimizers.learned import bound as bind
+from bilevel.optimizers.learned import learned, upper_entries
+from bilevel.types import (
+    Estimator,
+    Loss,
+    Losses,
+    LowerSolution,
+    Optimizer,
+    Params,
+    Path,
+    Point,
+)
 
 
 def step(
@@ -34,8 +45,16 @@ def step(
             name: torch.zeros_like(entry) if part is None else part
             for (name, entry), part in zip(y.items(), found, strict=True)
         }
-        y, state = path.optimizer.step(y, g, state)
+        y, state = bound(path, loss, x, y).step(y, g, state)
         return projected(loss, y), state
+
+
+def bound(path: Path, loss: Loss, x: Params, y: Params) -> Optimizer:
+    """The path's optimizer with what it takes from x, which is noted to reach G's steps."""
+    if not learned(path.optimizer):
+        return path.optimizer
+    loss.counts.reached.update(upper_entries(path.optimizer, x))
+    return bind(path.optimizer, x, y)
 
 
 def projected(loss: Loss, y: Params) -> Params:
@@ -81,10 +100,12 @@ def advance(path: Path, loss: Loss, x: Params, steps: int) -> Path:
     y, state = tree.detach(begin(path, x)), path.state
     if not steps:
         return replace(path, start=y)
+    with torch.no_grad():
+        optimizer = bound(path, loss, x, y)
     for batch in path.batches[:steps]:
         _, g = calculus.gradient_y(loss.on(batch), x, y)
         with torch.no_grad():
-            y, state = path.optimizer.step(y, g, state)
+            y, state = optimizer.step(y, g, state)
             y = projected(loss, y)
     return Path(path.optimizer, y, state, path.batches[steps:])
 
@@ -113,6 +134,26 @@ def require_steps(path: Path | None, needed: float, name: str) -> None:
     raise ProblemError(
         f"{name} follows {asked} of the {taken} lower steps, and only the last {kept} were recorded: "
         f"its hypergradient would be that of a shorter path; call solve_lower(..., record=True){fewer}"
+    )
+
+
+def refuse_learned(estimator: Estimator, entries: Collection[str]) -> None:
+    """Raise `ProblemError` where options of the lower steps are learned and this cannot learn them.
+
+    `entries` are the entries of x that the steps take.
+    """
+    if not entries or estimator.needs.learned:
+        return
+    name = type(estimator).__name__
+    why = (
+        f"{name} differentiates the lower solution, which does not depend on how it is reached"
+        if estimator.claim == "solution"
+        else f"{name} does not differentiate them"
+    )
+    raise ProblemError(
+        f"the lower steps take {', '.join(sorted(entries))} from x (a learned option of the lower "
+        f"optimizer), and {why}: its hypergradient there would be a silent zero; use "
+        "estimator: unroll, forward or zeroth_order, or a number in the optimizer"
     )
 
 

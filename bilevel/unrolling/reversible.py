@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.products import Linearization
 from bilevel.errors import ProblemError
 from bilevel.optimizers.differentiable import SGD
+from bilevel.optimizers.learned import Learned, learned
 from bilevel.types import Loss, Losses, Params, Path, Point
 from bilevel.unrolling.path import advance, pull_start
 
@@ -57,7 +59,16 @@ def differentiate(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, at_y))
 
 
-def sgd(path: Path, loss: Loss) -> SGD:
+class Momentum(NamedTuple):
+    """The numbers of an SGD whose steps can be run backwards."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+
+
+def sgd(path: Path, loss: Loss) -> Momentum:
     """The optimizer of a path, if its steps can be run backwards.
 
     Raises:
@@ -66,18 +77,26 @@ def sgd(path: Path, loss: Loss) -> SGD:
     optimizer, why = path.optimizer, ""
     if not isinstance(optimizer, SGD):
         why = f"{type(optimizer).__name__} is not SGD"
-    elif not SMALLEST <= optimizer.momentum <= 1:
-        why = f"momentum = {optimizer.momentum}, outside [1/256, 1]: what came before is forgotten"
+    elif learned(optimizer):
+        why = f"{', '.join(learned(optimizer))} is learned, and a step is undone by whole numbers"
+    elif not SMALLEST <= (momentum := _number(optimizer.momentum)) <= 1:
+        why = f"momentum = {momentum}, outside [1/256, 1]: what came before is forgotten"
     elif optimizer.nesterov:
         why = "a Nesterov step moves y by the very gradient that is to be found from where it ends"
     elif loss.structure.project:
         why = "a projection forgets where it projected from"
     else:
-        return optimizer
+        lr, decay = _number(optimizer.lr), _number(optimizer.weight_decay)
+        return Momentum(lr, momentum, optimizer.dampening, decay)
     raise ProblemError(
         f"memory: reversible runs the lower steps backwards, and these cannot be: {why}; take "
         "optimizer: {name: sgd, momentum: 0.9}, or set memory: recompute or checkpoint"
     )
+
+
+def _number(option: float | Learned) -> float:
+    assert not isinstance(option, Learned)
+    return option
 
 
 @dataclass(frozen=True)

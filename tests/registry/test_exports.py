@@ -14,6 +14,7 @@ from bilevel.registry.exports import exports
 
 GROUPS = {"problem": "problems"}
 NOT_REGISTERED = {
+    "optimizers": {"Learned"},
     "problem": {"FromModules", "Levels", "Problem"},
     "run": {"Setup", "Upper"},
     "sinks": {"Receiver", "Sink"},

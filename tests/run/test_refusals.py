@@ -21,6 +21,8 @@ from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.proximal import Proximal
+from bilevel.optimizers.differentiable import SGD
+from bilevel.optimizers.learned import Learned
 from bilevel.problem.levels import Levels
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
@@ -60,6 +62,16 @@ REFUSED = {
         made(estimator=KKT()),
         "add it, or use estimator: implicit",
         {"estimator": Implicit()},
+    ),
+    "a learned rate that nothing differentiates": (
+        made(lower=Gradient(optimizer=SGD(lr=Learned(upper="x")))),
+        "use estimator: unroll, forward or zeroth_order, or a number",
+        {"lower": Gradient()},
+    ),
+    "a learned rate of the upper steps": (
+        replace(made(), upper=Upper(optimizer=SGD(lr=Learned(upper="x")))),
+        "give a number",
+        {"upper": Upper()},
     ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
     "no start to learn": (
@@ -118,7 +130,8 @@ def test_each_refusal_has_a_case():
             refuse_mismatch(setup)
         where = refused.traceback[-1]
         told.add((where.path.name, where.lineno))
-    elsewhere = {"levels.py"}  # what is no problem, and what a lower solver would ignore
+    # what is no problem, what a lower solver would ignore, and what no estimator of y* sees
+    elsewhere = {"levels.py", "path.py"}
     assert {name for name, _ in told} == {"refusals.py", *elsewhere}
     assert len({at for at in told if at[0] not in elsewhere}) == len(raised)
 
