@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Tabulated:
+    """What measures were computed from, a row a case (a question, a picture): plain data."""
+
+    step: int
+    name: str
+    rows: Sequence[Mapping[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A figure the problem made: a `matplotlib.figure.Figure`."""
 
@@ -114,4 +123,4 @@ class Finished:
     """At how many steps each kind of warning held, those before a resume included."""
 
 
-Event = Progress | Started | Stepped | Evaluated | Drawn | Warned | Saved | Finished
+Event = Progress | Started | Stepped | Evaluated | Tabulated | Drawn | Warned | Saved | Finished

@@ -77,7 +77,7 @@ OPTIONAL: Mapping[str, Optional] = {
     "evaluate": Optional(
         "(x, y) -> dict[str, float]",
         "measures before and after a run, and as often as the recipe says; a generator of Progress "
-        "may return them",
+        "may return them, and yield Tabulated: the cases they are computed from",
     ),
     "figures": Optional("(x, y) -> dict[str, Figure]", "matplotlib figures, drawn at the end"),
     "export": Optional(

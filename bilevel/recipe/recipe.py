@@ -235,7 +235,7 @@ SECTIONS = (
 DEFAULTS: Mapping[str, Any] = {
     "lower": "gradient",
     "estimator": "implicit",
-    "sinks": ["jsonl", "figures"],
+    "sinks": ["jsonl", "rows", "figures"],
 }
 
 

@@ -7,7 +7,7 @@ any event, and a test is `list(run(setup, state))`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,17 @@ import torch
 
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError
-from bilevel.events import Drawn, Evaluated, Event, Finished, Progress, Started, Stepped
+from bilevel.events import (
+    Drawn,
+    Evaluated,
+    Event,
+    Finished,
+    Progress,
+    Started,
+    Stepped,
+    Tabulated,
+    Warned,
+)
 from bilevel.problem import estimation
 from bilevel.problem.levels import point_of
 from bilevel.run.refusals import caution, refuse_mismatch
@@ -74,8 +84,18 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
     began = time.perf_counter()
     metrics = measure(state.x, state.y)
     if isinstance(metrics, Iterator):
-        metrics = yield from metrics
+        metrics = yield from _at(state.step, metrics)
     yield Evaluated(state.step, metrics, time.perf_counter() - began)
+
+
+def _at(step: int, work: Iterator[Event]) -> Generator[Event, None, Any]:
+    """What a problem yields while it measures, with the step, which it is not told."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            return end.value
+        yield replace(event, step=step) if isinstance(event, (Tabulated, Warned)) else event
 
 
 def _draw(setup: Setup, state: State) -> Iterator[Event]:

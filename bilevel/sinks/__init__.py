@@ -1,6 +1,7 @@
 """Where events go. A sink is a frozen component; `open` begins its record in a run folder.
 
-`jsonl` is the record, `figures` what a problem drew, `console` the progress that is shown. A sink
+`jsonl` is the record, `rows` what measures were computed from, `figures` what a problem drew,
+`console` the progress that is shown. A sink
 sees events and nothing of the run behind them.
 """
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bilevel.events import Event
     from bilevel.sinks.figures import Figures as Figures
     from bilevel.sinks.jsonl import JSONLines as JSONLines
+    from bilevel.sinks.rows import RowFiles as RowFiles
 else:
     __getattr__, __dir__ = exports(__name__, "sinks")
 

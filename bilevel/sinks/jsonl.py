@@ -1,7 +1,7 @@
 """events.jsonl: every event of a run, as `bilevel.runfolder.record` reads it.
 
-What depends on how the run was computed and not on what it computed (progress, saved
-checkpoints, resumption) is left out, so that the record of a run that was stopped and resumed
+Tables are files of their own (the sink `rows`). What depends on how the run was computed and not
+on what it computed (progress, saved checkpoints, resumption) is left out, so that the record of a run that was stopped and resumed
 equals that of one never stopped, but for the fields called `seconds`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from bilevel.components import component
 from bilevel.errors import CheckpointError
-from bilevel.events import Drawn, Evaluated, Event, Progress, Saved, Started, Warned
+from bilevel.events import Drawn, Evaluated, Event, Progress, Saved, Started, Tabulated, Warned
 from bilevel.runfolder import record
 
 
@@ -57,7 +57,7 @@ class JSONLinesWriter:
             raise _unwritten(self._file.name, error) from error
 
     def _is_news(self, event: Event) -> bool:
-        if isinstance(event, (Progress, Saved)):
+        if isinstance(event, (Progress, Saved, Tabulated)):
             return False
         if isinstance(event, Started):
             again, self._has_started = self._has_started, True

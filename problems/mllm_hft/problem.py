@@ -21,7 +21,7 @@ from torch import Tensor
 from bilevel import rng, tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.events import Progress, Warned
+from bilevel.events import Progress, Tabulated, Warned
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -30,7 +30,7 @@ from .batches import Data, contrast_batch, joined, numbered, task_batch
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
-from .evaluation.measures import Metrics, Row
+from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
 from .models.adapters import start_lora
@@ -62,8 +62,6 @@ class Prepared:
     reference: Params = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    rows: dict[str, list[Row]] = field(default_factory=dict)
-    """Of the last evaluation."""
 
 
 @component
@@ -92,6 +90,8 @@ class HierarchicalFineTuning:
     questions, those are asked."""
     generate_answers: bool = False
     """Also measure answers that the model writes out, and not its logits alone: slower."""
+    caption_tokens: PositiveInt = 48
+    """A caption that has not ended by then is cut, and counted in captions/cut_short."""
     warm_up: NonNegativeInt = 600
     """Steps of the projector alone on the task, before anything else."""
     warm_up_rate: PositiveFloat = 5e-3
@@ -199,16 +199,12 @@ class HierarchicalFineTuning:
     def project_lower(self, y: Params) -> Params:
         return formulations.project(y)
 
-    @property
-    def rows(self) -> dict[str, list[Row]]:
-        """Questions, captions and pictures of the last evaluation, one row each."""
-        return self._prepared.rows
-
-    def evaluate(self, x: Params, y: Params) -> Generator[Progress | Warned, None, Metrics]:
-        """Every measure on the evaluated split; yields its progress and returns them."""
+    def evaluate(
+        self, x: Params, y: Params
+    ) -> Generator[Progress | Warned | Tabulated, None, Metrics]:
+        """Every measure on the evaluated split; yields its progress and tables, and returns them."""
         prepared = self._prepared
         found = yield from self._evaluator.measure({**x, **y}, prepared.evaluation)
-        prepared.rows = found.rows
         return {**found.metrics, **prepared.loaded.facts, **self._learned({**x, **y})}
 
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
@@ -245,6 +241,7 @@ class HierarchicalFineTuning:
             prepared.device,
             prepared.dtype,
             self.generate_answers,
+            self.caption_tokens,
         )
 
     def _learned(self, at: Params) -> Metrics:

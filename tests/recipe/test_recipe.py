@@ -53,7 +53,7 @@ def test_a_recipe_is_what_its_text_says():
     assert recipe.estimator.damping == 0.5
     assert recipe.runtime.dtype == "float32"
     assert recipe.checkpoint.keep == 2
-    assert [type(sink).__name__ for sink in recipe.sinks] == ["JSONLines", "Figures"]
+    assert [type(sink).__name__ for sink in recipe.sinks] == ["JSONLines", "RowFiles", "Figures"]
 
 
 def test_all_defaults_are_filled_in():

@@ -11,7 +11,16 @@ from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unroll import Unroll
-from bilevel.events import Drawn, Evaluated, Finished, Progress, Started, Stepped
+from bilevel.events import (
+    Drawn,
+    Evaluated,
+    Finished,
+    Progress,
+    Started,
+    Stepped,
+    Tabulated,
+    Warned,
+)
 from bilevel.linear.cg import CG
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
@@ -159,6 +168,22 @@ def test_what_a_problem_may_add_is_called():
     assert float(state.x["log_penalty"].max()) <= -0.5
     assert [e for e in events if isinstance(e, Evaluated)][-1].metrics["largest"] <= 0.1
     assert [e.name for e in events if isinstance(e, Drawn)] == ["map"]
+
+
+def test_what_a_problem_yields_while_it_measures_bears_the_step():
+    class Telling(Noisy):
+        def evaluate(self, x, y):
+            yield Progress("evaluate", 1)
+            yield Tabulated(0, "cases", ({"id": "a"},))
+            yield Warned(0, "odd", "as it is")
+            return {"measure": 1.0}
+
+    s = setup(Telling(), steps=2)
+    told = [e for e in run(s, start(s)) if isinstance(e, (Tabulated, Warned, Evaluated))]
+    kinds = [(type(e).__name__, e.step) for e in told if getattr(e, "kind", "odd") == "odd"]
+    once = ["Tabulated", "Warned", "Evaluated"]
+    assert kinds == [(kind, step) for step in (0, 2) for kind in once]
+    assert told[0].rows == ({"id": "a"},)
 
 
 def test_a_cold_start_forgets_momentum():

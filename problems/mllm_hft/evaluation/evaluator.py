@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.events import Progress, Warned
+from bilevel.events import Progress, Tabulated, Warned
 from bilevel.types import Params
 
 from ..formulations import split, task
@@ -24,10 +24,15 @@ from ..models.tokenizer import Tokenizer, until_end
 from ..sources.protocol import Kind
 from .evaluation_split import EvaluationSplit, PopeQuestions
 from .measures import Metrics, gap
-from .reports import Findings, report_captions, report_pictures, report_questions
+from .reports import (
+    Findings,
+    report_captions,
+    report_endings,
+    report_pictures,
+    report_questions,
+)
 
 CHUNK = 128
-CAPTION_TOKENS = 48
 ANSWER_TOKENS = 8
 
 
@@ -51,10 +56,12 @@ class Evaluator:
     dtype: torch.dtype
     generate_answers: bool = False
     """Measure answers that are written out, too, beside those read off the logits."""
+    caption_tokens: int = 48
+    """A caption that has not ended by then is cut."""
 
     def measure(
         self, parameters: Params, evaluation: EvaluationSplit
-    ) -> Generator[Progress | Warned, None, Findings]:
+    ) -> Generator[Progress | Warned | Tabulated, None, Findings]:
         """Task loss, answers, captions and the gap, with a row for each question and picture."""
         weights, _ = split(parameters)
         found = Findings()
@@ -75,6 +82,8 @@ class Evaluator:
         yield Progress("evaluation", len(stages), len(stages))
         for kind, message in found.warnings.items():
             yield Warned(0, kind, message)
+        for name, rows in found.rows.items():
+            yield Tabulated(0, name, tuple(rows))
         return found.finish()
 
     @torch.no_grad()
@@ -95,14 +104,15 @@ class Evaluator:
     def describe(
         self, weights: Params, evaluation: EvaluationSplit
     ) -> tuple[list[str], list[bool]]:
-        """Greedy captions, and whether each ended by itself before `CAPTION_TOKENS`."""
+        """Greedy captions, and whether each ended by itself within `caption_tokens`."""
         by_instruction: dict[str, list[int]] = {}
         for i, scene in enumerate(evaluation.scenes):
             by_instruction.setdefault(scene.instruction, []).append(i)
         said: dict[int, tuple[str, bool]] = {}
         for instruction, places in by_instruction.items():
             asked = prompt_ids(instruction, self.tokenizer, self.template)
-            lines = self._generate(weights, evaluation, torch.tensor(places), asked, CAPTION_TOKENS)
+            scenes, allowed = torch.tensor(places), self.caption_tokens
+            lines = self._generate(weights, evaluation, scenes, asked, allowed)
             said |= dict(zip(places, lines, strict=True))
         found = [said[i] for i in range(len(evaluation.scenes))]
         return [text for text, _ in found], [ended for _, ended in found]
@@ -140,6 +150,7 @@ class Evaluator:
 
     def _caption(self, found: Findings, weights: Params, evaluation: EvaluationSplit) -> None:
         said, ended = self.describe(weights, evaluation)
+        report_endings(found, ended, self.caption_tokens)
         report_captions(
             found, said, ended, evaluation.scenes, evaluation.lexicon, evaluation.association
         )

@@ -6,11 +6,9 @@ every measure again on resampled pictures, as a paired bootstrap of two runs doe
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -101,6 +99,19 @@ def report_questions(
         findings.rows["questions"].append(row)
 
 
+def report_endings(findings: Findings, ended: Sequence[bool], allowed: int) -> None:
+    """The share of captions that were cut after `allowed` tokens; a large one is a warning."""
+    if not ended:
+        return
+    cut = 1 - sum(ended) / len(ended)
+    findings.add("captions", {"cut_short": cut})
+    if cut > WORTH_SAYING:
+        findings.warnings["captions_cut_short"] = (
+            f"{cut:.0%} of {len(ended)} captions were cut after {allowed} tokens, before they ended; "
+            "coverage is too low and CHAIR may be, too: raise problem.caption_tokens"
+        )
+
+
 def report_captions(
     findings: Findings,
     captions: Sequence[str],
@@ -111,8 +122,7 @@ def report_captions(
 ) -> None:
     """CHAIR with coverage, or AMBER's generative measures where `association` is given.
 
-    Of scenes whose objects are all known; captions that were cut short before they ended, and
-    those that name no known object, are counted and said.
+    Of scenes whose objects are all known; captions that name no known object are counted and said.
     """
     known = [i for i, scene in enumerate(scenes) if scene.annotated]
     if len(known) < len(scenes):
@@ -126,10 +136,8 @@ def report_captions(
     kept = [scenes[i] for i in known]
     said = [lexicon.names(caption) for caption in captions]
     present, lures = [scene.names for scene in kept], [scene.lures for scene in kept]
-    counted = {
-        "without_object": without_object(said),
-        "cut_short": 1 - sum(ended) / len(ended),
-    }
+    silent = without_object(said)
+    counted = {"without_object": silent}
     if association is None:
         rows = chair_rows(said, present)
         findings.add("chair", {**chair(said, present), **counted})
@@ -139,7 +147,12 @@ def report_captions(
     for i, caption, end, row in zip(known, captions, ended, rows, strict=True):
         about = {"id": scenes[i].id or str(i), "caption": caption, "ended": end}
         findings.rows["captions"].append({**about, **row})
-    findings.warnings |= _worth_saying(counted, len(kept))
+    if silent > WORTH_SAYING:
+        findings.warnings["captions_without_object"] = (
+            f"{silent:.0%} of {len(kept)} captions name none of the known objects, so CHAIR says "
+            "nothing of them and looks better than it is; read some in the rows, and give other "
+            "words for the objects (source.synonyms)"
+        )
 
 
 def report_pictures(
@@ -157,25 +170,3 @@ def report_pictures(
         cosines = {kind: float(false[i, k]) for k, kind in enumerate(kinds) if present[i, k]}
         row = {"id": scene.id or str(i), "true": float(true[i]), "hallucinated": cosines}
         findings.rows["pictures"].append(row)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Rows as JSON lines."""
-    lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def _worth_saying(counted: Metrics, number: int) -> dict[str, str]:
-    found = {}
-    if (share := counted["without_object"]) > WORTH_SAYING:
-        found["captions_without_object"] = (
-            f"{share:.0%} of {number} captions name none of the known objects, so CHAIR says "
-            "nothing of them and looks better than it is; read some in the rows, and give other "
-            "words for the objects (source.synonyms)"
-        )
-    if (share := counted["cut_short"]) > WORTH_SAYING:
-        found["captions_cut_short"] = (
-            f"{share:.0%} of {number} captions were cut before they ended; coverage is too low "
-            "and CHAIR may be, too: allow more tokens"
-        )
-    return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped
+from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped, Tabulated
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel_problems.mllm_hft.formulations import FORMS, project
@@ -295,7 +297,39 @@ def test_files_on_disk_and_a_checkpoint_run_two_steps(checkpoint, tmp_path):
     assert measured["pope_popular/blind_accuracy"] <= 0.5  # the name says nothing here
     assert "chair/chair_i" in measured
     assert not any(name.startswith("pope_random") for name in measured)
-    assert [len(problem.rows[name]) for name in ("questions", "captions", "pictures")] == [4] * 3
+    tables = {event.name: event.rows for event in events if isinstance(event, Tabulated)}
+    assert {name: len(rows) for name, rows in tables.items()} == dict.fromkeys(
+        ("questions", "captions", "pictures"), 4
+    )
+
+
+def test_two_runs_are_compared_in_pairs_by_their_rows(tmp_path):
+    """Rows give the measures again, and the bootstrap of docs/mllm_data.md their difference."""
+    from bilevel.sinks.rows import RowFiles
+
+    accuracy = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        made = setup(prepared(formulation="weighted"), steps=1)
+        receiver = RowFiles().open(tmp_path / name, None)
+        for event in engine.run(made, engine.start(replace(made, seed=seed))):
+            receiver.receive(event)
+            if isinstance(event, Evaluated):
+                accuracy[name] = event.metrics["pope_random/accuracy"]
+        assert event.step == 1
+        assert (tmp_path / name / "rows" / "start" / "captions.jsonl").is_file()
+    page = (Path(__file__).parents[3] / "docs" / "mllm_data.md").read_text(encoding="utf-8")
+    (block,) = [
+        b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "accuracy_gain" in b
+    ]
+    names: dict = {}
+    exec(block, names)
+    a, b = tmp_path / "a", tmp_path / "b"
+    right = names["right_answers"](a, "pope_random")
+    assert sum(map(sum, right.values())) / sum(map(len, right.values())) == accuracy["a"]
+    gain, low, high = names["accuracy_gain"](b, a, "pope_random")
+    assert gain == pytest.approx(accuracy["b"] - accuracy["a"])
+    assert low <= gain <= high
+    assert names["accuracy_gain"](a, a, "pope_random") == (0, 0, 0)
 
 
 def test_what_is_pretrained_on_scenes_refuses_files(tmp_path):

@@ -1,7 +1,5 @@
 """Measures with a row for each question, caption and picture, and warnings where they mislead."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,9 +9,9 @@ from bilevel_problems.mllm_hft.evaluation.questions import Question, own_questio
 from bilevel_problems.mllm_hft.evaluation.reports import (
     Findings,
     report_captions,
+    report_endings,
     report_pictures,
     report_questions,
-    write_rows,
 )
 from bilevel_problems.mllm_hft.sources.mentions import Association, Lexicon
 from bilevel_problems.mllm_hft.sources.protocol import OwnQuestion, Scene
@@ -72,18 +70,30 @@ def test_captions_with_rows_that_give_the_measure_again():
     }  # fmt: skip
     again = chair([WORDS.names(row["caption"]) for row in rows], [r["present"] for r in rows])
     assert {f"chair/{n}": v for n, v in again.items()}.items() <= found.metrics.items()
-    assert (found.metrics["chair/without_object"], found.metrics["chair/cut_short"]) == (0, 0)
+    assert found.metrics["chair/without_object"] == 0
     assert not found.warnings
 
 
-def test_captions_of_no_object_and_captions_cut_short_are_said():
+def test_captions_of_no_object_are_counted_and_said():
     found = Findings()
     report_captions(found, ["It is sunny.", "A dog and a"], [True, False], SCENES, WORDS)
     assert found.metrics["chair/without_object"] == 0.5
-    assert found.metrics["chair/cut_short"] == 0.5
-    assert set(found.warnings) == {"captions_without_object", "captions_cut_short"}
+    assert set(found.warnings) == {"captions_without_object"}
     assert "50% of 2 captions name none" in found.warnings["captions_without_object"]
     assert "source.synonyms" in found.warnings["captions_without_object"]
+
+
+def test_captions_cut_short_are_counted_and_said_with_the_remedy():
+    found = Findings()
+    report_endings(found, [True, False, True, True], 48)
+    assert found.metrics == {"captions/cut_short": 0.25}
+    (message,) = found.warnings.values()
+    assert "25% of 4 captions were cut after 48 tokens" in message
+    assert "raise problem.caption_tokens" in message
+    few = Findings()
+    report_endings(few, [False, *[True] * 19], 48)
+    assert few.metrics["captions/cut_short"] == pytest.approx(0.05)
+    assert not few.warnings
 
 
 def test_pictures_without_a_list_of_objects_are_left_out_and_said():
@@ -121,13 +131,6 @@ def test_pictures_have_their_cosines():
     assert first == {"id": "x", "true": 1.0, "hallucinated": {"object": 0.0, "count": 1.0}}
     assert second["true"] == pytest.approx(0.5**0.5)
     assert set(second["hallucinated"]) == {"object"}
-
-
-def test_rows_are_written_as_json_lines(tmp_path):
-    rows = [{"id": "é", "score": 1.0}, {"id": "b", "score": 2.0}]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows
 
 
 def test_questions_that_come_with_pictures():
