@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .evaluation.evaluation_split import Captions
+from .losses import Choice, negatives
 from .models import pictures
 from .models.instructions import Rows
 from .models.pictures import Pictures
@@ -47,14 +49,17 @@ def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     return {**data.pictures.take(index), **data.dialogues.take(index)}
 
 
-def contrast_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
-    """Pictures with their numbers, each with its caption and hallucinated captions."""
+def contrast_batch(
+    data: Data, size: int, stream: torch.Generator, choice: Choice = "own"
+) -> dict[str, Any]:
+    """Pictures with their numbers, each with its caption and hallucinated captions.
+
+    `against` says what of the batch is a negative of which picture.
+    """
     index = drawn(len(data.pictures), size, stream)
-    return {
-        **data.pictures.take(index),
-        **data.captions.take(index),
-        "picture": data.picture[index],
-    }
+    picture, lines = data.picture[index], data.captions.take(index)
+    against = negatives(picture, data.captions.line[index], lines["present"], choice)
+    return {**data.pictures.take(index), **lines, "picture": picture, "against": against}
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

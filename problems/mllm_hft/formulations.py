@@ -28,7 +28,6 @@ from .losses import (
     TAU_START,
     contrastive_loss,
     log_kind_weights,
-    negatives,
     task_loss,
     temperature,
 )
@@ -116,7 +115,7 @@ def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("features", "layout", "grid") if name in batch}
 
 
-def contrast(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
+def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Tensor:
     """L_C on a batch of pictures, each with its caption (first) and hallucinated captions."""
     weights, scalars = split(parameters)
     image = call(network, weights, "image", **seen(batch))
@@ -128,7 +127,7 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Tensor]) -> 
         image,
         text[:, 0],
         text[:, 1:],
-        negatives(batch["picture"], batch["line"], batch["present"], "own"),
+        batch["against"],
         log_kind_weights(scalars["kind_scores"]),
         temperature(scalars["log_tau"]),
     )

@@ -33,11 +33,12 @@ from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
+from .losses import Choice
 from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.export import export
 from .models.instructions import conversations
-from .models.network import Backbone, LoadedModel, parameters
+from .models.network import Backbone, Heads, LoadedModel, hacl_heads, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
 from .sources.protocol import Corpus, Encoder, Scene, Source, Split
@@ -99,6 +100,12 @@ class HierarchicalFineTuning:
     upper_batch: PositiveInt = 32
     anchor: NonNegativeFloat = 2.0
     """μ of two_variable, which holds the projector to the warmed-up one."""
+    negatives: Choice = "own"
+    """Hallucinated captions that a picture is contrasted with: its own, or those of the whole batch,
+    as HACL's code has it."""
+    heads: Heads = "orthonormal"
+    """Heads that embeddings are read through: orthonormal rows, the same for pictures and text, of the
+    model's width; hacl: two linear maps to a quarter of it, with bias, each drawn on its own."""
     contrast: PositiveFloat = 0.5
     """λ of joint, and where that of weighted starts."""
     clean: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -136,6 +143,8 @@ class HierarchicalFineTuning:
         upper, _ = yield from self._data(loaded, "upper", self.upper)
         evaluation = yield from self._evaluation(loaded, scenes)
         yield from self._warm_up(loaded, train)
+        if self.heads == "hacl":
+            hacl_heads(loaded.network, rng.stream(self.seed, "heads"))
         scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
         prepared = Prepared(
             loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}
@@ -190,7 +199,9 @@ class HierarchicalFineTuning:
                     ]
                 )
             if self._form.contrast:
-                batch["contrast"] = contrast_batch(prepared.train, self.lower_batch, stream)
+                batch["contrast"] = contrast_batch(
+                    prepared.train, self.lower_batch, stream, self.negatives
+                )
             yield batch
 
     def project_upper(self, x: Params) -> Params:

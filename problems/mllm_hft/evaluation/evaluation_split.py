@@ -49,7 +49,6 @@ class Captions:
             "ids": self.ids[index, :, :width],
             "mask": mask[:, :, :width],
             "present": self.present[index],
-            "line": self.line[index],
         }
 
 

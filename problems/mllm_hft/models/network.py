@@ -29,6 +29,7 @@ from .template import Template
 from .tokenizer import Tokenizer
 
 Group = Literal["lora", "projector", "heads"]
+Heads = Literal["orthonormal", "hacl"]
 
 ATTENTION = "eager"
 HALF = (torch.bfloat16, torch.float16)
@@ -262,6 +263,22 @@ def start_heads(network: Network, generator: torch.Generator) -> None:
     nn.init.orthogonal_(rows, generator=generator)
     for head in (network.image_head, network.text_head):
         head.weight.copy_(rows)
+
+
+def hacl_heads(network: Network, generator: torch.Generator) -> None:
+    """Put HACL's heads in the place of those that are there, as its released code draws them.
+
+    arXiv:2312.06968: two linear maps h → h/4 with bias, one for pictures and one for text, drawn
+    apart and uniformly in ±1/√h. At first cosines are those of unrelated random projections.
+    """
+    hidden = network.image_head.in_features
+    bound, like = hidden**-0.5, network.image_head.weight
+    for name in ("image_head", "text_head"):
+        head = nn.utils.skip_init(nn.Linear, hidden, hidden // 4, device=like.device)
+        for value in head.parameters():
+            drawn = torch.empty(value.shape).uniform_(-bound, bound, generator=generator)
+            value.data = drawn.to(like)
+        setattr(network, name, head.requires_grad_(False))
 
 
 @dataclass(frozen=True)

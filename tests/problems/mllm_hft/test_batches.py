@@ -53,12 +53,16 @@ def test_scenes_are_drawn_evenly():
     assert (counts - 400).abs().max() < 62
 
 
-def test_a_batch_says_which_picture_and_which_line():
+def test_a_batch_says_which_picture_and_what_is_no_negative():
     batch = contrast_batch(data(4), 3, stream(0, "b"))
-    assert torch.equal(batch["picture"].float(), batch["features"].flatten())
-    true = batch["line"][:, 0]
-    assert torch.equal(true, torch.where(batch["picture"] % 2 == 0, true.min(), true.max()))
-    assert len(set(batch["line"][:, 1].tolist())) == 1
+    picture = batch["picture"]
+    assert torch.equal(picture.float(), batch["features"].flatten())
+    # Pictures of one parity have one caption; the only lie is about an object.
+    apart = picture[:, None] % 2 != picture % 2
+    assert torch.equal(batch["against"].pairs, apart)
+    assert batch["against"].hallucinated.sum(-1).tolist() == [1, 1, 1]
+    whole = contrast_batch(data(4), 3, stream(0, "b"), "batch")["against"].hallucinated
+    assert whole.sum((1, 2)).tolist() == [3, 3, 3]
 
 
 def test_lines_that_read_the_same_have_one_number():

@@ -18,7 +18,7 @@ from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped, Tabula
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel_problems.mllm_hft.formulations import FORMS, project
-from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE
+from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE, Negatives
 from bilevel_problems.mllm_hft.sources.photos import FOLDER
 from tests.problems.mllm_hft.miniature import miniature, prepared, setup
 
@@ -101,19 +101,31 @@ def test_pairs_of_one_picture_are_masked_in_the_lower_loss():
     x, y = problem.init(Streams(0))
     batch = next(problem.lower_batches(stream(0, "b")))["contrast"]
     assert len(set(batch["picture"].tolist())) == len(batch["picture"])
+    against = batch["against"]
 
-    def loss(**changed) -> float:
-        return float(problem.lower_loss(x, y, {"contrast": {**batch, **changed}}))
+    def loss(pairs, hallucinated) -> float:
+        changed = {**batch, "against": Negatives(pairs, hallucinated)}
+        return float(problem.lower_loss(x, y, {"contrast": changed}))
 
-    one = torch.zeros_like(batch["picture"])
-    alike = batch["line"].clone()
-    alike[:, 0] = alike.max() + 1
-    masked = loss(picture=one)  # each against its own hallucinated captions alone
-    assert masked < loss()
-    assert loss(line=alike) == pytest.approx(masked, rel=1e-6)
-    nothing = torch.zeros_like(batch["present"])
+    none = torch.zeros_like(against.pairs)
+    assert loss(none, against.hallucinated) < float(problem.lower_loss(x, y, {"contrast": batch}))
     with pytest.raises(ProblemError, match="no negative"):
-        loss(picture=one, present=nothing)
+        loss(none, torch.zeros_like(against.hallucinated))
+
+
+def test_negatives_of_the_whole_batch_and_hacls_heads():
+    own = prepared(formulation="two_variable")
+    whole = prepared(formulation="two_variable", negatives="batch")
+    x, y = own.init(Streams(0))
+    batches = [next(p.lower_batches(stream(0, "b"))) for p in (own, whole)]
+    assert batches[1]["contrast"]["against"].hallucinated.ndim == 3
+    assert float(whole.lower_loss(x, y, batches[1])) > float(own.lower_loss(x, y, batches[0]))
+    narrow = prepared(formulation="two_variable", heads="hacl", negatives="batch")
+    _, y = narrow.init(Streams(0))
+    assert {y["image_head.weight"].shape, y["text_head.weight"].shape} == {(4, 16)}
+    assert y["text_head.bias"].shape == (4,)
+    made = setup(narrow)
+    assert sum(isinstance(e, Stepped) for e in engine.run(made, engine.start(made))) == 2
 
 
 def test_weighted_is_task_plus_lambda_times_contrast():

@@ -8,7 +8,13 @@ import torch
 from bilevel.errors import ProblemError, RequirementError
 from bilevel_problems.mllm_hft.models.adapters import add_lora, start_lora
 from bilevel_problems.mllm_hft.models.instructions import before, conversations, prompts, texts
-from bilevel_problems.mllm_hft.models.network import Network, call, parameters, start_heads
+from bilevel_problems.mllm_hft.models.network import (
+    Network,
+    call,
+    hacl_heads,
+    parameters,
+    start_heads,
+)
 from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tiny import tiny_llava
 from bilevel_problems.mllm_hft.models.tokenizer import PretrainedTokenizer, WordTokenizer
@@ -155,6 +161,27 @@ def test_both_heads_start_as_one_isometry():
     rows = made.image_head.weight
     assert torch.equal(rows, made.text_head.weight)
     torch.testing.assert_close(rows @ rows.T, torch.eye(16).double(), rtol=0, atol=1e-6)
+
+
+def test_hacls_heads_are_a_quarter_wide_with_bias_and_drawn_apart(pictures):
+    made = network()
+    before, start = made.image(pictures), torch.random.get_rng_state()
+    hacl_heads(made, torch.Generator().manual_seed(0))
+    names = {f"{side}_head.{kind}" for side in ("image", "text") for kind in ("weight", "bias")}
+    heads = parameters(made, "heads")
+    assert heads.keys() == names
+    assert {tuple(heads[name].shape) for name in names} == {(4, 16), (4,)}
+    assert not torch.equal(heads["image_head.weight"], heads["text_head.weight"])
+    for name in names:
+        assert 0.1 < float(heads[name].abs().max()) <= 16**-0.5
+        assert not heads[name].requires_grad
+    assert before.shape == (3, 16)
+    assert made.image(pictures).shape == (3, 4)
+    assert made.image(pictures).dtype == torch.float64
+    # The bias is added: what the weight gives, and the bias.
+    bare = call(made, {"image_head.bias": torch.zeros(4).double()}, "image", features=pictures)
+    torch.testing.assert_close(made.image(pictures), bare + heads["image_head.bias"])
+    assert torch.equal(torch.random.get_rng_state(), start)
 
 
 def test_greedy_captions_are_the_argmax_without_a_cache(pictures):
