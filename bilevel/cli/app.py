@@ -58,7 +58,7 @@ def list_(
     ] = None,
 ) -> None:
     """List problems, estimators, solvers and recipes."""
-    from bilevel.cli.show import list_all
+    from bilevel.cli.ls import list_all
 
     with boundary():
         list_all(_console(), kind)
@@ -79,14 +79,10 @@ def show(
 ) -> None:
     """Show a component and its options, or a recipe."""
     with boundary():
-        if resolved:
-            from bilevel.cli.check import show_resolved
+        from bilevel.cli.show import show as show_name
+        from bilevel.cli.show import show_resolved
 
-            show_resolved(_console(), name)
-        else:
-            from bilevel.cli.show import show as show_name
-
-            show_name(_console(), name)
+        (show_resolved if resolved else show_name)(_console(), name)
 
 
 @app.command("cp")
@@ -95,7 +91,7 @@ def copy(
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
 ) -> None:
     """Copy a recipe, to change it."""
-    from bilevel.cli.show import copy as copy_recipe
+    from bilevel.cli.cp import copy as copy_recipe
 
     with boundary():
         copy_recipe(_console(), recipe, destination)
@@ -105,7 +101,7 @@ def copy(
 def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Check a recipe and show all that is wrong with it."""
     with boundary():
-        from bilevel.cli.check import validate as validate_recipe
+        from bilevel.cli.validate import validate as validate_recipe
 
         validate_recipe(_console(), recipe, overrides or [])
 
@@ -130,7 +126,7 @@ def run(
 def resume(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
     """Resume a run as if it had never been stopped."""
     with boundary():
-        from bilevel.cli.run import resume as resume_run
+        from bilevel.cli.resume import resume as resume_run
 
         resume_run(_console(), run, runs_dir)
 

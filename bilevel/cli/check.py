@@ -1,9 +1,8 @@
-"""`validate`, `check` and `show --resolved`: is the recipe valid, are the hypergradients right?"""
+"""`check`: are the hypergradients right on the recipe's problem? A row for each estimator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -33,25 +32,6 @@ _STYLES = {
     "refused": "yellow",
     "untested": "yellow",
 }
-
-
-def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:
-    """Load a recipe; says that it is valid, or raises with all that is wrong in it."""
-    path = locate(reference)
-    recipe = recipes.load(path, overrides)
-    text = f"{path}: valid (hash {recipe.hash[:12]})"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def show_resolved(console: Console, reference: str) -> None:
-    """Print a recipe with all defaults filled in."""
-    recipe = recipes.load(locate(_without_suffix(reference)))
-    console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _without_suffix(reference: str) -> str:
-    path = Path(reference)
-    return reference if path.is_file() else reference.removesuffix(path.suffix)
 
 
 def check(

@@ -1,32 +1,18 @@
-"""`run` and `resume`: the single loop that hands each event to every sink and saves the state."""
+"""`run`: a recipe in a new run folder."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from bilevel import recipe as recipes
-from bilevel import report, runfolder
-from bilevel.cli.boundary import Stopped, complain, requiring
+from bilevel import runfolder
 from bilevel.cli.names import locate
-from bilevel.cli.signals import Signals
-from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, RecipeError
-from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
+from bilevel.cli.run_loop import RunLoop
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.recipe import Recipe
 from bilevel.run import engine
-from bilevel.run.engine import Setup, State
-from bilevel.runfolder import checkpoint, record
-from bilevel.runfolder.folder import RunFolder
-from bilevel.sinks import Receiver
-from bilevel.sinks.console import ConsoleReceiver
 
 
 def run(console: Console, reference: str, overrides: Sequence[str], runs: Path, dry: bool) -> None:
@@ -51,184 +37,4 @@ def run(console: Console, reference: str, overrides: Sequence[str], runs: Path, 
         environment=runfolder.environment(),
     )
     with folder.lock():
-        _Run(console, recipe, setup, folder).begin()
-
-
-def resume(console: Console, reference: str, runs: Path) -> None:
-    """Go on with a run from its newest whole checkpoint, or from the start if it has none."""
-    folder = runfolder.find(reference, runs)
-    finished = folder.finished()
-    if finished and finished["reason"] == "done":
-        raise RecipeError(
-            f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
-            f"its recipe again: bilevel run {folder.resolved} upper.steps=…"
-        )
-    recipe = recipes.load(folder.resolved)
-    if recipe.hash != folder.environment()["hash"]:
-        raise RecipeError(
-            f"{folder.path}: {folder.resolved.name}, or a file that it names, was changed since "
-            "the run began, so that it cannot go on as if never stopped. Put it back, or start "
-            f"a new run: bilevel run {folder.resolved}"
-        )
-    setup = assemble(recipe)
-    with folder.lock():
-        found = checkpoint.latest(folder.checkpoints)
-        for reason in found.skipped if found else ():
-            complain(f"passed over {reason}", kind="warning: ")
-        _Run(console, recipe, setup, folder).go_on(found)
-
-
-@dataclass
-class _Run:
-    console: Console
-    recipe: Recipe
-    setup: Setup
-    folder: RunFolder
-    signals: Signals = field(default_factory=Signals)
-    receivers: list[Receiver] = field(default_factory=list)
-    saved: Path | None = None
-
-    def begin(self) -> None:
-        with self.signals:
-            try:
-                with self._closing_on_error(), self._requiring():
-                    early = self._prepare(None)
-                    state = engine.start(self.setup)
-            except BaseException as error:
-                self._discard()
-                if isinstance(error, Stopped):
-                    raise Stopped(error.code, "stopped before the first step: no run") from None
-                raise
-            try:
-                self._drive(state, early, None)
-            except Exception as error:
-                # A divergence is a result and a full disk may pass; after any other error before
-                # the first step is done there is nothing to go on from, nor to read.
-                lasting = not isinstance(error, (ConvergenceError, CheckpointError, OSError))
-                if lasting and state.step == 0 and self.saved is None:
-                    self._discard()
-                raise
-
-    def go_on(self, found: checkpoint.FoundCheckpoint | None) -> None:
-        with self.signals:
-            before = self._first_measures()
-            with self._closing_on_error(), self._requiring():
-                early = self._prepare(before)
-                if found is None:
-                    state, step = engine.start(self.setup), None
-                else:
-                    state = engine.restore(self.setup, checkpoint.load(found.path))
-                    step, self.saved = found.step, found.path
-            self._drive(state, early, step)
-
-    def _prepare(self, before: dict[str, float] | None) -> list[Event]:
-        shown = ConsoleReceiver(self.console, before)
-        self.signals.tell = shown.stopping
-        self.receivers.append(shown)
-        self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
-        early = []
-        for event in engine.prepare(self.setup):
-            shown.receive(event)
-            early.append(event)
-        return early
-
-    def _drive(self, state: State, early: Iterable[Event], step: int | None) -> None:
-        """Run to the end or to a signal. What was prepared is recorded once the record is open."""
-        try:
-            with self._closing_on_error():
-                shown = len(self.receivers)
-                for sink in self.recipe.sinks:
-                    self.receivers.append(sink.open(self.folder.path, step))
-                for event in early:
-                    for receiver in self.receivers[shown:]:
-                        receiver.receive(event)
-                self.signals.is_patient = True
-                self._loop(state)
-            self._close()
-        except Stopped as stopped:
-            raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
-        if self.signals.received:
-            raise Stopped(self.signals.code, self._how_to_resume())
-        self._report()
-
-    def _loop(self, state: State) -> None:
-        began = time.perf_counter()
-        for event in engine.run(self.setup, state):
-            self._deliver(event)
-            if isinstance(event, Finished):
-                self.signals.received = None
-            elif self._is_settled(event, state):
-                is_last = state.step == self.setup.upper.steps
-                if self.signals.received and not is_last:
-                    self._save(state)
-                    spent = time.perf_counter() - began
-                    warned = dict(state.warned)
-                    self._deliver(Finished(state.step, self.signals.reason, spent, warned))
-                    return
-                every = self.recipe.checkpoint.every
-                if is_last or (every and state.step and state.step % every == 0):
-                    self._save(state)
-
-    def _is_settled(self, event: Event, state: State) -> bool:
-        """Whether all events of the present step have come, so that none is lost or repeated."""
-        if isinstance(event, Evaluated):
-            return True
-        if not isinstance(event, Stepped):
-            return False
-        every = self.setup.evaluate_every
-        due = (every and state.step % every == 0) or state.step == self.setup.upper.steps
-        return not (due and "evaluate" in self.setup.levels)
-
-    def _save(self, state: State) -> None:
-        keep = self.recipe.checkpoint.keep
-        self.saved = checkpoint.save(
-            self.folder.checkpoints, state.save(), step=state.step, keep=keep
-        )
-        self._deliver(Saved(state.step, self.saved))
-
-    def _deliver(self, event: Event) -> None:
-        for receiver in self.receivers:
-            receiver.receive(event)
-
-    @contextmanager
-    def _closing_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            # A disk that took no event takes no last one either: the first failure is the one told.
-            with suppress(BilevelError, OSError):
-                self._close()
-            raise
-
-    def _close(self) -> None:
-        """Close each receiver, also where the one before it could not be."""
-        with ExitStack() as closing:
-            for receiver in self.receivers:
-                closing.callback(receiver.close)
-
-    def _discard(self) -> None:
-        shutil.rmtree(self.folder.path, ignore_errors=True)
-
-    def _requiring(self) -> AbstractContextManager[None]:
-        return requiring(f"problem {type(self.setup.problem).__name__}")
-
-    def _first_measures(self) -> dict[str, float] | None:
-        """Reads the whole record, so that damage is told before the problem's slow work."""
-        events = list(record.read(self.folder.path))
-        measured = (event["metrics"] for event in events if event["event"] == "evaluated")
-        first = next(measured, None)
-        return first and {name: record.number(value) for name, value in first.items()}
-
-    def _how_to_resume(self) -> str:
-        where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"
-        return f"Go on ({where}): bilevel resume {self.folder.path}"
-
-    def _report(self) -> None:
-        if report.missing():
-            return
-        try:
-            path = report.write(self.folder)
-        except (BilevelError, OSError) as error:
-            complain(f"no report: {error}", kind="warning: ")
-        else:
-            self.console.print(Text(f"{path}"), soft_wrap=True)
+        RunLoop(console, recipe, setup, folder).begin()

@@ -1,10 +1,8 @@
-"""`ls`, `show`, `cp`: what there is, read from source; imports no torch."""
+"""`show`: what a component says of itself, read from source without torch; a recipe's text."""
 
 from __future__ import annotations
 
-import shutil
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,60 +10,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from bilevel import recipe as recipes
 from bilevel import registry
-from bilevel.cli.names import SUFFIXES, locate, shipped, summary
+from bilevel.cli.names import SUFFIXES, locate, shipped
 from bilevel.errors import RecipeError
 from bilevel.recipe import yaml_source
 from bilevel.registry import presets
 from bilevel.registry.presets import Preset
 from bilevel.registry.source_docs import Option, Outline, outline_of
-
-_PRESETS = ", presets"
-
-
-def list_all(console: Console, kind: str | None) -> None:
-    """Print one kind of thing with a line on each, or the names of every kind."""
-    kinds = (*registry.groups(), "recipes")
-    if kind is not None and kind not in kinds:
-        raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
-    asked = [each for each in kinds if kind in (None, each)]
-    asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
-    tables = [(each, rows) for each in asked if (rows := _rows(each))]
-    if kind is None:
-        _names_only(console, tables)
-        return
-    width = max((len(name) for _, rows in tables for name, _ in rows), default=0)
-    for index, (each, rows) in enumerate(tables):
-        if index:
-            console.print()
-        console.print(Text(each, style="bold"))
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True, style="cyan", min_width=width)
-        table.add_column()
-        for name, text in rows:
-            table.add_row(Text(name), Text(text))
-        console.print(Padding(table, (0, 0, 0, 2)))
-
-
-def _names_only(console: Console, tables: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
-    width = max(len(each) for each, _ in tables)
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold", min_width=width)
-    table.add_column(style="cyan")
-    for each, rows in tables:
-        table.add_row(Text(each), Text(", ".join(name for name, _ in rows)))
-    console.print(table)
-    hint = "\nWhat each is: bilevel ls estimators. All about one: bilevel show implicit"
-    console.print(Text(hint, style="dim"))
-
-
-def _rows(kind: str) -> list[tuple[str, str]]:
-    if kind == "recipes":
-        return [(name, summary(path)) for name, path in sorted(shipped().items())]
-    if kind.endswith(_PRESETS):
-        group = kind.removesuffix(_PRESETS)
-        return [(preset.name, preset.about) for preset in presets.of(group).values()]
-    return [(entry.name, entry.summary) for entry in registry.entries(kind)]
 
 
 def show(console: Console, reference: str) -> None:
@@ -102,18 +54,15 @@ def show(console: Console, reference: str) -> None:
         console.print(Text(f"\n{hint}", style="dim"))
 
 
-def copy(console: Console, reference: str, destination: Path) -> None:
-    """Copy a recipe to a file or into a folder; never onto a file that is there."""
-    source = locate(reference)
-    target = destination / source.name if destination.is_dir() else destination
-    if target.suffix not in SUFFIXES:
-        target = target.with_name(f"{target.name}.yaml")
-    if target.exists():
-        raise RecipeError(f"{target}: is there already; remove it or name another file")
-    if not target.parent.is_dir():
-        raise RecipeError(f"{target.parent}: there is no such folder")
-    shutil.copyfile(source, target)
-    console.print(f"{target}   run it: bilevel run {target}", highlight=False, soft_wrap=True)
+def show_resolved(console: Console, reference: str) -> None:
+    """Print a recipe with all defaults filled in."""
+    recipe = recipes.load(locate(_without_suffix(reference)))
+    console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _without_suffix(reference: str) -> str:
+    path = Path(reference)
+    return reference if path.is_file() else reference.removesuffix(path.suffix)
 
 
 def _show_recipe_or_refuse(console: Console, reference: str, name: str, is_recipe: bool) -> None:

@@ -1,0 +1,39 @@
+"""`resume`: a run as if it had never been stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from bilevel import recipe as recipes
+from bilevel import runfolder
+from bilevel.cli.boundary import complain
+from bilevel.cli.run_loop import RunLoop
+from bilevel.errors import RecipeError
+from bilevel.recipe.assemble import assemble
+from bilevel.runfolder import checkpoint
+
+
+def resume(console: Console, reference: str, runs: Path) -> None:
+    """Resume a run from its newest whole checkpoint, or from the start if it has none."""
+    folder = runfolder.find(reference, runs)
+    finished = folder.finished()
+    if finished and finished["reason"] == "done":
+        raise RecipeError(
+            f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
+            f"its recipe again: bilevel run {folder.resolved} upper.steps=…"
+        )
+    recipe = recipes.load(folder.resolved)
+    if recipe.hash != folder.environment()["hash"]:
+        raise RecipeError(
+            f"{folder.path}: {folder.resolved.name}, or a file that it names, was changed since "
+            "the run began, so that it cannot go on as if never stopped. Put it back, or start "
+            f"a new run: bilevel run {folder.resolved}"
+        )
+    setup = assemble(recipe)
+    with folder.lock():
+        found = checkpoint.latest(folder.checkpoints)
+        for reason in found.skipped if found else ():
+            complain(f"passed over {reason}", kind="warning: ")
+        RunLoop(console, recipe, setup, folder).resume(found)
