@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
     """Write what a run learned, as of its newest whole checkpoint, by the problem's `export`.
 
     Raises `RecipeError` for a problem without one, and `CheckpointError` for a run without a
-    checkpoint or a folder that is not empty.
+    checkpoint or a folder that is not empty. Where it fails `to` is not there afterwards.
     """
     folder = runfolder.find(reference, runs)
     recipe = recipes.load(folder.resolved)
@@ -48,6 +49,9 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
                 shown.receive(event)
             state = engine.restore(setup, checkpoint.load(found.path))
             write(state.x, state.y, to, merged)
+    except BaseException:  # `to` was empty or not there: half a model helps nobody
+        shutil.rmtree(to, ignore_errors=True)
+        raise
     finally:
         shown.close()
     console.print(Text(f"{to}/  step {found.step}"), soft_wrap=True)

@@ -1,22 +1,25 @@
-"""JSON that is whole or not there: written beside its place, then renamed."""
+"""The JSON that a comparison is kept in; each file is whole or not there."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel.runfolder import files
+
+REMEDY = "make room, or name another folder with --runs-dir; what is done is kept"
+
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
-    """Strict JSON; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Strict JSON; numbers that are not finite become null.
+
+    Raises `CheckpointError` where it cannot be written.
+    """
     text = json.dumps(_strict(data), indent=2, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, text + "\n", remedy=REMEDY, make_folder=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.comparing import scene
-from bilevel.comparing.files import read, write
+from bilevel.comparing.files import REMEDY, read, write
 from bilevel.comparing.plan import Cell, Plan
 from bilevel.recipe.recipe import Recipe
+from bilevel.runfolder.files import write_text
 from bilevel.runfolder.folder import environment
 
 _MATTERS = ("python", "platform", "packages", "threads", "gpus")
@@ -68,8 +69,7 @@ def _step(
     if kept and (cell is not None or (points / scene.INDEX).is_file()):
         return Done(what, seed, kept, True, kept.get("wall") or 0.0, cell)
     written = result.with_suffix(".yaml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(recipe.dump(), encoding="utf-8")
+    write_text(written, recipe.dump(), remedy=REMEDY, make_folder=True)
     spec = {
         "kind": "scene" if cell is None else "cell",
         "recipe": str(written),

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bilevel.errors import RequirementError
+from bilevel.runfolder import files
 from bilevel.runfolder.folder import RunFolder
 
 NEEDED = ("altair", "vl_convert", "jinja2")
@@ -23,13 +24,13 @@ def missing() -> tuple[str, ...]:
 def write(folder: RunFolder) -> Path:
     """Write report.html into a run folder, replacing an earlier one; returns its path.
 
-    Raises `RequirementError` without the extra `report`, `RecipeError` where there is no record.
+    Raises `RequirementError` without the extra `report`, `RecipeError` where there is no record,
+    `CheckpointError` where the report cannot be written; an earlier one is then as it was.
     """
     if absent := missing():
         raise RequirementError(f"a report needs {', '.join(absent)}: pip install 'bilevel[report]'")
     from bilevel.report.page import render
 
-    temporary = folder.report.with_suffix(".tmp")
-    temporary.write_text(render(folder), encoding="utf-8")
-    temporary.replace(folder.report)
+    remedy = "make room, or make the folder writable, then run `bilevel report` again"
+    files.write_text(folder.report, render(folder), remedy=remedy)
     return folder.report

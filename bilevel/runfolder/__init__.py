@@ -1,7 +1,7 @@
 """A run on disk. At package level nothing here imports torch: `bilevel runs` answers at once.
 
-`folder` makes and finds run folders, `record` is events.jsonl, `checkpoint` the state of a run. It
-takes names, hashes and text, and knows no recipe.
+`folder` makes and finds run folders, `record` is events.jsonl, `checkpoint` the state of a run,
+`files` the one way in which a file is put in place. It takes names, hashes and text, and knows no recipe.
 """
 
 from bilevel.runfolder.folder import (

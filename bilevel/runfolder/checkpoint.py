@@ -1,8 +1,7 @@
 """Checkpoints: a nested state as safetensors + JSON, checksummed, written all or not at all.
 
-checkpoints/step-00000050/{tensors.safetensors, state.json}. A checkpoint is written in a
-temporary folder beside it, synced and then renamed, so that a process killed at any moment
-leaves the old ones or the old ones and the new one, and older ones are removed only after.
+checkpoints/step-00000050/{tensors.safetensors, state.json}. A process killed at any moment leaves the
+old ones or the old ones and the new one (`files.replacing`); older ones are removed only after.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,11 +22,11 @@ from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from bilevel.errors import CheckpointError
+from bilevel.runfolder import files
 
 VERSION = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _NAME = re.compile(r"^step-(\d{8,})(?:\.(\d+))?$")
-_TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,14 @@ def save(folder: Path, saved: Mapping[str, Any], *, step: int, keep: int = 2) ->
     """
     tensors: dict[str, Tensor] = {}
     structure = _encode(saved, (), tensors)
-    temporary = folder / f"{_TEMPORARY}{os.getpid()}"
+    path = _free_name(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder)
-        temporary.mkdir()
-        _write(temporary, structure, _unshared(tensors), step)
-        path = _free_name(folder, step)
-        temporary.rename(path)
-        _sync(folder)
+        files.remove_temporaries(folder)  # a run folder has one writer at a time
+        with files.replacing(path) as temporary:
+            temporary.mkdir()
+            _write(temporary, structure, _unshared(tensors), step)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
             f"{folder}: the checkpoint at step {step} could not be written: {reason}. Earlier "
@@ -153,16 +148,6 @@ def _write(folder: Path, structure: Any, tensors: dict[str, Tensor], step: int) 
     body = {"version": VERSION, "step": step, "tensors": digest, "state": structure}
     document = _text({"checksum": _digest(_text(body).encode()), "body": body})
     (folder / STATE).write_text(document, encoding="utf-8")
-    for path in (folder / TENSORS, folder / STATE, folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(folder: Path, step: int) -> Path:
@@ -194,12 +179,6 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     later = [path for path in paths if _order(path)[0] > step]
     past = [path for path in paths if _order(path)[0] <= step]
     for path in [*later, *past[keep:]]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """What a killed process was writing; a run folder has one writer at a time."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.errors import CheckpointError, RecipeError
-from bilevel.runfolder import record
+from bilevel.runfolder import files, record
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
 _ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
@@ -84,6 +84,7 @@ class RunFolder:
         with file:
             if not _acquire(file.fileno()):
                 raise CheckpointError(f"{self.path}: another process is at this run; wait for it")
+            files.remove_temporaries(self.path)
             yield
 
     def is_locked(self) -> bool:
@@ -129,9 +130,11 @@ def create(
     try:
         path = _make_new(runs / name, stem)
         try:
-            (path / RECIPE).write_text(text, encoding="utf-8")
-            (path / ENVIRONMENT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            _mark(path, resolved)
+            # resolved.yaml, by which a folder is known as a run, comes last
+            content = {RECIPE: text, ENVIRONMENT: json.dumps(about, indent=2) + "\n"}
+            for file, written in (content | {RESOLVED: resolved}).items():
+                with files.replacing(path / file) as temporary:
+                    temporary.write_text(written, encoding="utf-8")
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
@@ -218,13 +221,6 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
-
-
-def _mark(path: Path, resolved: str) -> None:
-    """Write resolved.yaml, by which a folder is known as a run: last, and all of it at once."""
-    temporary = path / f"{RESOLVED}.tmp"
-    temporary.write_text(resolved, encoding="utf-8")
-    temporary.replace(path / RESOLVED)
 
 
 def _make_new(parent: Path, stem: str) -> Path:

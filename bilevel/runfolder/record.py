@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bilevel.errors import CheckpointError
+from bilevel.runfolder import files
 
 FILE = "events.jsonl"
+REMEDY = "make room, then resume the run"
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _AFTER_THE_LAST_STEP = ("drawn", "finished")
 
@@ -84,16 +86,17 @@ def number(value: Any) -> float:
 
 
 def cut(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Remove from the record what came after the checkpoint at `step`; returns what is left."""
+    """Remove from the record what came after the checkpoint at `step`; returns what is left.
+
+    Raises `CheckpointError` where it cannot be written, and the record is then as it was.
+    """
     kept = []
     for event in read(folder):
         if event["step"] > step:
             break
         if event["event"] not in _AFTER_THE_LAST_STEP:
             kept.append(event)
-    temporary = folder / f"{FILE}.tmp"
-    temporary.write_text("".join(map(line, kept)), encoding="utf-8")
-    temporary.replace(folder / FILE)
+    files.write_text(folder / FILE, "".join(map(line, kept)), remedy=REMEDY)
     return kept
 
 

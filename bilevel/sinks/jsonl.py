@@ -74,9 +74,7 @@ class JSONLinesWriter:
 
 
 def _unwritten(path: Path | str, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: cannot be written: {error.strerror}; make room, then resume the run"
-    )
+    return CheckpointError(f"{path}: cannot be written: {error.strerror}; {record.REMEDY}")
 
 
 def plain(event: Event) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilevel.errors import CheckpointError
-from bilevel.runfolder import checkpoint
+from bilevel.runfolder import checkpoint, files
 
 DTYPES = (
     torch.float64,
@@ -33,7 +33,7 @@ DTYPES = (
 
 def assert_same(got, expected):
     """Equal in structure, type and every bit; raises where it is not."""
-    assert type(got) is type(expected), f"{type(got)} is no {type(expected)}"
+    assert type(got) is type(expected), f"{type(got)} is not {type(expected)}"
     if isinstance(expected, torch.Tensor):
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape
@@ -227,15 +227,17 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("where", ["save_tensors", "_sync", "_write"])
-def test_a_full_disk_leaves_what_was_there(where, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "what"), [(checkpoint, "save_tensors"), (checkpoint, "_write"), (files, "_sync")]
+)
+def test_a_full_disk_leaves_what_was_there(where, what, tmp_path: Path, monkeypatch):
     _save(tmp_path, 1)
     before = _steps(tmp_path)
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, where, full)
+    monkeypatch.setattr(where, what, full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
         _save(tmp_path, 2)
     monkeypatch.undo()

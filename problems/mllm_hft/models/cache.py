@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from bilevel.errors import RequirementError
 from bilevel.events import Progress
+from bilevel.runfolder import files
 
 Tensors = dict[str, Tensor]
 
@@ -78,13 +78,8 @@ def save(kind: str, key: Mapping[str, Any], tensors: Tensors) -> Path:
     header = {"key": json.dumps(_plain(key), sort_keys=True), "digest": _hash(plain)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(plain, name, metadata=header)
-            os.replace(name, target)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with files.replacing(target) as temporary:
+            save_file(plain, temporary, metadata=header)
     except OSError as error:
         raise RequirementError(
             f"{target.parent}: the cache cannot be written ({error}); "
