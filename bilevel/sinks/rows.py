@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel.components import component
-from bilevel.errors import CheckpointError
 from bilevel.events import Event, Tabulated
-from bilevel.runfolder import record
+from bilevel.runfolder import files, record
 
 FOLDER = "rows"
 START = "start"
+REMEDY = "make room, then resume the run"
 
 
 @component
@@ -37,22 +37,8 @@ class RowWriter:
             return
         file = re.sub(r"[^\w.-]+", "_", event.name) + ".jsonl"
         text = "".join(map(record.line, event.rows))
-        try:
-            _write(self.folder / file, text)
-            if event.step == 0:
-                _write(self.folder / START / file, text)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder}: the rows {event.name!r} cannot be written: {error.strerror}; "
-                "make room, then resume the run"
-            ) from error
+        folders = [self.folder, self.folder / START] if event.step == 0 else [self.folder]
+        for folder in folders:
+            files.write_text(folder / file, text, remedy=REMEDY, make_folder=True)
 
     def close(self) -> None: ...
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -88,8 +88,8 @@ class Network(nn.Module):
         for value in self.buffers():
             value.data = value.data.to(device)
 
-    def forward(self, of: Literal["logits", "image", "text", "captions"], **inputs: Any) -> Tensor:
-        """The method named `of`; one door, so that `functional_call` reaches every one."""
+    def forward(self, of: str, **inputs: Any) -> Tensor:
+        """The method or head named `of`; one door, so that `functional_call` reaches every one."""
         return getattr(self, of)(**inputs)
 
     def logits(
@@ -119,10 +119,18 @@ class Network(nn.Module):
         grid: Int[Tensor, "row place 3"] | None = None,
     ) -> Float[Tensor, "row embedding"]:
         """ê_v: the last-layer state at an end token put after the picture alone, through a head."""
+        return self.image_head(self.image_states(features, layout, grid))
+
+    def image_states(
+        self,
+        features: Float[Tensor, "row place feature"],
+        layout: Int[Tensor, "row place"] | None = None,
+        grid: Int[Tensor, "row place 3"] | None = None,
+    ) -> Float[Tensor, "row hidden"]:
+        """What `image` puts through its head."""
         ids = self.before.new_full((len(features), 1), self.end)
         sequence = self._sequence(ids, torch.ones_like(ids).bool(), features, layout, grid)
-        states = self._states(sequence)[:, -1]
-        return self.image_head(states.to(self.image_head.weight.dtype))
+        return self._states(sequence)[:, -1].to(self.image_head.weight.dtype)
 
     def text(
         self, ids: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
@@ -131,10 +139,16 @@ class Network(nn.Module):
 
         The place comes from the mask: `ids == end` also finds padding where pad and end agree.
         """
+        return self.text_head(self.text_states(ids, mask))
+
+    def text_states(
+        self, ids: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
+    ) -> Float[Tensor, "row hidden"]:
+        """What `text` puts through its head."""
         states = self._states(self._sequence(ids, mask))
         last = len(self.before) + mask.sum(1) - 1
         states = states[torch.arange(len(ids), device=ids.device), last]
-        return self.text_head(states.to(self.text_head.weight.dtype))
+        return states.to(self.text_head.weight.dtype)
 
     def captions(
         self,
