@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilevel.runfolder import files
+from bilevel.runfolder import files, record
 
 REMEDY = "make room, or name another folder with --runs-dir; what is done is kept"
 
@@ -18,19 +17,11 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
     Raises `CheckpointError` where it cannot be written.
     """
-    text = json.dumps(_strict(data), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        record.strict(data, lambda _: None), indent=2, ensure_ascii=False, allow_nan=False
+    )
     files.write_text(path, text + "\n", remedy=REMEDY, make_folder=True)
 
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -22,15 +22,12 @@ class Average:
     one iteration older. d_0 = h_0 all the same.
     """
 
+    by_block: ClassVar[bool] = False
     weight: float = Field(default=0.1, gt=0, le=1)
     lagged: bool = False
 
     @property
     def looks_back(self) -> bool:
-        return False
-
-    @property
-    def by_block(self) -> bool:
         return False
 
     def take(

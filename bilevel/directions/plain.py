@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from bilevel.components import component
 from bilevel.directions.quantity import StochasticQuantity, total
@@ -13,12 +13,10 @@ from bilevel.types import Params
 class Plain:
     """d_t = q(z_t; ξ_t). Unbiased; variance as one batch has it. 1 evaluation."""
 
-    @property
-    def looks_back(self) -> bool:
-        return False
+    by_block: ClassVar[bool] = False
 
     @property
-    def by_block(self) -> bool:
+    def looks_back(self) -> bool:
         return False
 
     def take(

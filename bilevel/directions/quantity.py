@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from bilevel import tree
 from bilevel.types import Params
@@ -35,10 +35,10 @@ class Direction(Protocol):
     whether it asks for `StochasticQuantity.full` or `StochasticQuantity.block`, which a batch without a number has not.
     """
 
+    by_block: ClassVar[bool]
+
     @property
     def looks_back(self) -> bool: ...
-    @property
-    def by_block(self) -> bool: ...
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]: ...

@@ -5,7 +5,7 @@ In bilevel methods: SABA (Dagréou et al. 2022, arXiv:2201.13409).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from bilevel import tree
 from bilevel.components import component
@@ -22,13 +22,11 @@ class Saga:
     quantity for each block. Raises `ProblemError` where batches name no block.
     """
 
+    by_block: ClassVar[bool] = True
+
     @property
     def looks_back(self) -> bool:
         return False
-
-    @property
-    def by_block(self) -> bool:
-        return True
 
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]

@@ -5,7 +5,7 @@ In bilevel methods: VRBO (arXiv:2106.04692), SRBA (arXiv:2302.08766).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
@@ -23,15 +23,12 @@ class Spider:
     block of data at the full pass. Raises `ProblemError` where batches name no block.
     """
 
+    by_block: ClassVar[bool] = True
     period: PositiveInt = 64
 
     @property
     def looks_back(self) -> bool:
         return self.period > 1
-
-    @property
-    def by_block(self) -> bool:
-        return True
 
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]

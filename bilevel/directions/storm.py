@@ -5,7 +5,7 @@ In bilevel methods: SUSTAIN (arXiv:2102.07367), MRBO (arXiv:2106.04692), FSLA (a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -23,15 +23,12 @@ class Storm:
     momentum = 1 the draw itself. 2 evaluations, 1 the first time and at momentum = 1.
     """
 
+    by_block: ClassVar[bool] = False
     momentum: float = Field(default=0.5, gt=0, le=1)
 
     @property
     def looks_back(self) -> bool:
         return self.momentum < 1
-
-    @property
-    def by_block(self) -> bool:
-        return False
 
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]

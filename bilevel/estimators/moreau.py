@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
@@ -24,14 +23,12 @@ from bilevel.lower.auxiliary import (
     exact,
     minimise,
     move,
+    one_step,
+    penalty_needs,
+    proximity,
 )
-from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Optimizer, Params, Point
-
-
-def _one_step() -> Gradient:
-    return Gradient(steps=1)
 
 
 @component
@@ -52,16 +49,11 @@ class Moreau:
     growth: NonNegativeFloat = 0.0
     gamma: PositiveFloat = 1.0
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=one_step)
 
     @property
     def needs(self) -> Needs:
-        return Needs(
-            second_order=False,
-            moves_lower=True,
-            rounding_amplification=self.strength,
-            rounding_remedy="a smaller strength",
-        )
+        return penalty_needs(self.strength)
 
     @property
     def claim(self) -> Literal["penalty"]:
@@ -95,7 +87,7 @@ class Moreau:
         def penalised(x: Params) -> Tensor:
             here = Point(x, at.y)
             theta = self._solve(losses, here, begin(self.lower, at.y))["y"]
-            envelope = losses.lower(x, theta) + self._distance(theta, at.y)
+            envelope = losses.lower(x, theta) + proximity(theta, at.y, self.gamma)
             return losses.upper(x, at.y) + self.strength * (losses.lower(x, at.y) - envelope)
 
         return penalised
@@ -105,11 +97,6 @@ class Moreau:
         lower = losses.lower
 
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
-            return lower.on(batch)(x, theta) + self._distance(theta, at.y)
+            return lower.on(batch)(x, theta) + proximity(theta, at.y, self.gamma)
 
         return minimise(self.lower, proximal, losses, at.x, start, batches_of(lower))
-
-    def _distance(self, theta: Params, y: Params) -> Tensor:
-        """‖θ − y‖² / 2γ, with its graph."""
-        squares = [(theta[name] - y[name]).square().sum() for name in y]
-        return torch.stack(squares).sum() / (2 * self.gamma)

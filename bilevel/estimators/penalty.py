@@ -17,7 +17,14 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradient_x, gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import Auxiliary, begin, convergence_stats, exact, minimise
+from bilevel.lower.auxiliary import (
+    Auxiliary,
+    begin,
+    convergence_stats,
+    exact,
+    minimise,
+    penalty_needs,
+)
 from bilevel.lower.gradient import Gradient
 from bilevel.types import Estimate, Losses, LowerSolver, Needs, Params, Point
 
@@ -44,11 +51,7 @@ class Penalty:
 
     @property
     def needs(self) -> Needs:
-        return Needs(
-            second_order=False,
-            rounding_amplification=self.strength,
-            rounding_remedy="a smaller strength",
-        )
+        return penalty_needs(self.strength, moves_lower=False)
 
     @property
     def claim(self) -> Literal["penalty"]:

@@ -24,14 +24,12 @@ from bilevel.lower.auxiliary import (
     exact,
     minimise,
     move,
+    one_step,
+    penalty_needs,
+    proximity,
 )
-from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Loss, Losses, LowerSolver, Needs, Optimizer, Params, Point
-
-
-def _one_step() -> Gradient:
-    return Gradient(steps=1)
 
 
 @component
@@ -57,18 +55,11 @@ class RegularisedGap:
     multiplier_lr: PositiveFloat = 0.1
     multiplier_bound: PositiveFloat = 100.0
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
-    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=_one_step)
+    lower: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=one_step)
 
     @property
     def needs(self) -> Needs:
-        supports = frozenset({"lower_constraints", "project_lower"})
-        return Needs(
-            second_order=False,
-            moves_lower=True,
-            supports=supports,
-            rounding_amplification=self.strength,
-            rounding_remedy="a smaller strength",
-        )
+        return penalty_needs(self.strength, supports=("lower_constraints", "project_lower"))
 
     @property
     def claim(self) -> Literal["penalty"]:
@@ -114,8 +105,8 @@ class RegularisedGap:
             z = tree.zeros_like(d)
             mu = self._largest(z, d)
             theta = self._solve(losses, Point(x, at.y), z, begin(self.lower, at.y))["y"]
-            above = _lagrangian(losses.lower, mu)(x, at.y) - _distance(mu, z, self.gamma2)
-            below = _lagrangian(losses.lower, z)(x, theta) + _distance(theta, at.y, self.gamma1)
+            above = _lagrangian(losses.lower, mu)(x, at.y) - proximity(mu, z, self.gamma2)
+            below = _lagrangian(losses.lower, z)(x, theta) + proximity(theta, at.y, self.gamma1)
             return losses.upper(x, at.y) + self.strength * (above - below)
 
         return penalised
@@ -138,7 +129,7 @@ class RegularisedGap:
         lower = _lagrangian(losses.lower, z)
 
         def proximal(x: Params, theta: Params, batch: Any) -> Tensor:
-            return lower.on(batch)(x, theta) + _distance(theta, at.y, self.gamma1)
+            return lower.on(batch)(x, theta) + proximity(theta, at.y, self.gamma1)
 
         return minimise(self.lower, proximal, losses, at.x, start, batches_of(losses.lower))
 
@@ -170,9 +161,3 @@ def _lagrangian(loss: Loss, multipliers: Params) -> Loss:
 def _signed(multipliers: Params, change: Callable[[Tensor], Tensor]) -> Params:
     """`change` made to the multipliers of the inequalities."""
     return {n: change(part) if n == "inequality" else part for n, part in multipliers.items()}
-
-
-def _distance(a: Params, b: Params, gamma: float) -> Tensor | float:
-    """‖a − b‖² / 2 gamma, with its graph."""
-    squares = [(a[name] - b[name]).square().sum() for name in b]
-    return torch.stack(squares).sum() / (2 * gamma) if squares else 0.0

@@ -23,6 +23,7 @@ from bilevel.lower.auxiliary import (
     exact,
     minimise,
     move,
+    penalty_needs,
 )
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
@@ -47,12 +48,7 @@ class ValueGap:
 
     @property
     def needs(self) -> Needs:
-        return Needs(
-            second_order=False,
-            moves_lower=True,
-            rounding_amplification=self.strength,
-            rounding_remedy="a smaller strength",
-        )
+        return penalty_needs(self.strength)
 
     @property
     def claim(self) -> Literal["penalty"]:

@@ -63,29 +63,38 @@ def block(pairs: Sequence[Pair]) -> Matvec:
     """
     if not pairs:
         return tree.clone
-    S, C = _matched(pairs)
-    scale = _scale(pairs)
-
-    def apply(b: Params) -> Params:
-        flat = tree.flatten(b).to(S)
-        known = S @ (S.T @ flat)
-        rest = scale * (flat - C @ (S.T @ flat))
-        return tree.cast(known + rest - S @ (C.T @ rest), b)
-
-    return apply
+    S, C = columns(pairs)
+    return block_inverse(S, C, S.T @ C)
 
 
-def _matched(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Combinations of the pairs, as columns, such that SᵀC has the identity as symmetric part."""
+def columns(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """[dim, pairs] each: the steps at length 1, and the changes with them."""
     S, C = (
         torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[0]) for p in pairs], dim=1)
         for side in (0, 1)
     )
-    M = S.T @ C
-    values, vectors = torch.linalg.eigh((M + M.T) / 2)
+    return S, C
+
+
+def block_inverse(S: Tensor, C: Tensor, M: Tensor) -> Matvec:
+    """b ↦ B⁻¹ b of `block`, from steps S, changes C and M = SᵀC; scale is that of the last pair."""
+    W = _pseudo_inverse((M + M.T) / 2)
+    scale = float(M[-1, -1]) / float(C[:, -1] @ C[:, -1])
+
+    def apply(b: Params) -> Params:
+        flat = tree.flatten(b).to(S)
+        weights = W @ (S.T @ flat)
+        rest = scale * (flat - C @ weights)
+        return tree.cast(rest + S @ (weights - W @ (C.T @ rest)), b)
+
+    return apply
+
+
+def _pseudo_inverse(M: Tensor) -> Tensor:
+    """The inverse on the eigenvectors that stand clear of rounding; the others are left out."""
+    values, vectors = torch.linalg.eigh(M)
     kept = values > values[-1] * torch.finfo(values.dtype).eps ** 0.5
-    combine = vectors[:, kept] / values[kept].sqrt()
-    return S @ combine, C @ combine
+    return (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
 
 
 def _scale(pairs: Sequence[Pair]) -> float:

@@ -7,12 +7,15 @@ lower solver of their own, which goes on from where the last call left it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.lower.gradient import step
+from bilevel.lower.gradient import Gradient, step
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.types import (
@@ -21,6 +24,7 @@ from bilevel.types import (
     Losses,
     LowerSolver,
     Moved,
+    Needs,
     Optimizer,
     Params,
     Point,
@@ -29,6 +33,24 @@ from bilevel.types import (
 
 Auxiliary = dict[str, Any]
 """{"y", "solver", "steps", "converged"}: where a solve stands; part of an estimator's state."""
+
+
+def one_step() -> Gradient:
+    """The solver of the methods that take one gradient step of their problem a call."""
+    return Gradient(steps=1)
+
+
+def penalty_needs(
+    strength: float, *, moves_lower: bool = True, supports: Iterable[str] = ()
+) -> Needs:
+    """Of a difference of gradients times `strength`: its rounding is `strength` times theirs."""
+    return Needs(
+        second_order=False,
+        moves_lower=moves_lower,
+        supports=frozenset(supports),
+        rounding_amplification=strength,
+        rounding_remedy="a smaller strength",
+    )
 
 
 def begin(solver: LowerSolver, y: Params) -> Auxiliary:
@@ -71,6 +93,12 @@ def minimise(
         "steps": stats.steps,
         "converged": stats.converged,
     }
+
+
+def proximity(a: Params, b: Params, gamma: float) -> Tensor | float:
+    """‖a − b‖² / 2 gamma, with its graph; 0 where there is nothing to compare."""
+    squares = [(a[name] - b[name]).square().sum() for name in b]
+    return torch.stack(squares).sum() / (2 * gamma) if squares else 0.0
 
 
 def move(

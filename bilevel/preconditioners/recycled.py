@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import component
+from bilevel.linear.quasi_newton import block_inverse, columns
 from bilevel.types import Matvec, Params, Point, System
 
 
@@ -48,7 +48,7 @@ class Recycled:
     def prepare(
         self, system: System, state: dict[str, Any]
     ) -> tuple[Matvec | None, dict[str, Any]]:
-        return (_inverse(**state) if state else None), state
+        return (block_inverse(**state) if state else None), state
 
     def room(self, b: Params) -> int:
         """How many pairs of the next solve to keep."""
@@ -60,10 +60,7 @@ class Recycled:
         if not pairs:
             return state
         room = self.room(pairs[0][0])
-        S, C = (
-            torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[0]) for p in pairs], dim=1)
-            for side in (0, 1)
-        )
+        S, C = columns(pairs)
         if not state:
             return {"S": S, "C": C, "M": S.T @ C}
         known = state["S"].shape[1]
@@ -73,23 +70,3 @@ class Recycled:
         below = torch.cat([S.T @ old["C"], S.T @ C], 1)
         M = torch.cat([above, below])
         return {"S": torch.cat([old["S"], S], 1), "C": torch.cat([old["C"], C], 1), "M": M}
-
-
-def _inverse(S: Tensor, C: Tensor, M: Tensor) -> Matvec:
-    W = _pseudo_inverse((M + M.T) / 2)
-    scale = float(M[-1, -1]) / float(C[:, -1] @ C[:, -1])
-
-    def apply(b: Params) -> Params:
-        flat = tree.wide(tree.flatten(b))
-        weights = W @ (S.T @ flat)
-        rest = scale * (flat - C @ weights)
-        return tree.cast(rest + S @ (weights - W @ (C.T @ rest)), b)
-
-    return apply
-
-
-def _pseudo_inverse(M: Tensor) -> Tensor:
-    """The inverse on the eigenvectors that stand clear of rounding; the others are left out."""
-    values, vectors = torch.linalg.eigh(M)
-    kept = values > values[-1] * torch.finfo(values.dtype).eps ** 0.5
-    return (vectors[:, kept] / values[kept]) @ vectors[:, kept].T

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ _AFTER_THE_LAST_STEP = ("drawn", "finished")
 
 def line(event: Mapping[str, Any]) -> str:
     """An event as one line of strict JSON."""
-    return json.dumps(_strict(event), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(strict(event, _named), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
@@ -116,11 +116,16 @@ def _refuse(path: Path, number: int) -> NoReturn:
     )
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any, not_finite: Callable[[float], Any]) -> Any:
+    """A nested value for strict JSON, with `not_finite` of every number that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        return not_finite(value)
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item, not_finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item, not_finite) for item in value]
     return value
+
+
+def _named(value: float) -> str:
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
