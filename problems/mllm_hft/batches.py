@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.errors import ProblemError
+
 from .evaluation.evaluation_split import Captions
 from .losses import Choice, negatives
 from .models import pictures
 from .models.instructions import Rows
 from .models.pictures import Pictures
+from .queue import StartStates
 from .sources.pictures import PictureFiles
 from .sources.protocol import Corpus
 
@@ -49,17 +52,43 @@ def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     return {**data.pictures.take(index), **data.dialogues.take(index)}
 
 
+def others(
+    size: int, taken: Int[Tensor, "batch"], number: int, stream: torch.Generator
+) -> Int[Tensor, "queued"]:
+    """Different scenes of `size`, none of them `taken`."""
+    left = torch.ones(size, dtype=torch.bool).index_fill(0, taken, False).nonzero()[:, 0]
+    if number > len(left):
+        raise ProblemError(
+            f"problem.queue = {number}: beside a batch of {len(taken)}, {len(left)} of {size} "
+            f"training pictures are left; must be at most {len(left)}"
+        )
+    return left[torch.randperm(len(left), generator=stream)[:number]]
+
+
 def contrast_batch(
-    data: Data, size: int, stream: torch.Generator, choice: Choice = "own"
+    data: Data,
+    size: int,
+    stream: torch.Generator,
+    choice: Choice = "own",
+    queue: int = 0,
+    states: StartStates | None = None,
 ) -> dict[str, Any]:
     """Pictures with their numbers, each with its caption and hallucinated captions.
 
-    `against` says what of the batch is a negative of which picture.
+    `against` says what of the batch is a negative of which picture. With `states` there is a
+    `queue` of so many other pictures.
     """
     index = drawn(len(data.pictures), size, stream)
     picture, lines = data.picture[index], data.captions.take(index)
     against = negatives(picture, data.captions.line[index], lines["present"], choice)
-    return {**data.pictures.take(index), **lines, "picture": picture, "against": against}
+    found = {**data.pictures.take(index), **lines, "picture": picture, "against": against}
+    if states is None:
+        return found
+    more = others(len(data.pictures), index, queue, stream)
+    other, true = data.picture[more], data.captions.line[:, 0]
+    apart = (picture[:, None] != other) & (true[index][:, None] != true[more])
+    kept = {**states.of(more), "picture": other}
+    return {**found, "queue": kept, "against": replace(against, queue=apart)}
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -26,6 +26,7 @@ from bilevel.types import Params
 from .losses import (
     LOG_TAU_RANGE,
     TAU_START,
+    Queue,
     contrastive_loss,
     log_kind_weights,
     task_loss,
@@ -123,6 +124,13 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Ten
     text = call(
         network, weights, "text", ids=batch["ids"].flatten(0, 1), mask=batch["mask"].flatten(0, 1)
     ).unflatten(0, (pairs, lines))
+    queue = None
+    if "queue" in batch:
+        heads = (
+            call(network, weights, f"{side}_head", input=batch["queue"][side])
+            for side in ("image", "text")
+        )
+        queue = Queue(*heads)
     return contrastive_loss(
         image,
         text[:, 0],
@@ -130,6 +138,7 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Ten
         batch["against"],
         log_kind_weights(scalars["kind_scores"]),
         temperature(scalars["log_tau"]),
+        queue,
     )
 
 

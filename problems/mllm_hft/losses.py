@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +53,15 @@ class Negatives:
     """[i, j]: picture and true caption j are negatives of i; false on the diagonal."""
     hallucinated: Bool[Tensor, "pair pair kind"] | Bool[Tensor, "pair kind"]
     """[i, j, k]: hallucinated caption k of j is a negative of i; [i, k]: of its own alone."""
+    queue: Bool[Tensor, "pair queued"] | None = None
+    """[i, j]: picture and true caption j of the queue are negatives of i."""
+
+
+class Queue(NamedTuple):
+    """Embeddings of pictures and true captions that are no rows of the batch."""
+
+    image: Float[Tensor, "queued embedding"]
+    text: Float[Tensor, "queued embedding"]
 
 
 def negatives(
@@ -86,14 +95,15 @@ def contrastive_loss(
     against: Negatives,
     log_weights: Float[Tensor, "kind"],
     tau: Float[Tensor, ""],
+    queue: Queue | None = None,
 ) -> Float[Tensor, ""]:
     """L_C, the mean of both directions of InfoNCE over the batch; s is the cosine.
 
     text → image  −log exp(s(v_i,t_i)/τ) / Σ_j exp(s(v_j,t_i)/τ)
     image → text  −log exp(s(v_i,t_i)/τ) / (Σ_j exp(s(v_i,t_j)/τ) + Σ_jk w_k exp(s(v_i,h_jk)/τ))
 
-    j runs over i and its negatives (`against`), in the last sum over the pictures whose
-    hallucinated captions count. A row without a negative adds −log 1 = 0. Raises `ProblemError`
+    j runs over i and its negatives (`against`), those in the `queue` included; in the last sum over
+    the pictures whose hallucinated captions count. A row without a negative adds −log 1 = 0. Raises `ProblemError`
     where no row of the batch has one.
     """
     image, text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
@@ -106,14 +116,19 @@ def contrastive_loss(
         hard = torch.einsum("ie,jke->ijk", image, hallucinated)
     hard = (hard / tau + log_weights).masked_fill(~against.hallucinated, -math.inf).flatten(1)
     _require_some(
-        torch.cat([against.pairs.flatten(), against.hallucinated.flatten()]),
+        torch.cat([mask.flatten() for mask in vars(against).values() if mask is not None]),
         f"a contrast batch of {len(image)} pairs has no negative: every pair is of one picture or "
         "reads the same, and there is no hallucinated caption; draw larger batches "
         "(problem.lower_batch), or give hallucinated captions",
     )
     right = torch.arange(len(image), device=image.device)
-    to_image = functional.cross_entropy(pairs.T, right)
-    to_text = functional.cross_entropy(torch.cat([pairs, hard], dim=1), right)
+    columns = {"image": [pairs.T], "text": [pairs, hard]}
+    if queue is not None and against.queue is not None:
+        for side, rows, more in (("image", text, queue.image), ("text", image, queue.text)):
+            kept = rows @ functional.normalize(more, dim=-1).T / tau
+            columns[side].append(kept.masked_fill(~against.queue, -math.inf))
+    to_image = functional.cross_entropy(torch.cat(columns["image"], dim=1), right)
+    to_text = functional.cross_entropy(torch.cat(columns["text"], dim=1), right)
     return (to_image + to_text) / 2
 
 

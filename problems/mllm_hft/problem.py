@@ -41,6 +41,7 @@ from .models.instructions import conversations
 from .models.network import Backbone, Heads, LoadedModel, hacl_heads, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
+from .queue import StartStates
 from .sources.protocol import Corpus, Encoder, Scene, Source, Split
 from .sources.shapes import Shapes
 
@@ -103,6 +104,9 @@ class HierarchicalFineTuning:
     negatives: Choice = "own"
     """Hallucinated captions that a picture is contrasted with: its own, or those of the whole batch,
     as HACL's code has it."""
+    queue: NonNegativeInt = 0
+    """Training pictures beside the batch that are negatives too, with their captions: constants, but
+    for the heads."""
     heads: Heads = "orthonormal"
     """Heads that embeddings are read through: orthonormal rows, the same for pictures and text, of the
     model's width; hacl: two linear maps to a quarter of it, with bias, each drawn on its own."""
@@ -186,6 +190,7 @@ class HierarchicalFineTuning:
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         """What the formulation's lower loss reads: conversations, captions, or both."""
         prepared = self._prepared
+        states = self._start_states() if self.queue else None
         while True:
             batch: dict[str, Any] = {}
             if self._form.task:
@@ -200,9 +205,14 @@ class HierarchicalFineTuning:
                 )
             if self._form.contrast:
                 batch["contrast"] = contrast_batch(
-                    prepared.train, self.lower_batch, stream, self.negatives
+                    prepared.train, self.lower_batch, stream, self.negatives, self.queue, states
                 )
             yield batch
+
+    def _start_states(self) -> StartStates:
+        prepared = self._prepared
+        train, network = prepared.train, prepared.loaded.network
+        return StartStates(network, train.pictures, train.captions, prepared.device, prepared.dtype)
 
     def project_upper(self, x: Params) -> Params:
         return formulations.project(x)

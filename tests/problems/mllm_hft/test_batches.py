@@ -8,8 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
+from bilevel.errors import ProblemError
 from bilevel.rng import stream
-from bilevel_problems.mllm_hft.batches import Data, contrast_batch, drawn, numbered, task_batch
+from bilevel_problems.mllm_hft.batches import (
+    Data,
+    contrast_batch,
+    drawn,
+    numbered,
+    others,
+    task_batch,
+)
 from bilevel_problems.mllm_hft.evaluation.evaluation_split import captions
 from bilevel_problems.mllm_hft.models.instructions import texts
 from bilevel_problems.mllm_hft.models.pictures import Pictures
@@ -63,6 +71,15 @@ def test_a_batch_says_which_picture_and_what_is_no_negative():
     assert batch["against"].hallucinated.sum(-1).tolist() == [1, 1, 1]
     whole = contrast_batch(data(4), 3, stream(0, "b"), "batch")["against"].hallucinated
     assert whole.sum((1, 2)).tolist() == [3, 3, 3]
+
+
+def test_others_are_different_and_not_taken():
+    taken = torch.tensor([1, 4, 5])
+    source = stream(0, "others")
+    seen = {tuple(sorted(others(7, taken, 3, source).tolist())) for _ in range(60)}
+    assert seen == {(0, 2, 3), (0, 2, 6), (0, 3, 6), (2, 3, 6)}
+    with pytest.raises(ProblemError, match=r"problem\.queue = 5: .*, 4 of 7 .* must be at most 4"):
+        others(7, taken, 5, source)
 
 
 def test_lines_that_read_the_same_have_one_number():

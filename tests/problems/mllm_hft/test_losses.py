@@ -13,6 +13,7 @@ from bilevel.errors import ProblemError
 from bilevel_problems.mllm_hft.losses import (
     TAU_RANGE,
     Negatives,
+    Queue,
     contrastive_loss,
     log_kind_weights,
     negatives,
@@ -155,6 +156,49 @@ def test_a_picture_drawn_twice_is_not_its_own_negative(batch, choice):
     planted = loss(torch.tensor([0, 0]), Negatives(~torch.eye(2, dtype=torch.bool), there))
     assert once < 0.1
     assert planted > math.log(2)
+
+
+def test_a_queue_of_the_other_pictures_is_the_larger_batch(batch):
+    """Rows 0 and 1 of five pictures, the other three in the queue; and by hand, what is masked."""
+    image, text, hallucinated, present, scores = batch
+    log_w, tau = log_kind_weights(scores), torch.tensor(0.2, dtype=torch.float64)
+    pair = ~torch.eye(5, dtype=torch.bool)
+
+    def loss(counted: torch.Tensor) -> float:
+        against = Negatives(pair[:2, :2], present[:2], counted)
+        queue = Queue(2.5 * image[2:], 0.3 * text[2:])  # lengths do not matter
+        return float(
+            contrastive_loss(
+                image[:2], text[:2], hallucinated[:2], against, log_w, tau, queue=queue
+            )
+        )
+
+    def rows(counted: torch.Tensor) -> float:
+        total = 0.0
+        for i in range(2):
+            right = math.exp(cosine(image[i], text[i]) / 0.2)
+            to_image = to_text = right
+            seen = [1 - i, *(2 + j for j in range(3) if counted[i, j])]
+            to_image += sum(math.exp(cosine(image[j], text[i]) / 0.2) for j in seen)
+            to_text += sum(math.exp(cosine(image[i], text[j]) / 0.2) for j in seen)
+            for k in range(3):
+                if present[i, k]:
+                    weight = float(log_w[k].exp())
+                    to_text += weight * math.exp(cosine(image[i], hallucinated[i, k]) / 0.2)
+            total -= (math.log(right / to_image) + math.log(right / to_text)) / 4
+        return total
+
+    every = torch.ones(2, 3, dtype=torch.bool)
+    some = torch.tensor([[True, False, True], [False, False, True]])
+    assert loss(every) == pytest.approx(rows(every), rel=1e-12)
+    assert loss(some) == pytest.approx(rows(some), rel=1e-12)
+    assert rows(every) > rows(some) + 1e-3
+    # One picture, no hallucinated caption: the queue alone is enough to contrast with.
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    alone = Negatives(none[:, :1], none, every[:1])
+    queue = Queue(image[2:], text[2:])
+    at = image[:1], text[:1], hallucinated[:1]
+    assert float(contrastive_loss(*at, alone, log_w, tau, queue=queue)) > 0
 
 
 @pytest.mark.parametrize("choice", ["own", "batch"])

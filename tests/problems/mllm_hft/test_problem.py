@@ -17,8 +17,10 @@ from bilevel.errors import ProblemError
 from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped, Tabulated
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
+from bilevel_problems.mllm_hft import formulations
 from bilevel_problems.mllm_hft.formulations import FORMS, project
 from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE, Negatives
+from bilevel_problems.mllm_hft.models.network import call
 from bilevel_problems.mllm_hft.sources.photos import FOLDER
 from tests.problems.mllm_hft.miniature import miniature, prepared, setup
 
@@ -111,6 +113,46 @@ def test_pairs_of_one_picture_are_masked_in_the_lower_loss():
     assert loss(none, against.hallucinated) < float(problem.lower_loss(x, y, {"contrast": batch}))
     with pytest.raises(ProblemError, match="no negative"):
         loss(none, torch.zeros_like(against.hallucinated))
+
+
+def test_a_queue_holds_other_pictures_as_the_model_starts():
+    """At the start the loss is that of fresh embeddings; afterwards the states are constants."""
+    problem = prepared(formulation="weighted", queue=7)
+    x, y = problem.init(Streams(0))
+    batch = next(problem.lower_batches(stream(0, "b")))["contrast"]
+    queue, train = batch["queue"], problem._prepared.train
+    seen = [*batch["picture"].tolist(), *queue["picture"].tolist()]
+    assert sorted(set(seen)) == sorted(seen)
+    assert len(seen) == 4 + 7
+    network = problem._prepared.loaded.network
+
+    def embedded(at, index):
+        lines = train.captions.take(index)
+        image = call(network, at, "image", **train.pictures.take(index))
+        text = call(network, at, "text", ids=lines["ids"][:, 0], mask=lines["mask"][:, 0])
+        return image, text
+
+    def heads(at):
+        return [call(network, at, f"{s}_head", input=queue[s]) for s in ("image", "text")]
+
+    for got, fresh in zip(heads(y), embedded(y, queue["picture"]), strict=True):
+        torch.testing.assert_close(got, fresh, rtol=1e-5, atol=1e-6)
+    moved = {n: v if "head" in n else v + 0.1 for n, v in y.items()}
+    for got, start in zip(heads(moved), heads(y), strict=True):
+        assert torch.equal(got, start)
+    same = (
+        train.captions.line[batch["picture"], 0][:, None]
+        == train.captions.line[queue["picture"], 0]
+    )
+    assert torch.equal(batch["against"].queue, ~same)
+    bare = {n: v for n, v in batch.items() if n != "queue"}
+    losses = [
+        float(formulations.contrast(network, {**problem._prepared.constants, **x, **y}, b))
+        for b in (batch, bare)
+    ]
+    assert losses[0] > losses[1] + 0.1
+    made = setup(problem)
+    assert sum(isinstance(e, Stepped) for e in engine.run(made, engine.start(made))) == 2
 
 
 def test_negatives_of_the_whole_batch_and_hacls_heads():
@@ -260,8 +302,9 @@ def test_shipped_recipes_run_for_two_steps(name):
     assert before["task_loss"] != after["task_loss"]
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped():
-    made = setup(prepared(formulation="weighted"), steps=3)
+@pytest.mark.parametrize("queue", [0, 5])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(queue):
+    made = setup(prepared(formulation="weighted", queue=queue), steps=3)
     whole = engine.start(made)
     list(engine.run(made, whole))
     first = engine.start(made)
