@@ -39,7 +39,7 @@ def _by_name_only(made: type[Any]) -> Any:
     """A `__new__` that refuses options by position.
 
     Pydantic's dataclass takes a field declared with `Field(...)` by position whatever `kw_only`
-    says, and writes `__init__` anew when it resolves a forward reference; `__new__` it leaves.
+    says, and writes `__init__` again when it resolves a forward reference; `__new__` it leaves.
     """
     create = cast("Callable[..., Any]", made.__new__)
 

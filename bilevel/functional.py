@@ -89,7 +89,7 @@ def hypergradient(
         tensor under two names (tied) are one variable and share its hypergradient.
 
     Raises:
-        ProblemError: a loss is no scalar, is random, changes buffers, or has no second derivative or
+        ProblemError: a loss is not a scalar, is random, changes buffers, or has no second derivative or
             one that loses a part; or an upper variable reaches neither loss; or x or y is of a
             dtype too coarse for the differences that the estimator takes; or the estimator would
             ignore what restricts y.
@@ -227,7 +227,7 @@ def unroll(
 
 
 def _batches(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
-    """One batch for ever, or the batches given; running out of them is an error."""
+    """One batch again and again, or the batches given; running out of them is an error."""
     if batches is None:
         yield from itertools.repeat(batch)
     yield from batches or ()

@@ -300,7 +300,7 @@ def flat(value: Any, name: str) -> Params:
     """The leaves of a nested value under dotted names, {"layer.weight": tensor}; a flat dict itself.
 
     Raises:
-        ProblemError: it is no container, or two of its leaves have one dotted name.
+        ProblemError: it is not a container, or two of its leaves have one dotted name.
     """
     if isinstance(value, dict) and not any(is_nested(part) for part in value.values()):
         return value

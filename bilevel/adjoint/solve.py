@@ -63,7 +63,7 @@ class AdjointSolver:
         """(h, v with A v = b, the state for the next solve). The solver may write into b.
 
         `h_of` is v ↦ ∇x F − (∂²xy G)ᵀ v: 1 cross product. With a target error the statistics have
-        the estimate of the error, and `converged` says whether it is held.
+        the estimate of the error, and `converged` says whether it is reached.
         """
         chosen, kept, inverse = self.preconditioner, state["preconditioner"], None
         if chosen:
@@ -129,13 +129,13 @@ def _judged(solve: Solve, rule: HoldsError, target_error: float) -> Stats:
     stats = solve.stats
     # one that ended by itself has the error of v at most, which is condition × residual
     left = (stats.condition or 1.0) * (stats.residual or 0.0)
-    held = rule.held or left <= AT_END * target_error
+    reached = rule.reached or left <= AT_END * target_error
     stopped = stats.stopped
     if not _has_positive_curvature(solve, rule):
-        held, stopped = False, "curvature"
-    elif not held and stopped in ("asked", "tolerance"):
+        reached, stopped = False, "curvature"
+    elif not reached and stopped in ("asked", "tolerance"):
         stopped = "rounding"  # it alone exceeds what was asked
-    stats = replace(stats, converged=held, stopped=stopped)
+    stats = replace(stats, converged=reached, stopped=stopped)
     if stats.residual is None or not math.isfinite(rule.estimate):
         return stats
     source = "Ritz values, y taken as solved"

@@ -45,12 +45,12 @@ class HoldsError:
 
     A solve that remembers nothing goes on to a relative residual of 1e-6, so that directions of
     little curvature are met that hold little of b and much of h. One that has come to where
-    rounding alone exceeds what is asked stops, and `held` stays False.
+    rounding alone exceeds what is asked stops, and `reached` stays False.
 
     Differs from a textbook's stopping rule in:
 
     1. It bounds the error of h = ∇x F − Bᵀ v and not the residual of v: one part of b in the
-       kernel of Bᵀ costs nothing, and one along a flat direction is not taken for small.
+       kernel of Bᵀ costs nothing, and one along a flat direction is not treated as small.
     2. What it knows of A and B it has seen, in this solve or before, and what was seen before
        counts for less the longer ago: `FADES`, `GROWS`.
     3. It asks first and pays later: a look at h costs a cross product, so that between looks the
@@ -69,7 +69,7 @@ class HoldsError:
         self._remembers = bool(memory)
         self.h: Params | None = None
         """The hypergradient where the solve was stopped."""
-        self.held = False
+        self.reached = False
         self.estimate = math.inf
 
     def __call__(self, progress: SolveProgress) -> bool:
@@ -124,7 +124,7 @@ class HoldsError:
         self._step, self._at_step = progress.steps, h
         self._next = progress.steps + max(1, progress.steps // 2)
         self.estimate = self._bound(progress.rounded)
-        self.held = self.estimate <= self._goal and (progress.last or self._explored(progress))
+        self.reached = self.estimate <= self._goal and (progress.last or self._explored(progress))
         lost = self.estimate > self._goal >= self._bound(progress.rz)
-        self.h = h if self.held or lost or progress.last else None
+        self.h = h if self.reached or lost or progress.last else None
         return self.h is not None

@@ -52,7 +52,7 @@ def gauss_newton(loss: Loss, at: Point) -> Matvec:
     building it counts as 1 gradient.
 
     Raises:
-        ProblemError: the loss is no `Composed`.
+        ProblemError: the loss is not a `Composed`.
     """
     made = loss.function
     if not isinstance(made, Composed):

@@ -24,7 +24,7 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
     """The loss at (x, y), with its graph.
 
     Raises:
-        ProblemError: it is no scalar floating-point tensor.
+        ProblemError: it is not a scalar floating-point tensor.
         ConvergenceError: it is NaN or infinite.
     """
     result = scalar(loss, x, y)

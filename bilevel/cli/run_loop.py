@@ -53,7 +53,7 @@ class RunLoop:
                 self._drive(state, early, None)
             except Exception as error:
                 # A divergence is a result and a full disk may pass; after any other error before
-                # the first step is done there is nothing to go on from, nor to read.
+                # the first step is done there is nothing to resume from, nor to read.
                 lasting = not isinstance(error, (ConvergenceError, CheckpointError, OSError))
                 if lasting and state.step == 0 and self.saved is None:
                     self._discard()

@@ -102,7 +102,7 @@ def _component(console: Console, group: str, entry: registry.Entry) -> None:
 def reflow(doc: str) -> str:
     """A docstring with the lines of its paragraphs joined; what is indented or listed stays.
 
-    Under "Raises:" an entry is an indented line, and what is indented further goes on with it.
+    Under "Raises:" an entry is an indented line, and what is indented further continues it.
     """
     lines: list[str] = []
     in_raises = False

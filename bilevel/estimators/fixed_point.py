@@ -45,7 +45,7 @@ class FixedPoint:
     distance that T still moves y) are counted in `degenerate` and flagged `converged=False`.
 
     Raises:
-        ConvergenceError: the series diverges, so T is no contraction here.
+        ConvergenceError: the series diverges, so T is not a contraction here.
         ProblemError: T returns other names or shapes than those of y.
     """
 
@@ -92,7 +92,7 @@ class FixedPoint:
             solve = self.solver.solve(matvec, b, start)
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"{error}. Here the Hessian's place is taken by I − ∂T/∂y: T is no contraction at "
+                f"{error}. Here the Hessian's place is taken by I − ∂T/∂y: T is not a contraction at "
                 f"this y; lower `lr` = {self.lr:g} (unused by a lower_map), or use solver: gmres"
             ) from error
         return Solve(solve.solution, self._verified(solve.stats, matvec, b, solve.solution))

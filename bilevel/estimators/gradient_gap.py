@@ -25,7 +25,7 @@ class GradientGap:
     """∇x F + 2λ (∂²xy G)ᵀ ∇y G, while y moves along ∇y F / λ + 2 (∂²yy G) ∇y G.
 
     The exact gradient, at fixed y, of x ↦ F(x, y) + λ ‖∇y G(x, y)‖². At any y but the one that
-    the run settles at it is no estimate of dΦ/dx: at y* it is ∇x F alone. Where x and y rest, x is
+    the run settles at it does not estimate dΦ/dx: at y* it is ∇x F alone. Where x and y rest, x is
     off a stationary point of Φ by O(1/λ), if ∂²yy G is not singular there. Nothing is solved, but
     second derivatives are taken. Costs 2 gradients, 1 HVP and 1 cross product.
     """

@@ -49,7 +49,7 @@ class KKT:
     dependent ones, are counted in `degenerate` and flagged `converged=False`.
 
     Raises:
-        ProblemError: the problem has no `lower_constraints`, or they are no vectors.
+        ProblemError: the problem has no `lower_constraints`, or they are not vectors.
     """
 
     solver: Annotated[LinearSolver, Slot("linear")] = Field(

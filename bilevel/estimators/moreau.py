@@ -39,7 +39,7 @@ class Moreau:
     gradient step by default, as published. γ = `gamma` below 1 / (the weak convexity of G) makes
     that problem strongly convex where G is not convex. The exact gradient, at fixed y, of
     x ↦ F(x, y) + λ (G(x, y) − min over θ of (G(x, θ) + ‖θ − y‖² / 2γ)); at any y but the one that
-    the run settles at it is no estimate of dΦ/dx. Where x and y rest, x is off a stationary point
+    the run settles at it does not estimate dΦ/dx. Where x and y rest, x is off a stationary point
     of Φ by O(1/λ). λ = strength · (call + 1)^growth, the paper's c_k. y is moved by one step of
     `optimizer`, at the old x where the paper has the new one. No second derivative is taken but by
     a `lower` that uses them (newton). Costs 3 gradients and those of `lower`.

@@ -42,7 +42,7 @@ class RegularisedGap:
     [0, multiplier_bound], by multiplier_lr along (μ − z) / γ₂ − d(x, θ). Equalities are the same
     without the max and with z of either sign. The exact gradient, at fixed y and z, of x ↦ F + λ ·
     gap, the gap being the largest value of L(x, y, μ) − L(x, θ, z) − ‖θ − y‖² / 2γ₁ −
-    ‖μ − z‖² / 2γ₂; at any y but the one that the run settles at it is no estimate of dΦ/dx. G and
+    ‖μ − z‖² / 2γ₂; at any y but the one that the run settles at it does not estimate dΦ/dx. G and
     d have to be convex in y. λ = strength · (call + 1)^growth. Without constraints it is `moreau`.
     No second derivative is taken but by a `lower` that uses them (newton). Costs 3 gradients of
     L or F and those of `lower`.

@@ -35,11 +35,11 @@ class ValueGap:
     """∇x F + λ (∇x G(x, y) − ∇x G(x, z)), z ≈ argmin over z of G(x, z); y moves along ∇y G + ∇y F / λ.
 
     The exact gradient, at fixed y, of x ↦ F(x, y) + λ (G(x, y) − min over z of G(x, z)). At any y
-    but the one that the run settles at it is no estimate of dΦ/dx: at y* it is ∇x F alone. Where
+    but the one that the run settles at it does not estimate dΦ/dx: at y* it is ∇x F alone. Where
     x and y rest, x is off a stationary point of Φ by O(1/λ). y is moved by one step of
     `optimizer`; the paper's step α in y is lr / λ here, so that lr may be what suits G, whatever
     λ. No second derivative is taken but by a `lower` that uses them (newton). Costs 3 gradients
-    and those of `lower`, which goes on from the last z.
+    and those of `lower`, which resumes from the last z.
     """
 
     strength: PositiveFloat = 10.0

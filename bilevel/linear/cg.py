@@ -40,7 +40,7 @@ class CG:
     Differs from the textbook in:
 
     1. Curvature below 4 eps of the largest met (eps^1.5 with a preconditioner, which takes out what
-       scales differ by) is rounding, and taken for 0: along such a p v would go off to overflow.
+       scales differ by) is rounding, and treated as zero: along such a p v would go off to overflow.
     2. The recursive residual goes on falling after b − A v has stalled. So the solve ends, with
        `stopped="rounding"`, where it is below a tenth of eps / 2 · (‖A‖ ‖v‖ + ‖b‖), and no
        residual smaller than that whole is reported. ‖A‖ is the largest curvature or Ritz value met.

@@ -36,7 +36,7 @@ def begin(
 
 
 def checked_norm(b: Params) -> float:
-    """‖b‖, or `ConvergenceError` where b or its square is no number of its dtype."""
+    """‖b‖, or `ConvergenceError` where b or its square is not a number of its dtype."""
     size = tree.norm(b)
     if math.isfinite(size) and (size > 0 or not any(bool(entry.any()) for entry in b.values())):
         return size

@@ -16,7 +16,7 @@ class Identity:
     """v = scale · b: the first term of the Neumann series; no product.
 
     For a contraction y ↦ y − scale ∇y G this keeps an acute angle with the solution where the
-    lower Hessian is well conditioned (Fung et al. 2021, thm. 3.1), and is no approximation of its
+    lower Hessian is well conditioned (Fung et al. 2021, thm. 3.1), and is not an approximation of its
     size. Nothing is known of the residual or the curvature, so none is reported.
     """
 

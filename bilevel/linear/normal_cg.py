@@ -15,7 +15,7 @@ from bilevel.types import Matvec, Params, Solve
 class NormalCG:
     """CG on A² v = A b for symmetric A, indefinite too; 2 products a step; condition number squared.
 
-    For a lower level that is no strict minimum; MINRES reaches the same in fewer products unless
+    For a lower level that is not at a strict minimum; MINRES reaches the same in fewer products unless
     rounding matters. `residual` is ‖b − A v‖ / ‖b‖ of the system asked for, which costs one more
     product; `condition` is that of A. `curvature` is the smallest pᵀA p / pᵀp of its directions, at
     no product: a negative one is a saddle, a positive one proves nothing, since A² does not tell

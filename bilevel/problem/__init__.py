@@ -2,7 +2,7 @@
 
 `protocol` is the contract; `from_modules`, `over_tasks`, `learned_start` make a problem of modules
 or of another problem; `tied` gives two names of one tensor one variable; `purity` refuses losses
-that are no functions of (x, y, batch). No solver, no estimator by name.
+that are not functions of (x, y, batch). No solver, no estimator by name.
 """
 
 from typing import TYPE_CHECKING

@@ -20,10 +20,10 @@ from bilevel.unrolling.path import refuse_learned, require_steps
 
 
 def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Estimate:
-    """The estimator's answer at a point. `state` None begins anew, and checks the losses first.
+    """The estimator's answer at a point. `state` None begins with a new one, and checks the losses first.
 
     Raises:
-        ProblemError: a loss is no function of (x, y, batch) or has no second derivative, an upper
+        ProblemError: a loss is not a function of (x, y, batch) or has no second derivative, an upper
             variable reaches neither, the dtype is too coarse for what the estimator subtracts, or
             lower steps that it follows were not recorded.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
@@ -88,7 +88,7 @@ def _require_reached(losses: Losses, at: Point) -> None:
     if missing:
         raise ProblemError(
             f"upper variable {', '.join(missing)} reaches neither loss, so its hypergradient "
-            "would be zero for ever: use it in upper_loss or lower_loss, or take it out of x "
+            "would always be zero: use it in upper_loss or lower_loss, or take it out of x "
             "(a .detach(), .item(), a copy into a module, or torch.no_grad() cuts it off). One "
             "that says where the lower level starts, or how it steps (Learned), and nothing else, "
             "needs estimator=unroll. "

@@ -36,7 +36,7 @@ def _holding(module: nn.Module, values: Params) -> Iterator[None]:
     Differs from `torch.func.functional_call`, which gives a layer that stands under two names a
     plain tensor back, and leaves a recurrent layer's list of flat weights as it was replaced.
     """
-    by_id: dict[int, Any] = {id(_held(module, name)): value for name, value in values.items()}
+    by_id: dict[int, Any] = {id(_parameter(module, name)): value for name, value in values.items()}
     before = [
         (owner, dict(owner._parameters), vars(owner).get("_flat_weights"))
         for owner in module.modules()
@@ -55,7 +55,7 @@ def _holding(module: nn.Module, values: Params) -> Iterator[None]:
                 vars(owner)["_flat_weights"] = flat
 
 
-def _held(module: nn.Module, name: str) -> Tensor | None:
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path)._parameters[leaf]
 

@@ -27,7 +27,7 @@ class OverTasks:
     `problem` is that of one task, and knows of no other; its `episodes` yield the (lower, upper)
     batches of one task after another. Each entry of y gains a leading dimension of `num_tasks`.
     G is a sum so that the lower steps of a task are those that it would take alone. With `fresh`
-    each upper step is on new tasks; else on the first `num_tasks` for ever, each keeping its y.
+    each upper step is on new tasks; else on the first `num_tasks` throughout, each keeping its y.
 
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
     that vmap cannot batch (control flow on values). What restricts or starts y (`lower_start`,

@@ -203,7 +203,7 @@ WRONG = {
 """By the name of their node in autograd's graph, which is looked for in that of G."""
 
 ACCURATE = 1e-6
-"""The relative error of a Hessian product below which a function of `WRONG` is taken for mended."""
+"""The relative error of a Hessian product below which a function of `WRONG` counts as mended."""
 
 
 @cache

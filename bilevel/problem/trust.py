@@ -200,7 +200,7 @@ LOWER = (
         lambda step: step.lower_converged is False and step.estimator.claim == "solution",
         lambda step: (
             f"the lower solve ended at ‖∇y G‖ = {step.lower_norm:.1e}, above its tolerance, and the "
-            "hypergradient is that of the lower solution: give the solver more steps, or go on from "
+            "hypergradient is that of the lower solution: give the solver more steps, or resume from "
             "its y and state"
         ),
         unless=("infeasible",),

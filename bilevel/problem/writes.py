@@ -46,7 +46,7 @@ def refuse_writes(loss: Loss, x: Params, y: Params) -> Iterator[None]:
     tensors = [found for name, value in given.items() for found in _tensors(value, name)]
     for where, tensor in tensors:
         owned.setdefault(_memory(tensor), where)
-    for where, tensor in held(loss.function):
+    for where, tensor in reachable(loss.function):
         owned.setdefault(_memory(tensor), where)
     owned.pop(0, None)
     done = False
@@ -200,7 +200,7 @@ def _containers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 # what a function holds
 
 
-def held(function: Any) -> Iterator[tuple[str, Tensor]]:
+def reachable(function: Any) -> Iterator[tuple[str, Tensor]]:
     """(what it is, tensor) of the parameters, buffers and tensors that a function can reach by name."""
     left, seen = [("", function)], {}
     while left and len(seen) < MOST:

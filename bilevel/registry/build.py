@@ -57,7 +57,7 @@ def build(group: str, spec: Any, where: str = "", base: Path | None = None) -> A
 def resolve(group: str, given: Any, where: str) -> Any:
     """The component that a caller means: an instance as it is, one made of a name or a mapping.
 
-    Raises `RecipeError` for an unknown name or option, and for what is no component: a class
+    Raises `RecipeError` for an unknown name or option, and for what is not a component: a class
     (an instance is asked for), a number, None.
     """
     if isinstance(given, (str, Mapping)):

@@ -97,7 +97,7 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
         return _attribute(_load_file(path, reference), match["name"], reference)
     if match := MODULE.match(reference):
         family = [name for name in presets.of(group) if name.startswith(f"{match['module']}:")]
-        if family:  # `betty:bogus` is no class to look for in betty
+        if family:  # `betty:bogus` is not a class to look for in betty
             raise RecipeError(unknown(reference, family, kind(group)))
         return _attribute(_import(match["module"], reference), match["name"], reference)
     points = _points(group)

@@ -18,7 +18,7 @@ from bilevel import registry
 from bilevel.components import Slot
 
 NOTHING = object()
-"""Stands for a value that is no plain data."""
+"""Stands for a value that is not plain data."""
 
 
 @dataclass(frozen=True)

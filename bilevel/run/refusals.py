@@ -50,7 +50,7 @@ def refuse_mismatch(setup: Setup) -> None:
                 f"estimator: {_instead(levels)}"
             )
     require_resolved(setup.estimator, [setup.dtype])
-    _refuse_unheld(setup)
+    _refuse_ignored_restrictions(setup)
 
 
 def _instead(levels: Levels) -> str:
@@ -77,7 +77,7 @@ _MOVES_Y = {
 """By restriction of y: estimators to take in place of one that moves y itself and ignores it."""
 
 
-def _refuse_unheld(setup: Setup) -> None:
+def _refuse_ignored_restrictions(setup: Setup) -> None:
     """A method that moves x or y must respect the projection, proximal map and constraints."""
     needs, levels = setup.estimator.needs, setup.levels
     estimator, _ = _names(setup)

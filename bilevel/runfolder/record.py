@@ -29,7 +29,7 @@ def line(event: Mapping[str, Any]) -> str:
 def read(folder: Path) -> Iterator[dict[str, Any]]:
     """The events in a run folder; a line cut off by a crash ends the record.
 
-    Raises `CheckpointError` for any other line that is no event, or a record that cannot be read.
+    Raises `CheckpointError` for any other line that is not an event, or a record that cannot be read.
     """
     path = folder / FILE
     if not path.is_file():

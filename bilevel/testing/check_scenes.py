@@ -60,7 +60,7 @@ class CheckScene:
 
     @cached_property
     def is_restricted(self) -> bool:
-        """Whether the lower solution is no stationary point of G: something else restricts it there."""
+        """Whether the lower solution is not a stationary point of G: something else restricts it there."""
         scene = self.scene
         if not scene.stationary:
             return False

@@ -150,7 +150,7 @@ class AdaptationCase:
     def lower_solution(self, x: Params) -> Params:
         """(A + λI)⁻¹ (A cᵢ + λ x)."""
         k, at = self.constants, tree.flatten(x).double()
-        y = torch.linalg.solve(self._held, (k["c"] @ k["A"] + PROXIMAL * at).T).T
+        y = torch.linalg.solve(self._matrix, (k["c"] @ k["A"] + PROXIMAL * at).T).T
         parts = y.to(tree.flatten(x).dtype).split([p.numel() for p in x.values()], dim=1)
         return {n: part.reshape(2, *x[n].shape) for n, part in zip(x, parts, strict=True)}
 
@@ -159,11 +159,11 @@ class AdaptationCase:
         k, h = self.constants, RHO * (tree.flatten(x).double() - self.constants["p"])
         if not self.without_y:
             off = _rows(self.lower_solution(tree.map(Tensor.double, x))) - k["t"]
-            h = h + 0.5 * PROXIMAL * torch.linalg.solve(self._held, off.sum(0))
+            h = h + 0.5 * PROXIMAL * torch.linalg.solve(self._matrix, off.sum(0))
         return tree.cast(h, x)
 
     @cached_property
-    def _held(self) -> Tensor:
+    def _matrix(self) -> Tensor:
         A = self.constants["A"]
         return A + PROXIMAL * torch.eye(len(A), dtype=torch.float64)
 

@@ -157,7 +157,7 @@ def _wiring(at: Place) -> Iterator[str]:
     for loss in at.both:
         calculus.gradients(replace(loss, counts=counts), at.point)
     for name in sorted(at.x.keys() - counts.reached - reached(at.losses.lower, at.point)):
-        yield f"x[{name!r}] reaches neither loss, so its hypergradient is zero for ever"
+        yield f"x[{name!r}] reaches neither loss, so its hypergradient is always zero"
     _, g = calculus.gradient_y(at.losses.lower, at.x, at.y)
     if tree.norm(g) == 0:
         yield "∇y G = 0 off the initial point: y does not reach lower_loss"
@@ -211,7 +211,7 @@ def _last(steps: Iterator[Any]) -> Any:
 
 def _float32(at: Place, seed: int) -> Iterator[str]:
     values = [float(loss(at.x, at.y)) for loss in at.both]
-    narrow = _at(at.problem, seed, torch.float32)  # which places the problem's constants anew
+    narrow = _at(at.problem, seed, torch.float32)  # which places the problem's constants again
     for expected, loss in zip(values, narrow.both, strict=True):
         value = calculus.value(loss, narrow.x, narrow.y)
         if value.dtype != torch.float32:

@@ -82,7 +82,7 @@ def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
     """(y, whether it is the lower solution): the setup's steps until they rest where G alone will not do."""
-    if not _held(setup.levels) or "lower_solution" in setup.levels:
+    if not _is_restricted(setup.levels) or "lower_solution" in setup.levels:
         return solve_tightly(setup.levels, lower, x, y)
     state = None
     for _ in range(1000):
@@ -94,7 +94,7 @@ def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, b
     return y, False
 
 
-def _held(levels: Levels) -> bool:
+def _is_restricted(levels: Levels) -> bool:
     """Whether y* is more than the minimum of G."""
     return bool(levels.structure.restrictions)
 
@@ -142,7 +142,7 @@ def reference_at(scene: Scene) -> Reference | None:
         found = _differences_of_value(scene)
         if found.error <= 1e-2:
             return from_differences("central differences", found)
-    if _held(levels):
+    if _is_restricted(levels):
         return None  # the adjoint equation does not know the set that restricts y
     return _verified_adjoint(scene)
 

@@ -60,7 +60,7 @@ class Prepared:
     upper: Data
     evaluation: EvaluationSplit
     constants: dict[str, Tensor]
-    """Scalars of the losses at their start, for those that are no variables."""
+    """Scalars of the losses at their start, for those that are not variables."""
     reference: Params = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32

@@ -19,7 +19,7 @@ from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.from_modules import FromModules
 from bilevel.problem.over_tasks import OverTasks
 from bilevel.problem.purity import refuse_impure
-from bilevel.problem.writes import held
+from bilevel.problem.writes import reachable
 from bilevel.run.engine import Setup, run, start
 from bilevel.run.upper import Upper
 from bilevel.types import Counts, Loss
@@ -378,5 +378,5 @@ def test_what_a_loss_holds_is_found_without_end_in_circles():
 
     one, other = Node(), Node()
     one.next, other.next, one.net = other, one, nn.Linear(1, 1)
-    names = [name for name, _ in held(lambda x, y, b: one)]
+    names = [name for name, _ in reachable(lambda x, y, b: one)]
     assert sorted(names) == ["parameter bias of Linear", "parameter weight of Linear"]

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from bilevel.errors import ProblemError
 
-from ..sources.language import ask_colour, ask_object
+from ..sources.language import ask_object
 from ..sources.protocol import Scene
 
 Strategy = Literal["random", "popular", "adversarial"]
@@ -93,28 +93,6 @@ def own_questions(scenes: Sequence[Scene]) -> dict[str, tuple[Question, ...]]:
             question = Question(index, own.text, own.answer, own.name or own.text)
             found.setdefault(own.group, []).append(question)
     return {group: tuple(asked) for group, asked in found.items()}
-
-
-def colour_questions(
-    scenes: Sequence[Scene], *, colours: Sequence[str], per_scene: int, generator: Generator
-) -> tuple[Question, ...]:
-    """Up to `per_scene` questions a scene on colours, exactly as many answered yes as no.
-
-    Only of objects that stand alone of their name, so that "the" speaks of one thing. Scenes
-    without colours get no question.
-    """
-    _check_number(per_scene)
-    random = _random(generator)
-    asked = []
-    for index, scene in enumerate(scenes):
-        names = [thing.name for thing in scene.things]
-        single = [t for t in scene.things if t.colour is not None and names.count(t.name) == 1]
-        for thing in random.sample(single, min(per_scene // 2, len(single))):
-            wrong = random.choice([colour for colour in colours if colour != thing.colour])
-            right = thing.colour or ""
-            asked.append(Question(index, ask_colour(thing.name, right), True, thing.name))
-            asked.append(Question(index, ask_colour(thing.name, wrong), False, thing.name))
-    return tuple(asked)
 
 
 def _expected(

@@ -101,7 +101,7 @@ def start_lora(network: Network, generator: torch.Generator | None) -> Params:
 def load_adapter(mllm: Any, folder: Path, how: Adapter, language: str) -> Any:
     """Put the adapter of a folder into a model, and leave it there (continue) or merge it.
 
-    Returns its peft config. Raises `ProblemError` for an adapter that is no LoRA, or that covers
+    Returns its peft config. Raises `ProblemError` for an adapter that is not LoRA, or that covers
     more than the language model and is to be continued; `RequirementError` where its weights are
     missing, cut short, or of another model.
     """

@@ -18,7 +18,7 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True)
 class Rows:
-    """Padded sequences; `mask` is what is no padding, `counted` what the task loss counts."""
+    """Padded sequences; `mask` is what is not padding, `counted` what the task loss counts."""
 
     ids: Int[Tensor, "row token"]
     mask: Bool[Tensor, "row token"]

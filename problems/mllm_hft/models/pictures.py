@@ -28,7 +28,7 @@ class Pictures:
     """A block of places a picture, padded to the widest."""
 
     features: Float[Tensor, "scene place feature"]
-    """0 where a place is no feature."""
+    """0 where a place is not a feature."""
     layout: Int[Tensor, "scene place"] | None = None
     """None: every place is a feature."""
     grid: Int[Tensor, "scene place 3"] | None = None
@@ -52,7 +52,7 @@ class Pictures:
 
 
 def stack(pictures: Sequence[Picture]) -> Pictures:
-    """Pictures side by side; `layout` only where some place is no feature."""
+    """Pictures side by side; `layout` only where some place is not a feature."""
     width = max(len(picture.features) for picture in pictures)
     layouts = [
         torch.full((len(p.features),), FEATURE) if p.layout is None else p.layout for p in pictures

@@ -56,7 +56,7 @@ _BOTH_WAYS = ("to the left of", "on the left", "left of", "in front of", "above"
 OPPOSITES = {**RELATIONS, **{RELATIONS[phrase]: phrase for phrase in _BOTH_WAYS}}
 OPPOSITES["underneath"] = "on top of"
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-"""One is no number here: "one of them", and swapping it would change the verb."""
+"""One is not a number here: "one of them", and swapping it would change the verb."""
 
 
 @dataclass

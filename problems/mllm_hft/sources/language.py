@@ -19,7 +19,7 @@ from .words import article, plural
 
 __all__ = [
     "DESCRIBE", "NO", "NUMBERS", "OPPOSITE", "YES", "Group", "Names", "Relation", "Statement",
-    "article", "ask_colour", "ask_object", "describe", "mentioned", "plural", "words", "write",
+    "article", "ask_object", "describe", "mentioned", "plural", "words", "write",
 ]  # fmt: skip
 
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -90,11 +90,6 @@ def words(source: Names) -> tuple[str, ...]:
 def ask_object(name: str) -> str:
     """The question whether an object is there."""
     return f"is there {article(name)} {name} ?"
-
-
-def ask_colour(name: str, colour: str) -> str:
-    """The question whether the one object of that name has that colour."""
-    return f"is the {name} {colour} ?"
 
 
 def describe(things: tuple[Thing, ...], names: Sequence[str], random: Random) -> Statement:

@@ -7,7 +7,7 @@ and every mention counts, not every object once. It differs from the published s
 
 1. plurals are made from the vocabulary and not undone by a tagger, so words outside the
    vocabulary and its synonyms are never changed;
-2. words of a phrase stand side by side: "hot, dog" is no hot dog;
+2. words of a phrase stand side by side: "hot, dog" is not a hot dog;
 3. it knows more compounds ("bus stop", "dog house") and applies them to any vocabulary.
 
 As in the script, "orange" is the fruit even where it is the colour of another thing.

@@ -71,7 +71,7 @@ class PictureFiles:
 
 
 def read_picture(file: str, pixels: int | None = None) -> Picture:
-    """The picture upright as a viewer shows it. Raises `ProblemError` for what is no picture."""
+    """The picture upright as a viewer shows it. Raises `ProblemError` for what is not a picture."""
     image = require("PIL.Image", "pillow")
     operations = require("PIL.ImageOps", "pillow")
     try:

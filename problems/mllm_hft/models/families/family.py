@@ -37,7 +37,7 @@ def causal(
 def counted(
     mask: Bool[Tensor, "row place"], picture: slice, grid: Int[Tensor, "row place 3"] | None
 ) -> Int[Tensor, "row place"]:
-    """Places that are no padding, numbered from 0."""
+    """Places that are not padding, numbered from 0."""
     return mask.long().cumsum(1).sub(1).clamp_min(0)
 
 

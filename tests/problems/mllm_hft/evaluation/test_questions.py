@@ -9,7 +9,6 @@ from bilevel.errors import ProblemError
 from bilevel.rng import stream
 from bilevel_problems.mllm_hft.evaluation.questions import (
     STRATEGIES,
-    colour_questions,
     cooccurrence,
     questions,
 )
@@ -107,24 +106,6 @@ def test_random_asks_every_absent_name_alike():
 def test_questions_are_pure_in_the_generator():
     assert ask("random") == ask("random")
     assert ask("random") != ask("random", seed=1)
-
-
-def test_colour_questions_are_true_balanced_and_ask_of_single_objects():
-    asked = colour_questions(
-        TEST, colours=SOURCE.colours, per_scene=4, generator=stream(0, "colours")
-    )
-    assert sum(q.answer for q in asked) * 2 == len(asked) > len(TEST)
-    for question in asked:
-        things = [t for t in TEST[question.scene].things if t.name == question.name]
-        assert len(things) == 1
-        colour = question.text.split()[-2]
-        assert question.text == f"is the {question.name} {colour} ?"
-        assert question.answer == (things[0].colour == colour)
-
-
-def test_scenes_without_colours_get_no_colour_question():
-    plain = Scene((Thing("dog", None, 0.5, 0.5),), "", {})
-    assert colour_questions([plain], colours=(), per_scene=2, generator=stream(0, "c")) == ()
 
 
 @pytest.mark.parametrize("per_scene", [0, 1, 3, -2])

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from bilevel.rng import stream
-from bilevel_problems.mllm_hft.evaluation.questions import colour_questions, questions
+from bilevel_problems.mllm_hft.evaluation.questions import questions
 from bilevel_problems.mllm_hft.sources.language import (
     DESCRIBE,
     NO,
@@ -13,7 +13,6 @@ from bilevel_problems.mllm_hft.sources.language import (
     Group,
     Relation,
     Statement,
-    ask_colour,
     ask_object,
     describe,
     mentioned,
@@ -41,7 +40,6 @@ def said(source):
         per_scene=4,
         generator=random,
     )
-    asked += colour_questions(scenes, colours=source.colours, per_scene=2, generator=random)
     return {token for text in [*texts, *(q.text for q in asked)] for token in text.split(" ")}
 
 
@@ -108,7 +106,6 @@ def test_ordering_keeps_what_is_said():
 def test_questions_are_written_as_english():
     assert ask_object("star") == "is there a star ?"
     assert ask_object("apple") == "is there an apple ?"
-    assert ask_colour("star", "red") == "is the star red ?"
 
 
 def test_only_clear_relations_are_stated():
