@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bilevel.events import Progress
+from bilevel.problem.from_modules import Bound
 from bilevel.types import Params
 
 from ..sources.protocol import Corpus, Encoder, Source
@@ -89,7 +89,7 @@ class Network(nn.Module):
             value.data = value.data.to(device)
 
     def forward(self, of: str, **inputs: Any) -> Tensor:
-        """The method or head named `of`; one door, so that `functional_call` reaches every one."""
+        """The method or head named `of`; one door, so that every call takes other parameters."""
         return getattr(self, of)(**inputs)
 
     def logits(
@@ -253,8 +253,12 @@ class _Sequence:
 
 
 def call(network: Network, parameters: Params, of: str, **inputs: Any) -> Tensor:
-    """`network.<of>(**inputs)` with `parameters` in the place of its own: pure in them."""
-    return functional_call(network, parameters, (of,), inputs)
+    """`network.<of>(**inputs)` with `parameters` in the place of its own: pure in them.
+
+    Not by `torch.func.functional_call`, after which a part that stands under two names, as tied
+    embeddings in some families do, holds plain tensors.
+    """
+    return Bound(network, parameters)(of, **inputs)
 
 
 def parameters(network: Network, group: Group) -> Params:

@@ -132,6 +132,19 @@ def test_parameters_are_replaced_without_being_written(pictures):
         assert torch.equal(value, saved[name])
 
 
+def test_a_part_under_two_names_keeps_its_parameters(pictures):
+    """And is replaced under both."""
+    made = network()
+    made.mllm.again = made.projector
+    before = {n: id(p) for n, p in made.named_parameters(remove_duplicate=False)}
+    assert len({*before.values()}) < len(before)
+    moved = {n: p + 0.5 for n, p in parameters(made, "projector").items()}
+    expected = call(network(), moved, "image", features=pictures)
+    torch.testing.assert_close(call(made, moved, "image", features=pictures), expected)
+    assert {n: id(p) for n, p in made.named_parameters(remove_duplicate=False)} == before
+    assert all(isinstance(p, torch.nn.Parameter) for p in made.projector.parameters())
+
+
 def test_groups_are_disjoint_and_complete():
     made = network()
     groups = {g: set(parameters(made, g)) for g in ("lora", "projector", "heads")}
