@@ -123,6 +123,8 @@ def hypergradient(
         found = replace(found, reasons=reasons(Step(method, found, solved)))
     if found.reasons and method.claim == "solution":
         warnings.warn("; ".join(found.reasons), UntrustedWarning, stacklevel=2)
+    if tied[0].trivial and found.moved is None:
+        return found
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))
     return replace(found, hypergradient=tied[0].expand(found.hypergradient), moved=moved)
 

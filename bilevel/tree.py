@@ -143,7 +143,15 @@ def scale_(y: Params, alpha: float) -> Params:
 
 def wide(value: Tensor) -> Tensor:
     """The value in float32 where it is narrower: sums and factorisations want that."""
-    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    return value.float() if value.dtype in HALF else value
+
+
+def summed_in(value: Tensor) -> torch.dtype:
+    """The dtype that `wide` gives a value."""
+    return torch.float32 if value.dtype in HALF else value.dtype
+
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def dot(a: Params, b: Params) -> float:
@@ -151,7 +159,11 @@ def dot(a: Params, b: Params) -> float:
     if not a:
         return 0.0
     first, second = _pair(a, b)
-    total = _sum(torch.dot(_flat(p), _flat(q)) for p, q in zip(first, second, strict=True))
+    if a is b:
+        flat = [_flat(p) for p in first]
+        total = _sum(torch.dot(p, p) for p in flat)
+    else:
+        total = _sum(torch.dot(_flat(p), _flat(q)) for p, q in zip(first, second, strict=True))
     if _out_of_range(total):
         total = _sum(
             torch.dot(_flat(p).double(), _flat(q).double())
@@ -161,7 +173,8 @@ def dot(a: Params, b: Params) -> float:
 
 
 def _flat(value: Tensor) -> Tensor:
-    return wide(value).reshape(-1)
+    value = wide(value)
+    return value if value.dim() == 1 else value.reshape(-1)
 
 
 def _sum(parts: Iterable[Tensor]) -> float:
@@ -198,7 +211,11 @@ def size(a: Params) -> int:
 
 def is_finite(a: Params) -> bool:
     """Whether no entry holds NaN or an infinity."""
-    return all(bool(torch.isfinite(value).all()) for value in a.values())
+    # the sum, in one pass, has any that there is; finite entries may have an infinite one
+    return all(
+        math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+        for value in a.values()
+    )
 
 
 def flatten(a: Params) -> Tensor:

@@ -7,6 +7,7 @@ rebuilding it for each product, and faster than forward-over-reverse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
         ConvergenceError: it is NaN or infinite.
     """
     result = scalar(loss, x, y)
-    if not torch.isfinite(result):
+    if not math.isfinite(result.item()):
         raise ConvergenceError(_not_finite(f"{loss.level}_loss = {result.item()}", x, y))
     return result
 

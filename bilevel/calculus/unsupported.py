@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,16 +37,22 @@ _REMEDIES = {
 }
 
 
-@contextmanager
-def second_order(loss: Loss) -> Iterator[None]:
-    """Turn torch's word for a missing derivative into a `ProblemError` with the remedy."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        said = _said(str(error))
-        if said is None:
-            raise
-        raise ProblemError(f"{loss.level}_loss {said}") from error
+class second_order:
+    """Turn torch's word for a missing derivative into a `ProblemError` with the remedy.
+
+    A class, since a generator's context costs as much as a product in five unknowns.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (RuntimeError, NotImplementedError)):
+            said = _said(str(error))
+            if said is not None:
+                raise ProblemError(f"{self._loss.level}_loss {said}") from error
 
 
 def _said(text: str) -> str | None:

@@ -121,7 +121,7 @@ class Implicit:
             return tree.sub(F_x, lower.vjp_xy(v))
 
         b = lower.restrict(F_y)
-        size = tree.norm(b)
+        size = tree.norm(b) if self.strong_convexity is not None else 0.0
         system = System(matvec, b, losses, at, self.damping, state["spent"])
         h, solve, state = self._adjoint.solve(system, h_of, state)
         stats = solve.stats

@@ -81,7 +81,7 @@ class MAID:
     min_accuracy: PositiveFloat = 1e-10
     backtracks: PositiveInt = 8
     lower: Annotated[LowerSolver, Slot("lower")] = Field(
-        default_factory=lambda: Proximal(steps=5000)
+        default_factory=lambda: Proximal(steps=5000, lr=1.0)
     )
     adjoint: Annotated[LinearSolver, Slot("linear")] = Field(
         default_factory=lambda: CG(iterations=200)

@@ -78,10 +78,11 @@ class CG:
         v, r, size = guards.begin(matvec, b, start, overwrite=overwrite)
         reach, eps, accumulation = tree.norm(v), tree.eps(v), guards.accumulation_eps(v)
         z = precondition(r) if precondition else r
-        rr, rz = tree.dot(r, r), tree.dot(r, z)
+        rr = tree.dot(r, r)
+        rz = tree.dot(r, z) if precondition else rr
         tolerance = guards.resolution(v) if stop else self.tolerance
         target = max(tolerance, guards.underflow_floor(v)) * size
-        p, pp = tree.clone(z), tree.dot(z, z)
+        p, pp = tree.clone(z), tree.dot(z, z) if precondition else rr
         flat = accumulation**1.5 if precondition else 4 * accumulation
         ritz, curvature, largest, steps = Tridiagonal(), math.inf, 0.0, 0
         far = reach  # ‖v‖ is at most this: measured only where it may matter
@@ -122,13 +123,14 @@ class CG:
             far += alpha * math.sqrt(pp)
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
         largest = largest if precondition else ritz.largest
-        residual = guards.attainable_residual(math.sqrt(rr), v, size, largest, reach)
+        length = tree.norm(v)
+        residual = guards.attainable_residual(math.sqrt(rr), v, size, largest, reach, length)
         stats = guards.ended(
             stopped,
             residual,
             tolerance,
             v,
-            guards.relative_floor(v, size, largest),
+            guards.relative_floor(v, size, largest, length=length),
             iterations=steps,
             curvature=None if math.isinf(curvature) else curvature,
             # of positive Ritz values alone, where A is not positive definite
@@ -207,7 +209,7 @@ def _update_residual(r: Params, alpha: float, Ap: Params) -> float:
         r[name] = tree.add_scaled(entry, -alpha, Ap[name])
         flat = tree.wide(r[name]).reshape(-1)
         parts.append(torch.dot(flat, flat).double())
-    total = float(torch.stack(parts).sum())
+    total = float(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
     return total if 1e-30 < total < math.inf else tree.dot(r, r)
 
 

@@ -67,7 +67,7 @@ def require_finite(product: float, b: Params) -> float:
 
 def accumulation_eps(b: Params) -> float:
     """The largest eps of the types in which the entries of b are summed."""
-    return max(torch.finfo(tree.wide(entry.new_empty(0)).dtype).eps for entry in b.values())
+    return max(torch.finfo(tree.summed_in(entry)).eps for entry in b.values())
 
 
 def underflow_floor(b: Params) -> float:
@@ -105,14 +105,26 @@ def is_below_rounding(left: float, eps: float, size: float, largest: float, leng
     return left <= 0.1 * rounding_floor(eps, size, largest, length)
 
 
-def relative_floor(v: Params, size: float, largest: float, reach: float = 0.0) -> float:
-    """`rounding_floor` of v, relative to ‖b‖ = size; `reach` is the length of the start."""
-    length = max(tree.norm(v), reach)
-    return rounding_floor(tree.eps(v), size, largest, length) / size if size else 0.0
+def relative_floor(
+    v: Params, size: float, largest: float, reach: float = 0.0, length: float | None = None
+) -> float:
+    """`rounding_floor` of v, relative to ‖b‖ = size; `reach` is the length of the start.
+
+    `length` is ‖v‖, where it is known.
+    """
+    if not size:
+        return 0.0
+    length = max(tree.norm(v) if length is None else length, reach)
+    return rounding_floor(tree.eps(v), size, largest, length) / size
 
 
 def attainable_residual(
-    recursive: float, v: Params, size: float, largest: float, reach: float = 0.0
+    recursive: float,
+    v: Params,
+    size: float,
+    largest: float,
+    reach: float = 0.0,
+    length: float | None = None,
 ) -> float:
     """‖b − A v‖ / ‖b‖ from a recursive residual and ‖b‖ = size, no better than rounding allows.
 
@@ -120,7 +132,7 @@ def attainable_residual(
     """
     if size == 0 or recursive == 0:
         return 0.0
-    return max(recursive / size, relative_floor(v, size, largest, reach))
+    return max(recursive / size, relative_floor(v, size, largest, reach, length))
 
 
 def ended(

@@ -14,11 +14,13 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import calculus, tree
 from bilevel.calculus.products import first_not_finite
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.newton import Newton
+from bilevel.lower.start import at_start
+from bilevel.lower.tolerance import curvature_along
 from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Offers, Params, Structure
 
 GROWTH = 10.0
@@ -33,14 +35,15 @@ class AugmentedLagrangian:
 
     L = G + λᵀc + ρ/2 ‖c‖² + Σ (max(μ + ρ d, 0)² − μ²) / 2ρ is minimised in y by `solver`, as far
     as the constraints are met by then; λ ← λ + ρ c and μ ← max(μ + ρ d, 0) where they are met as
-    well as asked for, else ρ grows tenfold. Stops where ‖∇y L‖ and the violation, ‖c‖ and
-    ‖max(d, −μ / ρ)‖ together, are at most `tolerance`, or after `rounds` minimisations.
+    well as asked for, else ρ grows tenfold. Stops where the violation, ‖c‖ and ‖max(d, −μ / ρ)‖
+    together, is at most `tolerance`, and ‖∇y L‖ that times the curvature of G along its gradient at
+    the first start (2 gradients), or after `rounds` minimisations.
 
     Converges linearly for fixed ρ, at a rate of O(1/ρ), where the active constraints are
     independent, their multipliers not zero and L curves up along them; each round costs `solver`'s
     gradients and HVPs, its `tolerance` being set to what the round asks for. For large y take
     lbfgs, which compares values of L and so comes no nearer than √eps of their size: tolerance 1e-5.
-    ρ is `penalty` at first; it, λ and μ go on from call to call. y is outside the constraints by up
+    ρ is `penalty` at first, by default 10 times that curvature; it, λ and μ go on from call to call. y is outside the constraints by up
     to `tolerance`; kkt's `activity` had better be larger. A `project_lower` beside the constraints
     says the same and is not used. Draws one batch a solve. No path.
 
@@ -52,7 +55,7 @@ class AugmentedLagrangian:
     """
 
     rounds: PositiveInt = 50
-    penalty: PositiveFloat = 10.0
+    penalty: PositiveFloat | None = None
     tolerance: PositiveFloat = 1e-8
     solver: Annotated[LowerSolver, Slot("lower")] = Field(default_factory=Newton)
 
@@ -62,7 +65,8 @@ class AugmentedLagrangian:
         return Offers(learned=inner, supports=frozenset({"lower_constraints"}))
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {"penalty": self.penalty, "multipliers": {}, "solver": self.solver.init(y)}
+        inner = self.solver.init(y)
+        return {"penalty": self.penalty, "multipliers": {}, "solver": inner, "curvature": 0.0}
 
     def solve(
         self,
@@ -75,14 +79,21 @@ class AugmentedLagrangian:
         record: float = 0,
     ) -> LowerSolution:
         batch = next(batches)
-        loss, rho, inner = loss.on(batch), state["penalty"], state["solver"]
+        loss, inner = loss.on(batch), state["solver"]
+        curvature, spent = state["curvature"], 0
+        if not curvature:
+            with at_start(0):
+                _, g = calculus.gradient_y(loss, x, y)
+            curvature, spent = curvature_along(loss, x, y, g) or 1.0, 2
+        rho = state["penalty"] or 10 * curvature
         multipliers = state["multipliers"] or tree.zeros_like(_constraints(loss, x, y))
-        asked, close = rho**-0.1, 1 / rho
-        steps = gradients = hvps = 0
+        # in the book G has curvature 1: what is asked of ∇y L is in its units here
+        asked, close = (rho / curvature) ** -0.1, curvature / rho
+        steps, gradients, hvps = 0, spent, 0
         norm, converged = float("nan"), False
         violation, least, stalled = float("nan"), float("inf"), 0
         for _ in range(self.rounds):
-            solver = _to(self.solver, max(close, self.tolerance))
+            solver = _to(self.solver, max(close, self.tolerance) * curvature)
             augmented = _augmented(loss, multipliers, rho)
             end = solver.solve(augmented, x, y, batches=itertools.repeat(batch), state=inner)
             y, inner, norm = end.y, end.state, end.stats.gradient_norm
@@ -93,22 +104,22 @@ class AugmentedLagrangian:
             if violation <= max(asked, self.tolerance):
                 multipliers = moved
                 stalled = 0
-                converged = violation <= self.tolerance and norm <= self.tolerance
+                converged = max(violation, norm / curvature) <= self.tolerance
                 if converged:
                     break
-                asked, close = asked / rho**0.9, close / rho
+                asked, close = asked * (curvature / rho) ** 0.9, close * curvature / rho
             else:
                 stalled = 0 if violation < 0.9 * least else stalled + 1
                 least = min(least, violation)
                 if stalled == STALLED:
                     break
                 rho = GROWTH * rho
-                asked, close = rho**-0.1, 1 / rho
+                asked, close = (rho / curvature) ** -0.1, curvature / rho
         with torch.no_grad():
             value = float(loss(x, y))
         infeasible = stalled == STALLED
         stats = LowerStats(steps, gradients, value, norm, converged, hvps, violation, infeasible)
-        kept = {"penalty": rho, "multipliers": multipliers, "solver": inner}
+        kept = {"penalty": rho, "multipliers": multipliers, "solver": inner, "curvature": curvature}
         if infeasible:  # a penalty without bound would follow the run to where they can be met
             kept = state
         return LowerSolution(tree.clone(y), kept, stats, batch)
@@ -119,8 +130,7 @@ def _to(solver: LowerSolver, tolerance: float) -> LowerSolver:
     chosen: Any = solver
     if not hasattr(solver, "tolerance"):
         return solver
-    relative = {"relative_tolerance": None} if hasattr(solver, "relative_tolerance") else {}
-    return replace(chosen, tolerance=tolerance, **relative)
+    return replace(chosen, tolerance=tolerance)
 
 
 def _constraints(loss: Loss, x: Params, y: Params) -> Params:

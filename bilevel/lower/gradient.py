@@ -13,7 +13,7 @@ from bilevel import calculus, tree
 from bilevel.components import Slot, component
 from bilevel.lower.divergence import Growth
 from bilevel.lower.start import at_start, require_finite
-from bilevel.lower.tolerance import limit
+from bilevel.lower.tolerance import Stop
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import bound, learned, require_in_range
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
@@ -36,7 +36,8 @@ class Gradient:
     optimizer: Annotated[Optimizer, Slot("optimizers")] = Field(default_factory=SGD)
     tolerance: NonNegativeFloat = 0.0
     relative_tolerance: PositiveFloat | None = None
-    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
+    """‖∇y G‖ relative to curvature times ‖y‖ (`bilevel.lower.tolerance`), where there is no
+    `tolerance`: 1 gradient a solve more, for the curvature at its start."""
 
     @property
     def offers(self) -> Offers:
@@ -45,11 +46,13 @@ class Gradient:
         supports = frozenset({"project_lower"})
         return Offers(path=self.optimizer.differentiable, learned=taken, supports=supports)
 
+    @property
+    def _is_relative(self) -> bool:
+        return self.relative_tolerance is not None and not self.tolerance
+
     def init(self, y: Params) -> Any:
         state = self.optimizer.init(y)
-        if self.relative_tolerance is None:
-            return state
-        return {"optimizer": state, "reference": 0.0}
+        return {"optimizer": state, "scale": {}} if self._is_relative else state
 
     def solve(
         self,
@@ -61,9 +64,12 @@ class Gradient:
         state: Any,
         record: float = 0,
     ) -> LowerSolution:
-        kept, tolerance, reference = state, self.tolerance, 0.0
-        state = state if self.relative_tolerance is None else state["optimizer"]
-        stops = tolerance > 0 or self.relative_tolerance is not None
+        is_relative, spent = self._is_relative, 0
+        kept, state = (state["scale"], state["optimizer"]) if is_relative else ({}, state)
+        # the curvature at another x and y, of another batch: looked for again
+        absolute = None if is_relative else self.tolerance
+        stop = Stop(absolute, self.relative_tolerance, {**kept, "curvature": 0.0}, y)
+        stops = self.tolerance > 0 or is_relative
         # with early stopping the last steps are known only afterwards, so all are kept
         first = 0 if stops else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
@@ -81,9 +87,9 @@ class Gradient:
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, k)
             growth.note(value, norm)
-            if k == 0:
-                tolerance, reference = limit(tolerance, self.relative_tolerance, kept, norm)
-            if stops and norm <= tolerance:
+            if k == 0 and is_relative:
+                spent = stop.begin(loss.on(batch), x, y, g)
+            if stops and stop.is_met(norm, y):
                 converged = True
                 break
             if record and k >= first:
@@ -93,9 +99,9 @@ class Gradient:
             steps, converged = k + 1, False if stops else None
         growth.refuse_divergence()
         path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
-        stats = LowerStats(steps, steps + bool(converged), value, norm, converged)
-        if self.relative_tolerance is not None:
-            state = {"optimizer": state, "reference": reference}
+        stats = LowerStats(steps, steps + bool(converged) + spent, value, norm, converged)
+        if is_relative:
+            state = {"optimizer": state, "scale": stop.state(y)}
         return LowerSolution(y, state, stats, batch, path if record else None)
 
 

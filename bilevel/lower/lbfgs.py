@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,23 +14,26 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from bilevel import calculus, tree
 from bilevel.components import component
 from bilevel.lower.start import at_start, require_finite
-from bilevel.lower.tolerance import limit
+from bilevel.lower.tolerance import Stop
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params
 
 
 @component
 class LBFGS:
-    """Full-batch L-BFGS until ‖∇y G‖ ≤ tolerance or `steps` iterations; for smooth deterministic G.
+    """Full-batch L-BFGS until ‖∇y G‖ is small enough or `steps` iterations; for smooth deterministic G.
 
-    About 1.25 gradients an iteration. Draws one batch a solve. No path: it cannot be unrolled.
+    About 1.25 gradients an iteration, and 1 for the scale of G in the first solve: torch's steps
+    and thresholds are absolute, and it is given G over its curvature.
+    Draws one batch a solve. No path: it cannot be unrolled.
     Gives the last `history` pairs of steps and changes of gradient, for estimators that reuse
     them; they take as much memory again as torch's own.
     """
 
     steps: PositiveInt = 100
-    tolerance: NonNegativeFloat = 1e-8
-    relative_tolerance: PositiveFloat | None = None
-    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
+    tolerance: NonNegativeFloat | None = None
+    """An absolute ‖∇y G‖ to stop at, in the place of `relative_tolerance`."""
+    relative_tolerance: PositiveFloat = 1e-8
+    """‖∇y G‖ relative to curvature times ‖y‖ (`bilevel.lower.tolerance`)."""
     history: PositiveInt = 10
 
     @property
@@ -39,7 +41,7 @@ class LBFGS:
         return Offers(pairs=True)
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {"reference": 0.0}
+        return {}
 
     def solve(
         self,
@@ -52,7 +54,9 @@ class LBFGS:
         record: float = 0,
     ) -> LowerSolution:
         batch = next(batches)
-        loss, y, taken = loss.on(batch), tree.leaves(tree.clone(y)), 0
+        loss, taken = loss.on(batch), 0
+        stop = Stop(self.tolerance, self.relative_tolerance, state, y)
+        y = tree.leaves(tree.clone(y))
         optimizer = torch.optim.LBFGS(
             list(y.values()),
             max_iter=self.steps,
@@ -65,33 +69,49 @@ class LBFGS:
         best = (float("inf"), float("inf"), tree.clone(y))
         points: deque[tuple[Params, Params]] = deque(maxlen=self.history + 1)
 
-        tolerance, reference = self.tolerance, 0.0
+        scale, spent, curvatures = 1.0, 0, deque[float](maxlen=self.history)
 
         def closure() -> float:
-            nonlocal taken, best, tolerance, reference
+            nonlocal taken, best, scale, spent
             with at_start(taken):
                 value, g = calculus.gradient_y(loss, x, y)
-            norm = tree.norm(g)
+            norm, here = tree.norm(g), tree.clone(y)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, taken)
             if taken == 0:
-                tolerance, reference = limit(tolerance, self.relative_tolerance, state, norm)
+                spent = stop.begin(loss, x, here, g)
+                scale = stop.curvature or 1.0
+                curvatures.append(stop.curvature)
             taken += 1
-            points.append((tree.clone(y), g))
+            points.append((here, g))
+            if taken > 1:
+                curvatures.append(_curvature(points[-2], points[-1]))
+                stop.curvature = max(curvatures)
             if norm < best[1]:
-                best = (float(value), norm, points[-1][0])
-            if norm <= tolerance:
+                best = (float(value), norm, here)
+            if stop.is_met(norm, here):
                 raise _Converged
             for name, entry in y.items():
-                entry.grad = g[name].contiguous()  # it is viewed as a vector; vmap leaves strides
-            return float(value)
+                # it is viewed as a vector; vmap leaves strides
+                entry.grad = (g[name] / scale).contiguous()
+            return float(value) / scale
 
-        with suppress(_Converged):
+        converged = True
+        try:
             optimizer.step(closure)
+            converged = False
+        except _Converged:
+            pass
         iterations = optimizer.state[next(iter(y.values()))].get("n_iter", 0) if y else 0
         value, norm, y = best
-        stats = LowerStats(iterations, taken, value, norm, norm <= tolerance)
-        return LowerSolution(y, {"reference": reference}, stats, batch, pairs=_pairs(points))
+        stats = LowerStats(iterations, taken + spent, value, norm, converged)
+        return LowerSolution(y, stop.state(y), stats, batch, pairs=_pairs(points))
+
+
+def _curvature(before: tuple[Params, Params], after: tuple[Params, Params]) -> float:
+    """‖change of gradient‖ / ‖step‖ between two evaluations; 0 where y has not moved."""
+    step = tree.norm(tree.sub(after[0], before[0]))
+    return tree.norm(tree.sub(after[1], before[1])) / step if step else 0.0
 
 
 def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:

@@ -14,7 +14,7 @@ from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.dense import matrix
 from bilevel.lower.start import at_start, require_finite
-from bilevel.lower.tolerance import limit
+from bilevel.lower.tolerance import Stop
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point
 
 
@@ -24,24 +24,25 @@ class Newton:
 
     Where H is not positive definite its eigenvalues are replaced by their absolute values, at
     least 1e-8 of the largest, so that every step descends (Nocedal and Wright 2006, sec. 3.4).
-    Stops at ‖∇y G‖ ≤ tolerance, after `steps` steps, or where rounding stops the descent.
-    Draws one batch a solve. No path.
+    Stops where ‖∇y G‖ is small enough, after `steps` steps, or where rounding stops the descent.
+    The first solve takes 1 gradient for the scale of G. Draws one batch a solve. No path.
 
     Raises:
         ConvergenceError: G, ∇y G or ∂²yy G is not finite; it says whether that was at the start.
     """
 
     steps: PositiveInt = 50
-    tolerance: NonNegativeFloat = 1e-10
-    relative_tolerance: PositiveFloat | None = None
-    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
+    tolerance: NonNegativeFloat | None = None
+    """An absolute ‖∇y G‖ to stop at, in the place of `relative_tolerance`."""
+    relative_tolerance: PositiveFloat = 1e-10
+    """‖∇y G‖ relative to curvature times ‖y‖ (`bilevel.lower.tolerance`)."""
 
     @property
     def offers(self) -> Offers:
         return Offers()
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {"reference": 0.0}
+        return {}
 
     def solve(
         self,
@@ -54,29 +55,31 @@ class Newton:
         record: float = 0,
     ) -> LowerSolution:
         batch = next(batches)
-        loss, taken, hvps = loss.on(batch), 0, 0
-        tolerance, reference = self.tolerance, 0.0
+        loss, taken, hvps, spent = loss.on(batch), 0, 0, 0
+        stop = Stop(self.tolerance, self.relative_tolerance, state, y)
         while True:
             with at_start(taken):
                 lower = calculus.linearize(loss, Point(x, y))
             value, norm = float(lower.value), tree.norm(lower.gradient)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, lower.gradient, taken)
-            if taken == 0:
-                tolerance, reference = limit(self.tolerance, self.relative_tolerance, state, norm)
-            if norm <= tolerance or taken == self.steps:
+            if taken == 0 and stop.is_relative:
+                spent = stop.begin(loss, x, y, lower.gradient)
+            converged = stop.is_met(norm, y)
+            if converged or taken == self.steps:
                 break
             taken += 1
-            direction = _direction(matrix(lower.hvp_yy, y), lower.gradient)
+            direction, stop.curvature = _direction(matrix(lower.hvp_yy, y), lower.gradient)
             hvps += tree.size(y)
             y, moved = _search(loss, x, y, direction, value, tree.dot(direction, lower.gradient))
             if not moved:
                 break
-        stats = LowerStats(taken, taken + 1, value, norm, norm <= tolerance, hvps)
-        return LowerSolution(tree.detach(y), {"reference": reference}, stats, batch)
+        stats = LowerStats(taken, taken + 1 + spent, value, norm, converged, hvps)
+        return LowerSolution(tree.detach(y), stop.state(y), stats, batch)
 
 
-def _direction(hessian: torch.Tensor, gradient: Params) -> Params:
+def _direction(hessian: torch.Tensor, gradient: Params) -> tuple[Params, float]:
+    """(−|H|⁻¹ g, the largest |eigenvalue| of H)."""
     hessian = tree.wide(hessian)
     if not bool(hessian.isfinite().all()):
         raise ConvergenceError(
@@ -85,9 +88,10 @@ def _direction(hessian: torch.Tensor, gradient: Params) -> Params:
         )
     values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
     size = values.abs()
-    size = size.clamp(min=float(size.max()) * 1e-8 + torch.finfo(size.dtype).tiny)
+    largest = float(size.max())
+    size = size.clamp(min=largest * 1e-8 + torch.finfo(size.dtype).tiny)
     g = tree.wide(tree.flatten(gradient))
-    return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient)
+    return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient), largest
 
 
 def _search(

@@ -16,7 +16,7 @@ from bilevel.calculus.fixed_point_maps import Backward, backward_of, require_lik
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.lower.start import at_start, require_finite
-from bilevel.lower.tolerance import limit
+from bilevel.lower.tolerance import Stop, curvature_along
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
@@ -27,18 +27,21 @@ class Proximal:
     Minimises G + R, or G over a set. `lr` is halved until G lies below its quadratic bound of
     curvature 1 / lr, so that any start will do, and is kept from call to call. Momentum starts
     again where it points uphill: linear convergence with no knowledge of the curvature; off with
-    `accelerate: false`. Stops at ‖z − y₊‖ / lr ≤ tolerance, which is ‖∇y G‖ where there is no P.
-    One gradient a step and one value of G a trial. Draws one batch a solve. No path.
+    `accelerate: false`. Stops by ‖z − y₊‖ / lr, which is ‖∇y G‖ where there is no P.
+    One gradient a step, one more in the first solve where `lr` is None, and one value of G a trial.
+    Draws one batch a solve. No path.
 
     Raises:
         ConvergenceError: no `lr` down to 1e-20 of the first lies below the bound.
     """
 
     steps: PositiveInt = 100
-    lr: PositiveFloat = 1.0
-    tolerance: NonNegativeFloat = 1e-8
-    relative_tolerance: PositiveFloat | None = None
-    """In the place of `tolerance`: that many times the largest ‖∇y G‖ at which a solve began so far."""
+    lr: PositiveFloat | None = None
+    """The first step; None takes 1 / curvature of G along its gradient at the start."""
+    tolerance: NonNegativeFloat | None = None
+    """An absolute ‖∇y G‖ to stop at, in the place of `relative_tolerance`."""
+    relative_tolerance: PositiveFloat = 1e-8
+    """‖∇y G‖ relative to curvature times ‖y‖ (`bilevel.lower.tolerance`)."""
     accelerate: bool = True
 
     @property
@@ -46,7 +49,7 @@ class Proximal:
         return Offers(supports=frozenset({"project_lower", "prox_lower"}))
 
     def init(self, y: Params) -> dict[str, Any]:
-        return {"lr": self.lr, "reference": 0.0}
+        return {} if self.lr is None else {"lr": self.lr}
 
     def solve(
         self,
@@ -59,27 +62,28 @@ class Proximal:
         record: float = 0,
     ) -> LowerSolution:
         batch = next(batches)
-        loss, lr, z, t, taken = loss.on(batch), state["lr"], y, 1.0, 0
+        loss, lr, z, t, taken, spent = loss.on(batch), state.get("lr"), y, 1.0, 0, 0
         value, shift, converged = float("nan"), float("nan"), False
-        tolerance, reference = self.tolerance, 0.0
+        stop = Stop(self.tolerance, self.relative_tolerance, state, y)
         while taken < self.steps and not converged:
             with at_start(taken):
                 at_z, g = calculus.gradient_y(loss, x, z)
             value = float(at_z)
             require_finite(loss, x, z, g, taken)
+            if lr is None:
+                spent, lr = 1, 1 / (curvature_along(loss, x, z, g) or 1.0)
             after, lr = self._step(loss, x, z, (value, g), lr)
             taken, move = taken + 1, tree.sub(after, z)
             shift = tree.norm(move) / lr
-            if taken == 1:
-                tolerance, reference = limit(tolerance, self.relative_tolerance, state, shift)
-            converged = shift <= tolerance
+            stop.curvature = 1 / lr  # what its bound has
+            converged = stop.is_met(shift, after)
             ahead = tree.sub(after, y)
             uphill = tree.dot(move, ahead) < 0
             t_next = 1.0 if uphill else (1 + (1 + 4 * t * t) ** 0.5) / 2
             weight = 0.0 if uphill or not self.accelerate else (t - 1) / t_next
             y, z, t = after, tree.axpy(weight, ahead, after), t_next
-        stats = LowerStats(taken, taken, value, shift, converged)
-        return LowerSolution(tree.clone(y), {"lr": lr, "reference": reference}, stats, batch)
+        stats = LowerStats(taken, taken + spent, value, shift, converged)
+        return LowerSolution(tree.clone(y), {"lr": lr, **stop.state(y)}, stats, batch)
 
     def _step(
         self,
@@ -92,7 +96,8 @@ class Proximal:
         """(P(z − lr g), the lr that was short enough)."""
         value, g = at_z
         resolution = tree.eps(z) ** 0.5 * abs(value)
-        while lr > 1e-20 * self.lr:
+        least = 1e-20 * lr
+        while lr > least:
             after = _moved(x, tree.axpy(-lr, g, z), backward_of(loss, lr))
             move = tree.sub(after, z)
             slope, bend = tree.dot(g, move), tree.dot(move, move) / (2 * lr)

@@ -42,7 +42,8 @@ class Ties:
         first: dict[Hashable, str] = {}
         self._home = {name: first.setdefault(_place(p), name) for name, p in params.items()}
         self.unique = {home: params[home] for home in first.values()}
-        _refuse_overlap(self.unique)
+        if len(params) > 1:
+            _refuse_overlap(self.unique)
 
     def expand(self, unique: Params) -> Params:
         """The same with every name."""

@@ -13,6 +13,7 @@ from bilevel.calculus.finite_differences import Differences, central
 from bilevel.linear.cg import CG
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
+from bilevel.lower.tolerance import curvature_along
 from bilevel.problem.levels import Levels, solve
 from bilevel.run.engine import Setup, State
 from bilevel.types import ALL_STEPS, Loss, Losses, LowerSolution, Params, Point, Structure
@@ -105,7 +106,8 @@ def solve_tightly(levels: Levels, lower: Loss, x: Params, y: Params) -> tuple[Pa
     if closed is not None:
         return tree.detach(closed(x)), True
     _, g = calculus.gradient_y(lower, x, y)
-    goal = STATIONARY * (1 + tree.norm(g))
+    # of the scale of G: what y times its curvature has, or the gradient where that is more
+    goal = STATIONARY * (curvature_along(lower, x, y, g) * tree.norm(y) + tree.norm(g))
     small = tree.size(y) <= 200
     solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
     free = replace(lower, structure=Structure())  # the minimum of G itself is what is asked

@@ -107,6 +107,7 @@ def test_a_smaller_error_takes_more_products_and_a_larger_one_fewer():
     assert spent[0] < spent[1] < spent[2]
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_an_error_that_is_not_reached_is_said():
     case = closed_form(PROBLEMS[1], 0)
     short = Implicit(target_error=1e-3, solver=CG(iterations=6))
@@ -124,6 +125,7 @@ def test_only_cg_takes_them():
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_with_known_constants_the_bound_is_one(seed):
     case = closed_form(PROBLEMS[1], seed)
     k = case.problem.constants
@@ -162,6 +164,7 @@ def test_known_constants_say_nothing_of_gauss_newton():
         Implicit(curvature="gauss_newton", strong_convexity=1.0, cross_norm=1.0)
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_the_estimated_bound_says_where_it_comes_from():
     case = closed_form(PROBLEMS[1], 0)
     got = case.estimate(Implicit(target_error=1e-3))
@@ -175,6 +178,7 @@ def test_the_estimated_bound_says_where_it_comes_from():
     ("dtype", "condition"),
     [(torch.bfloat16, 10.0), (torch.bfloat16, 300.0), (torch.float32, 3e5), (torch.float32, 1e6)],
 )
+@pytest.mark.untrusted("rounding leaves more than is asked for")
 def test_what_rounding_leaves_is_not_said_to_be_held(dtype, condition, seed):
     problem = quadratic_of(log_spectrum(30, condition), seed, dtype)
     error, stats = asked_of(problem, Implicit(target_error=1e-3))
@@ -200,6 +204,7 @@ class Upside:
         return lambda r: tree.scale(-1.0, r), state
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_a_preconditioner_that_is_none_is_not_said_to_have_held():
     problem = quadratic_of(log_spectrum(30, 10.0), 0, torch.float64)
     error, stats = asked_of(problem, Implicit(target_error=1e-3, preconditioner=Upside()))
@@ -220,6 +225,7 @@ def test_the_size_of_the_loss_is_no_matter_in_float32(scale, error):
 
 
 @pytest.mark.parametrize("part", [1e-2, 1e-4])
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_a_flat_direction_with_little_of_b_in_it_is_met(part):
     """b has `part` of itself along an eigenvector of 1e-4, and h nearly all that comes of it."""
     d = torch.linspace(0.5, 1, 31, dtype=torch.float64)

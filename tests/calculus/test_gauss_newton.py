@@ -93,6 +93,7 @@ def upper(x, y, _):
     return sum(((entry - 0.3) ** 2).sum() for entry in y.values())
 
 
+@pytest.mark.untrusted("G is not convex there on purpose")
 def test_implicit_solves_with_it_and_counts_it(at):
     estimator = Implicit(solver=Dense(), curvature="gauss_newton")
     got = hypergradient(upper, G, at.x, at.y, estimator=estimator)
@@ -111,6 +112,7 @@ def test_implicit_solves_with_it_and_counts_it(at):
     assert estimator.claim is None
 
 
+@pytest.mark.untrusted("G is not convex there on purpose")
 def test_cg_goes_through_where_the_hessian_stops_it(at):
     solver = CG(iterations=200, tolerance=1e-9)
     plain = hypergradient(upper, G, at.x, at.y, estimator=Implicit(solver=solver))
@@ -122,6 +124,7 @@ def test_cg_goes_through_where_the_hessian_stops_it(at):
     assert got.stats.curvature > 0
 
 
+@pytest.mark.untrusted("G is not convex there on purpose")
 def test_it_is_the_loss_that_it_stands_for(at):
     def plain(x, y, batch):
         return loss(x, y, net(x, y, batch), batch)

@@ -50,6 +50,7 @@ NAMES = [
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.untrusted("a dtype too coarse is what it is about")
 def test_a_method_is_near_its_float64_or_refused(name, dtype):
     if name in REFUSED[dtype]:
         with pytest.raises(ProblemError, match=r"runtime\.dtype: float32"):
@@ -123,6 +124,7 @@ def test_a_run_is_refused_before_its_first_step():
         (1e-3, torch.float32, True),
     ],
 )
+@pytest.mark.untrusted("a dtype too coarse is what it is about")
 def test_an_error_below_what_the_dtype_leaves_is_not_said_to_be_held(asked, dtype, held):
     problem = Quadratic()
     x, _ = problem.init(rng.Streams(0))

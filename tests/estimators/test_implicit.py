@@ -34,6 +34,7 @@ def test_agrees_with_the_closed_form(estimator, make, seed):
     assert estimate.stats.residual <= max(1e-12, condition * 1e-15)
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_one_cg_step_does_not():
     """Negative control: the check above can fail."""
     case = closed_form(PROBLEMS[0], 0)
@@ -44,6 +45,7 @@ def test_one_cg_step_does_not():
 
 
 @pytest.mark.parametrize("make", PROBLEMS[:2], ids=NAMES[:2])
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_cg_is_exact_in_as_many_products_as_unknowns(make):
     case = closed_form(make, 1)
     m = tree.size(case.y)

@@ -24,6 +24,7 @@ from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("make", [PROBLEMS[k] for k in (0, 2, 3, 4, 5)])
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_exact_after_as_many_products_as_unknowns(make, seed):
     case = closed_form(make, seed)
     m = tree.size(case.y)
@@ -40,6 +41,7 @@ def test_exact_after_as_many_products_as_unknowns(make, seed):
 
 
 @pytest.mark.parametrize("make", PROBLEMS[:2], ids=NAMES[:2])
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_at_fixed_losses_calls_add_up_to_conjugate_gradient(make):
     """Both are the Galerkin solution in the Krylov space of ∇y F."""
     case = closed_form(make, 0)
@@ -52,6 +54,7 @@ def test_at_fixed_losses_calls_add_up_to_conjugate_gradient(make):
     assert hvps == 6
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_a_full_basis_restarts_from_its_solution():
     """Restarted after 3: CG for 3 iterations, then CG for 2 more from where it ended."""
     case = closed_form(PROBLEMS[0], 0)
@@ -69,6 +72,7 @@ def test_a_full_basis_restarts_from_its_solution():
     assert at_once.stats.hvps == 6
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_converged_is_a_residual_within_the_tolerance():
     """Each of a falling row of residuals, called converged from itself on and not just below."""
     case = closed_form(PROBLEMS[0], 0)
@@ -83,6 +87,7 @@ def test_converged_is_a_residual_within_the_tolerance():
     assert (silent.residual, silent.converged) == (None, None)
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_what_it_reports_is_so():
     """v after k products is that of conjugate gradient, and so are its residual and Ritz value."""
     case = closed_form(PROBLEMS[0], 0)
@@ -120,6 +125,7 @@ def test_damping_and_residual():
     assert LancBiO().claim == "solution"
 
 
+@pytest.mark.untrusted("G is not convex there on purpose")
 def test_says_where_the_lower_level_is_not_convex():
     def saddle(x, y, _):
         return (torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64) * y["y"] ** 2).sum() / 2 + (
@@ -197,6 +203,7 @@ def along(estimator, seed, steps=24, size=0.003):
     return statistics.median(errors[steps // 2 :]), hvps / steps
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_fewer_products_than_cold_cg_for_the_same_error():
     """Medians over 3 seeds; cold CG has as many products a step as stated."""
     cold = Implicit(solver=CG(iterations=7, tolerance=1e-12), start="cold")

@@ -64,7 +64,7 @@ def test_a_barrier_is_refused_a_solver_that_would_cross_it():
 def test_a_start_outside_the_barrier_begins_at_the_regularised_minimum(here):
     """The problem is convex, so where it starts makes no difference to where it ends."""
     case, start, at = here
-    estimator = ValueFunction(penalty="log", sigma=1.0, mu=0.1, lower=Newton())
+    estimator = ValueFunction(penalty="log", sigma=1.0, mu=0.1, lower=Newton(tolerance=1e-10))
     outside = offset(case.y, 60.0)
     got, near = case.estimate(estimator, outside), case.estimate(estimator, start)
     z = near.state["value"]["y"]["y"]

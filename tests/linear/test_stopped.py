@@ -81,6 +81,7 @@ def test_the_default_estimate_is_not_flagged_where_it_is_right(condition, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.untrusted("what is flagged is its subject")
 def test_what_is_not_converged_is_still_flagged(dtype):
     """Negative control: 20 steps for 30 unknowns at a condition number of 1e3."""
     for seed in range(5):
@@ -90,6 +91,7 @@ def test_what_is_not_converged_is_still_flagged(dtype):
         assert error > 1e-3
 
 
+@pytest.mark.untrusted("what is flagged is its subject")
 def test_rounding_that_leaves_too_much_is_flagged():
     for seed in range(5):
         problem = quadratic_of(log_spectrum(30, 1e7), seed, torch.float32)

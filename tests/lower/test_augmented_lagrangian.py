@@ -116,7 +116,7 @@ def test_it_reaches_the_kkt_point(solver, kind):
         torch.testing.assert_close(found["equality"], equal, rtol=0, atol=10 * tolerance)
         torch.testing.assert_close(found["inequality"], bound, rtol=0, atol=10 * tolerance)
         assert got.stats.loss == pytest.approx(float(problem.lower_loss(x, got.y, None)), rel=1e-12)
-        assert got.stats.gradient_norm <= solver.tolerance
+        assert got.stats.gradient_norm <= solver.tolerance * got.state["curvature"]
         seen += int((bound > 0).sum())
         free = torch.linalg.solve(problem.A, problem.B @ x["x"] + problem.c)
         assert float((free - y).norm()) > 0.1, "the constraints made no difference"

@@ -24,7 +24,7 @@ def test_pairs_of_the_lower_solve_are_products_with_the_hessian(make):
 def test_pairs_are_the_evaluations_that_were_made_anyway():
     case = closed_form(PROBLEMS[0], 0)
     many = solved(case, tolerance=1e-4)
-    assert len(many.pairs) == many.stats.gradients - 1 > 10
+    assert len(many.pairs) == many.stats.gradients - 2 > 10  # one of the first, for the scale of G
     assert len(solved(case, tolerance=1e-4, history=3).pairs) == 3
     way = tree.zeros_like(many.y)
     for step, _ in many.pairs:
@@ -40,5 +40,5 @@ def test_pairs_have_positive_curvature_where_the_loss_has_not():
     y = {"y": torch.tensor([0.05, -0.02, 0.3, 0.01], dtype=torch.float64)}
     found = solve_lower(bent, x, y, solver=LBFGS(history=50))
     assert found.stats.converged
-    assert len(found.pairs) < found.stats.gradients - 1
+    assert len(found.pairs) < found.stats.gradients - 2
     assert all(tree.dot(s, c) > 0 for s, c in found.pairs)

@@ -265,7 +265,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "estimators/lancbio.py",
         "off = tree.norm(tree.sub(b, matvec(v))) / (tree.norm(b) or 2.0)",
     ): "where ∇y F = 0 there is no size to be relative to",
-    ("lower/lbfgs.py", "loss, y, taken = (loss.on(batch), tree.detach(tree.clone(y)), 0)"): (
+    ("lower/lbfgs.py", "y = tree.detach(tree.clone(y))"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
     ("optimizers/torch_optim.py", "y = tree.detach(tree.clone(y))"): (

@@ -17,6 +17,7 @@ from tests.cases import PROBLEMS, assert_close, closed_form
 from tests.estimators.pairs import solved
 
 
+@pytest.mark.untrusted("the lower solve ends where its pairs are enough")
 @pytest.mark.parametrize("update", ["bfgs", "block"])
 def test_pairs_precondition_conjugate_gradient(update):
     """Fewer products to the same residual than without, for the same answer; medians over 3 seeds."""
