@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 import pydantic
 from pydantic import ConfigDict, Field
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, unknown
 
 COMPONENT = ConfigDict(
     extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -25,9 +25,9 @@ def component(cls: type[C]) -> type[C]:
     """Make a class a component: frozen, keyword-only, validated alike from YAML and Python.
 
     The fields of a component are at once its recipe schema, its documentation and its
-    defaults. Unknown or mistyped options raise `pydantic.ValidationError`, which the recipe
-    loader turns into a `RecipeError` with the line; one given by position, and a tensor given as a
-    number, raise `TypeError`.
+    defaults. Options of a wrong type or value raise `pydantic.ValidationError`, which the recipe
+    loader turns into a `RecipeError` with the line; an unknown one, one given by position, and a
+    tensor given as a number raise `TypeError`.
     """
     decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=COMPONENT)
     made = cast("type[C]", decorate(cls))
@@ -46,10 +46,19 @@ def _by_name_only(made: type[Any]) -> Any:
     def __new__(cls: type[Any], *args: Any, **options: Any) -> Any:
         if args:
             raise TypeError(_by_position(cls, args))
+        _refuse_unknown(cls, options)
         _refuse_tensors(cls, options)
         return create(cls) if create is object.__new__ else create(cls, **options)
 
     return __new__
+
+
+def _refuse_unknown(cls: type[Any], options: dict[str, Any]) -> None:
+    """Raise `TypeError` for an option that there is not, with its new name or the nearest."""
+    known = cls.__pydantic_fields__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{cls.__name__}({name}=…): {unknown(name, known, 'option')}")
 
 
 def _refuse_tensors(cls: type[Any], options: dict[str, Any]) -> None:

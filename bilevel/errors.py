@@ -4,6 +4,22 @@ Each is also the builtin that code around a call catches for this kind of failur
 raised while a component is made becomes pydantic's `ValidationError`, itself a `ValueError`.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+RENAMED = {
+    "error": ("target_error",),
+    "solver": ("lower",),
+    "convexity": ("strong_convexity",),
+    "slope": ("sensitivity",),
+    "finest": ("min_accuracy",),
+    "grow": ("step_growth",),
+    "loosen": ("accuracy_growth",),
+}
+"""Options that were called otherwise: what took the place of each, suggested where one is given."""
+
 
 class BilevelError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is the command line's."""
@@ -52,3 +68,16 @@ class UntrustedWarning(UserWarning):
 
     Off with `warnings.filterwarnings("ignore", category=UntrustedWarning)`.
     """
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> str:
+    """`'nmae': unknown <what>.` with its new name, the nearest known, those it is a word of, or all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    near = near or [one for one in known if name in one.split("_")][:2]
+    near = [now for now in RENAMED.get(name, ()) if now in known] or near
+    if near:
+        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"Known: {', '.join(known)}." if known else "None is known."
+    return f"{name!r}: unknown {what}. {hint}"

@@ -12,9 +12,11 @@ from pydantic import Field
 
 from bilevel import registry
 from bilevel.components import component
+from bilevel.errors import RENAMED, RecipeError
 from bilevel.linear.cg import CG
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
+from bilevel.registry.build import build
 
 REGISTERED = [(group, name) for group in registry.groups() for name in registry.names(group)]
 
@@ -124,3 +126,34 @@ def test_a_component_may_have_a_field_for_a_tensor():
     assert Known(target=torch.ones(2)).target.tolist() == [1, 1]
     with pytest.raises(TypeError, match=r"Known\(size=…\)"):
         Known(target=torch.ones(2), size=torch.ones(()))
+
+
+RENAMED_OF = [
+    (name, old, new)
+    for name in registry.names("estimators")
+    for old, news in RENAMED.items()
+    for new in news
+    for known in [registry.find("estimators", name).__pydantic_fields__]
+    if new in known and old not in known
+]
+
+
+def test_every_renamed_option_is_one_of_an_estimator():
+    assert {old for _, old, _ in RENAMED_OF} == set(RENAMED)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), RENAMED_OF, ids=lambda part: part)
+def test_an_old_option_is_answered_with_the_new_one(name, old, new):
+    made = registry.find("estimators", name)
+    with pytest.raises(TypeError, match=rf"'{old}': unknown option\. Did you mean '{new}'\?"):
+        made(**{old: 1.0})
+    with pytest.raises(RecipeError, match=rf"{old}: unknown key\. Did you mean '{new}'\?"):
+        build("estimators", {"name": name, old: 1.0})
+
+
+def test_an_unknown_option_is_answered_with_the_nearest_or_all():
+    with pytest.raises(TypeError, match=r"CG\(iteration=…\): .*Did you mean 'iterations'\?"):
+        CG(iteration=50)
+    with pytest.raises(TypeError, match=r"unknown option\. Known: iterations, tolerance"):
+        CG(xyz=50)
+    assert CG(iterations=50).iterations == 50  # negative control

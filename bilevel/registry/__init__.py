@@ -6,6 +6,7 @@ used; `source_docs` reads docstrings and options from source. `fields` and `buil
 of plain data, `diagnostics` collects all that is wrong with it. Nothing here imports torch.
 """
 
+from bilevel.errors import unknown
 from bilevel.registry.entries import (
     FILE,
     MODULE,
@@ -20,7 +21,6 @@ from bilevel.registry.entries import (
     name_of,
     names,
     references,
-    unknown,
 )
 
 __all__ = [

@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bilevel.errors import RecipeError
-from bilevel.registry.entries import unknown
+from bilevel.errors import RecipeError, unknown
 
 Where = tuple[str | int, ...]
 """The keys that lead to a value: ("lower", "optimizer", "lr")."""

@@ -6,20 +6,19 @@ its own by declaring them. Nothing here imports torch, and listing imports no co
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bilevel.errors import RecipeError, RequirementError
+from bilevel.errors import RecipeError, RequirementError, unknown
 from bilevel.registry import presets
 from bilevel.registry.source_docs import summary_of
 
@@ -30,17 +29,6 @@ MODULE = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
 
 # Where the name to import is not the name to install.
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}
-
-RENAMED = {
-    "error": ("target_error",),
-    "solver": ("lower",),
-    "convexity": ("strong_convexity",),
-    "slope": ("sensitivity",),
-    "finest": ("min_accuracy",),
-    "grow": ("step_growth",),
-    "loosen": ("accuracy_growth",),
-}
-"""What earlier recipes said: the keys that took the place of a key, suggested where one is read."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +114,6 @@ def name_of(cls: type[Any], group: str) -> str:
     if module is not None and cls.__module__.startswith(_FILE_MODULE):
         return f"{module.__file__}:{cls.__qualname__}"
     return value
-
-
-def unknown(name: str, known: Iterable[str], what: str) -> str:
-    """`'nmae': unknown <what>.` with its new name, the nearest known, those it is a word of, or all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    near = near or [one for one in known if name in one.split("_")][:2]
-    near = [now for now in RENAMED.get(name, ()) if now in known] or near
-    if near:
-        hint = f"Did you mean {' or '.join(map(repr, near))}?"
-    else:
-        hint = f"Known: {', '.join(known)}." if known else "None is known."
-    return f"{name!r}: unknown {what}. {hint}"
 
 
 def _points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
