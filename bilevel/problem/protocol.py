@@ -65,7 +65,8 @@ OPTIONAL: Mapping[str, Optional] = {
     ),
     "place": Optional(
         "(device, dtype)",
-        "moves constants that live in the problem to the run's device and dtype, once, before `init`",
+        "moves constants that live in the problem to the run's device and dtype, once, before `init`; "
+        "may return a list of Progress to be told",
     ),
     "lower_start": Optional(
         "(x, y) -> y",

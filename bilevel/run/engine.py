@@ -44,7 +44,8 @@ def prepare(setup: Setup) -> Iterator[Event]:
         yield from work()
     place = setup.levels.get("place")
     if place:
-        place(setup.device, setup.dtype)
+        told = place(setup.device, setup.dtype)
+        yield from told if isinstance(told, list) else ()
 
 
 def run(setup: Setup, state: State) -> Iterator[Event]:

@@ -9,7 +9,7 @@ what is lower is a choice: see `formulations`.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +34,7 @@ from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
 from .formulations import FORMS, Form, Formulation
 from .losses import Choice
+from .memory import Footprint, footprint, require_room
 from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.export import export
@@ -156,13 +157,48 @@ class HierarchicalFineTuning:
         self._made[:] = [prepared]
         prepared.reference = tree.clone(parameters(loaded.network, "projector"))
 
-    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Move the frozen model, and what losses compare with."""
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
+        """Move the frozen model, and what losses compare with; says what a lower step will hold.
+
+        Raises `RequirementError` where the device cannot hold the weights and one lower gradient.
+        """
         prepared = self._prepared
+        needed = self._footprint(dtype)
+        require_room(
+            needed,
+            torch.device(device),
+            "lower the batches (problem.lower_batch), keep frozen weights in bfloat16 "
+            "(problem.model.weights=folder), or take a smaller model",
+        )
         prepared.device, prepared.dtype = torch.device(device), dtype
         prepared.loaded.network.place(prepared.device, dtype)
         prepared.reference = tree.to(prepared.reference, prepared.device, dtype)
         prepared.constants = tree.to(prepared.constants, prepared.device, dtype)
+        return [Progress("memory of a lower step", 1, 1, f"at least {needed}")]
+
+    def _footprint(self, dtype: torch.dtype) -> Footprint:
+        """Of the first lower step, without its queue, whose states are a constant of the batch."""
+        prepared, network = self._prepared, self._prepared.loaded.network
+        bare = replace(self, queue=0)
+        bare._made[:] = self._made
+        batch = next(bare.lower_batches(torch.Generator().manual_seed(0)))
+        x, y = self._start(prepared, None)
+        own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        precisions = dict.fromkeys((*x, *y), dtype) | network.precisions(dtype)
+        at = {
+            name: torch.empty_like(value, dtype=precisions.get(name), device="meta")
+            for name, value in {**own, **prepared.constants, **x, **y}.items()
+        }
+        anchors = {name: at[name] for name in prepared.reference}
+
+        def loss(at: Params, batch: dict[str, Any]) -> Tensor:
+            return formulations.lower(
+                self._form, network, at, batch, anchor=self.anchor, reference=anchors
+            )
+
+        frozen = {name: value for name, value in at.items() if name not in y}
+        trained = {name: at[name] for name in y}
+        return footprint(loss, frozen, trained, tree.to(batch, "meta", dtype))
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""

@@ -142,6 +142,7 @@ def test_what_a_problem_may_add_is_called():
 
         def place(self, device, dtype):
             calls.append(("place", str(device), dtype))
+            return [Progress("memory", 1, 1)]
 
         def lower_start(self, x, y):
             calls.append("lower_start")
@@ -161,7 +162,7 @@ def test_what_a_problem_may_add_is_called():
             return {"map": "a figure"}
 
     s = setup(Full(), steps=2)
-    assert [e.stage for e in prepare(s)] == ["data"]
+    assert [e.stage for e in prepare(s)] == ["data", "memory"]
     state = start(s)
     events = list(run(s, state))
     assert calls == [("place", "cpu", torch.float64), "lower_start", "lower_start"]

@@ -77,16 +77,23 @@ class Network(nn.Module):
         return self.mllm.get_submodule(self.family.language)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move to a device; trained parts in `dtype`, and the frozen rest too unless it is half.
+        """Move to a device, in `precisions`."""
+        precisions = self.precisions(dtype)
+        for name, value in self.named_parameters():
+            value.data = value.data.to(device, precisions[name])
+        for value in self.buffers():
+            value.data = value.data.to(device)
+
+    def precisions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of each parameter: trained parts in `dtype`, and the frozen rest too unless it is half.
 
         Weights that came in bfloat16 or float16 stay so: what is trained through them is not.
         """
         trained = {n for g in ("lora", "projector", "heads") for n in parameters(self, g)}
-        for name, value in self.named_parameters():
-            kept = value.dtype in HALF and name not in trained
-            value.data = value.data.to(device, None if kept else dtype)
-        for value in self.buffers():
-            value.data = value.data.to(device)
+        return {
+            name: value.dtype if value.dtype in HALF and name not in trained else dtype
+            for name, value in self.named_parameters()
+        }
 
     def forward(self, of: str, **inputs: Any) -> Tensor:
         """The method or head named `of`; one door, so that every call takes other parameters."""
