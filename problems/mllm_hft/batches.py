@@ -20,7 +20,7 @@ from .models.instructions import Rows
 from .models.pictures import Pictures
 from .queue import StartStates
 from .sources.pictures import PictureFiles
-from .sources.protocol import Corpus
+from .sources.protocol import Corpus, Scene
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +34,28 @@ class Data:
     captions: Captions
     picture: Int[Tensor, "scene"]
     """A number each picture: two scenes of one file have the same."""
+    origin: Int[Tensor, "scene"] | None = None
+    """The number of the part that each scene comes from; None where there are no parts."""
+
+    def draw(self, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"]:
+        """Scenes of a batch, as many from each origin as from another, but for one."""
+        if self.origin is None:
+            return drawn(len(self.pictures), batch, stream)
+        places = [(self.origin == i).nonzero()[:, 0] for i in self.origin.unique().tolist()]
+        each, more = divmod(batch, len(places))
+        # where the batch cannot be divided evenly, chance says which origins give one more
+        extra = torch.randperm(len(places), generator=stream)[:more].tolist()
+        return torch.cat(
+            [
+                place[drawn(len(place), each + (i in extra), stream)]
+                for i, place in enumerate(places)
+            ]
+        )
+
+    def of(self, index: Int[Tensor, "batch"]) -> Batch:
+        """The pictures, and the origins if there are any."""
+        origin = {} if self.origin is None else {"origin": self.origin[index]}
+        return {**self.pictures.take(index), **origin}
 
 
 def drawn(size: int, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"]:
@@ -48,8 +70,8 @@ def drawn(size: int, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"
 
 def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
     """Pictures and conversations about them."""
-    index = drawn(len(data.pictures), size, stream)
-    return {**data.pictures.take(index), **data.dialogues.take(index)}
+    index = data.draw(size, stream)
+    return {**data.of(index), **data.dialogues.take(index)}
 
 
 def others(
@@ -78,10 +100,10 @@ def contrast_batch(
     `against` says what of the batch is a negative of which picture. With `states` there is a
     `queue` of so many other pictures.
     """
-    index = drawn(len(data.pictures), size, stream)
+    index = data.draw(size, stream)
     picture, lines = data.picture[index], data.captions.take(index)
     against = negatives(picture, data.captions.line[index], lines["present"], choice)
-    found = {**data.pictures.take(index), **lines, "picture": picture, "against": against}
+    found = {**data.of(index), **lines, "picture": picture, "against": against}
     if states is None:
         return found
     more = others(len(data.pictures), index, queue, stream)
@@ -92,14 +114,21 @@ def contrast_batch(
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Task batches as one, rows padded to the widest; the mask rules the padding out."""
+    """Task batches as one, rows padded to the widest; the mask rules the padding out.
+
+    Rows without an origin get −1.
+    """
     width = max(batch["ids"].shape[1] for batch in batches)
     rows = {
         name: torch.cat([pad(batch[name], (0, width - batch[name].shape[1])) for batch in batches])
         for name in ("ids", "mask", "counted")
     }
-    prefix = torch.cat([batch["prefix"] for batch in batches])
-    return {**pictures.joined(batches), **rows, "prefix": prefix}
+    rows["prefix"] = torch.cat([batch["prefix"] for batch in batches])
+    if any("origin" in batch for batch in batches):
+        none = [torch.full((len(batch["ids"]),), -1) for batch in batches]
+        each = [batch.get("origin", no) for batch, no in zip(batches, none, strict=True)]
+        rows["origin"] = torch.cat(each)
+    return {**pictures.joined(batches), **rows}
 
 
 def numbered(corpus: Corpus) -> Int[Tensor, "scene"]:
@@ -108,3 +137,15 @@ def numbered(corpus: Corpus) -> Int[Tensor, "scene"]:
         return torch.arange(len(corpus.scenes))
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(file, len(numbers)) for file in corpus.images.files])
+
+
+def origins(scenes: Sequence[Scene]) -> tuple[str, ...]:
+    """Names of the parts that scenes come from, in order of appearance; () where there is one."""
+    found = tuple(dict.fromkeys(scene.origin for scene in scenes))
+    return found if len(found) > 1 else ()
+
+
+def origin_numbers(scenes: Sequence[Scene]) -> Int[Tensor, "scene"] | None:
+    """The place of each scene's origin among `origins`."""
+    names = origins(scenes)
+    return torch.tensor([names.index(scene.origin) for scene in scenes]) if names else None

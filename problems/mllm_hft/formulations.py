@@ -4,8 +4,9 @@ L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on
 
 two_variable  x = LoRA, log τ, kind scores     y = projector, heads
               G = L_C + μ/2 ‖α − α_ref‖², α the projector
-weighted      x = log λ, log τ, kind scores    y = projector, heads, LoRA
-              G = L_T(training data) + λ L_C
+weighted      x = log λ, log τ, kind scores,   y = projector, heads, LoRA
+                  source scores
+              G = Σ_s (w_s L_T,s(training data) + λ w_s L_C,s), sources s of weight w_s
 task_only     x = nothing                      y = projector, LoRA
               G = L_T(training data)
 joint         x = nothing                      y = projector, heads, LoRA, log τ
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,19 +29,20 @@ from .losses import (
     TAU_START,
     Queue,
     contrastive_loss,
-    log_kind_weights,
+    log_weights_of,
+    row_weights,
     task_loss,
     temperature,
 )
 from .models.network import Group, Network, call
 
 Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
-Scalars = Literal["log_tau", "kind_scores", "log_lambda"]
+Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
 Part = Group | Scalars
 
 LOG_LAMBDA_RANGE = (math.log(1e-3), math.log(10.0))
-KIND_SCORE_BOUND = math.log(10.0)
-"""No kind weighs more than a hundred times another."""
+MOST = {"kind_scores": 10.0, "source_scores": 100.0}
+"""No kind weighs more than ten times another, and no source more than a hundred times."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ FORMS: dict[Formulation, Form] = {
         anchored=True,
     ),
     "weighted": Form(
-        upper=("log_lambda", "log_tau", "kind_scores"),
+        upper=("log_lambda", "log_tau", "kind_scores", "source_scores"),
         lower=("projector", "heads", "lora"),
         task=True,
         contrast=True,
@@ -75,40 +77,50 @@ FORMS: dict[Formulation, Form] = {
 }
 
 
-def start_scalars(strength: float, kinds: int) -> dict[Scalars, Tensor]:
-    """log τ = log 0.07, all kinds alike, λ as given."""
-    return {
+def start_scalars(strength: float, kinds: int, sources: int) -> dict[Scalars, Tensor]:
+    """log τ = log 0.07, all kinds and sources alike, λ as given; no scores where there is one source."""
+    found: dict[Scalars, Tensor] = {
         "log_tau": torch.tensor(math.log(TAU_START)),
         "kind_scores": torch.zeros(kinds),
         "log_lambda": torch.tensor(math.log(strength)),
     }
+    return found | {"source_scores": torch.zeros(sources)} if sources > 1 else found
 
 
 def project(parameters: Params) -> Params:
-    """Scalars held in their ranges; kind scores centred first, as only differences matter."""
+    """Scalars held in their ranges; scores centred first, as only differences matter."""
     out = dict(parameters)
     if "log_tau" in out:
         out["log_tau"] = out["log_tau"].clamp(*LOG_TAU_RANGE)
     if "log_lambda" in out:
         out["log_lambda"] = out["log_lambda"].clamp(*LOG_LAMBDA_RANGE)
-    if "kind_scores" in out:
-        scores = out["kind_scores"] - out["kind_scores"].mean()
-        out["kind_scores"] = scores.clamp(-KIND_SCORE_BOUND / 2, KIND_SCORE_BOUND / 2)
+    for name, ratio in MOST.items():
+        if name in out:
+            scores = out[name] - out[name].mean()
+            out[name] = scores.clamp(-math.log(ratio) / 2, math.log(ratio) / 2)
     return out
 
 
 def split(parameters: Params) -> tuple[Params, Params]:
     """Parameters of the network, and the scalars of the losses."""
-    scalars = {"log_tau", "kind_scores", "log_lambda"}
+    scalars = get_args(Scalars)
     network = {n: p for n, p in parameters.items() if n not in scalars}
     return network, {n: p for n, p in parameters.items() if n in scalars}
 
 
+def by_source(scalars: Params, batch: dict[str, Tensor]) -> Tensor | None:
+    """The weight of each row of a batch, None where rows are not weighed."""
+    if "source_scores" not in scalars or "origin" not in batch:
+        return None
+    return row_weights(scalars["source_scores"], batch["origin"])
+
+
 def task(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
-    """L_T on a batch of conversations about pictures."""
-    weights, _ = split(parameters)
+    """L_T on a batch of conversations about pictures, weighed by source where there are several."""
+    weights, scalars = split(parameters)
     inputs = {name: batch[name] for name in ("ids", "mask", "prefix")} | seen(batch)
-    return task_loss(call(network, weights, "logits", **inputs), batch["ids"], batch["counted"])
+    logits = call(network, weights, "logits", **inputs)
+    return task_loss(logits, batch["ids"], batch["counted"], by_source(scalars, batch))
 
 
 def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,9 +148,10 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Ten
         text[:, 0],
         text[:, 1:],
         batch["against"],
-        log_kind_weights(scalars["kind_scores"]),
+        log_weights_of(scalars["kind_scores"]),
         temperature(scalars["log_tau"]),
         queue,
+        by_source(scalars, batch),
     )
 
 

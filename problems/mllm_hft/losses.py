@@ -36,13 +36,21 @@ def temperature(log_tau: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return log_tau.clamp(*LOG_TAU_RANGE).exp()
 
 
-def log_kind_weights(scores: Float[Tensor, "kind"]) -> Float[Tensor, "kind"]:
-    """log w with w = K softmax(scores): weights sum to K, the number of kinds, whatever the scores.
+def log_weights_of(scores: Float[Tensor, "kind"]) -> Float[Tensor, "kind"]:
+    """log w with w = K softmax(scores): weights sum to K, how many there are, whatever the scores.
 
     The fixed total leaves λ and τ alone to say how strong the contrast is; raw weights would grow
     and act as a larger λ.
     """
     return scores.log_softmax(0) + math.log(scores.numel())
+
+
+def row_weights(
+    scores: Float[Tensor, "source"], origin: Int[Tensor, "row"]
+) -> Float[Tensor, "row"]:
+    """The weight of each row's source, of a total of S as in `log_weights_of`; 1 where origin is −1."""
+    each = log_weights_of(scores).exp()[origin.clamp_min(0)]
+    return torch.where(origin < 0, 1.0, each)
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def contrastive_loss(
     log_weights: Float[Tensor, "kind"],
     tau: Float[Tensor, ""],
     queue: Queue | None = None,
+    weights: Float[Tensor, "pair"] | None = None,
 ) -> Float[Tensor, ""]:
     """L_C, the mean of both directions of InfoNCE over the batch; s is the cosine.
 
@@ -103,8 +112,9 @@ def contrastive_loss(
     image → text  −log exp(s(v_i,t_i)/τ) / (Σ_j exp(s(v_i,t_j)/τ) + Σ_jk w_k exp(s(v_i,h_jk)/τ))
 
     j runs over i and its negatives (`against`), those in the `queue` included; in the last sum over
-    the pictures whose hallucinated captions count. A row without a negative adds −log 1 = 0. Raises `ProblemError`
-    where no row of the batch has one.
+    the pictures whose hallucinated captions count. A row without a negative adds −log 1 = 0. With
+    `weights` v the mean is (1/n) Σ_i v_i (…)_i. Raises `ProblemError` where no row of the batch
+    has a negative.
     """
     image, text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
     hallucinated = functional.normalize(hallucinated, dim=-1)
@@ -127,19 +137,24 @@ def contrastive_loss(
         for side, rows, more in (("image", text, queue.image), ("text", image, queue.text)):
             kept = rows @ functional.normalize(more, dim=-1).T / tau
             columns[side].append(kept.masked_fill(~against.queue, -math.inf))
-    to_image = functional.cross_entropy(torch.cat(columns["image"], dim=1), right)
-    to_text = functional.cross_entropy(torch.cat(columns["text"], dim=1), right)
-    return (to_image + to_text) / 2
+    to_image, to_text = (
+        functional.cross_entropy(torch.cat(columns[side], dim=1), right, reduction="none")
+        for side in ("image", "text")
+    )
+    each = (to_image + to_text) / 2
+    return each.mean() if weights is None else (weights * each).mean()
 
 
 def task_loss(
     logits: Float[Tensor, "row token word"],
     ids: Int[Tensor, "row token"],
     counted: Bool[Tensor, "row token"] | Float[Tensor, "row token"],
+    weights: Float[Tensor, "row"] | None = None,
 ) -> Float[Tensor, ""]:
     """L_T, the mean of −log p(ids) over the counted (answer) tokens; logits[:, j] predict ids[:, j].
 
-    `counted` may hold weights; the mean is then the weighted one. A row may have no answer; raises
+    `counted` may hold weights; the mean is then the weighted one. `weights` multiply the terms of a
+    row and not the total they are divided by: Σ_ij v_i c_ij (−log p_ij) / Σ_ij c_ij. A row may have no answer; raises
     `ProblemError` where the whole batch has none.
     """
     _require_some(
@@ -148,7 +163,8 @@ def task_loss(
         "give the pictures captions, questions or conversations, or draw larger batches",
     )
     each = functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-    return (each * counted).sum() / counted.sum()
+    told = counted if weights is None else counted * weights[:, None]
+    return (each * told).sum() / counted.sum()
 
 
 def _require_some(counted: Tensor, message: str) -> None:

@@ -26,7 +26,16 @@ from bilevel.rng import Streams
 from bilevel.types import Params
 
 from . import formulations
-from .batches import Data, contrast_batch, joined, numbered, task_batch
+from .batches import (
+    Data,
+    contrast_batch,
+    joined,
+    numbered,
+    origin_numbers,
+    origins,
+    task_batch,
+)
+from .evaluation.captions_figure import Described, captions_figure
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
@@ -48,6 +57,8 @@ from .sources.shapes import Shapes
 
 VERSION = 1
 """Raised when code changes what a warmed-up projector is."""
+DESCRIBED = 8
+"""Pictures whose captions are shown."""
 TRIPLES = 180
 """Triples in the figure."""
 
@@ -62,6 +73,8 @@ class Prepared:
     evaluation: EvaluationSplit
     constants: dict[str, Tensor]
     """Scalars of the losses at their start, for those that are not variables."""
+    sources: tuple[str, ...] = ()
+    """Names of the parts that training pictures come from, () where there is one."""
     reference: Params = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -99,7 +112,11 @@ class HierarchicalFineTuning:
     """Steps of the projector alone on the task, before anything else."""
     warm_up_rate: PositiveFloat = 5e-3
     lower_batch: Annotated[int, Field(ge=2)] = 32
+    """Conversations of a lower step."""
+    contrast_batch: Annotated[int, Field(ge=2)] = 32
+    """Pictures of a lower step's contrast, each with its caption and hallucinated captions."""
     upper_batch: PositiveInt = 32
+    """Conversations of an upper step."""
     anchor: NonNegativeFloat = 2.0
     """μ of two_variable, which holds the projector to the warmed-up one."""
     negatives: Choice = "own"
@@ -150,9 +167,12 @@ class HierarchicalFineTuning:
         yield from self._warm_up(loaded, train)
         if self.heads == "hacl":
             hacl_heads(loaded.network, rng.stream(self.seed, "heads"))
-        scalars = formulations.start_scalars(self.contrast, len(self.source.kinds))
+        sources = origins(scenes)
+        scalars = formulations.start_scalars(
+            self.contrast, len(self.source.kinds), max(1, len(sources))
+        )
         prepared = Prepared(
-            loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}
+            loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
         )
         self._made[:] = [prepared]
         prepared.reference = tree.clone(parameters(loaded.network, "projector"))
@@ -241,7 +261,12 @@ class HierarchicalFineTuning:
                 )
             if self._form.contrast:
                 batch["contrast"] = contrast_batch(
-                    prepared.train, self.lower_batch, stream, self.negatives, self.queue, states
+                    prepared.train,
+                    self.contrast_batch,
+                    stream,
+                    self.negatives,
+                    self.queue,
+                    states,
                 )
             yield batch
 
@@ -265,22 +290,45 @@ class HierarchicalFineTuning:
         return {**found.metrics, **prepared.loaded.facts, **self._learned({**x, **y})}
 
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
-        """Embeddings before and after, in one projection."""
+        """Embeddings before and after, in one projection; the first pictures with both captions."""
         prepared = self._prepared
-        if not prepared.evaluation.has_captions:
-            return {}
         before = tree.to(
             dict(zip("xy", self._start(prepared, None), strict=True)),
             prepared.device,
             prepared.dtype,
         )
-        panels = []
-        for title, at in (("before", {**before["x"], **before["y"]}), ("after", {**x, **y})):
-            embeddings = self._evaluator.embed(at, prepared.evaluation)
-            panels.append(
-                Panel.of(title, embeddings, prepared.evaluation.captions.present, TRIPLES)
+        evaluation, evaluator = prepared.evaluation, self._evaluator
+        models = {"before": {**before["x"], **before["y"]}, "after": {**x, **y}}
+        found = {"captions": self._captions_figure(models)}
+        if evaluation.has_captions:
+            present = evaluation.captions.present
+            found["embeddings"] = embedding_figure(
+                [
+                    Panel.of(title, evaluator.embed(at, evaluation), present, TRIPLES)
+                    for title, at in models.items()
+                ]
             )
-        return {"embeddings": embedding_figure(panels)}
+        return found
+
+    def _captions_figure(self, models: dict[str, Params]) -> Any:
+        """What each model says of the first pictures of the evaluated split."""
+        evaluation = self._prepared.evaluation
+        assert evaluation.images is not None
+        size = min(DESCRIBED, len(evaluation.scenes))
+        said = {
+            title: self._evaluator.describe(formulations.split(at)[0], evaluation, size)[0]
+            for title, at in models.items()
+        }
+        described = [
+            Described(
+                evaluation.images[i],
+                evaluation.scenes[i].names,
+                {title: captions[i] for title, captions in said.items()},
+            )
+            for i in range(size)
+        ]
+        note = f"The first {size} pictures of the {self.split} split, in their order."
+        return captions_figure(described, evaluation.lexicon, note)
 
     def export(self, x: Params, y: Params, folder: Path, merged: bool) -> None:
         """Write the model at (x, y) for transformers and peft; see `models.export`."""
@@ -308,11 +356,11 @@ class HierarchicalFineTuning:
             found["learned/tau"] = float(at["log_tau"].exp())
         if "log_lambda" in at:
             found["learned/lambda"] = float(at["log_lambda"].exp())
-        if "kind_scores" in at:
-            weights = formulations.log_kind_weights(at["kind_scores"]).exp().tolist()
-            found |= {
-                f"learned/weight_{k}": w for k, w in zip(self.source.kinds, weights, strict=True)
-            }
+        named = {"kind_scores": self.source.kinds, "source_scores": self._prepared.sources}
+        for scores, names in named.items():
+            if scores in at:
+                weights = formulations.log_weights_of(at[scores]).exp().tolist()
+                found |= {f"learned/weight_{n}": w for n, w in zip(names, weights, strict=True)}
         return found
 
     def _start(self, prepared: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
@@ -322,6 +370,7 @@ class HierarchicalFineTuning:
             "projector": parameters(network, "projector"),
             "heads": parameters(network, "heads"),
             "lora": start_lora(network, stream),
+            "source_scores": {},
             **{name: {name: value} for name, value in prepared.constants.items()},
         }
         x = {n: v for part in self._form.upper for n, v in parts[part].items()}
@@ -345,7 +394,8 @@ class HierarchicalFineTuning:
         turns = dialogues(corpus.scenes, self.source, stream)
         rows = conversations(turns, loaded.tokenizer, loaded.template)
         lines = captions(corpus.scenes, self.source, loaded.tokenizer)
-        return Data(pictures, rows, lines, numbered(corpus)), corpus.scenes
+        origin = origin_numbers(corpus.scenes)
+        return Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
 
     def _evaluation(
         self, loaded: LoadedModel, training: tuple[Scene, ...]

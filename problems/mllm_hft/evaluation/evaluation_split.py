@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from ..models.instructions import Rows, conversations, prompts, texts
@@ -16,6 +16,7 @@ from ..models.pretrain import dialogues
 from ..models.template import Template
 from ..models.tokenizer import Tokenizer
 from ..sources.mentions import Association, Lexicon
+from ..sources.pictures import PictureFiles
 from ..sources.protocol import Corpus, Scene, Source
 from .questions import STRATEGIES, Question, own_questions, questions
 
@@ -93,6 +94,8 @@ class EvaluationSplit:
     captions: Captions
     lexicon: Lexicon
     association: Association | None = None
+    images: UInt8[Tensor, "scene 3 height width"] | PictureFiles | None = None
+    """What a person sees of them."""
 
     @property
     def has_captions(self) -> bool:
@@ -145,4 +148,5 @@ def evaluation_split(
         captions(scenes, source, tokenizer),
         corpus.lexicon or Lexicon(source.vocabulary),
         corpus.association,
+        corpus.images,
     )

@@ -101,12 +101,16 @@ class Evaluator:
             found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
         return Embeddings(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
+    @torch.no_grad()
     def describe(
-        self, weights: Params, evaluation: EvaluationSplit
+        self, weights: Params, evaluation: EvaluationSplit, first: int | None = None
     ) -> tuple[list[str], list[bool]]:
-        """Greedy captions, and whether each ended by itself within `caption_tokens`."""
+        """Greedy captions, and whether each ended by itself within `caption_tokens`.
+
+        Of the `first` pictures, None for all.
+        """
         by_instruction: dict[str, list[int]] = {}
-        for i, scene in enumerate(evaluation.scenes):
+        for i, scene in enumerate(evaluation.scenes[:first]):
             by_instruction.setdefault(scene.instruction, []).append(i)
         said: dict[int, tuple[str, bool]] = {}
         for instruction, places in by_instruction.items():
@@ -114,7 +118,7 @@ class Evaluator:
             scenes, allowed = torch.tensor(places), self.caption_tokens
             lines = self._generate(weights, evaluation, scenes, asked, allowed)
             said |= dict(zip(places, lines, strict=True))
-        found = [said[i] for i in range(len(evaluation.scenes))]
+        found = [said[i] for i in range(len(said))]
         return [text for text, _ in found], [ended for _, ended in found]
 
     def _generate(

@@ -61,7 +61,7 @@ class ViT:
         self, corpus: Corpus, source: Source
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
         drawn = simulator(source, "encoder vit", "encoder efficientnet or model checkpoint")
-        key = {"encoder": self, "source": source, "version": VERSION}
+        key = {"encoder": self, "source": drawn, "version": VERSION}
         weights = yield from cached("vit", key, lambda: self._train(drawn))
         model = self._model(corpus.images.shape[-1])
         model.load_state_dict(weights)

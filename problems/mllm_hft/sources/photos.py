@@ -7,13 +7,14 @@ this project. Names co-occur in pairs as in `shapes`; colours are not known.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from jaxtyping import UInt8
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
@@ -86,6 +87,11 @@ class Photos:
 
     bias: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How often a pair of objects comes whole in biased scenes."""
+    pairing: NonNegativeInt = 0
+    """Which objects are pairs: each number is another pairing of the same names."""
+    invented: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training pictures whose author tells of an object that is not there, one that
+    the bias leads to expect, in place of one that is."""
     pixels: Annotated[int, Field(ge=64)] = 128
     """Height and width of a picture."""
     folder: str = FOLDER
@@ -93,7 +99,7 @@ class Photos:
 
     @cached_property
     def _world(self) -> World:
-        return World(PAIRS, (), self.bias, grid=GRID, most=5)
+        return World(PAIRS, (), self.bias, grid=GRID, most=5).paired(self.pairing)
 
     @cached_property
     def _cutouts(self) -> dict[str, list[Any]]:
@@ -125,7 +131,11 @@ class Photos:
         return ("object", "relation", "count")
 
     def corpus(self, split: Split, size: int, *, generator: Generator) -> Corpus:
-        return simulated(self, split, size, generator=generator)
+        corpus = simulated(self, split, size, generator=generator)
+        if split != "train" or not self.invented:
+            return corpus
+        told = self._world.misdescribe(corpus.scenes, self.invented, generator)
+        return replace(corpus, scenes=told)
 
     def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
         return self._world.scenes(size, biased=biased, generator=generator)

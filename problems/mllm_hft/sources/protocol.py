@@ -70,6 +70,8 @@ class Scene:
     """A conversation about the picture that comes with it: prompts and answers."""
     instruction: str = DESCRIBE
     """What `caption` answers, and what asks the model for one."""
+    origin: str = ""
+    """The part of a `mixture` that the picture comes from; "" where a source has no parts."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -150,6 +152,16 @@ class Simulator(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class Simulated(Source, Protocol):
+    """A source made of simulators: one of them stands for it where scenes are drawn."""
+
+    @property
+    def simulator(self) -> Simulator:
+        """What `tiny` and `vit` are pretrained on."""
+        ...
+
+
 def simulated(source: Simulator, split: Split, size: int, *, generator: torch.Generator) -> Corpus:
     """`Source.corpus` of a simulator: training scenes are biased, all others are not."""
     scenes = source.scenes(size, biased=split == "train", generator=generator)
@@ -158,6 +170,8 @@ def simulated(source: Simulator, split: Split, size: int, *, generator: torch.Ge
 
 def simulator(source: Source, asked_by: str, instead: str) -> Simulator:
     """The source, as one that draws scenes. Raises `ProblemError` that names what to use instead."""
+    if isinstance(source, Simulated):
+        return source.simulator
     if not isinstance(source, Simulator):
         raise ProblemError(
             f"{asked_by} is pretrained on scenes that a source draws, and source "

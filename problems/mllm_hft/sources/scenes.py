@@ -40,10 +40,20 @@ class World:
     """Objects stand in different cells of a grid × grid board."""
     most: int
     """Most objects in a scene, copies included."""
+    order: tuple[str, ...] = ()
+    """The order that captions name objects in; () for that of the pairs."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for pair in self.pairs for name in pair)
+        return self.order or tuple(name for pair in self.pairs for name in pair)
+
+    def paired(self, pairing: int) -> World:
+        """The same names in other pairs; 0 is this world itself."""
+        if pairing == 0:
+            return self
+        drawn = Random(pairing).sample(self.names, len(self.names))
+        pairs = tuple(zip(drawn[::2], drawn[1::2], strict=True))
+        return replace(self, pairs=pairs, order=self.names)
 
     @cached_property
     def partner(self) -> dict[str, str]:
@@ -56,11 +66,31 @@ class World:
         return tuple(self.scene(random, biased=biased) for _ in range(size))
 
     def scene(self, random: Random, *, biased: bool) -> Scene:
-        """One scene with its caption and its hallucinated captions."""
+        """One scene, drawn from the law and described truly."""
         names = self._expected(random)
         if not biased:
             names = random.sample(self.names, len(names))
-        things = self._place(names, random)
+        return self._described(self._place(names, random), random)
+
+    def misdescribe(
+        self, scenes: tuple[Scene, ...], share: float, generator: torch.Generator
+    ) -> tuple[Scene, ...]:
+        """The scenes as an author tells them who, for this share of them, invents an object.
+
+        An absent name, one that the prior expects where there is any, is told in place of one that
+        is there; objects, caption and hallucinated captions then all follow what is told.
+        """
+        random = Random(int(torch.randint(2**62, (1,), generator=generator)))
+        return tuple(self._invent(s, random) if random.random() < share else s for s in scenes)
+
+    def _invent(self, scene: Scene, random: Random) -> Scene:
+        present = tuple(dict.fromkeys(thing.name for thing in scene.things))
+        target, name = self._swap(present, 1.0, random)
+        told = [replace(t, name=name) if t.name == target else t for t in scene.things]
+        return replace(self._described(tuple(told), random), id=scene.id)
+
+    def _described(self, things: tuple[Thing, ...], random: Random) -> Scene:
+        """A scene of these things with its caption and its hallucinated captions."""
         truth = describe(things, self.names, random)
         lies: dict[Kind, Statement | None] = {
             "object": self._swap_object(truth, random),
@@ -106,16 +136,22 @@ class World:
     def _swap_object(self, truth: Statement, random: Random) -> Statement:
         """An absent name; with probability `bias` one that the prior expects, if there is any."""
         present = {group.name: index for index, group in enumerate(truth.groups)}
-        absent = [name for name in self.names if name not in present]
-        expected = [name for name in absent if self.partner[name] in present]
-        targets = list(present.values())
-        name = random.choice(absent)
-        if expected and len(present) > 1 and random.random() < self.bias:
-            name = random.choice(expected)
-            targets.remove(present[self.partner[name]])  # what makes the lie plausible stays
-        target = random.choice(targets)
+        told, name = self._swap(tuple(present), self.bias, random)
+        target = present[told]
         swapped = truth.change(target, replace(truth.groups[target], name=name))
         return swapped.ordered(self.names)
+
+    def _swap(self, present: tuple[str, ...], expected: float, random: Random) -> tuple[str, str]:
+        """A present name, and the absent one to tell in its place; `expected`: how often one that
+        the prior expects, if there is any."""
+        absent = [name for name in self.names if name not in present]
+        partners = [name for name in absent if self.partner[name] in present]
+        targets = list(present)
+        name = random.choice(absent)
+        if partners and len(present) > 1 and random.random() < expected:
+            name = random.choice(partners)
+            targets.remove(self.partner[name])  # what makes the lie plausible stays
+        return random.choice(targets), name
 
     def _swap_attribute(self, truth: Statement, random: Random) -> Statement | None:
         if len(self.colours) < 2:

@@ -7,12 +7,13 @@ independently in unbiased ones (`scenes.World`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Generator, Tensor
 
 from bilevel.components import component
@@ -52,6 +53,11 @@ class Shapes:
 
     bias: Annotated[float, Field(ge=0, le=1)] = 0.9
     """How often a pair of shapes comes whole in biased scenes."""
+    pairing: NonNegativeInt = 0
+    """Which shapes are pairs: each number is another pairing of the same names."""
+    invented: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training pictures whose author tells of an object that is not there, one that
+    the bias leads to expect, in place of one that is."""
     pixels: Annotated[int, Field(ge=32)] = 64
     """Height and width of a picture."""
     noise: Annotated[float, Field(ge=0)] = 12.0
@@ -59,7 +65,7 @@ class Shapes:
 
     @cached_property
     def _world(self) -> World:
-        return World(PAIRS, self.colours, self.bias, grid=GRID, most=5)
+        return World(PAIRS, self.colours, self.bias, grid=GRID, most=5).paired(self.pairing)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -74,7 +80,11 @@ class Shapes:
         return KINDS
 
     def corpus(self, split: Split, size: int, *, generator: Generator) -> Corpus:
-        return simulated(self, split, size, generator=generator)
+        corpus = simulated(self, split, size, generator=generator)
+        if split != "train" or not self.invented:
+            return corpus
+        told = self._world.misdescribe(corpus.scenes, self.invented, generator)
+        return replace(corpus, scenes=told)
 
     def scenes(self, size: int, *, biased: bool, generator: Generator) -> tuple[Scene, ...]:
         return self._world.scenes(size, biased=biased, generator=generator)

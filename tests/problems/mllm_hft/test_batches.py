@@ -14,7 +14,10 @@ from bilevel_problems.mllm_hft.batches import (
     Data,
     contrast_batch,
     drawn,
+    joined,
     numbered,
+    origin_numbers,
+    origins,
     others,
     task_batch,
 )
@@ -33,13 +36,14 @@ def scene(caption: str, wrong: str | None = None) -> Scene:
     return Scene((), caption, {"object": wrong} if wrong else {})
 
 
-def data(size: int) -> Data:
+def data(size: int, origin: torch.Tensor | None = None) -> Data:
     lines = ["one red circle", "two blue square"] * size
     return Data(
         Pictures(torch.arange(size).float()[:, None, None]),
         texts(lines[:size], WORDS),
         captions(tuple(scene(line, "three square") for line in lines[:size]), Shapes(), WORDS),
         torch.arange(size),
+        origin,
     )
 
 
@@ -59,6 +63,40 @@ def test_scenes_are_drawn_evenly():
         counts += torch.bincount(drawn(10, 4, source), minlength=10)
     # A scene is in a batch with probability 0.4: 400 ± √(1000 · 0.4 · 0.6) = 15.5, four of them.
     assert (counts - 400).abs().max() < 62
+
+
+def test_each_origin_gives_as_many_as_another_whatever_its_size():
+    origin = torch.tensor([0] * 9 + [1] * 3 + [2] * 8)
+    extra = torch.zeros(3)
+    for seed in range(300):
+        found = task_batch(data(20, origin), 7, stream(seed, "b"))
+        assert torch.equal(found["origin"], origin[found["features"].flatten().long()])
+        counts = torch.bincount(found["origin"], minlength=3)
+        assert sorted(counts.tolist()) == [2, 2, 3]
+        extra += counts - 2
+    # Each origin gives the third picture with probability 1/3: 100 ± √(300 · 2/9) = 8.2, four of them.
+    assert (extra - 100).abs().max() < 33
+    assert "origin" not in task_batch(data(6), 2, stream(0, "b"))
+
+
+def test_rows_without_an_origin_say_so_beside_those_with_one():
+    mixed = joined(
+        [
+            task_batch(data(4, torch.tensor([0, 1, 0, 1])), 2, stream(0, "b")),
+            task_batch(data(4), 3, stream(1, "b")),
+        ]
+    )
+    assert sorted(mixed["origin"][:2].tolist()) == [0, 1]
+    assert mixed["origin"][2:].tolist() == [-1, -1, -1]
+    assert "origin" not in joined([task_batch(data(4), 3, stream(1, "b"))])
+
+
+def test_origins_are_numbered_in_order_of_appearance():
+    scenes = [Scene((), "a", {}, origin=name) for name in ("web", "books", "web")]
+    assert origins(scenes) == ("web", "books")
+    assert origin_numbers(scenes).tolist() == [0, 1, 0]
+    assert origins(scenes[:1]) == ()
+    assert origin_numbers(scenes[:1]) is None
 
 
 def test_a_batch_says_which_picture_and_what_is_no_negative():

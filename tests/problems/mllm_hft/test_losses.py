@@ -15,8 +15,9 @@ from bilevel_problems.mllm_hft.losses import (
     Negatives,
     Queue,
     contrastive_loss,
-    log_kind_weights,
+    log_weights_of,
     negatives,
+    row_weights,
     task_loss,
     temperature,
 )
@@ -78,7 +79,7 @@ LINE = torch.tensor(
 @pytest.mark.parametrize("choice", ["own", "batch"])
 def test_contrastive_loss_is_the_double_loop(batch, tau, choice):
     image, text, hallucinated, present, scores = batch
-    log_w = log_kind_weights(scores)
+    log_w = log_weights_of(scores)
     for against in (apart(present), negatives(PICTURE, LINE, present, choice)):
         got = contrastive_loss(image, text, hallucinated, against, log_w, torch.tensor(tau))
         expected = naive(image, text, hallucinated, against, log_w.exp().tolist(), tau)
@@ -141,7 +142,7 @@ def test_contrast_by_hand():
 def test_a_picture_drawn_twice_is_not_its_own_negative(batch, choice):
     """Every row of [a, a] is that of [a] alone; unmasked, a term is at least log 2."""
     image, text, lies, _, scores = batch
-    log_w, tau = log_kind_weights(scores), torch.tensor(0.05, dtype=torch.float64)
+    log_w, tau = log_weights_of(scores), torch.tensor(0.05, dtype=torch.float64)
     there = torch.ones(2, 3, dtype=torch.bool)
 
     def loss(index, against=None):
@@ -161,7 +162,7 @@ def test_a_picture_drawn_twice_is_not_its_own_negative(batch, choice):
 def test_a_queue_of_the_other_pictures_is_the_larger_batch(batch):
     """Rows 0 and 1 of five pictures, the other three in the queue; and by hand, what is masked."""
     image, text, hallucinated, present, scores = batch
-    log_w, tau = log_kind_weights(scores), torch.tensor(0.2, dtype=torch.float64)
+    log_w, tau = log_weights_of(scores), torch.tensor(0.2, dtype=torch.float64)
     pair = ~torch.eye(5, dtype=torch.bool)
 
     def loss(counted: torch.Tensor) -> float:
@@ -208,7 +209,7 @@ def test_first_and_second_derivatives_of_the_contrast(batch, choice):
 
     def loss(image, text, hallucinated, scores, log_tau):
         return contrastive_loss(
-            image, text, hallucinated, against, log_kind_weights(scores), temperature(log_tau)
+            image, text, hallucinated, against, log_weights_of(scores), temperature(log_tau)
         )
 
     log_tau = torch.tensor(math.log(0.3), dtype=torch.float64)
@@ -219,7 +220,7 @@ def test_first_and_second_derivatives_of_the_contrast(batch, choice):
 
 def test_nothing_to_contrast_with_is_an_error(batch):
     image, text, hallucinated, _, scores = batch
-    log_w, tau = log_kind_weights(scores), torch.tensor(0.1)
+    log_w, tau = log_weights_of(scores), torch.tensor(0.1)
     none = torch.zeros(5, 3, dtype=torch.bool)
     one = negatives(torch.zeros(5, dtype=torch.long), LINE, none, "batch")
     with pytest.raises(ProblemError, match=r"5 pairs has no negative.*problem\.lower_batch"):
@@ -248,7 +249,7 @@ def test_a_kind_that_is_not_there_has_no_gradient(batch):
     image, text, hallucinated, present, scores = batch
     hallucinated = hallucinated.requires_grad_()
     loss = contrastive_loss(
-        image, text, hallucinated, apart(present), log_kind_weights(scores), torch.tensor(0.1)
+        image, text, hallucinated, apart(present), log_weights_of(scores), torch.tensor(0.1)
     )
     (gradient,) = torch.autograd.grad(loss, hallucinated)
     assert (gradient[~present] == 0).all()
@@ -257,9 +258,36 @@ def test_a_kind_that_is_not_there_has_no_gradient(batch):
 
 def test_weights_keep_their_total_whatever_the_scores():
     for scores in (torch.zeros(4), torch.tensor([3.0, -2.0, 0.5, 9.0])):
-        assert float(log_kind_weights(scores).exp().sum()) == pytest.approx(4.0, rel=1e-6)
-    weights = log_kind_weights(torch.tensor([0.0, math.log(3.0)])).exp()
+        assert float(log_weights_of(scores).exp().sum()) == pytest.approx(4.0, rel=1e-6)
+    weights = log_weights_of(torch.tensor([0.0, math.log(3.0)])).exp()
     assert weights.tolist() == pytest.approx([0.5, 1.5])
+
+
+def test_rows_are_weighed_by_their_source_and_not_renormalised(batch):
+    scores = torch.tensor([0.0, math.log(3.0)])  # weights 0.5 and 1.5
+    weights = row_weights(scores, torch.tensor([0, 1, 1, 0, -1]))
+    assert weights.tolist() == pytest.approx([0.5, 1.5, 1.5, 0.5, 1.0])
+    image, text, hallucinated, present, kinds = batch
+    given = image, text, hallucinated, apart(present), log_weights_of(kinds), torch.tensor(0.2)
+    alone = [
+        float(contrastive_loss(*given, weights=torch.eye(5, dtype=torch.float64)[i]))
+        for i in range(5)
+    ]
+    assert sum(alone) == pytest.approx(float(contrastive_loss(*given)), rel=1e-12)
+    told = float(contrastive_loss(*given, weights=weights.double()))
+    assert told == pytest.approx(
+        sum(v * one for v, one in zip(weights.tolist(), alone, strict=True))
+    )
+
+    logits = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(0))
+    ids, counted = torch.ones(5, 3, dtype=torch.long), torch.rand(5, 3) > 0.2
+    each = -logits.log_softmax(-1)[..., 1]
+    by_hand = sum(
+        float(weights[i] * each[i, j]) for i in range(5) for j in range(3) if counted[i, j]
+    )
+    got = float(task_loss(logits, ids, counted, weights))
+    assert got == pytest.approx(by_hand / int(counted.sum()), rel=1e-5)
+    assert got != pytest.approx(float(task_loss(logits, ids, counted)), rel=1e-3)
 
 
 def test_temperature_stays_in_its_range():

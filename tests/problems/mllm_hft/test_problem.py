@@ -21,7 +21,9 @@ from bilevel_problems.mllm_hft import formulations
 from bilevel_problems.mllm_hft.formulations import FORMS, project
 from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE, Negatives
 from bilevel_problems.mllm_hft.models.network import call
+from bilevel_problems.mllm_hft.sources.mixture import Mixture
 from bilevel_problems.mllm_hft.sources.photos import FOLDER
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.miniature import miniature, prepared, setup
 
 pytest.importorskip("transformers", reason="the model is transformers' own")
@@ -51,8 +53,9 @@ def test_two_steps_of_the_engine(formulation):
     assert first["task_loss"] != last["task_loss"]
     groups = {name.split("/")[0] for name in first}
     assert {"pope_random", "pope_popular", "pope_adversarial", "chair", "gap"} <= groups
-    (drawn,) = [event for event in events if isinstance(event, Drawn)]
-    assert len(drawn.figure.axes) == 2
+    drawn = {event.name: event.figure for event in events if isinstance(event, Drawn)}
+    assert len(drawn["embeddings"].axes) == 2
+    assert len(drawn["captions"].axes) == 2 * min(8, len(problem._prepared.evaluation.scenes))
     assert isinstance(events[-1], Finished)
 
 
@@ -187,6 +190,42 @@ def test_weighted_is_task_plus_lambda_times_contrast():
     assert float(joint.lower_loss({}, at, batch)) == pytest.approx(loss(0.5), rel=1e-6)
 
 
+def mixed(**options):
+    source = Mixture(parts={"true": Shapes(), "invented": Shapes(invented=1.0)}, clean=Shapes())
+    return prepared(source=source, **options)
+
+
+def test_weighted_weighs_sources_and_sees_them_in_equal_numbers():
+    """G is linear in the weights: Σ_s w_s (L_T,s + λ L_C,s), each term seen by switching to it."""
+    problem = mixed(formulation="weighted", contrast_batch=4)
+    x, y = problem.init(Streams(0))
+    assert x["source_scores"].tolist() == [0.0, 0.0]
+    batch = next(problem.lower_batches(stream(0, "b")))
+    for part in ("task", "contrast"):
+        assert torch.bincount(batch[part]["origin"]).tolist() == [2, 2]
+    assert "origin" not in next(problem.upper_batches(stream(0, "u")))
+
+    def loss(weights: list[float]) -> float:
+        scores = torch.tensor(weights).log()
+        return float(problem.lower_loss({**x, "source_scores": scores}, y, batch))
+
+    one, other = loss([2 - 1e-6, 1e-6]), loss([1e-6, 2 - 1e-6])  # weights have the total 2
+    assert loss([1.0, 1.0]) == pytest.approx((one + other) / 2, rel=1e-5)
+    assert loss([1.5, 0.5]) == pytest.approx(0.75 * one + 0.25 * other, rel=1e-5)
+    assert abs(one - other) > 1e-3
+    joint = mixed(formulation="joint", contrast_batch=4)
+    at = {**y, "log_tau": x["log_tau"]}
+    assert float(joint.lower_loss({}, at, batch)) == pytest.approx(loss([1.0, 1.0]), rel=1e-6)
+    measured = problem._learned({**x, **y})
+    assert measured["learned/weight_true"] == measured["learned/weight_invented"] == 1.0
+
+
+def test_one_source_has_no_weights():
+    problem = prepared(formulation="weighted")
+    x, _ = problem.init(Streams(0))
+    assert x.keys() == {"log_lambda", "log_tau", "kind_scores"}
+
+
 def test_upper_and_lower_levels_see_different_pictures():
     problem = prepared(formulation="weighted")
     upper = next(problem.upper_batches(stream(0, "u")))["features"]
@@ -246,6 +285,8 @@ def test_projection_holds_the_scalars():
     weights = got["kind_scores"].exp()
     assert float(weights.max() / weights.min()) == pytest.approx(10.0, rel=1e-5)
     assert float(got["other"]) == 7.0
+    sources = project({"source_scores": torch.tensor([50.0, 40.0])})["source_scores"].exp()
+    assert float(sources.max() / sources.min()) == pytest.approx(100.0, rel=1e-5)
     near = {"kind_scores": torch.tensor([0.3, -0.1, -0.2])}
     torch.testing.assert_close(project(near)["kind_scores"], near["kind_scores"])
 
