@@ -16,6 +16,7 @@ joint         x = nothing                      y = projector, heads, LoRA, log �
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -77,14 +78,17 @@ FORMS: dict[Formulation, Form] = {
 }
 
 
-def start_scalars(strength: float, kinds: int, sources: int) -> dict[Scalars, Tensor]:
-    """log τ = log 0.07, all kinds and sources alike, λ as given; no scores where there is one source."""
+def start_scalars(strength: float, kinds: int, sources: Sequence[float]) -> dict[Scalars, Tensor]:
+    """log τ = log 0.07, all kinds alike, λ and the weights of sources as given; one has no scores."""
     found: dict[Scalars, Tensor] = {
         "log_tau": torch.tensor(math.log(TAU_START)),
         "kind_scores": torch.zeros(kinds),
         "log_lambda": torch.tensor(math.log(strength)),
     }
-    return found | {"source_scores": torch.zeros(sources)} if sources > 1 else found
+    if len(sources) > 1:
+        scores = torch.tensor(sources).log()
+        found["source_scores"] = scores - scores.mean()
+    return found
 
 
 def project(parameters: Params) -> Params:

@@ -130,6 +130,9 @@ class HierarchicalFineTuning:
     model's width; hacl: two linear maps to a quarter of it, with bias, each drawn on its own."""
     contrast: PositiveFloat = 0.5
     """λ of joint, and where that of weighted starts."""
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Weights of training sources by name, 1 where not named, scaled to their number: those of
+    joint and task_only, and where those of weighted start."""
     clean: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of each task batch of task_only and joint that is drawn from the upper data: the
     baseline that a bilevel arm has to beat, since it sees those data too."""
@@ -169,13 +172,23 @@ class HierarchicalFineTuning:
             hacl_heads(loaded.network, rng.stream(self.seed, "heads"))
         sources = origins(scenes)
         scalars = formulations.start_scalars(
-            self.contrast, len(self.source.kinds), max(1, len(sources))
+            self.contrast, len(self.source.kinds), self._weights_of(sources)
         )
         prepared = Prepared(
             loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
         )
         self._made[:] = [prepared]
         prepared.reference = tree.clone(parameters(loaded.network, "projector"))
+
+    def _weights_of(self, sources: tuple[str, ...]) -> list[float]:
+        """Weights at the start. Raises `ProblemError` for a name that no source has."""
+        unknown = [name for name in self.weights if name not in sources]
+        if unknown:
+            raise ProblemError(
+                f"problem.weights names {', '.join(unknown)}; training pictures come from "
+                f"{', '.join(sources) or 'one source, which has no weight'}"
+            )
+        return [self.weights.get(name, 1.0) for name in sources]
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
         """Move the frozen model, and what losses compare with; says what a lower step will hold.
@@ -187,7 +200,7 @@ class HierarchicalFineTuning:
         require_room(
             needed,
             torch.device(device),
-            "lower the batches (problem.lower_batch), keep frozen weights in bfloat16 "
+            "lower the batches (problem.lower_batch, problem.contrast_batch), keep frozen weights in bfloat16 "
             "(problem.model.weights=folder), or take a smaller model",
         )
         prepared.device, prepared.dtype = torch.device(device), dtype

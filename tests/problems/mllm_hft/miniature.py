@@ -28,6 +28,7 @@ def miniature(**options: Any) -> HierarchicalFineTuning:
         "questions": 2,
         "warm_up": 2,
         "lower_batch": 4,
+        "contrast_batch": 4,
         "upper_batch": 4,
         **options,
     }

@@ -220,6 +220,16 @@ def test_weighted_weighs_sources_and_sees_them_in_equal_numbers():
     assert measured["learned/weight_true"] == measured["learned/weight_invented"] == 1.0
 
 
+def test_weights_of_sources_are_given_by_name():
+    problem = mixed(formulation="weighted", weights={"invented": 3.0})
+    x, y = problem.init(Streams(0))
+    measured = problem._learned({**x, **y})
+    assert measured["learned/weight_invented"] == pytest.approx(1.5)
+    assert measured["learned/weight_true"] == pytest.approx(0.5)
+    with pytest.raises(ProblemError, match=r"names web; .* come from true, invented"):
+        mixed(formulation="joint", weights={"web": 2.0})
+
+
 def test_one_source_has_no_weights():
     problem = prepared(formulation="weighted")
     x, _ = problem.init(Streams(0))
@@ -309,6 +319,7 @@ SMALL = [
     "problem.questions=2",
     "problem.warm_up=2",
     "problem.lower_batch=4",
+    "problem.contrast_batch=4",
     "problem.upper_batch=4",
     "problem.model.hidden=16",
     "problem.model.layers=1",
