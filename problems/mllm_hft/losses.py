@@ -129,7 +129,7 @@ def contrastive_loss(
         torch.cat([mask.flatten() for mask in vars(against).values() if mask is not None]),
         f"a contrast batch of {len(image)} pairs has no negative: every pair is of one picture or "
         "reads the same, and there is no hallucinated caption; draw larger batches "
-        "(problem.lower_batch), or give hallucinated captions",
+        "(problem.contrast_batch), or give hallucinated captions",
     )
     right = torch.arange(len(image), device=image.device)
     columns = {"image": [pairs.T], "text": [pairs, hard]}

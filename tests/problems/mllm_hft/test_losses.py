@@ -223,7 +223,7 @@ def test_nothing_to_contrast_with_is_an_error(batch):
     log_w, tau = log_weights_of(scores), torch.tensor(0.1)
     none = torch.zeros(5, 3, dtype=torch.bool)
     one = negatives(torch.zeros(5, dtype=torch.long), LINE, none, "batch")
-    with pytest.raises(ProblemError, match=r"5 pairs has no negative.*problem\.lower_batch"):
+    with pytest.raises(ProblemError, match=r"5 pairs has no negative.*problem\.contrast_batch"):
         contrastive_loss(image, text, hallucinated, one, log_w, tau)
     with pytest.raises(ProblemError, match="1 pairs has no negative"):
         contrastive_loss(image[:1], text[:1], hallucinated[:1], apart(none[:1]), log_w, tau)
