@@ -27,8 +27,7 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
     """
     folder = runfolder.find(reference, runs)
     recipe = recipes.load(folder.resolved)
-    write = Levels(recipe.problem).get("export")
-    if write is None:
+    if "export" not in Levels(recipe.problem):
         raise RecipeError(
             f"{folder.path}: problem {recipe.content['problem']['name']} has no `export(x, y, "
             "folder, merged)`; its variables are in the checkpoints: "
@@ -48,7 +47,8 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
             for event in engine.prepare(setup):
                 shown.receive(event)
             state = engine.restore(setup, checkpoint.load(found.path))
-            write(state.x, state.y, to, merged)
+            # of the setup's problem: one whose variables are nested is another by now
+            setup.levels.optional["export"](state.x, state.y, to, merged)
     except BaseException:  # `to` was empty or not there: half a model helps nobody
         shutil.rmtree(to, ignore_errors=True)
         raise

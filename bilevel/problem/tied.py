@@ -78,9 +78,14 @@ class Ties:
         return tuple((self.expand(s), self.expand(c)) for s, c in pairs)
 
     @property
+    def tied(self) -> bool:
+        """Whether two names stand for one tensor."""
+        return len(self.unique) < len(self._home)
+
+    @property
     def trivial(self) -> bool:
         """Whether each name has a tensor of its own, in a flat dict."""
-        return self._nested is None and len(self.unique) == len(self._home)
+        return self._nested is None and not self.tied
 
 
 def _place(entry: Tensor) -> Hashable:
@@ -149,7 +154,7 @@ def bind(
     structure = structure or Structure()
     F, G = with_batch(upper, "upper"), with_batch(lower, "lower")
     if not all(ties.trivial for ties in tied):
-        F, G = _expanding(F, tied), _expanding(G, tied)
+        F, G = expanding(F, tied), expanding(G, tied)
         structure = _structured(structure, tied)
     counts = Counts()
     return Losses(
@@ -218,7 +223,8 @@ def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
     )
 
 
-def _expanding(function: Function, tied: tuple[Ties, Ties]) -> Function:
+def expanding(function: Function, tied: tuple[Ties, Ties]) -> Function:
+    """A loss of the variables that a caller gave, as one of the unique entries alone."""
     if isinstance(function, Composed):
         return function.through(lambda x, y: (tied[0].expand(x), tied[1].expand(y)))
     return lambda x, y, batch: function(tied[0].expand(x), tied[1].expand(y), batch)

@@ -11,21 +11,23 @@ import torch
 
 from bilevel.errors import RecipeError
 from bilevel.events import Drawn, Evaluated, Event, Finished, Stepped, Warned
+from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.registry.build import resolve
 from bilevel.run import engine, placement
 from bilevel.run.setup import Setup, State
 from bilevel.run.upper import Upper
 from bilevel.sinks.progress import progress as shown
-from bilevel.types import Estimator, LowerSolver, Named, Optimizer, Params
+from bilevel.types import Estimator, LowerSolver, Named, Optimizer
 
 
 @dataclass(frozen=True)
 class Result:
     """Where a run ended and how it came there."""
 
-    x: Params
-    y: Params
+    x: Any
+    """In the containers of the problem's own: a dict of tensors, or nested."""
+    y: Any
     history: tuple[Stepped, ...]
     """One event an upper step: losses before the step, ‖dΦ/dx‖, evidence and oracle calls."""
     evaluations: tuple[Evaluated, ...]
@@ -103,14 +105,22 @@ class Iteration(Iterator[Event]):
         return event
 
     @property
-    def x(self) -> Params:
+    def x(self) -> Any:
         """The upper variables after the last step; empty before the run has started."""
-        return dict(self.state.x) if self.state else {}
+        return self._given("x")
 
     @property
-    def y(self) -> Params:
+    def y(self) -> Any:
         """The lower variables after the last step; empty before the run has started."""
-        return dict(self.state.y) if self.state else {}
+        return self._given("y")
+
+    def _given(self, level: Literal["x", "y"]) -> Any:
+        """Variables in the containers that the problem's `init` gave them in."""
+        if self.state is None:
+            return {}
+        params, problem = dict(getattr(self.state, level)), self.setup.problem
+        nested = isinstance(problem, NestedVariables)
+        return getattr(problem, level).expand(params) if nested else params
 
     def result(self) -> Result:
         """What there is so far."""
@@ -179,7 +189,8 @@ def minimize(
     The numbers are those of `bilevel run` with the same recipe. Nothing is written to disk.
 
     Args:
-        problem: any `bilevel.problem.Problem`. This and the components below may also be given by
+        problem: any `bilevel.problem.Problem`; its x and y may be nested (dicts, lists, tuples,
+            dataclasses of tensors) and come back so. This and the components below may also be given by
             name, or as a mapping of `name` and options, as in a recipe.
         lower: the lower solver; 20 steps of SGD by default.
         upper: an optimizer of x, Adam with lr 0.01 by default; or an `Upper`.

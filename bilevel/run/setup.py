@@ -12,6 +12,7 @@ from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Totals
 from bilevel.problem.levels import Levels
+from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
@@ -45,6 +46,11 @@ class Setup:
             ("estimator", "estimators"),
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
+
+    def flatten(self, x: Any, y: Any) -> None:
+        """Put the problem in flat dicts in the place of one whose variables are nested as x and y."""
+        object.__setattr__(self, "problem", NestedVariables(self.problem, x, y))
+        vars(self).pop("levels", None)
 
     @cached_property
     def levels(self) -> Levels:
@@ -86,8 +92,15 @@ class State:
 
 
 def start(setup: Setup) -> State:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Where the problem's x or y is nested, `setup.problem` is from now on the same problem of flat
+    dicts (`NestedVariables`).
+    """
     x, y = setup.problem.init(Streams(setup.seed))
+    if tree.flat(x, "x") is not x or tree.flat(y, "y") is not y:
+        setup.flatten(x, y)
+        x, y = tree.flat(x, "x"), tree.flat(y, "y")
     for params, name in ((x, "x"), (y, "y")):
         tree.require(params, name)
         if not Ties(params).trivial:

@@ -62,7 +62,7 @@ def check_problem(problem: Any, *, seed: int = 0, second_order: bool = True) -> 
     report(name, {"protocol": lambda: _protocol(problem)})
     at = _at(problem, seed, torch.float64)
     parts: dict[str, Callable[[], Iterator[str]]] = {
-        "init": lambda: _init(problem, seed),
+        "init": lambda: _init(at.problem, seed),
         "batches": lambda: _batches(at),
         "losses": lambda: _losses(at),
         "wiring": lambda: _wiring(at),
