@@ -78,8 +78,9 @@ def chip(
     segment: float = 1.0,
     token: float = TOKEN,
     changed: float = CHANGED,
+    weights: Float[Tensor, "pair"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean over pairs of L_v + L_r + segment · L_s + token · L_k, with σ the logistic function.
+    """The mean over pairs (each times its weight, if there are any) of L_v + L_r + segment · L_s + token · L_k, with σ the logistic function.
 
     L_v = −log σ(β (ℓ(w) − ℓ(w|noisy)))
     L_r = −log σ(β (ℓ(w) − ℓ(l)))
@@ -97,11 +98,16 @@ def chip(
     terms = {name: -logsigmoid(beta * value) for name, value in logits.items()}
     kept = beta * (pairs.rejected_kl - pairs.chosen_kl.detach())
     each = terms["visual"] + terms["response"] + segment * terms["segment"] + token * kept
-    return each.mean()
+    return each.mean() if weights is None else (weights * each).mean()
 
 
 def chip_released(
-    pairs: Preference, *, beta: float = BETA, token: float = TOKEN, changed: float = CHANGED
+    pairs: Preference,
+    *,
+    beta: float = BETA,
+    token: float = TOKEN,
+    changed: float = CHANGED,
+    weights: Float[Tensor, "pair"] | None = None,
 ) -> Float[Tensor, ""]:
     """−log σ(β [ℓ(w) − ℓ(l) + ℓ(w) − ℓ(w|noisy) − token (KL(l) − sg KL(w))]), mean over pairs.
 
@@ -113,7 +119,8 @@ def chip_released(
     text = chosen - pairs.rejected.gain(changed)
     visual = chosen - pairs.noisy.gain(changed)
     kept = pairs.rejected_kl - pairs.chosen_kl.detach()
-    return -logsigmoid(beta * (text + visual - token * kept)).mean()
+    each = -logsigmoid(beta * (text + visual - token * kept))
+    return each.mean() if weights is None else (weights * each).mean()
 
 
 def log_probabilities(

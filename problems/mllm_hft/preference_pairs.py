@@ -1,0 +1,154 @@
+"""Pairs of captions for CHiP's losses (`preferences`): rows, batches, and a batch's loss.
+
+Preferred is a picture's caption, rejected one of its hallucinated captions, both as answers to what
+asks for a caption. The reference is the model as the run begins, the network's own parameters; what
+it says of a batch is computed once, when the batch is drawn, and not at every use of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.types import Params
+
+from .models.instructions import Rows, conversations
+from .models.network import Network, call
+from .models.pictures import Pictures
+from .models.template import Template
+from .models.tokenizer import Tokenizer
+from .preferences import (
+    Preference,
+    Response,
+    changed_tokens,
+    diffused,
+    log_probabilities,
+    sequence_kl,
+)
+from .sources.protocol import Kind, Scene
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class CaptionPairs:
+    """Every pair of a split: scene i and kind k stand in row i K + k of the rejected."""
+
+    chosen: Rows
+    rejected: Rows
+    chosen_changed: Bool[Tensor, "pair token"]
+    rejected_changed: Bool[Tensor, "pair token"]
+    present: Bool[Tensor, "scene kind"]
+    """Which pairs there are; where there is none, the caption stands on both sides."""
+
+    def draw(self, size: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Scenes and, for each, one of its kinds; different scenes where there are enough."""
+        usable = self.present.any(1).nonzero()[:, 0]
+        if not len(usable):
+            raise ProblemError(
+                "no training picture has both a caption and a hallucinated one, which a preference "
+                "is about; give hallucinated captions, or use problem.contrast_loss=hacl"
+            )
+        if size > len(usable):
+            scene = usable[torch.randint(len(usable), (size,), generator=stream)]
+        else:
+            scene = usable[torch.randperm(len(usable), generator=stream)[:size]]
+        kind = torch.multinomial(self.present[scene].float(), 1, generator=stream)[:, 0]
+        return scene, kind
+
+    def take(self, scene: Int[Tensor, "batch"], kind: Int[Tensor, "batch"]) -> dict[str, Any]:
+        """Both sides of some pairs, each cut to its longest row."""
+        pair = scene * self.present.shape[1] + kind
+        sides = {"chosen": self.chosen.take(scene), "rejected": self.rejected.take(pair)}
+        for name, marks in (("chosen", self.chosen_changed), ("rejected", self.rejected_changed)):
+            sides[name]["changed"] = marks[pair, : sides[name]["ids"].shape[1]]
+        return sides
+
+
+def caption_pairs(
+    scenes: Sequence[Scene], kinds: Sequence[Kind], tokenizer: Tokenizer, template: Template
+) -> CaptionPairs:
+    """Rows of captions as answers, and which of their tokens differ."""
+    said = [[(scene.instruction, scene.caption)] for scene in scenes]
+    false = [
+        [(scene.instruction, scene.hallucinated.get(kind, scene.caption))]
+        for scene in scenes
+        for kind in kinds
+    ]
+    chosen, rejected = (conversations(rows, tokenizer, template) for rows in (said, false))
+    marks = tuple(
+        torch.zeros(len(false), rows.ids.shape[1], dtype=torch.bool) for rows in (chosen, rejected)
+    )
+    for pair in range(len(false)):
+        places = chosen.counted[pair // len(kinds)], rejected.counted[pair]
+        rows = chosen.ids[pair // len(kinds)], rejected.ids[pair]
+        answers = (ids[place].tolist() for ids, place in zip(rows, places, strict=True))
+        for mark, place, found in zip(marks, places, changed_tokens(*answers), strict=True):
+            mark[pair, place] = torch.tensor(found, dtype=torch.bool)
+    present = [[bool(s.caption) and kind in s.hallucinated for kind in kinds] for s in scenes]
+    return CaptionPairs(chosen, rejected, *marks, torch.tensor(present, dtype=torch.bool))
+
+
+def preference_batch(
+    pairs: CaptionPairs, pictures: Pictures, spread: Float[Tensor, "feature"], size: int,
+    stream: torch.Generator,
+) -> dict[str, Any]:  # fmt: skip
+    """Pairs with their pictures, and a noisy version of each (`diffused`), without a reference."""
+    scene, kind = pairs.draw(size, stream)
+    seen = pictures.take(scene)
+    noise = torch.randn(seen["features"].shape, generator=stream)
+    noisy = diffused(seen["features"], noise.to(seen["features"]), spread)
+    return {**pairs.take(scene, kind), "pictures": seen, "noisy": noisy, "kind": kind}
+
+
+def with_reference(
+    network: Network, batch: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The batch with what the network's own parameters say of it: three forwards, no gradient."""
+    with torch.no_grad():
+        found = _logits(network, {}, tree.to(batch, device, dtype))
+    noisy = log_probabilities(found["noisy"].cpu(), batch["chosen"]["ids"])
+    logits = {side: found[side].cpu() for side in SIDES}
+    return {**batch, "reference": {**logits, "noisy": noisy}}
+
+
+def preference(network: Network, weights: Params, batch: dict[str, Any]) -> Preference:
+    """Of a batch with a reference, under the network's parameters `weights`. Three forwards."""
+    logits, known = _logits(network, weights, batch), batch["reference"]
+
+    def response(side: str, policy: Tensor, reference: Tensor) -> Response:
+        return Response(policy, reference, batch[side]["counted"], batch[side]["changed"])
+
+    ids = {side: batch[side]["ids"] for side in SIDES}
+    sides = {
+        side: response(
+            side,
+            log_probabilities(logits[side], ids[side]),
+            log_probabilities(known[side], ids[side]),
+        )
+        for side in SIDES
+    }
+    noisy = response("chosen", log_probabilities(logits["noisy"], ids["chosen"]), known["noisy"])
+    kl = (sequence_kl(known[side], logits[side], batch[side]["counted"]) for side in SIDES)
+    return Preference(sides["chosen"], sides["rejected"], noisy, *kl)
+
+
+def _logits(network: Network, weights: Params, batch: dict[str, Any]) -> dict[str, Tensor]:
+    seen = batch["pictures"]
+    blurred = {**seen, "features": batch["noisy"]}
+    found = {}
+    for name, side, pictures in (
+        ("chosen", "chosen", seen),
+        ("rejected", "rejected", seen),
+        ("noisy", "chosen", blurred),
+    ):
+        row = {key: batch[side][key] for key in ("ids", "mask", "prefix")}
+        found[name] = call(network, weights, "logits", **row, **pictures)
+    return found
