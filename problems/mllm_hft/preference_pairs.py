@@ -83,9 +83,9 @@ def caption_pairs(
         for kind in kinds
     ]
     chosen, rejected = (conversations(rows, tokenizer, template) for rows in (said, false))
-    marks = tuple(
+    mine, theirs = marks = [
         torch.zeros(len(false), rows.ids.shape[1], dtype=torch.bool) for rows in (chosen, rejected)
-    )
+    ]
     for pair in range(len(false)):
         places = chosen.counted[pair // len(kinds)], rejected.counted[pair]
         rows = chosen.ids[pair // len(kinds)], rejected.ids[pair]
@@ -93,7 +93,7 @@ def caption_pairs(
         for mark, place, found in zip(marks, places, changed_tokens(*answers), strict=True):
             mark[pair, place] = torch.tensor(found, dtype=torch.bool)
     present = [[bool(s.caption) and kind in s.hallucinated for kind in kinds] for s in scenes]
-    return CaptionPairs(chosen, rejected, *marks, torch.tensor(present, dtype=torch.bool))
+    return CaptionPairs(chosen, rejected, mine, theirs, torch.tensor(present, dtype=torch.bool))
 
 
 def preference_batch(

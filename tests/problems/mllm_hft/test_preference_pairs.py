@@ -145,7 +145,7 @@ def test_a_step_down_raises_the_preferred_over_the_rejected(loss):
     at = {n: p.clone().requires_grad_() for n, p in parameters(at_start(), "projector").items()}
     before = preference(at_start(), at, drawn)
     slopes = torch.autograd.grad(loss(before), list(at.values()))
-    moved = {n: p - 0.5 * s for (n, p), s in zip(at.items(), slopes, strict=True)}
+    moved = {n: (p - 0.5 * s).detach() for (n, p), s in zip(at.items(), slopes, strict=True)}
     after = preference(at_start(), moved, drawn)
     assert float(loss(after)) < float(loss(before).detach())
     preferred = (after.chosen.gain() - after.rejected.gain()).mean()
