@@ -56,7 +56,7 @@ def llava(dtype: torch.dtype) -> Network:
 def measured(formulation: Formulation, dtype: torch.dtype, batch: int) -> Footprint:
     """One lower step; the trained parts are float32."""
     network, form = llava(dtype), FORMS[formulation]
-    scalars = {str(n): v for n, v in formulations.start_scalars(0.5, KINDS).items()}
+    scalars = {str(n): v for n, v in formulations.start_scalars(0.5, KINDS, []).items()}
     trained = {
         name: value.float()
         for part in form.lower

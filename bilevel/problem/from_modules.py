@@ -31,33 +31,41 @@ class Bound:
 
 @contextmanager
 def _holding(module: nn.Module, values: Params) -> Iterator[None]:
-    """The module with some parameters replaced, wherever it holds them, and put back afterwards.
+    """The module with some parameters or buffers replaced, wherever it holds them, and put back.
 
     Differs from `torch.func.functional_call`, which gives a layer that stands under two names a
     plain tensor back, and leaves a recurrent layer's list of flat weights as it was replaced.
     """
-    by_id: dict[int, Any] = {id(_parameter(module, name)): value for name, value in values.items()}
+    by_id: dict[int, Any] = {id(_held(module, name)): value for name, value in values.items()}
     before = [
-        (owner, dict(owner._parameters), vars(owner).get("_flat_weights"))
+        (owner, [(held, dict(held)) for held in _tables(owner)], vars(owner).get("_flat_weights"))
         for owner in module.modules()
     ]
     try:
-        for owner, own, flat in before:
-            if any(id(p) in by_id for p in own.values()):
-                owner._parameters.update((n, by_id.get(id(p), p)) for n, p in own.items())
+        for owner, tables, flat in before:
+            for held, own in tables:
+                if any(id(p) in by_id for p in own.values()):
+                    held.update((n, by_id.get(id(p), p)) for n, p in own.items())
             if flat is not None:
                 vars(owner)["_flat_weights"] = [by_id.get(id(p), p) for p in flat]
         yield
     finally:
-        for owner, own, flat in before:
-            owner._parameters.update(own)
+        for owner, tables, flat in before:
+            for held, own in tables:
+                held.update(own)
             if flat is not None:
                 vars(owner)["_flat_weights"] = flat
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a module holds its own parameters and buffers."""
+    return module._parameters, module._buffers
+
+
+def _held(module: nn.Module, name: str) -> Tensor | None:
     path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path)._parameters[leaf]
+    parameters, buffers = _tables(module.get_submodule(path))
+    return parameters[leaf] if leaf in parameters else buffers[leaf]
 
 
 ModuleLoss = Callable[[Bound, Bound, Any], Tensor]

@@ -1,6 +1,7 @@
 """Which variable stands at which level, and what each level minimises: one row a formulation.
 
-L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on upper data.
+L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on upper data. With
+`contrast_loss: chip` L_C is a preference loss (`preferences`), and heads and log τ are no variables.
 
 two_variable  x = LoRA, log τ, kind scores     y = projector, heads
               G = L_C + μ/2 ‖α − α_ref‖², α the projector
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,8 +37,11 @@ from .losses import (
     temperature,
 )
 from .models.network import Group, Network, call
+from .preference_pairs import preference
+from .preferences import chip, chip_released
 
 Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
+ContrastLoss = Literal["hacl", "chip", "chip_released"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
 Part = Group | Scalars
 
@@ -55,6 +59,18 @@ class Form:
     task: bool
     contrast: bool
     anchored: bool = False
+    loss: ContrastLoss = "hacl"
+    """What L_C is."""
+
+    def with_loss(self, loss: ContrastLoss) -> Form:
+        """With another L_C: a preference is of captions alone, and has neither heads nor τ."""
+        if loss == "hacl" or not self.contrast:
+            return self
+        upper, lower = (
+            tuple(part for part in parts if part not in ("heads", "log_tau"))
+            for parts in (self.upper, self.lower)
+        )
+        return replace(self, upper=upper, lower=lower, loss=loss)
 
 
 FORMS: dict[Formulation, Form] = {
@@ -159,6 +175,25 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Ten
     )
 
 
+def preferred(
+    network: Network, parameters: Params, batch: dict[str, Any], loss: ContrastLoss
+) -> Tensor:
+    """L_C as a preference, a pair's term times the weight of its kind and of its source."""
+    weights, scalars = split(parameters)
+    each = log_weights_of(scalars["kind_scores"]).exp()[batch["kind"]]
+    source = by_source(scalars, batch)
+    each = each if source is None else each * source
+    pairs = preference(network, weights, batch)
+    return chip(pairs, weights=each) if loss == "chip" else chip_released(pairs, weights=each)
+
+
+def refinement(form: Form, network: Network, parameters: Params, batch: dict[str, Any]) -> Tensor:
+    """L_C of a form."""
+    if form.loss == "hacl":
+        return contrast(network, parameters, batch)
+    return preferred(network, parameters, batch, form.loss)
+
+
 def lower(
     form: Form,
     network: Network,
@@ -170,12 +205,12 @@ def lower(
 ) -> Tensor:
     """G of a form; `parameters` are those of both levels, with every scalar in place."""
     if not form.task:
-        loss = contrast(network, parameters, batch["contrast"])
+        loss = refinement(form, network, parameters, batch["contrast"])
     else:
         loss = task(network, parameters, batch["task"])
         if form.contrast:
             strength = parameters["log_lambda"].exp()
-            loss = loss + strength * contrast(network, parameters, batch["contrast"])
+            loss = loss + strength * refinement(form, network, parameters, batch["contrast"])
     if form.anchored:
         away = [(parameters[n] - value).square().sum() for n, value in reference.items()]
         loss = loss + anchor / 2 * torch.stack(away).sum()

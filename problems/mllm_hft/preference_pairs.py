@@ -21,7 +21,7 @@ from bilevel.types import Params
 
 from .models.instructions import Rows, conversations
 from .models.network import Network, call
-from .models.pictures import Pictures
+from .models.pictures import FEATURE, Pictures
 from .models.template import Template
 from .models.tokenizer import Tokenizer
 from .preferences import (
@@ -96,16 +96,39 @@ def caption_pairs(
     return CaptionPairs(chosen, rejected, mine, theirs, torch.tensor(present, dtype=torch.bool))
 
 
+def spread(pictures: Pictures) -> Float[Tensor, "feature"]:
+    """The standard deviation of each feature over all places of all pictures."""
+    places = pictures.features.flatten(0, 1)
+    if pictures.layout is not None:
+        places = places[pictures.layout.flatten() == FEATURE]
+    return places.std(0)
+
+
 def preference_batch(
-    pairs: CaptionPairs, pictures: Pictures, spread: Float[Tensor, "feature"], size: int,
+    pairs: CaptionPairs,
+    pictures: Pictures,
+    noise_scale: Float[Tensor, "feature"],
+    size: int,
     stream: torch.Generator,
-) -> dict[str, Any]:  # fmt: skip
-    """Pairs with their pictures, and a noisy version of each (`diffused`), without a reference."""
+) -> dict[str, Any]:
+    """Pairs with their scenes and pictures, and a noisy version of each (`diffused`).
+
+    Without a reference: see `with_reference`.
+    """
     scene, kind = pairs.draw(size, stream)
     seen = pictures.take(scene)
     noise = torch.randn(seen["features"].shape, generator=stream)
-    noisy = diffused(seen["features"], noise.to(seen["features"]), spread)
-    return {**pairs.take(scene, kind), "pictures": seen, "noisy": noisy, "kind": kind}
+    noisy = diffused(seen["features"], noise.to(seen["features"]), noise_scale)
+    sides = pairs.take(scene, kind)
+    return {**sides, "pictures": seen, "noisy": noisy, "kind": kind, "scene": scene}
+
+
+def reference_shapes(batch: dict[str, Any], words: int) -> dict[str, Any]:
+    """The batch with a reference of the right shapes and no data."""
+    shapes = {side: batch[side]["ids"].shape for side in SIDES}
+    known = {side: torch.empty(*shapes[side], words, device="meta") for side in SIDES}
+    noisy = torch.empty(shapes["chosen"], device="meta")
+    return {**batch, "reference": {**known, "noisy": noisy}}
 
 
 def with_reference(

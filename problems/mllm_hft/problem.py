@@ -9,7 +9,7 @@ what is lower is a choice: see `formulations`.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,7 +41,7 @@ from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
-from .formulations import FORMS, Form, Formulation
+from .formulations import FORMS, ContrastLoss, Form, Formulation
 from .losses import Choice
 from .memory import Footprint, footprint, require_room
 from .models.adapters import start_lora
@@ -51,6 +51,14 @@ from .models.instructions import conversations
 from .models.network import Backbone, Heads, LoadedModel, hacl_heads, parameters
 from .models.pretrain import dialogues, warm_up
 from .models.tiny import Tiny
+from .preference_pairs import (
+    CaptionPairs,
+    caption_pairs,
+    preference_batch,
+    reference_shapes,
+    spread,
+    with_reference,
+)
 from .queue import StartStates
 from .sources.protocol import Corpus, Encoder, Scene, Source, Split
 from .sources.shapes import Shapes
@@ -76,6 +84,9 @@ class Prepared:
     sources: tuple[str, ...] = ()
     """Names of the parts that training pictures come from, () where there is one."""
     reference: Params = field(default_factory=dict)
+    pairs: CaptionPairs | None = None
+    """Of the training pictures, where L_C is a preference."""
+    noise_scale: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
@@ -119,6 +130,9 @@ class HierarchicalFineTuning:
     """Conversations of an upper step."""
     anchor: NonNegativeFloat = 2.0
     """μ of two_variable, which holds the projector to the warmed-up one."""
+    contrast_loss: ContrastLoss = "hacl"
+    """What L_C is: hacl; chip, CHiP's preference losses as its paper sums them; chip_released, as its
+    code has them. The last two know neither heads nor τ, which are then no variables."""
     negatives: Choice = "own"
     """Hallucinated captions that a picture is contrasted with: its own, or those of the whole batch,
     as HACL's code has it."""
@@ -143,10 +157,17 @@ class HierarchicalFineTuning:
                 f"clean = {self.clean} with formulation {self.formulation}: its upper loss must be "
                 "on data that the lower level does not see; use it with task_only or joint"
             )
+        of_hacl = {"negatives": "own", "queue": 0, "heads": "orthonormal"}
+        given = [name for name, default in of_hacl.items() if getattr(self, name) != default]
+        if given and self.contrast_loss != "hacl":
+            raise ProblemError(
+                f"{' and '.join(given)} with contrast_loss {self.contrast_loss}: a preference has "
+                "none; leave it out, or use contrast_loss=hacl"
+            )
 
     @property
     def _form(self) -> Form:
-        return FORMS[self.formulation]
+        return FORMS[self.formulation].with_loss(self.contrast_loss)
 
     @cached_property
     def _made(self) -> list[Prepared]:
@@ -177,6 +198,11 @@ class HierarchicalFineTuning:
         prepared = Prepared(
             loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
         )
+        if self._form.loss != "hacl":
+            prepared.pairs = caption_pairs(
+                scenes, self.source.kinds, loaded.tokenizer, loaded.template
+            )
+            prepared.noise_scale = spread(train.pictures)
         self._made[:] = [prepared]
         prepared.reference = tree.clone(parameters(loaded.network, "projector"))
 
@@ -212,9 +238,10 @@ class HierarchicalFineTuning:
     def _footprint(self, dtype: torch.dtype) -> Footprint:
         """Of the first lower step, without its queue, whose states are a constant of the batch."""
         prepared, network = self._prepared, self._prepared.loaded.network
-        bare = replace(self, queue=0)
-        bare._made[:] = self._made
-        batch = next(bare.lower_batches(torch.Generator().manual_seed(0)))
+        batch = next(self._drawn(torch.Generator().manual_seed(0), None))
+        if self._form.loss != "hacl":
+            words = network.mllm.lm_head.out_features
+            batch["contrast"] = reference_shapes(batch["contrast"], words)
         x, y = self._start(prepared, None)
         own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         precisions = dict.fromkeys((*x, *y), dtype) | network.precisions(dtype)
@@ -259,7 +286,18 @@ class HierarchicalFineTuning:
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         """What the formulation's lower loss reads: conversations, captions, or both."""
         prepared = self._prepared
-        states = self._start_states() if self.queue else None
+        for batch in self._drawn(stream, self._start_states() if self.queue else None):
+            if self._form.loss != "hacl":
+                batch["contrast"] = with_reference(
+                    prepared.loaded.network, batch["contrast"], prepared.device, prepared.dtype
+                )
+            yield batch
+
+    def _drawn(
+        self, stream: torch.Generator, states: StartStates | None
+    ) -> Iterator[dict[str, Any]]:
+        """Batches without what a preference's reference says of them."""
+        prepared = self._prepared
         while True:
             batch: dict[str, Any] = {}
             if self._form.task:
@@ -272,7 +310,9 @@ class HierarchicalFineTuning:
                         if size
                     ]
                 )
-            if self._form.contrast:
+            if self._form.loss != "hacl":
+                batch["contrast"] = self._preference_batch(stream)
+            elif self._form.contrast:
                 batch["contrast"] = contrast_batch(
                     prepared.train,
                     self.contrast_batch,
@@ -282,6 +322,20 @@ class HierarchicalFineTuning:
                     states,
                 )
             yield batch
+
+    def _preference_batch(self, stream: torch.Generator) -> dict[str, Any]:
+        prepared = self._prepared
+        assert prepared.pairs is not None
+        assert prepared.noise_scale is not None
+        batch = preference_batch(
+            prepared.pairs,
+            prepared.train.pictures,
+            prepared.noise_scale,
+            self.contrast_batch,
+            stream,
+        )
+        origin = prepared.train.origin
+        return batch if origin is None else {**batch, "origin": origin[batch["scene"]]}
 
     def _start_states(self) -> StartStates:
         prepared = self._prepared

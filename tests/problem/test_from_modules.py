@@ -13,7 +13,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.from_modules import FromModules
+from bilevel.problem.from_modules import Bound, FromModules
 from bilevel.rng import Streams
 from bilevel.run.engine import Setup, prepare, run, start
 from bilevel.run.upper import Upper
@@ -243,3 +243,14 @@ def test_torch_itself_does_not_put_them_back():
     model = shared_layer()
     functional_call(model, {"0.weight": torch.zeros(3, 3).double()}, torch.ones(1, 3).double())
     assert not isinstance(model[0].weight, nn.Parameter)
+
+
+def test_buffers_may_be_replaced_too_and_are_put_back():
+    model = nn.BatchNorm1d(2).double().eval()
+    own = model.running_mean
+    x = torch.ones(1, 2, dtype=torch.float64)
+    moved = Bound(model, {"running_mean": torch.tensor([1.0, -1.0], dtype=torch.float64)})(x)
+    plain = model(x)
+    assert moved[0, 0] == 0
+    assert float(moved[0, 1]) == pytest.approx(2 * float(plain[0, 1]))
+    assert model.running_mean is own

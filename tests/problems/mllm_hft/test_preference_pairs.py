@@ -13,7 +13,7 @@ from bilevel.errors import ProblemError
 from bilevel.rng import stream
 from bilevel_problems.mllm_hft.models.instructions import conversations
 from bilevel_problems.mllm_hft.models.network import Network, parameters
-from bilevel_problems.mllm_hft.models.pictures import Pictures
+from bilevel_problems.mllm_hft.models.pictures import FEATURE, PADDING, Pictures
 from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tokenizer import WordTokenizer
 from bilevel_problems.mllm_hft.preference_pairs import (
@@ -21,6 +21,7 @@ from bilevel_problems.mllm_hft.preference_pairs import (
     caption_pairs,
     preference,
     preference_batch,
+    spread,
     with_reference,
 )
 from bilevel_problems.mllm_hft.preferences import chip, chip_released
@@ -60,8 +61,8 @@ def network() -> Network:
 
 def batch(size: int = 6, seed: int = 0) -> dict[str, Any]:
     features = torch.randn(4, 3, 6, generator=stream(9, "features"), dtype=torch.float64)
-    spread = features.std((0, 1))
-    found = preference_batch(pairs(), Pictures(features), spread, size, stream(seed, "b"))
+    pictures = Pictures(features)
+    found = preference_batch(pairs(), pictures, spread(pictures), size, stream(seed, "b"))
     return with_reference(at_start(), found, torch.device("cpu"), torch.float64)
 
 
@@ -99,6 +100,12 @@ def test_a_pair_needs_a_caption_and_one_that_is_wrong():
     assert len(found.draw(5, source)[0]) == 5
     with pytest.raises(ProblemError, match="both a caption and a hallucinated one"):
         pairs(SCENES[2:]).draw(1, source)
+
+
+def test_the_spread_is_that_of_features_and_not_of_padding():
+    features = torch.tensor([[[1.0, 10.0], [3.0, 10.0]], [[5.0, 16.0], [0.0, 0.0]]])
+    layout = torch.tensor([[FEATURE, FEATURE], [FEATURE, PADDING]])
+    assert spread(Pictures(features, layout)).tolist() == pytest.approx([2.0, 12**0.5])
 
 
 def test_the_model_as_it_starts_prefers_nothing():

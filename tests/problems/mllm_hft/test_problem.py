@@ -158,6 +158,38 @@ def test_a_queue_holds_other_pictures_as_the_model_starts():
     assert sum(isinstance(e, Stepped) for e in engine.run(made, engine.start(made))) == 2
 
 
+@pytest.mark.parametrize("formulation", ["two_variable", "weighted"])
+@pytest.mark.parametrize(("loss", "sigmoids"), [("chip", 3), ("chip_released", 1)])
+def test_a_preference_in_the_place_of_the_contrast(formulation, loss, sigmoids):
+    problem = prepared(formulation=formulation, contrast_loss=loss, anchor=0.0, contrast=1.0)
+    x, y = problem.init(Streams(0))
+    assert not {"log_tau", "image_head.weight", "text_head.weight"} & {*x, *y}
+    assert "kind_scores" in x
+    batch = next(problem.lower_batches(stream(0, "b")))
+    network = problem._prepared.loaded.network
+    at = {**problem._prepared.constants, **x, **y}
+    value = float(formulations.preferred(network, at, batch["contrast"], loss))
+    assert value == pytest.approx(sigmoids * math.log(2), rel=1e-5)  # the model is its reference
+    scores = torch.arange(len(x["kind_scores"])).float()
+    weights = (scores.softmax(0) * len(scores))[batch["contrast"]["kind"]]
+    weighed = formulations.preferred(
+        network, {**at, "kind_scores": scores}, batch["contrast"], loss
+    )
+    assert float(weighed) == pytest.approx(float(weights.mean()) * value, rel=1e-5)
+    made = setup(problem)
+    state = engine.start(made)
+    steps = [event for event in engine.run(made, state) if isinstance(event, Stepped)]
+    assert len(steps) == 2
+    assert steps[0].lower_loss != steps[1].lower_loss
+    (told,) = problem.place("cpu", torch.float32)
+    assert "a lower gradient" in told.note
+
+
+def test_options_of_hacl_are_refused_with_a_preference():
+    with pytest.raises(ValidationError, match="negatives and queue with contrast_loss chip"):
+        miniature(contrast_loss="chip", negatives="batch", queue=4)
+
+
 def test_negatives_of_the_whole_batch_and_hacls_heads():
     own = prepared(formulation="two_variable")
     whole = prepared(formulation="two_variable", negatives="batch")
@@ -354,9 +386,9 @@ def test_shipped_recipes_run_for_two_steps(name):
     assert before["task_loss"] != after["task_loss"]
 
 
-@pytest.mark.parametrize("queue", [0, 5])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(queue):
-    made = setup(prepared(formulation="weighted", queue=queue), steps=3)
+@pytest.mark.parametrize("options", [{}, {"queue": 5}, {"contrast_loss": "chip"}])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(options):
+    made = setup(prepared(formulation="weighted", **options), steps=3)
     whole = engine.start(made)
     list(engine.run(made, whole))
     first = engine.start(made)
