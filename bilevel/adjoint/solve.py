@@ -11,6 +11,7 @@ from bilevel import tree
 from bilevel.adjoint.starts import DEPTH, Start, begin, with_cached_product
 from bilevel.adjoint.stopping import HoldsError
 from bilevel.linear.cg import PairSelection
+from bilevel.preconditioners.recycled import Recycled
 from bilevel.types import (
     LearningPreconditioner,
     LinearSolver,
@@ -42,9 +43,29 @@ class AdjointSolver:
     target_error: float | None = None
     """Of h, relative, in the place of the solver's tolerance."""
 
+    @classmethod
+    def chosen(
+        cls,
+        solver: LinearSolver,
+        start: Start | None,
+        preconditioner: Preconditioner | None,
+        target_error: float | None,
+    ) -> AdjointSolver:
+        """With what brings the fewest products where a target error is asked for and nothing else."""
+        if target_error is None:
+            return cls(solver, start or "warm", preconditioner)
+        return cls(solver, start or "galerkin", preconditioner or Recycled(), target_error)
+
+    def require_accepted(self) -> None:
+        """Raise `ValueError` for what it asks of its solver and that does not accept."""
+        if missing := self._missing:
+            raise ValueError(
+                f"target_error and preconditioner need a solver that accepts {', '.join(missing)}, "
+                f"and {type(self.solver).__name__} does not; use solver: cg"
+            )
+
     @property
-    def missing(self) -> list[SolverOption]:
-        """What it asks of its solver that this does not accept."""
+    def _missing(self) -> list[SolverOption]:
         asked: dict[SolverOption, bool] = {
             "stop": self.target_error is not None,
             "precondition": self.preconditioner is not None,

@@ -57,8 +57,14 @@ class Step:
 
     @property
     def unbounded_lower_error(self) -> float:
-        """The same where the solve had no tolerance to meet; else 0."""
-        return self._distance if self.lower and self.lower_converged is None else 0.0
+        """The same where the solve had no tolerance to meet; else 0.
+
+        Where something restricts y, ∇y G need not vanish at y*, and says nothing of the distance.
+        """
+        if self.lower is None or self.lower_converged is not None:
+            return 0.0
+        restricted = self.lower.structure is not None and self.lower.structure.restrictions
+        return 0.0 if restricted else self._distance
 
     @property
     def _distance(self) -> float:
@@ -188,7 +194,7 @@ TABLE = (
             f"the lower solve met its tolerance at ‖∇y G‖ = {step.lower_norm:.1e}, "
             f"but with a curvature of {step.stats.curvature:.1e} that leaves y off by about "
             f"{step.lower_error:.1e}, where its length is {step.lower_size:.1e}: set "
-            f"lower.tolerance to {_lower_tolerance(step):.0e}, or scale G up"
+            f"lower.tolerance to {_lower_tolerance(step):.0e}, or lower.relative_tolerance in its place"
         ),
     ),
 )

@@ -20,6 +20,8 @@ SOLVERS = (
 )
 
 EVIDENCE: dict[str, tuple[str, ...]] = {
+    "adjoint/bound.py": ("tests/adjoint/test_stopping.py",),
+    "adjoint/solve.py": ("tests/adjoint", "tests/estimators/test_implicit.py", KILLED),
     "adjoint/starts.py": (*ADJOINT, KILLED),
     "adjoint/stopping.py": (*ADJOINT, KILLED),
     "preconditioners/diagonal.py": (*ADJOINT, KILLED),
@@ -142,10 +144,14 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     ),
     "lower/augmented_lagrangian.py": ("tests/lower/test_augmented_lagrangian.py",),
     "lower/auxiliary.py": (REFORMULATIONS, "tests/estimators/test_value_function.py"),
+    "lower/divergence.py": ("tests/problem/test_trust.py",),
     "lower/gradient.py": SOLVERS,
     "lower/iterate.py": ("tests/lower/test_iterate.py",),
     "lower/lbfgs.py": (*SOLVERS, "tests/estimators/test_shine.py"),
     "lower/newton.py": SOLVERS,
+    "lower/start.py": ("tests/lower/test_starts.py",),
+    "lower/tolerance.py": ("tests/lower/test_relative_tolerance.py",),
+    "optimizers/learned.py": ("tests/optimizers/test_learned.py",),
     "optimizers/differentiable.py": SOLVERS,
     "lower/proximal.py": ("tests/lower/test_proximal.py", "tests/run/test_structure.py"),
     "unrolling/path.py": (
@@ -162,6 +168,11 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
         "tests/problem/test_tied.py",
         "tests/estimators/test_shine.py",
     ),
+    "problem/estimation.py": ("tests/test_functional.py", "tests/optimizers/test_learned.py"),
+    "problem/levels.py": ("tests/problem/test_levels.py", "tests/test_functional.py"),
+    "problem/nested_variables.py": ("tests/run/test_nested.py",),
+    "problem/states.py": ("tests/problem/test_states.py",),
+    "problem/trust.py": ("tests/problem/test_trust.py", "tests/run/test_warnings.py"),
     "problem/learned_start.py": ("tests/estimators/test_meta.py", "tests/estimators/test_iaptt.py"),
     "problem/purity.py": (
         "tests/problem/test_purity.py",

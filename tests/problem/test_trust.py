@@ -12,6 +12,8 @@ from bilevel.linear import CG
 from bilevel.lower import LBFGS, Gradient, Newton
 from bilevel.lower.divergence import Growth
 from bilevel.optimizers import SGD, Adam
+from bilevel.problem.trust import Step, reasons
+from bilevel.types import Estimate, Stats, Structure
 
 B = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
 
@@ -139,3 +141,20 @@ def test_the_bound_of_the_step_is_said_where_the_last_step_grew(last, bound):
         growth.refuse_divergence()
     assert ("at most 0.02 times the present one" in str(said.value)) is bound
     assert "take a smaller lower.optimizer.lr" in str(said.value)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "free"])
+def test_where_a_set_holds_y_its_gradient_is_no_distance(held):
+    """min over w ≤ 1 of ½ ‖w − 2‖²: w* = 1, where ∇y G = −1."""
+
+    def G(x, y, _):
+        return (y["w"] - 2).square().sum() / 2 + 0 * x["s"].sum()
+
+    structure = Structure(project=lambda y: {"w": y["w"].clamp(max=1.0)}) if held else None
+    x, y = {"s": torch.zeros(2, dtype=torch.float64)}, {"w": torch.zeros(3, dtype=torch.float64)}
+    steps = 200 if held else 3
+    solved = solve_lower(G, x, y, solver=Gradient(steps=steps), structure=structure)
+    assert solved.stats.gradient_norm > 1
+    stats = Stats(residual=0.0, converged=True, curvature=1.0)
+    found = Estimate(x, torch.zeros(()), None, stats)
+    assert bool(reasons(Step(Implicit(), found, solved))) is not held

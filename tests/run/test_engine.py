@@ -42,6 +42,7 @@ def test_the_events_of_a_run_in_order():
     assert (events[0].num_upper, events[0].num_lower) == (5, 10)
 
 
+@pytest.mark.untrusted("ends its adjoint solve early on purpose")
 def test_equals_a_loop_written_by_hand():
     """Five steps of SGD below, one implicit hypergradient, one Adam step above; four times."""
     s = setup(steps=4)

@@ -177,7 +177,9 @@ class Scaled(Quadratic):
 SCALE = 1e-12
 
 
-@pytest.mark.parametrize("solver", [Newton(), LBFGS()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Newton(tolerance=1e-10), LBFGS(tolerance=1e-10)], ids=["newton", "lbfgs"]
+)
 def test_a_tolerance_that_says_nothing_at_the_scale_of_g_is_said(solver):
     """‖∇y G‖ ≤ 1e-10 is met at the start, where y is nowhere near y*."""
     s = setup(Scaled(), steps=2, lower=solver, estimator=Implicit())
@@ -190,6 +192,10 @@ def test_a_tolerance_that_says_nothing_at_the_scale_of_g_is_said(solver):
     asked = float(re.search(r"set lower\.tolerance to (\S+),", warned.message).group(1))
     better = setup(Scaled(), steps=2, lower=replace(solver, tolerance=asked), estimator=Implicit())
     assert not [e for e in run(better, start(better)) if isinstance(e, Warned)]
+    relative = setup(Scaled(), steps=2, lower=type(solver)(), estimator=Implicit())
+    events = list(run(relative, start(relative)))
+    assert not [e for e in events if isinstance(e, Warned)]
+    assert [e.lower.steps > 0 for e in events if isinstance(e, Stepped)] == [True, True]
     plain = setup(Quadratic(), steps=2, lower=solver, estimator=Implicit())  # negative control
     assert not [e for e in run(plain, start(plain)) if isinstance(e, Warned)]
 
