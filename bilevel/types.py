@@ -157,10 +157,35 @@ class Point:
     """What a quasi-Newton lower solver learned on the way to y."""
 
 
-Stopped = Literal["tolerance", "iterations", "curvature", "rounding", "stagnation", "asked"]
+Stopped = Literal[
+    "tolerance",
+    "iterations",
+    "curvature",
+    "rounding",
+    "stagnation",
+    "asked",
+    "degenerate",
+    "unverified",
+    "infeasible",
+]
 """Why a solve ended: its tolerance is met; its budget is spent; a direction has no positive
 curvature; its residual is as small as the dtype can tell; no step gains anything more; whoever
-watched it asked for the end."""
+watched it asked for the end. Or why the end does not count: what was solved is the system of one
+side of a kink; the residual it reports is not the true one; the constraints cannot be met."""
+
+AGREES: Mapping[Stopped | None, tuple[bool | None, ...]] = {
+    None: (None,),
+    "tolerance": (True,),
+    "iterations": (False, None),
+    "curvature": (False,),
+    "rounding": (True, False),
+    "stagnation": (False,),
+    "asked": (True,),
+    "degenerate": (False,),
+    "unverified": (False,),
+    "infeasible": (False,),
+}
+"""What `converged` may be beside each reason: None where there was no tolerance to reach."""
 
 
 KNOWN_CONSTANTS = "known constants"
@@ -189,7 +214,7 @@ class Stats:
     """Whether the solve reached its tolerance, or as much of it as the dtype allows; None where it
     has none to reach."""
     stopped: Stopped | None = None
-    """Why the solve ended; None where it is none, or does not say."""
+    """Why the solve ended; None where there was none to end, or a method of others does not say."""
     degenerate: int | None = None
     """Kinks or constraints of the lower level that are weakly active, or of a wrong sign: where
     there are any, Φ may have no derivative, or y is not solved well enough to tell."""
@@ -420,8 +445,13 @@ class LowerStats:
     hvps: int = 0
     violation: float | None = None
     """How far y is outside the lower constraints, where the solver heeds any."""
-    infeasible: bool = False
-    """The solver gave up on the constraints: a larger penalty no longer brought y closer to them."""
+    stopped: Stopped | None = None
+    """Why it ended; None where nothing was solved."""
+
+    @property
+    def infeasible(self) -> bool:
+        """The solver gave up on the constraints: a larger penalty no longer brought y closer to them."""
+        return self.stopped == "infeasible"
 
 
 @dataclass(frozen=True)

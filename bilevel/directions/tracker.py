@@ -76,10 +76,12 @@ class DirectionTracker:
             "memory": self._memory,
             "before": self._before,
         }
-        stats = Stats(iterations=steps)
+        stats = Stats(iterations=steps, stopped="iterations")
         if self._tolerance and "adjoint" in self._left:
             settled = self.rests(*self._left)
-            stats = replace(stats, residual=self._left["adjoint"], converged=settled)
+            stopped = "tolerance" if settled else "iterations"
+            left = self._left["adjoint"]
+            stats = replace(stats, residual=left, converged=settled, stopped=stopped)
         # a copy: a memory may hold it, and who asked may clip it in place
         own, moved = tree.clone(hypergradient), Moved(at.y, *self._lower, steps)
         return Estimate(own, self._value, state, stats, moved)

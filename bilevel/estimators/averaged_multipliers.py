@@ -87,7 +87,8 @@ class AveragedMultipliers:
         h = tree.sub(here.F_x, here.mixed.vjp_xy(here.v))
         losses.counts.cross_products += mu > 0
         settled = here.rests(self.tolerance) if self.tolerance else None
-        stats = Stats(iterations=taken, residual=here.residual, converged=settled)
+        stopped = "tolerance" if settled else "iterations"
+        stats = Stats(iterations=taken, residual=here.residual, converged=settled, stopped=stopped)
         moved = Moved(y, float(here.mixed.value), tree.norm(here.mixed.gradient), taken)
         return Estimate(h, here.F, {"calls": calls + 1, "v": v}, stats, moved)
 

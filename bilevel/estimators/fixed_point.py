@@ -16,6 +16,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.guards import flagged
 from bilevel.types import (
     Estimate,
     LinearSolver,
@@ -76,12 +77,9 @@ class FixedPoint:
         start = state if self.warm_start else tree.zeros_like(F_y)
         solve = self._solve(step, step.restrict(F_y), start)
         kinks = step.kinks(self.margin)
-        stats = replace(
-            solve.stats,
-            degenerate=kinks,
-            converged=False if kinks else solve.stats.converged,
-            curvature=min(step.curvature, default=None),
-        )
+        curvature = min(step.curvature, default=None)
+        stats = replace(solve.stats, degenerate=kinks, curvature=curvature)
+        stats = flagged(stats, "degenerate") if kinks else stats
         return Estimate(tree.add(F_x, step.vjp_x(solve.solution)), value, solve.solution, stats)
 
     def _solve(self, step: Map, b: Params, start: Params) -> Solve:
@@ -104,4 +102,5 @@ class FixedPoint:
             return stats
         left = tree.norm(tree.sub(b, matvec(v))) / size
         off = left > 10 * max(stats.residual, getattr(self.solver, "tolerance", 0.0))
-        return replace(stats, residual=left, converged=False if off else stats.converged)
+        stats = replace(stats, residual=left)
+        return flagged(stats, "unverified") if off else stats

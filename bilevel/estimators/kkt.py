@@ -17,6 +17,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
+from bilevel.linear.guards import flagged
 from bilevel.linear.minres import MINRES
 from bilevel.types import (
     Estimate,
@@ -89,8 +90,8 @@ class KKT:
             # vᵀ ∂²yy L v = vᵀ(∇y F − Jᵀw) = vᵀ∇y F, since J v = 0
             curvature=tree.dot(v, F_y) / size if size else None,
             degenerate=degenerate,
-            converged=False if degenerate else solve.stats.converged,
         )
+        stats = flagged(stats, "degenerate") if degenerate else stats
         return Estimate(tree.sub(F_x, lower.vjp_xy(solve.solution)), value, {}, stats)
 
 

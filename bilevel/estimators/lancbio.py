@@ -18,7 +18,7 @@ from bilevel import tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import component
 from bilevel.linear.guards import require_finite
-from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats
+from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats, Stopped
 
 
 @component
@@ -75,10 +75,14 @@ class LancBiO:
         v = _solution(state, b)
         hypergradient = tree.sub(F_x, lower.vjp_xy(v))
         ritz = torch.linalg.eigvalsh(_tridiagonal(state)).tolist()
-        stats = Stats(iterations=added, curvature=min(ritz, default=None))
+        # a basis that cannot grow has a v that solves the system as well as the dtype allows
+        stopped: Stopped = "iterations" if added == self.products else "rounding"
+        stats = Stats(iterations=added, curvature=min(ritz, default=None), stopped=stopped)
         if self.residual:
             off = tree.norm(tree.sub(b, matvec(v))) / (tree.norm(b) or 1.0)
-            stats = replace(stats, residual=off, converged=off <= self.tolerance)
+            solved = off <= self.tolerance
+            stopped = "tolerance" if solved else stopped
+            stats = replace(stats, residual=off, converged=solved, stopped=stopped)
         return Estimate(hypergradient, value, state, stats)
 
     def _grown(self, matvec: Matvec, b: Params, state: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,6 +160,12 @@ def ended(
         stopped == "rounding" and residual <= min(resolved(v), 100 * floor)
     )
     return Stats(residual=residual, converged=solved, stopped=stopped, **evidence)
+
+
+def flagged(stats: Stats, reason: Stopped) -> Stats:
+    """Not converged: for `reason`, or for that of the solve itself where it had not."""
+    own = stats.stopped if stats.converged is False else reason
+    return replace(stats, converged=False, stopped=own)
 
 
 def tight_iterations(dim: int, factor: int = 20) -> int:

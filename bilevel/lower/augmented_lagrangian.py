@@ -21,7 +21,16 @@ from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.newton import Newton
 from bilevel.lower.start import at_start
 from bilevel.lower.tolerance import curvature_along
-from bilevel.types import Loss, LowerSolution, LowerSolver, LowerStats, Offers, Params, Structure
+from bilevel.types import (
+    Loss,
+    LowerSolution,
+    LowerSolver,
+    LowerStats,
+    Offers,
+    Params,
+    Stopped,
+    Structure,
+)
 
 GROWTH = 10.0
 """By how much the penalty grows; 100 in the book, which a solver of first order has to pay for."""
@@ -117,10 +126,14 @@ class AugmentedLagrangian:
                 asked, close = (rho / curvature) ** -0.1, curvature / rho
         with torch.no_grad():
             value = float(loss(x, y))
-        infeasible = stalled == STALLED
-        stats = LowerStats(steps, gradients, value, norm, converged, hvps, violation, infeasible)
+        stopped: Stopped = "tolerance" if converged else "iterations"
+        if stalled == STALLED:
+            stopped = "infeasible"
+        stats = LowerStats(steps, gradients, value, norm, converged, hvps, violation, stopped)
         kept = {"penalty": rho, "multipliers": multipliers, "solver": inner, "curvature": curvature}
-        if infeasible:  # a penalty without bound would follow the run to where they can be met
+        if (
+            stats.infeasible
+        ):  # a penalty without bound would follow the run to where they can be met
             kept = state
         return LowerSolution(tree.clone(y), kept, stats, batch)
 

@@ -32,7 +32,7 @@ from bilevel.types import (
 )
 
 Auxiliary = dict[str, Any]
-"""{"y", "solver", "steps", "converged"}: where a solve stands; part of an estimator's state."""
+"""{"y", "solver", "steps", "converged", "stopped"}: where a solve stands; part of an estimator's state."""
 
 
 def one_step() -> Gradient:
@@ -65,7 +65,13 @@ def begin(solver: LowerSolver, y: Params) -> Auxiliary:
             "(a learned option of its optimizer), and only the steps of the run's lower solver are "
             "differentiated; give a number there"
         )
-    return {"y": tree.clone(y), "solver": solver.init(y), "steps": 0, "converged": None}
+    return {
+        "y": tree.clone(y),
+        "solver": solver.init(y),
+        "steps": 0,
+        "converged": None,
+        "stopped": None,
+    }
 
 
 def minimise(
@@ -92,6 +98,7 @@ def minimise(
         "solver": solved.state,
         "steps": stats.steps,
         "converged": stats.converged,
+        "stopped": stats.stopped,
     }
 
 
@@ -125,6 +132,8 @@ def exact(dim: int) -> LowerSolver:
 
 
 def convergence_stats(*ends: Auxiliary) -> Stats:
-    """Whether the auxiliary problems were solved; None where a solver has no tolerance."""
-    known = [end["converged"] for end in ends if end["converged"] is not None]
-    return Stats(converged=all(known) if known else None)
+    """Whether the auxiliary problems were solved, None where no solver has a tolerance; and why they ended."""
+    known = [end for end in ends if end["converged"] is not None]
+    unmet = [end for end in known if not end["converged"]]
+    telling = (*unmet, *known, *ends)[0]
+    return Stats(converged=telling["converged"], stopped=telling["stopped"])

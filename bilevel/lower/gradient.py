@@ -99,7 +99,8 @@ class Gradient:
             steps, converged = k + 1, False if stops else None
         growth.refuse_divergence()
         path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
-        stats = LowerStats(steps, steps + bool(converged) + spent, value, norm, converged)
+        taken, stopped = steps + bool(converged) + spent, "tolerance" if converged else "iterations"
+        stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped)
         if is_relative:
             state = {"optimizer": state, "scale": stop.state(y)}
         return LowerSolution(y, state, stats, batch, path if record else None)

@@ -59,7 +59,9 @@ class Iterate:
             if not math.isfinite(shift):
                 _refuse(x, y, after, taken)
             taken, y = taken + 1, after
-        stats = LowerStats(taken, taken, shift**2 / 2, shift, shift <= self.tolerance)
+        converged = shift <= self.tolerance
+        stopped = "tolerance" if converged else "iterations"
+        stats = LowerStats(taken, taken, shift**2 / 2, shift, converged, stopped=stopped)
         return LowerSolution(tree.clone(y), state, stats, batch)
 
 

@@ -15,7 +15,7 @@ from bilevel import calculus, tree
 from bilevel.components import component
 from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
-from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params, Stopped
 
 
 @component
@@ -57,10 +57,11 @@ class LBFGS:
         loss, taken = loss.on(batch), 0
         stop = Stop(self.tolerance, self.relative_tolerance, state, y)
         y = tree.leaves(tree.clone(y))
+        most = self.steps * 5 // 4 + 5
         optimizer = torch.optim.LBFGS(
             list(y.values()),
             max_iter=self.steps,
-            max_eval=self.steps * 5 // 4 + 5,
+            max_eval=most,
             history_size=self.history,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -96,15 +97,18 @@ class LBFGS:
                 entry.grad = (g[name] / scale).contiguous()
             return float(value) / scale
 
-        converged = True
+        stopped: Stopped = "tolerance"
         try:
             optimizer.step(closure)
-            converged = False
+            stopped = "stagnation"  # of the line search, unless the budget was spent
         except _Converged:
             pass
         iterations = optimizer.state[next(iter(y.values()))].get("n_iter", 0) if y else 0
+        if stopped == "stagnation" and (iterations >= self.steps or taken >= most):
+            stopped = "iterations"
         value, norm, y = best
-        stats = LowerStats(iterations, taken + spent, value, norm, converged)
+        converged = stopped == "tolerance"
+        stats = LowerStats(iterations, taken + spent, value, norm, converged, stopped=stopped)
         return LowerSolution(y, stop.state(y), stats, batch, pairs=_pairs(points))
 
 

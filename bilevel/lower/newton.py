@@ -15,7 +15,7 @@ from bilevel.errors import ConvergenceError
 from bilevel.linear.dense import matrix
 from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
-from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point
+from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point, Stopped
 
 
 @component
@@ -66,6 +66,7 @@ class Newton:
             if taken == 0 and stop.is_relative:
                 spent = stop.begin(loss, x, y, lower.gradient)
             converged = stop.is_met(norm, y)
+            stopped: Stopped = "tolerance" if converged else "iterations"
             if converged or taken == self.steps:
                 break
             taken += 1
@@ -73,8 +74,10 @@ class Newton:
             hvps += tree.size(y)
             y, moved = _search(loss, x, y, direction, value, tree.dot(direction, lower.gradient))
             if not moved:
+                stopped = "stagnation"
                 break
-        stats = LowerStats(taken, taken + 1 + spent, value, norm, converged, hvps)
+        gradients = taken + 1 + spent
+        stats = LowerStats(taken, gradients, value, norm, converged, hvps, stopped=stopped)
         return LowerSolution(tree.detach(y), stop.state(y), stats, batch)
 
 

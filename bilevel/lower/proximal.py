@@ -82,7 +82,8 @@ class Proximal:
             t_next = 1.0 if uphill else (1 + (1 + 4 * t * t) ** 0.5) / 2
             weight = 0.0 if uphill or not self.accelerate else (t - 1) / t_next
             y, z, t = after, tree.axpy(weight, ahead, after), t_next
-        stats = LowerStats(taken, taken + spent, value, shift, converged)
+        stopped = "tolerance" if converged else "iterations"
+        stats = LowerStats(taken, taken + spent, value, shift, converged, stopped=stopped)
         return LowerSolution(tree.clone(y), {"lr": lr, **stop.state(y)}, stats, batch)
 
     def _step(

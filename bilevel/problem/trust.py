@@ -92,7 +92,7 @@ class Step:
         return self.stats.stopped in reasons if reasons else self.stats.stopped not in EXPLAINED
 
 
-EXPLAINED = ("rounding", "stagnation")
+EXPLAINED = ("rounding", "stagnation", "unverified")
 """Why a solve ended where more iterations do not help."""
 
 
@@ -172,6 +172,16 @@ TABLE = (
             f"{step.stats.residual:.2g}, above its tolerance: the system is singular to working "
             "precision, or restarts forget too much; set estimator.damping, or raise "
             "estimator.solver.restart where there is one"
+        ),
+        unless=("curvature", "degenerate"),
+    ),
+    WarningRule(
+        "adjoint",
+        lambda step: step.has_ended("unverified"),
+        lambda step: (
+            "the adjoint solve takes itself to be within its tolerance, and its true relative residual is "
+            f"{step.stats.residual:.2g}: the solver is for symmetric systems, and this is none; use "
+            "estimator.solver: gmres"
         ),
         unless=("curvature", "degenerate"),
     ),

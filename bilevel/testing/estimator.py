@@ -17,7 +17,7 @@ from bilevel.testing.needs import cases_of, unprovided, without_y
 from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
 from bilevel.testing.verdicts import CheckRow, check
-from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
+from bilevel.types import AGREES, Counts, Estimate, Estimator, Losses, Params, Point
 
 CLAIMS = ("solution", "path", "step", "penalty", "direct", None)
 LOOSE = 0.05
@@ -162,6 +162,9 @@ def _returns(harness: Harness) -> Iterator[str]:
         yield "value must be a detached scalar tensor: F where it was evaluated"
     elif not math.isfinite(float(got.value)):
         yield f"value = {float(got.value)}"
+    stopped, converged = got.stats.stopped, got.stats.converged
+    if stopped is not None and converged not in AGREES.get(stopped, ()):
+        yield f"says converged = {converged} beside stopped = {stopped!r}, which do not agree"
     moves = harness.estimator.needs.moves_lower
     if moves and got.moved is None:
         yield "needs.moves_lower, and `moved` is None"

@@ -282,7 +282,7 @@ def test_a_map_of_no_symmetry(solver, becomes):
         )
 
     if becomes == "stopped":
-        with pytest.raises(ConvergenceError, match=r"no contraction.*use solver: gmres"):
+        with pytest.raises(ConvergenceError, match=r"not a contraction.*use solver: gmres"):
             ask()
         return
     got = ask()

@@ -23,6 +23,15 @@ def system(spectrum, seed, dtype=torch.float64):
     return matvec, A, tree.unflatten(flat.to(dtype), like)
 
 
+def as_one_task(matvec, b):
+    """The same system for a solver of tasks: one task of all unknowns."""
+
+    def product(v):
+        return {"all": tree.flatten(matvec(tree.unflatten(v["all"][0], b)))[None]}
+
+    return product, {"all": tree.flatten(b)[None]}
+
+
 def zero(b):
     return tree.zeros_like(b)
 

@@ -19,7 +19,7 @@ from bilevel.linear.normal_cg import NormalCG
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.task_cg import TaskCG
 from tests.adjoint.systems import asked_of, quadratic_of
-from tests.linear.systems import log_spectrum, system, zero
+from tests.linear.systems import as_one_task, log_spectrum, system, zero
 
 CONDITIONS = [30.0, 100.0, 1e3, 1e4]
 ENOUGH = [
@@ -39,11 +39,7 @@ def alone(solver, spectrum, seed=0, dtype=torch.float64):
     """(stats, true relative residual, relative error of v) of one solve from zero."""
     matvec, A, b = system(spectrum, seed, dtype)
     if isinstance(solver, TaskCG):  # one task of all unknowns
-        like, product = b, matvec
-        b = {"all": tree.flatten(like)[None]}
-
-        def matvec(v):
-            return {"all": tree.flatten(product(tree.unflatten(v["all"][0], like)))[None]}
+        matvec, b = as_one_task(matvec, b)
 
     solve = solver.solve(matvec, b, zero(b))
     v, rhs = tree.flatten(solve.solution).flatten().double(), tree.flatten(b).flatten().double()

@@ -43,7 +43,7 @@ def step(stats=RIGHT, estimator=None, gradient_norm=1e-9, h=1.0, length=None):
 
 def unmet():
     given = step()
-    stats = replace(given.lower.stats, converged=False, violation=1.0, infeasible=True)
+    stats = replace(given.lower.stats, converged=False, violation=1.0, stopped="infeasible")
     return replace(given, lower=replace(given.lower, stats=stats))
 
 
@@ -55,6 +55,7 @@ CASES = {
     "adjoint": (step(replace(SHORT, stopped="iterations", iterations=20)), "after 20 iterations"),
     "adjoint, rounding": (step(replace(SHORT, stopped="rounding")), "as far as the dtype allows"),
     "adjoint, stagnation": (step(replace(SHORT, stopped="stagnation")), "gains nothing more"),
+    "adjoint, unverified": (step(replace(SHORT, stopped="unverified")), "estimator.solver: gmres"),
     "residual": (step(replace(RIGHT, residual=0.3)), "estimator.solver.iterations, or look"),
     "infeasible": (unmet(), "y is 1 outside them"),
     "lower solve": (step(gradient_norm=0.3), "set lower.tolerance to 1e-03"),

@@ -86,6 +86,17 @@ def test_no_estimator_at_all():
     assert "is not an Estimator: it lacks needs, claim, init, estimate" in complaint(object())
 
 
+@pytest.mark.parametrize(("converged", "stopped"), [(True, "iterations"), (False, "tolerance")])
+def test_reasons_that_do_not_agree(converged, stopped):
+    class Says(Around):
+        def estimate(self, losses, at, state):
+            got = super().estimate(losses, at, state)
+            return replace(got, stats=replace(got.stats, converged=converged, stopped=stopped))
+
+    said = complaint(Says(Alternating()))
+    assert f"says converged = {converged} beside stopped = {stopped!r}" in said
+
+
 def test_an_answer_that_is_the_one_before():
     class Stale(Around):
         def init(self, at):
