@@ -20,7 +20,7 @@ SOLVERS = (
 )
 
 EVIDENCE: dict[str, tuple[str, ...]] = {
-    "adjoint/bound.py": ("tests/adjoint/test_stopping.py",),
+    "adjoint/bound.py": ("tests/adjoint/test_bound.py",),
     "adjoint/solve.py": ("tests/adjoint", "tests/estimators/test_implicit.py", KILLED),
     "adjoint/starts.py": (*ADJOINT, KILLED),
     "adjoint/stopping.py": (*ADJOINT, KILLED),
