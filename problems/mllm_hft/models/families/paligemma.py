@@ -26,7 +26,8 @@ def _attention(
     """One block seen both ways, the rest causal; with and without a window where layers have one."""
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-    if prefix is None or not bool(prefix.any()):
+    # without data (the meta device) nothing is known of the mask: it is taken to have a picture
+    if prefix is None or not (prefix.is_meta or bool(prefix.any())):
         return mask.long()
     config = mllm.config.get_text_config()
     given = {
