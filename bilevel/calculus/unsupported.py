@@ -26,9 +26,10 @@ _REMEDIES = {
         "module's parameters; make it under torch.no_grad(), or .clone() it outside of inference mode"
     ),
     "does not currently support double backward": COMPILED,
-    "FlexAttention does not support backward": (
-        "uses flex_attention, which has no derivative on this device; use attention that is "
-        "computed by hand (attn_implementation='eager')"
+    **dict.fromkeys(
+        ("FlexAttention", "flex_attention"),
+        "uses flex_attention, which cannot be differentiated here: it has no second derivative, on a "
+        "CPU none at all; use attention that is computed by hand (attn_implementation='eager')",
     ),
     "use_reentrant=True": (
         "uses torch.utils.checkpoint with use_reentrant=True, which autograd.grad cannot enter; "

@@ -41,7 +41,7 @@ def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
     devices = {entry.device for entry in (*x.values(), *y.values()) if entry.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), _NoStatistics(loss.level):
         before = _random_states(devices)
-        with refuse_writes(loss, x, y):
+        with calculus.second_order(loss), refuse_writes(loss, x, y):
             first = calculus.value(apart, x, y)
         moved = _random_states(devices)
         second = calculus.value(apart, x, y)

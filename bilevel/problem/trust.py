@@ -92,8 +92,23 @@ class Step:
         return self.stats.stopped in reasons if reasons else self.stats.stopped not in EXPLAINED
 
 
-EXPLAINED = ("rounding", "stagnation", "unverified")
-"""Why a solve ended where more iterations do not help."""
+EXPLAINED = {
+    "rounding": (
+        "the adjoint solve has come as far as the dtype allows, to a relative residual of {:.2g}, and "
+        "that is too far off; set estimator.damping, or use a wider dtype where there is one "
+        "(runtime.dtype: float64)"
+    ),
+    "stagnation": (
+        "the adjoint solve gains nothing more at a relative residual of {:.2g}, above its tolerance: "
+        "the system is singular to working precision, or restarts forget too much; set "
+        "estimator.damping, or raise estimator.solver.restart where there is one"
+    ),
+    "unverified": (
+        "the adjoint solve takes itself to be within its tolerance, and its true relative residual is "
+        "{:.2g}: its solver is for symmetric systems, and this is none; use estimator.solver: gmres"
+    ),
+}
+"""Why a solve ended where more iterations do not help, and what does; of the residual."""
 
 
 @dataclass(frozen=True)
@@ -156,33 +171,8 @@ TABLE = (
     ),
     WarningRule(
         "adjoint",
-        lambda step: step.has_ended("rounding"),
-        lambda step: (
-            "the adjoint solve has come as far as the dtype allows, to a relative residual of "
-            f"{step.stats.residual:.2g}, and that is too far off; set estimator.damping, or use a "
-            "wider dtype where there is one (runtime.dtype: float64)"
-        ),
-        unless=("curvature", "degenerate"),
-    ),
-    WarningRule(
-        "adjoint",
-        lambda step: step.has_ended("stagnation"),
-        lambda step: (
-            "the adjoint solve gains nothing more at a relative residual of "
-            f"{step.stats.residual:.2g}, above its tolerance: the system is singular to working "
-            "precision, or restarts forget too much; set estimator.damping, or raise "
-            "estimator.solver.restart where there is one"
-        ),
-        unless=("curvature", "degenerate"),
-    ),
-    WarningRule(
-        "adjoint",
-        lambda step: step.has_ended("unverified"),
-        lambda step: (
-            "the adjoint solve takes itself to be within its tolerance, and its true relative residual is "
-            f"{step.stats.residual:.2g}: the solver is for symmetric systems, and this is none; use "
-            "estimator.solver: gmres"
-        ),
+        lambda step: step.has_ended(*EXPLAINED),
+        lambda step: EXPLAINED[step.stats.stopped or ""].format(step.stats.residual),
         unless=("curvature", "degenerate"),
     ),
     WarningRule(

@@ -4,7 +4,8 @@ Every operation of torch says in its schema which arguments it writes into. Whil
 those are compared with the memory that is not its own: x, y, the batch, and the parameters, buffers
 and tensors that can be found from its function (closure, globals, `self`, partial). So a write through
 `.data`, a view or `torch.no_grad()` is seen, and is refused before it happens. What torch does not see,
-numpy and changes of a dictionary, is found by comparing with a copy of x, y and the batch, and undone.
+numpy and changes of a dictionary, is found by comparing with a copy, and undone: of x, y, the batch, and
+of the first 16 MiB of arrays and CPU tensors that the function holds.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from bilevel.types import Loss, Params
 MOST = 10_000
 """Objects looked at in search of modules: enough for a problem, too few for a data set in a list."""
 
+COPIED = 2**24
+"""Bytes of what a function holds that are compared with a copy, for writes through numpy."""
+
 _HARMLESS = {torch.ops.aten.detach_.default, torch.ops.aten.record_stream.default}
 
 
@@ -37,8 +41,8 @@ _HARMLESS = {torch.ops.aten.detach_.default, torch.ops.aten.record_stream.defaul
 def refuse_writes(loss: Loss, x: Params, y: Params) -> Iterator[None]:
     """Raise `ProblemError` if what is evaluated within writes into x, y, the batch or a module.
 
-    They are as before afterwards, whatever is raised. Costs one copy of x, y and the batch, kept
-    within, and 10 to 20 µs of every operation of the loss.
+    They are as before afterwards, whatever is raised. Costs one copy of x, y and the batch and of up to
+    `COPIED` bytes of what the function holds, kept within, and 10 to 20 µs of every operation.
     """
     given = {"x": x, "y": y, "the batch": loss.batch}
     kept = [_kept(value, name) for name, value in given.items()]
@@ -46,9 +50,11 @@ def refuse_writes(loss: Loss, x: Params, y: Params) -> Iterator[None]:
     tensors = [found for name, value in given.items() for found in _tensors(value, name)]
     for where, tensor in tensors:
         owned.setdefault(_memory(tensor), where)
-    for where, tensor in reachable(loss.function):
+    held = list(reachable(loss.function))
+    for where, tensor in held:
         owned.setdefault(_memory(tensor), where)
     owned.pop(0, None)
+    kept.append(_compared(_small(held), []))
     done = False
     try:
         with _uncompiled(), _Watch(loss.level, owned, {id(t) for _, t in tensors}):
@@ -150,8 +156,24 @@ def _memory(tensor: Tensor) -> int:
 
 def _kept(value: Any, name: str) -> Callable[[], list[str]]:
     """A function that puts a nested value back as it is now, and says where it was not."""
-    tensors = [(where, t, t.detach().clone()) for where, t in _tensors(value, name)]
-    containers = [(where, c, c.copy()) for where, c in _containers(value, name)]
+    return _compared(_tensors(value, name), _containers(value, name))
+
+
+def _small(held: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Those that numpy may write into, as long as a copy of all of them is small."""
+    room = COPIED
+    for where, tensor in held:
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+            room -= tensor.numel() * tensor.element_size()
+            if room >= 0:
+                yield where, tensor
+
+
+def _compared(
+    named: Iterable[tuple[str, Tensor]], lists: Iterable[tuple[str, Any]]
+) -> Callable[[], list[str]]:
+    tensors = [(where, t, t.detach().clone()) for where, t in named]
+    containers = [(where, c, c.copy()) for where, c in lists]
 
     def restore() -> list[str]:
         changed = []
@@ -201,7 +223,11 @@ def _containers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def reachable(function: Any) -> Iterator[tuple[str, Tensor]]:
-    """(what it is, tensor) of the parameters, buffers and tensors that a function can reach by name."""
+    """(what it is, tensor) of what a function can reach by name: parameters, buffers, tensors, arrays.
+
+    An array of numpy is the tensor that shares its memory, where there is one.
+    """
+    numpy = sys.modules.get("numpy")
     left, seen = [("", function)], {}
     while left and len(seen) < MOST:
         name, value = left.pop()
@@ -210,10 +236,18 @@ def reachable(function: Any) -> Iterator[tuple[str, Tensor]]:
         seen[id(value)] = value  # held on to, so that no other object is given its id
         if isinstance(value, Tensor):
             yield name, value
+        elif numpy is not None and isinstance(value, numpy.ndarray):
+            yield from _array(value, name)
         elif isinstance(value, nn.Module):
             yield from _module(value)
         else:
             left += _reached(value, name)
+
+
+def _array(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if value.flags.writeable:  # what is not, nothing writes into
+        with suppress(TypeError, ValueError):  # a dtype or strides that torch has not
+            yield name, torch.from_numpy(value)
 
 
 def _module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,9 @@
 """What torch cannot differentiate is said with the remedy, whichever door it is met behind."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +109,43 @@ def test_first_order_methods_do_too(loss, said):
     ):
         with pytest.raises(ProblemError, match=rf"lower_loss .*{said}"):
             door()
+
+
+FLEX = """
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+import bilevel
+from bilevel.errors import ProblemError
+from bilevel.estimators import Implicit
+
+def lower(x, y, batch):
+    w = y["w"].reshape(1, 1, 16, 16)
+    return flex_attention(w, w, w).square().sum() + (y["w"] - x["s"]).square().sum()
+
+def upper(x, y, batch):
+    return y["w"].square().sum()
+
+x, y = {"s": torch.tensor(0.5)}, {"w": torch.ones(16, 16)}
+for call in (
+    lambda: bilevel.solve_lower(lower, x, y),
+    lambda: bilevel.hypergradient(upper, lower, x, y, estimator=Implicit()),
+):
+    try:
+        call()
+    except ProblemError as error:
+        print(error)
+"""
+
+
+def test_flex_attention_is_refused_with_what_helps():
+    """In a process of its own: what it leaves in torch's compiler is met by the next who compiles."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FLEX], capture_output=True, text=True, check=True
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == 2
+    assert all(re.match(r"lower_loss uses flex_attention.*'eager'\)$", line) for line in said)
 
 
 @pytest.mark.parametrize("name", ["embedding_bag", "cdist"])

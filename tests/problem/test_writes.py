@@ -4,6 +4,7 @@ import functools
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
+from bilevel.problem import writes
 from bilevel.problem.from_modules import FromModules
 from bilevel.problem.over_tasks import OverTasks
 from bilevel.problem.purity import refuse_impure
@@ -354,6 +356,55 @@ def test_a_task_that_writes_into_its_batch_is_refused(batched):
     setup = Setup(problem, Gradient(steps=2), Upper(steps=1), Implicit(), dtype=torch.float64)
     with pytest.raises(ProblemError, match="lower_loss writes into the batch"):
         list(run(setup, start(setup)))
+
+
+# what the loss holds, written into by numpy
+
+
+class Holder:
+    def __init__(self):
+        self.array, self.tensor = np.ones(3), torch.ones(3, dtype=torch.float64)
+        self.frozen, self.names = np.ones(3), np.array(["a", "b"])
+        self.frozen.flags.writeable = False
+
+    def counts(self, x, y, batch):
+        self.array[0] += 1.0
+        return size(x, y)
+
+    def through_numpy(self, x, y, batch):
+        self.tensor.numpy()[1] = 5.0
+        return size(x, y)
+
+    def reads(self, x, y, batch):
+        return size(x, y) * self.array[0] * self.frozen[0] * self.tensor[0] * len(self.names)
+
+
+@pytest.mark.parametrize(("name", "held"), [("counts", "array"), ("through_numpy", "tensor")])
+def test_a_write_by_numpy_into_what_a_loss_holds_is_refused_and_undone(name, held):
+    holder, (x, y) = Holder(), start_of()
+    with pytest.raises(ProblemError, match=f"lower_loss writes into {held}"):
+        bilevel.solve_lower(getattr(holder, name), x, y)
+    assert holder.array.tolist() == holder.tensor.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_write_by_numpy_into_a_closure_is_refused():
+    array, (x, y) = np.zeros(2), start_of()
+
+    def loss(x, y, batch):
+        array[0] += 1
+        return size(x, y)
+
+    with pytest.raises(ProblemError, match="lower_loss writes into array"):
+        bilevel.solve_lower(loss, x, y)
+    assert array.tolist() == [0.0, 0.0]
+
+
+def test_what_is_only_read_is_accepted_and_what_is_too_large_is_not_copied(monkeypatch):
+    holder, (x, y) = Holder(), start_of()
+    bilevel.solve_lower(holder.reads, x, y, solver=Gradient(steps=1))
+    monkeypatch.setattr(writes, "COPIED", 8)  # bytes: what docs/problem.md says is not seen
+    refuse_impure(Loss(holder.through_numpy, B, Counts(), "lower"), x, y)
+    assert holder.tensor.tolist() == [1.0, 5.0, 1.0]
 
 
 # what is not refused
