@@ -279,6 +279,13 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("lower/lbfgs.py", "y = tree.detach(tree.clone(y))"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
+    ("optimizers/learned.py", "close = difflib.get_close_matches(self.upper, x, 2)"): (
+        "the first is shown, however many follow it"
+    ),
+    (
+        "problem/trust.py",
+        "return 0.001 * (step.stats.curvature or 0.0) * max(step.lower_size, 0.002)",
+    ): "a choice: the tolerance that is proposed for a y near 0",
     ("optimizers/torch_optim.py", "y = tree.detach(tree.clone(y))"): (
         "torch's optimizers read .grad, which any tensor may have"
     ),
