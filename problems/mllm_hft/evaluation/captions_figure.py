@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
+from unicodedata import combining
 
 from torch import Tensor
 
@@ -112,10 +114,28 @@ def _write(axis: Any, one: Described, lexicon: Lexicon) -> None:
             line += 1
 
 
+def drawable(text: str) -> str:
+    """The text with � for each character that the font has no glyph for, or that joins with another."""
+    known = _glyphs()
+    return "".join(
+        c if ord(c) in known and not combining(c) else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Characters of the monospaced font in every style that is used."""
+    from matplotlib import font_manager as fonts
+
+    styles = ({}, {"weight": "bold"}, {"style": "italic"})
+    found = (fonts.findfont(fonts.FontProperties(family="monospace", **style)) for style in styles)
+    return frozenset.intersection(*(frozenset(fonts.get_font(f).get_charmap()) for f in found))
+
+
 def _say(axis: Any, line: int, word: Word, colour: str, style: str = "normal") -> None:
     wide, high = 0.602 * FONT, 1.3 * FONT
     axis.annotate(
-        word.text,
+        drawable(word.text),
         (0, 1),
         (word.column * wide, -(line + 1) * high),
         xycoords="axes fraction",
@@ -127,4 +147,5 @@ def _say(axis: Any, line: int, word: Word, colour: str, style: str = "normal") -
         color=colour,
         bbox=BOX if word.right is False else None,
         annotation_clip=False,
+        parse_math=False,  # a caption with two dollar signs is no formula
     )

@@ -11,6 +11,7 @@ from bilevel_problems.mllm_hft.evaluation.captions_figure import (
     WIDTH,
     Described,
     captions_figure,
+    drawable,
     lines,
 )
 from bilevel_problems.mllm_hft.sources.mentions import Lexicon
@@ -55,3 +56,13 @@ def test_every_caption_stands_beside_its_picture_and_lies_in_boxes():
     assert [t.get_text() for t in written].count("…") == 1  # the long one was cut
     deepest = min(t.get_position()[1] for t in texts[0].texts)
     assert deepest >= -(LINES + 1) * 1.3 * 8.0
+
+
+def test_what_a_model_says_is_drawn_whatever_it_is(tmp_path):
+    """No formula between two dollars, no warning of a glyph that the font lacks."""
+    picture = torch.zeros(3, 8, 12, dtype=torch.uint8)
+    said = {"before": "a $cat$ \u3107 and l\u0300 \U0001f436", "after": "a dog"}
+    figure = captions_figure([Described(picture, {"dog"}, said)], LEXICON, "")
+    figure.savefig(tmp_path / "figure.png")
+    assert drawable("a dog …") == "a dog …"
+    assert drawable("\u3107l\u0300") == "\N{REPLACEMENT CHARACTER}l\N{REPLACEMENT CHARACTER}"
