@@ -127,8 +127,10 @@ def _glyphs() -> frozenset[int]:
     """Characters of the monospaced font in every style that is used."""
     from matplotlib import font_manager as fonts
 
-    styles = ({}, {"weight": "bold"}, {"style": "italic"})
-    found = (fonts.findfont(fonts.FontProperties(family="monospace", **style)) for style in styles)
+    mono = fonts.FontProperties(family="monospace")
+    bold = fonts.FontProperties(family="monospace", weight="bold")
+    italic = fonts.FontProperties(family="monospace", style="italic")
+    found = map(fonts.findfont, (mono, bold, italic))
     return frozenset.intersection(*(frozenset(fonts.get_font(f).get_charmap()) for f in found))
 
 
