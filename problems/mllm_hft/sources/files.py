@@ -53,6 +53,7 @@ class Record:
     lures: frozenset[str] = frozenset()
     split: str | None = None
     instruction: str = ""
+    origin: str = ""
 
     @property
     def place(self) -> float:
@@ -209,6 +210,7 @@ class FileSource:
                 questions=tuple(self._put(question) for question in record.questions),
                 turns=tuple(record.turns),
                 instruction=record.instruction or self.instruction,
+                origin=record.origin,
             )
             for record, objects, caption, made in zip(records, names, captions, lies, strict=True)
         )

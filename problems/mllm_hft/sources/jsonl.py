@@ -1,13 +1,14 @@
 """Our own layout: JSON lines, one picture a line. What a file does not say is left out.
 
     {"image": "a.jpg", "caption": "A dog on a couch.", "objects": ["dog", "couch"]}
-    {"id": "b", "image": "b.png", "split": "test", "caption": "Two cats.", "objects": {"cat": 2},
+    {"id": "b", "image": "b.png", "split": "test", "origin": "web", "caption": "Two cats.", "objects": {"cat": 2},
      "hallucinated": {"count": "Three cats."},
      "questions": [{"text": "Is there a dog?", "answer": "no", "name": "dog"}],
      "conversation": [["What is there?", "Two cats."]]}
 
 `objects` are all the objects that are there; without them nothing is asked of the picture but its
-own questions, and CHAIR leaves it out. `id` is the picture's name where it is missing.
+own questions, and CHAIR leaves it out. `origin` says where the picture comes from: origins are seen
+in equal numbers and weighed against each other. `id` is the picture's name where it is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .protocol import KINDS, Kind, OwnQuestion
 
 KEYS = (
     "id", "image", "caption", "captions", "objects", "hallucinated", "questions", "conversation",
-    "split",
+    "split", "origin",
 )  # fmt: skip
 ANSWERS = {"yes": True, "no": False}
 
@@ -58,6 +59,7 @@ def _record(entry: Entry) -> Record:
         questions=[_question(entry, q) for q in entry.get("questions", list, [])],
         turns=[_turn(entry, turn) for turn in entry.get("conversation", list, [])],
         split=entry.get("split", str, None),
+        origin=entry.get("origin", str, ""),
     )
 
 

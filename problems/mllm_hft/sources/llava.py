@@ -32,6 +32,9 @@ class Llava(FileSource):
 
     path: str
     """The file."""
+    by_folder: bool = False
+    """Whether the first folder in a picture's path ("coco" of "coco/train2017/1.jpg") is its origin:
+    origins are seen in equal numbers and weighed against each other."""
 
     def read(self) -> Reading:
         records: list[Record] = []
@@ -48,6 +51,9 @@ class Llava(FileSource):
             times[record.id] = times.get(record.id, 0) + 1
             if times[record.id] > 1:
                 record.id = f"{record.id}#{times[record.id]}"
+            if self.by_folder:
+                folder, slash, _ = record.picture.partition("/")
+                record.origin = folder if slash else ""
             records.append(record)
         if not records:
             raise ProblemError(f"{self.path}: no entry has a picture")

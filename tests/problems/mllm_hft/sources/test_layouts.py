@@ -199,6 +199,27 @@ def test_llava(tmp_path):
     assert "1 of 3 entries have no picture" in corpus.notes
 
 
+def test_pictures_of_llava_come_from_their_folders(tmp_path):
+    for folder in ("coco/train", "gqa"):
+        (tmp_path / folder).mkdir(parents=True)
+    said = [(str(i), name, ["What is it?", "A dog."]) for i, name in enumerate(FOLDERS)]
+    path = layouts.llava(tmp_path, said)
+    assert [s.origin for s in whole(Llava(path=path, by_folder=True)).scenes] == ["coco", "gqa", ""]
+    assert [s.origin for s in whole(Llava(path=path)).scenes] == ["", "", ""]
+
+
+FOLDERS = ("coco/train/1.png", "gqa/2.png", "3.png")
+
+
+def test_a_line_says_its_origin(tmp_path):
+    rows = [{"image": f"{i}.png", "caption": "A dog."} for i in range(2)]
+    layouts.pictures(tmp_path, ["0.png", "1.png"])
+    path = layouts.lines(tmp_path / "d.jsonl", [{**rows[0], "origin": "web"}, rows[1]])
+    assert [s.origin for s in whole(Jsonl(path=path)).scenes] == ["web", ""]
+    with pytest.raises(ProblemError, match=r"d\.jsonl:1: 'origin'"):
+        whole(Jsonl(path=layouts.lines(tmp_path / "d.jsonl", [{**rows[0], "origin": 3}])))
+
+
 def test_a_published_synonyms_file(tmp_path):
     (tmp_path / "synonyms.txt").write_text("person, girl, guy\n\ndog, puppy\ncell phone, phone\n")
     lexicon = read_synonyms(str(tmp_path / "synonyms.txt"))
