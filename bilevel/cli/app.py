@@ -143,12 +143,20 @@ def check(
             help="Which ones; `all` takes the presets too; every component if not given.",
         ),
     ] = None,
+    path: Annotated[
+        bool,
+        typer.Option(
+            "--path",
+            help="Compare with differences of the lower steps that are really run, by upper variable.",
+        ),
+    ] = False,
 ) -> None:
     """Compare estimators with the true hypergradient."""
     with boundary():
         from bilevel.cli.check import check as check_recipe
+        from bilevel.cli.check import check_path
 
-        check_recipe(_console(), recipe, overrides or [], estimators)
+        (check_path if path else check_recipe)(_console(), recipe, overrides or [], estimators)
 
 
 @app.command()

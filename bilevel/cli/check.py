@@ -20,9 +20,13 @@ from bilevel.registry import presets
 from bilevel.registry.build import build
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.numbers import small
-from bilevel.testing import CheckRow
+from bilevel.testing import Agreement, CheckRow, PathRow
 from bilevel.types import Estimator, Stats
 
+VARIABLES = 5
+"""Upper variables that a terminal of 80 columns has room for."""
+AGREES = 0.8
+"""Cosine from which on a hypergradient points where the run goes."""
 LONGEST = 17
 """Characters of a name beside which the table has room to spare in 80 columns."""
 _STYLES = {
@@ -69,6 +73,68 @@ def check(
     refused = [row.name for row in rows if row.verdict == "refused" and row.name in meant]
     if refused:
         raise CheckError(f"{', '.join(refused)}: cannot work on this problem")
+
+
+def check_path(
+    console: Console, reference: str, overrides: Sequence[str], estimators: str | None
+) -> None:
+    """Print how each estimator agrees with the path that is run, a column an upper variable.
+
+    The recipe's own estimator alone where none is named. Raises `CheckError` if one that was named,
+    or the recipe's own, cannot work.
+    """
+    recipe = recipes.load(locate(reference), overrides)
+    own = recipe.content["estimator"]["name"]
+    asked = [name.strip() for name in estimators.split(",")] if estimators else [own]
+    chosen, missing = _estimators(recipe, None if asked == ["all"] else asked)
+    shown = ConsoleReceiver(console)
+    rows: list[PathRow] = []
+    setup = assemble(recipe)
+    try:
+        with requiring(f"problem {type(setup.problem).__name__}"):
+            for event in testing.path_agreement(setup, chosen):
+                if isinstance(event, PathRow):
+                    rows.append(event)
+                else:
+                    shown.receive(event)
+    finally:
+        shown.close()
+    _print_path(console, recipe, rows)
+    failed = [row.name for row in rows if row.whole is None and asked != ["all"]]
+    if failed:
+        raise CheckError(f"{', '.join(failed)}: cannot work on this problem")
+    if missing:
+        raise RequirementError(f"{', '.join(missing)}: not tested; {'; '.join(missing.values())}")
+
+
+def _print_path(console: Console, recipe: Recipe, rows: Sequence[PathRow]) -> None:
+    text = f"{recipe.name}: agreement with central differences of the lower path that is run"
+    console.print(text, markup=False, highlight=False)
+    entries = list(dict.fromkeys(entry for row in rows for entry in row.agreements))
+    shown, left = entries[:VARIABLES], entries[VARIABLES:]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("estimator", overflow="fold", vertical="bottom")
+    for head in (*shown, "all"):
+        table.add_column(head.replace("_", "\n"), justify="right", vertical="bottom")
+    for row in rows:
+        cells = [row.agreements.get(entry) for entry in shown]
+        table.add_row(Text(row.name), *(_agreement(cell) for cell in (*cells, row.whole)))
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(_PATH_LEGEND, style="dim", highlight=False)
+    if left:
+        console.print(f"{len(left)} more variables are in `all` alone", highlight=False)
+    for row in rows:
+        if row.note:
+            console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
+
+
+def _agreement(found: Agreement | None) -> Text:
+    if found is None:
+        return Text("-")
+    style = "green" if found.cosine >= AGREES else "bold red"
+    return Text.assemble((f"{found.cosine:.2f}", style), f" ×{found.ratio:.2g}")
 
 
 def _untested(name: str, reference: str, reason: str) -> CheckRow:
@@ -150,6 +216,10 @@ def _is_settled_only(row: CheckRow) -> bool:
     return row.verdict == "exact" and row.error is not None and row.error > 0.1
 
 
+_PATH_LEGEND = (
+    "cosine of the slopes of the hypergradient and the differences, ×ratio of their lengths. "
+    "Differences of F(x, y_K(x)), K the recipe's own lower steps, after three lower solves."
+)
 _LEGEND = (
     "claim err: relative to the gradient of what it differentiates, all inner solves converged. "
     "err vs dΦ/dx: ‖h − dΦ/dx‖ / ‖dΦ/dx‖ as configured, after the recipe's own lower solve."

@@ -44,6 +44,14 @@ Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
 ContrastLoss = Literal["hacl", "chip", "chip_released"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
 Part = Group | Scalars
+Learned = Literal["lambda", "tau", "kinds", "sources"]
+"""Scalars that may be upper variables, as a recipe names them."""
+SCALARS: dict[Learned, Scalars] = {
+    "lambda": "log_lambda",
+    "tau": "log_tau",
+    "kinds": "kind_scores",
+    "sources": "source_scores",
+}
 
 LOG_LAMBDA_RANGE = (math.log(1e-3), math.log(10.0))
 MOST = {"kind_scores": 10.0, "source_scores": 100.0}

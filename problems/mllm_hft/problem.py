@@ -41,7 +41,7 @@ from .evaluation.evaluator import Evaluator
 from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics
 from .evaluation.questions import cooccurrence
-from .formulations import FORMS, ContrastLoss, Form, Formulation
+from .formulations import FORMS, SCALARS, ContrastLoss, Form, Formulation, Learned
 from .losses import Choice
 from .memory import Footprint, footprint, require_room
 from .models.adapters import start_lora
@@ -144,6 +144,9 @@ class HierarchicalFineTuning:
     model's width; hacl: two linear maps to a quarter of it, with bias, each drawn on its own."""
     contrast: PositiveFloat = 0.5
     """λ of joint, and where that of weighted starts."""
+    learned: tuple[Learned, ...] = ("lambda", "tau", "kinds", "sources")
+    """Scalars of the lower loss that are upper variables, of those that the formulation has there;
+    the others stay as they begin."""
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Weights of training sources by name, 1 where not named, scaled to their number: those of
     joint and task_only, and where those of weighted start."""
@@ -440,7 +443,8 @@ class HierarchicalFineTuning:
             "source_scores": {},
             **{name: {name: value} for name, value in prepared.constants.items()},
         }
-        x = {n: v for part in self._form.upper for n, v in parts[part].items()}
+        fixed = {SCALARS[name] for name in SCALARS.keys() - set(self.learned)}
+        x = {n: v for part in self._form.upper if part not in fixed for n, v in parts[part].items()}
         y = {n: v for part in self._form.lower for n, v in parts[part].items()}
         return x, y
 

@@ -76,3 +76,15 @@ def test_one_that_was_asked_for_and_cannot_work_fails_the_check():
     assert "lower_constraints" in result.output
     assert "kkt: cannot work on this problem" in result.stderr
     invoke("check", "quadratic", "--estimators", "implicit")  # negative control
+
+
+def test_check_of_the_path_has_a_column_for_each_upper_variable():
+    overrides = "lower={name: gradient, steps: 3, optimizer: {name: sgd, lr: 1e-2}}"
+    text = invoke(
+        "check", "ridge", overrides, "--path", "--estimators", "unroll,alternating"
+    ).output
+    assert re.search(r"^unroll +1\.00 ×1 +1\.00 ×1$", text, re.MULTILINE)
+    assert re.search(r"^alternating +0\.00 ×0 +0\.00 ×0$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+    refused = invoke("check", "ridge", "--path", code=2)
+    assert "keeps no path" in refused.output

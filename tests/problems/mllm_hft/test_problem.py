@@ -262,6 +262,19 @@ def test_weights_of_sources_are_given_by_name():
         mixed(formulation="joint", weights={"web": 2.0})
 
 
+def test_what_is_not_learned_stays_as_it_begins():
+    problem = mixed(formulation="weighted", learned=("sources",))
+    x, y = problem.init(Streams(0))
+    assert x.keys() == {"source_scores"}
+    every = mixed(formulation="weighted")
+    more, _ = every.init(Streams(0))
+    assert more.keys() == {"log_lambda", "log_tau", "kind_scores", "source_scores"}
+    batch = next(problem.lower_batches(stream(0, "b")))
+    fixed = float(problem.lower_loss(x, y, batch))
+    assert fixed == float(every.lower_loss(more, y, batch))
+    assert fixed != float(every.lower_loss({**more, "log_lambda": torch.tensor(0.0)}, y, batch))
+
+
 def test_one_source_has_no_weights():
     problem = prepared(formulation="weighted")
     x, _ = problem.init(Streams(0))
