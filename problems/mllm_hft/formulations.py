@@ -5,6 +5,8 @@ L_T is the task loss and L_C the contrastive loss (`losses`); F is always L_T on
 
 two_variable  x = LoRA, log τ, kind scores     y = projector, heads
               G = L_C + μ/2 ‖α − α_ref‖², α the projector
+proximal      x = LoRA, log τ, kind scores, α_0  y = projector, heads
+              G = L_C + μ/2 ‖α − α_0‖², the anchor α_0 begins at α_ref
 weighted      x = log λ, log τ, kind scores,   y = projector, heads, LoRA
                   source scores
               G = Σ_s (w_s L_T,s(training data) + λ w_s L_C,s), sources s of weight w_s
@@ -40,10 +42,12 @@ from .models.network import Group, Network, call
 from .preference_pairs import preference
 from .preferences import chip, chip_released
 
-Formulation = Literal["two_variable", "weighted", "task_only", "joint"]
+Formulation = Literal["weighted", "two_variable", "proximal", "task_only", "joint"]
 ContrastLoss = Literal["hacl", "chip", "chip_released"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
-Part = Group | Scalars
+Part = Group | Scalars | Literal["anchor"]
+ANCHOR = "anchor."
+"""Begins the name of what a parameter of the projector is held to, where that is a variable."""
 Learned = Literal["lambda", "tau", "kinds", "sources"]
 """Scalars that may be upper variables, as a recipe names them."""
 SCALARS: dict[Learned, Scalars] = {
@@ -84,6 +88,13 @@ class Form:
 FORMS: dict[Formulation, Form] = {
     "two_variable": Form(
         upper=("lora", "log_tau", "kind_scores"),
+        lower=("projector", "heads"),
+        task=False,
+        contrast=True,
+        anchored=True,
+    ),
+    "proximal": Form(
+        upper=("lora", "log_tau", "kind_scores", "anchor"),
         lower=("projector", "heads"),
         task=False,
         contrast=True,
@@ -130,10 +141,19 @@ def project(parameters: Params) -> Params:
 
 
 def split(parameters: Params) -> tuple[Params, Params]:
-    """Parameters of the network, and the scalars of the losses."""
+    """Parameters of the network, and the scalars of the losses; anchors are neither."""
     scalars = get_args(Scalars)
-    network = {n: p for n, p in parameters.items() if n not in scalars}
+    network = {n: p for n, p in parameters.items() if n not in scalars and not _is_anchor(n)}
     return network, {n: p for n, p in parameters.items() if n in scalars}
+
+
+def anchors(reference: Params) -> Params:
+    """The reference as an upper variable."""
+    return {f"{ANCHOR}{name}": value for name, value in reference.items()}
+
+
+def _is_anchor(name: str) -> bool:
+    return name.startswith(ANCHOR)
 
 
 def by_source(scalars: Params, batch: dict[str, Tensor]) -> Tensor | None:
@@ -220,6 +240,9 @@ def lower(
             strength = parameters["log_lambda"].exp()
             loss = loss + strength * refinement(form, network, parameters, batch["contrast"])
     if form.anchored:
-        away = [(parameters[n] - value).square().sum() for n, value in reference.items()]
+        away = [
+            (parameters[n] - parameters.get(f"{ANCHOR}{n}", value)).square().sum()
+            for n, value in reference.items()
+        ]
         loss = loss + anchor / 2 * torch.stack(away).sum()
     return loss

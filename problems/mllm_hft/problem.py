@@ -95,8 +95,8 @@ class Prepared:
 class HierarchicalFineTuning:
     """Align pictures and text in a multimodal language model so that it hallucinates less."""
 
-    formulation: Formulation = "two_variable"
-    """Which variables are upper: two_variable, weighted; or none, an arm to compare with:
+    formulation: Formulation = "weighted"
+    """Which variables are upper: weighted, two_variable, proximal; or none, an arm to compare with:
     task_only, joint."""
     source: Annotated[Source, Slot("mllm_sources")] = Field(default_factory=Shapes)
     encoder: Annotated[Encoder | None, Slot("mllm_encoders")] = None
@@ -129,7 +129,8 @@ class HierarchicalFineTuning:
     upper_batch: PositiveInt = 32
     """Conversations of an upper step."""
     anchor: NonNegativeFloat = 2.0
-    """μ of two_variable, which holds the projector to the warmed-up one."""
+    """μ of two_variable and proximal, which hold the projector to the warmed-up one, or to one that
+    is learned."""
     contrast_loss: ContrastLoss = "hacl"
     """What L_C is: hacl; chip, CHiP's preference losses as its paper sums them; chip_released, as its
     code has them. The last two know neither heads nor τ, which are then no variables."""
@@ -441,6 +442,7 @@ class HierarchicalFineTuning:
             "heads": parameters(network, "heads"),
             "lora": start_lora(network, stream),
             "source_scores": {},
+            "anchor": formulations.anchors(parameters(network, "projector")),
             **{name: {name: value} for name, value in prepared.constants.items()},
         }
         fixed = {SCALARS[name] for name in SCALARS.keys() - set(self.learned)}

@@ -101,6 +101,24 @@ def test_the_lower_loss_of_two_variable_is_contrast_and_anchor():
     assert anchored - loose == pytest.approx(0.25 * 0.01 * size, rel=1e-3)
 
 
+def test_the_anchor_of_proximal_is_an_upper_variable():
+    problem = prepared(formulation="proximal", anchor=0.5)
+    x, y = problem.init(Streams(0))
+    learned = {n: v for n, v in x.items() if n.startswith("anchor.")}
+    assert {n.removeprefix("anchor.") for n in learned} == {n for n in y if "projector" in n}
+    held = prepared(formulation="two_variable", anchor=0.5)
+    batch = next(problem.lower_batches(stream(0, "b")))
+    away = tree.map(lambda value: value + 0.1, y)
+    rest = {n: v for n, v in x.items() if n not in learned}
+    assert float(problem.lower_loss(x, away, batch)) == float(held.lower_loss(rest, away, batch))
+    leaf = {n: v.clone().requires_grad_() for n, v in learned.items()}
+    loss = problem.lower_loss({**x, **leaf}, away, batch)
+    found = torch.autograd.grad(loss, list(leaf.values()))
+    for value in found:  # −μ (α − α_0) = −0.5 · 0.1
+        torch.testing.assert_close(value, torch.full_like(value, -0.05))
+    assert float(problem.upper_loss(x, y, next(problem.upper_batches(stream(0, "u"))))) > 0
+
+
 def test_pairs_of_one_picture_are_masked_in_the_lower_loss():
     problem = prepared(formulation="two_variable")
     x, y = problem.init(Streams(0))

@@ -1,0 +1,155 @@
+"""The tables of docs/mllm_hft.md from runs of the shipped recipe: `python -m docs.mllm_results`.
+
+With `--run` first makes the runs that docs/mllm_hft.json does not hold yet, a process each, and
+writes every one as it ends, so that a stopped call goes on where it was. Without it only the page
+is written again, from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE, FILE = HERE / "mllm_hft.md", HERE / "mllm_hft.json"
+BEGIN, END = "<!-- measured -->\n", "<!-- end of what was measured -->\n"
+RECIPE = HERE.parent / "recipes" / "mllm_hft.yaml"
+NONE = "estimator={name: alternating}"
+ARMS: dict[str, tuple[str, ...]] = {
+    "bilevel": (),
+    "alternating": (NONE,),
+    "joint": ("problem.formulation=joint", NONE),
+    "joint, clean .3": ("problem.formulation=joint", "problem.clean=0.3", NONE),
+    "task_only, clean .3": ("problem.formulation=task_only", "problem.clean=0.3", NONE),
+}
+"""Overrides of the recipe."""
+MEASURES = {
+    "pope_adversarial/auc": ("POPE adversarial, AUC ↑", True),
+    "pope_adversarial/accuracy": ("POPE adversarial, accuracy ↑", True),
+    "pope_popular/auc": ("POPE popular, AUC ↑", True),
+    "pope_random/auc": ("POPE random, AUC ↑", True),
+    "chair/chair_i": ("CHAIR_i, of mentions ↓", False),
+    "chair/chair_s": ("CHAIR_s, of captions ↓", False),
+    "chair/coverage": ("coverage ↑", True),
+    "task_loss": ("task loss ↓", False),
+    "gap/auc_true_vs_hallucinated": ("AUC true / hallucinated caption ↑", True),
+    "gap/recall_at_1": ("R@1 of 400 pictures ↑", True),
+}
+"""What is shown of a metric, and whether more is better."""
+Cell = dict[str, Any]
+
+
+def run(arm: str, seed: int) -> Cell:
+    """One run of the recipe in a process of its own: measures before and after, and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["run", str(RECIPE), f"seed={seed}", *ARMS[arm], "--runs-dir", folder]
+        code = "from bilevel.cli import main; main()"
+        subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.DEVNULL)
+        (path,) = Path(folder).rglob("events.jsonl")
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+    before, after = (e["metrics"] for e in events if e["event"] == "evaluated")
+    (end,) = [e for e in events if e["event"] == "finished"]
+    kept = {name: value for name, value in after.items() if name.startswith("learned/")}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "before": {name: before[name] for name in MEASURES},
+        "after": {name: after[name] for name in MEASURES} | kept,
+        "seconds": round(end["seconds"], 1),
+        "warned": sorted(end["warned"]),
+    }
+
+
+def missing(cells: list[Cell], seeds: range) -> Iterator[tuple[str, int]]:
+    """Seeds in turn, so that what is there at any time can be compared."""
+    there = {(cell["arm"], cell["seed"]) for cell in cells}
+    return ((arm, seed) for seed in seeds for arm in ARMS if (arm, seed) not in there)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds, three digits."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def table(cells: list[Cell]) -> str:
+    """A row a measure, a column an arm."""
+    arms = [arm for arm in ARMS if any(cell["arm"] == arm for cell in cells)]
+    of = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in arms}
+    heads = ["before", *(f"{arm} ({len(of[arm])})" for arm in arms)]
+    rows = [f"| (seeds) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, (label, _) in MEASURES.items():
+        before = statistics.mean(cell["before"][name] for cell in cells)
+        shown = [spread([cell["after"][name] for cell in of[arm]]) for arm in arms]
+        rows.append(f"| {label} | {before:.3f} | {' | '.join(shown)} |")
+    return "\n".join(rows) + "\n"
+
+
+def paired(cells: list[Cell], better: str = "bilevel", worse: str = "alternating") -> str:
+    """Differences of two arms seed by seed."""
+    by = {(cell["arm"], cell["seed"]): cell["after"] for cell in cells}
+    seeds = sorted(seed for arm, seed in by if arm == better and (worse, seed) in by)
+    rows = [
+        f"| {better} − {worse} | mean | standard error | better in |",
+        "|---|---|---|---|",
+    ]
+    for name, (label, more) in MEASURES.items():
+        gains = [by[better, seed][name] - by[worse, seed][name] for seed in seeds]
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        wins = sum((gain > 0) == more and gain != 0 for gain in gains)
+        mean = statistics.mean(gains)
+        rows.append(f"| {label} | {mean:+.3f} | {error:.3f} | {wins} of {len(gains)} |")
+    return "\n".join(rows) + "\n"
+
+
+def weights(cells: list[Cell]) -> str:
+    """What the bilevel arm learned, a row a seed."""
+    learned = [cell for cell in cells if cell["arm"] == "bilevel"]
+    names = [name for name in learned[0]["after"] if name.startswith("learned/weight_")]
+    heads = [name.removeprefix("learned/weight_") for name in names]
+    rows = [f"| seed | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for cell in sorted(learned, key=lambda cell: cell["seed"]):
+        shown = " | ".join(f"{cell['after'][name]:.2f}" for name in names)
+        rows.append(f"| {cell['seed']} | {shown} |")
+    return "\n".join(rows) + "\n"
+
+
+def page(text: str, cells: list[Cell]) -> str:
+    """The page with its measured part made anew."""
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    told = "\n".join([table(cells), paired(cells), "Weights that were learned:\n", weights(cells)])
+    return f"{head}{BEGIN}\n{told}\n{END}{tail}"
+
+
+def read() -> list[Cell]:
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", default=",".join(ARMS), help="separated by ;")
+    given = parser.parse_args()
+    cells = read()
+    if given.run:
+        wanted = given.arms.split(";") if ";" in given.arms or given.arms in ARMS else list(ARMS)
+        for arm, seed in missing(cells, range(given.seeds)):
+            if arm in wanted:
+                print(f"{arm}, seed {seed}", flush=True)
+                cells = [*read(), run(arm, seed)]
+                lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
+                FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
