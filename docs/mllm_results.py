@@ -51,7 +51,9 @@ def run(arm: str, seed: int) -> Cell:
     with tempfile.TemporaryDirectory() as folder:
         command = ["run", str(RECIPE), f"seed={seed}", *ARMS[arm], "--runs-dir", folder]
         code = "from bilevel.cli import main; main()"
-        subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-c", code, *command], check=True, stdout=subprocess.DEVNULL
+        )
         (path,) = Path(folder).rglob("events.jsonl")
         events = [json.loads(line) for line in path.read_text().splitlines()]
     before, after = (e["metrics"] for e in events if e["event"] == "evaluated")
