@@ -111,8 +111,20 @@ def solve_tightly(levels: Levels, lower: Loss, x: Params, y: Params) -> tuple[Pa
     small = tree.size(y) <= 200
     solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
     free = replace(lower, structure=Structure())  # the minimum of G itself is what is asked
-    y = solve(solver, free, x, y, itertools.repeat(lower.batch)).y
-    return _polish(lower, x, y, goal)
+    found = solve(solver, free, x, y, itertools.repeat(lower.batch)).y
+    found, is_small = _polish(lower, x, found, goal)
+    return found, is_small and not _slides(lower, x, found, max(map(tree.norm, (found, y))))
+
+
+def _slides(lower: Loss, x: Params, y: Params, size: float) -> bool:
+    """Whether a Newton step would still move y by a hundredth of its size.
+
+    exp(−y) has no minimum, and its gradient is as small as one likes once y is large enough.
+    """
+    at = calculus.linearize(lower, Point(x, y))
+    slope = tree.norm(at.gradient)
+    bend = tree.norm(at.hvp_yy(at.gradient))
+    return slope > 0 and bend > 0 and slope**2 / bend > size / 100
 
 
 def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, bool]:
