@@ -1,8 +1,9 @@
 """The tables of docs/mllm_hft.md from runs of the shipped recipe: `python -m docs.mllm_results`.
 
 With `--run` first makes the runs that docs/mllm_hft.json does not hold yet, a process each, and
-writes every one as it ends, so that a stopped call goes on where it was. Without it only the page
-is written again, from that file alone.
+writes every one as it ends, so that a stopped call goes on where it was; with `--path` compares
+estimators with the path that is run. Without them only the page is written again, from the files
+alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from typing import Any
 HERE = Path(__file__).parent
 PAGE, FILE = HERE / "mllm_hft.md", HERE / "mllm_hft.json"
 BEGIN, END = "<!-- measured -->\n", "<!-- end of what was measured -->\n"
+PATH, BEGIN_PATH, END_PATH = (
+    HERE / "mllm_hft_path.json",
+    "<!-- path -->\n",
+    "<!-- end of path -->\n",
+)
 RECIPE = HERE.parent / "recipes" / "mllm_hft.yaml"
 NONE = "estimator={name: alternating}"
 ARMS: dict[str, tuple[str, ...]] = {
@@ -43,6 +49,16 @@ MEASURES = {
     "gap/recall_at_1": ("R@1 of 400 pictures ↑", True),
 }
 """What is shown of a metric, and whether more is better."""
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "unroll, the last 4 of 12 steps": {"name": "unroll", "last": 4},
+    "unroll, all 12": {"name": "unroll"},
+    "one_step": {"name": "one_step"},
+    "implicit, damping 1": {"name": "implicit", "damping": 1.0},
+    "implicit, damping 10": {"name": "implicit", "damping": 10.0},
+    "alternating": {"name": "alternating"},
+}
+"""What is compared with the path."""
+EVERY = "problem.learned=[sources, kinds, lambda, tau]"
 Cell = dict[str, Any]
 
 
@@ -67,6 +83,41 @@ def run(arm: str, seed: int) -> Cell:
         "seconds": round(end["seconds"], 1),
         "warned": sorted(end["warned"]),
     }
+
+
+def agreements() -> list[Cell]:
+    """Estimators against central differences of the path, every scalar of the lower loss learned."""
+    from bilevel import recipe
+    from bilevel.recipe.assemble import assemble
+    from bilevel.registry.build import build
+    from bilevel.testing import PathRow, path_agreement
+
+    setup = assemble(recipe.load(RECIPE, [EVERY]))
+    chosen = {name: build("estimators", spec) for name, spec in ESTIMATORS.items()}
+    return [
+        {
+            "estimator": row.name,
+            "of": {n: [a.cosine, a.ratio] for n, a in row.agreements.items()},
+            "all": [row.whole.cosine, row.whole.ratio] if row.whole else None,
+            "note": row.note,
+        }
+        for row in path_agreement(setup, chosen)
+        if isinstance(row, PathRow)
+    ]
+
+
+def path_table(rows: list[Cell]) -> str:
+    """A row an estimator: cosine and ratio of lengths, by upper variable."""
+    heads = ["source_scores", "kind_scores", "log_lambda", "log_tau"]
+    lines = [
+        "| cosine, ×ratio of lengths | sources | kinds | log λ | log τ | all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["of"].get(head) for head in heads] + [row["all"]]
+        shown = ["-" if cell is None else f"{cell[0]:.2f} ×{cell[1]:.2g}" for cell in cells]
+        lines.append(f"| `{row['estimator']}` | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
 
 
 def missing(cells: list[Cell], seeds: range) -> Iterator[tuple[str, int]]:
@@ -125,19 +176,29 @@ def weights(cells: list[Cell]) -> str:
 
 def page(text: str, cells: list[Cell]) -> str:
     """The page with its measured part made anew."""
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
     told = "\n".join([table(cells), paired(cells), "Weights that were learned:\n", weights(cells)])
-    return f"{head}{BEGIN}\n{told}\n{END}{tail}"
+    return _between(text, BEGIN, END, told)
 
 
-def read() -> list[Cell]:
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else []
+def _between(text: str, begin: str, end: str, told: str) -> str:
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{told}\n{end}{tail}"
+
+
+def read(path: Path = FILE) -> list[Cell]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def write(path: Path, cells: list[Cell]) -> None:
+    lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--path", action="store_true", help="compare estimators with the path")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", default=",".join(ARMS), help="separated by ;")
     given = parser.parse_args()
@@ -147,10 +208,12 @@ def main() -> None:
         for arm, seed in missing(cells, range(given.seeds)):
             if arm in wanted:
                 print(f"{arm}, seed {seed}", flush=True)
-                cells = [*read(), run(arm, seed)]
-                lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
-                FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+                write(FILE, [*read(), run(arm, seed)])
+    if given.path:
+        write(PATH, agreements())
+    text = page(PAGE.read_text(encoding="utf-8"), read())
+    text = _between(text, BEGIN_PATH, END_PATH, path_table(read(PATH)))
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

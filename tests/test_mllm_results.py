@@ -26,6 +26,9 @@ def test_the_page_is_what_the_artefacts_give():
     text = results.PAGE.read_text(encoding="utf-8")
     cells = results.read()
     assert results.page(text, cells) == text
+    rows = results.read(results.PATH)
+    assert results.path_table(rows) in text
+    assert [row["estimator"] for row in rows] == list(results.ESTIMATORS)
     assert {(c["arm"], c["seed"]) for c in cells} >= {
         (arm, seed) for arm in ("bilevel", "alternating") for seed in range(5)
     }
@@ -49,6 +52,11 @@ def test_differences_are_paired_by_seed_and_know_which_way_is_better():
     assert rows["| task loss ↓"] == "| task loss ↓ | -0.200 | 0.000 | 2 of 2 |"
     assert rows["| coverage ↑"] == "| coverage ↑ | +0.100 | 0.000 | 2 of 2 |"
     assert rows["| CHAIR_s, of captions ↓"].endswith("| +0.000 | 0.000 | 0 of 2 |")
+
+
+def test_agreements_with_the_path_stand_by_variable():
+    row = {"estimator": "a", "of": {"log_tau": [-1.0, 0.123]}, "all": None, "note": ""}
+    assert results.path_table([row]).splitlines()[-1] == "| `a` | - | - | - | -1.00 ×0.12 | - |"
 
 
 def test_learned_weights_stand_by_seed():

@@ -19,7 +19,7 @@ COMMANDS = {
     "validate": ["RECIPE", "OVERRIDES?"],
     "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run"],
     "resume": ["RUN", "--runs-dir"],
-    "check": ["RECIPE", "OVERRIDES?", "--estimators"],
+    "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path"],
     "compare": [
         "RECIPE",
         "OVERRIDES?",

@@ -86,11 +86,18 @@ def plane(panels: Sequence[Panel]) -> list[Float[Tensor, "3 n 2"]]:
 
 
 def embedding_figure(panels: Sequence[Panel]) -> Any:
-    """A `matplotlib.figure.Figure`, one panel beside the other on the same axes."""
+    """A `matplotlib.figure.Figure`, one panel beside the other on the same axes.
+
+    Below each plane, how near captions are to their own picture: true and hallucinated captions
+    are told apart by that and not by where they lie, as what is true of one picture is false of
+    another.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(5.2 * len(panels), 7.4), layout="constrained")
+    planes, nearness = figure.subfigures(2, 1, height_ratios=(5.2, 2.2))
+    axes = planes.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    _nearness(nearness.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels)
     for axis, panel, points in zip(axes, panels, plane(panels), strict=True):
         for marker, cloud in zip((IMAGE, TRUE, FALSE), points, strict=True):
             _scatter(axis, cloud, marker)
@@ -104,8 +111,28 @@ def embedding_figure(panels: Sequence[Panel]) -> Any:
         axis.set_axisbelow(True)
     axes[0].set_ylabel("principal axis 2")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    planes.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _nearness(axes: Sequence[Any], panels: Sequence[Panel]) -> None:
+    """Histograms of the cosine of each caption to its own picture."""
+    for axis, panel in zip(axes, panels, strict=True):
+        for marker, text in ((TRUE, panel.text), (FALSE, panel.hallucinated)):
+            cosines = functional.cosine_similarity(panel.image, text, dim=-1)
+            axis.hist(
+                cosines.numpy(),
+                bins=[i / 20 for i in range(-20, 21)],
+                color=marker.colour,
+                alpha=0.5,
+                edgecolor=marker.colour,
+                histtype="stepfilled",
+                linestyle="-" if marker is TRUE else "--",
+            )
+        axis.set_xlabel("cosine of a caption to its own picture")
+        axis.grid(color="0.93")
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("captions")
 
 
 def _scatter(axis: Any, cloud: Float[Tensor, "n 2"], marker: Marker) -> None:

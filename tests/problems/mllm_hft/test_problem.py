@@ -54,7 +54,7 @@ def test_two_steps_of_the_engine(formulation):
     groups = {name.split("/")[0] for name in first}
     assert {"pope_random", "pope_popular", "pope_adversarial", "chair", "gap"} <= groups
     drawn = {event.name: event.figure for event in events if isinstance(event, Drawn)}
-    assert len(drawn["embeddings"].axes) == 2
+    assert len(drawn["embeddings"].axes) == 4
     assert len(drawn["captions"].axes) == 2 * min(8, len(problem._prepared.evaluation.scenes))
     assert isinstance(events[-1], Finished)
 
