@@ -374,6 +374,11 @@ def accepted(solver: LinearSolver) -> frozenset[SolverOption]:
     return getattr(solver, "accepts", frozenset())
 
 
+def is_approximate(solver: LinearSolver) -> bool:
+    """Whether it cannot solve the system however long it works."""
+    return getattr(solver, "approximate", False)
+
+
 C = TypeVar("C")
 
 

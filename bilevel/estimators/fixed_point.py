@@ -26,6 +26,7 @@ from bilevel.types import (
     Point,
     Solve,
     Stats,
+    is_approximate,
     tightened,
 )
 
@@ -62,7 +63,7 @@ class FixedPoint:
 
     @property
     def claim(self) -> Literal["solution"] | None:
-        return None if getattr(self.solver, "approximate", False) else "solution"
+        return None if is_approximate(self.solver) else "solution"
 
     def tight(self, dim: int) -> FixedPoint:
         """The same method with the solve converged, where its claim can be tested."""

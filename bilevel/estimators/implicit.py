@@ -24,6 +24,7 @@ from bilevel.types import (
     Point,
     Preconditioner,
     System,
+    is_approximate,
     tightened,
 )
 
@@ -84,7 +85,7 @@ class Implicit:
 
     @property
     def claim(self) -> Literal["solution"] | None:
-        exact = self.curvature == "hessian" and not getattr(self.solver, "approximate", False)
+        exact = self.curvature == "hessian" and not is_approximate(self.solver)
         return "solution" if exact and not self.damping else None
 
     def tight(self, dim: int) -> Implicit:

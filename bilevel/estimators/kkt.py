@@ -27,6 +27,7 @@ from bilevel.types import (
     Needs,
     Params,
     Point,
+    is_approximate,
     tightened,
 )
 
@@ -66,7 +67,7 @@ class KKT:
 
     @property
     def claim(self) -> Literal["solution"] | None:
-        return None if getattr(self.solver, "approximate", False) else "solution"
+        return None if is_approximate(self.solver) else "solution"
 
     def tight(self, dim: int) -> KKT:
         """The same method with the solve converged, where its claim can be tested."""

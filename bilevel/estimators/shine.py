@@ -17,7 +17,17 @@ from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.quasi_newton import NO_PAIRS, bfgs, block, newest
-from bilevel.types import Estimate, LinearSolver, Losses, Needs, Point, Solve, Stats, tightened
+from bilevel.types import (
+    Estimate,
+    LinearSolver,
+    Losses,
+    Needs,
+    Point,
+    Solve,
+    Stats,
+    is_approximate,
+    tightened,
+)
 
 
 @component
@@ -51,7 +61,7 @@ class Shine:
 
     @property
     def claim(self) -> Literal["solution"] | None:
-        approximate = self.refine is None or getattr(self.refine, "approximate", False)
+        approximate = self.refine is None or is_approximate(self.refine)
         return None if approximate or self.damping else "solution"
 
     def tight(self, dim: int) -> Shine:

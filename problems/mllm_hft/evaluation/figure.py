@@ -95,7 +95,8 @@ def embedding_figure(panels: Sequence[Panel]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 7.4), layout="constrained")
-    planes, nearness = figure.subfigures(2, 1, height_ratios=(5.2, 2.2))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(5.2, 2.2))
+    planes, nearness = parts
     axes = planes.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     _nearness(nearness.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels)
     for axis, panel, points in zip(axes, panels, plane(panels), strict=True):
