@@ -50,8 +50,8 @@ MEASURES = {
 }
 """What is shown of a metric, and whether more is better."""
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "unroll, the last 4 of 12 steps": {"name": "unroll", "last": 4},
-    "unroll, all 12": {"name": "unroll"},
+    "unroll": {"name": "unroll"},
+    "unroll, the last 2 of 5 steps": {"name": "unroll", "last": 2},
     "one_step": {"name": "one_step"},
     "implicit, damping 1": {"name": "implicit", "damping": 1.0},
     "implicit, damping 10": {"name": "implicit", "damping": 10.0},
