@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -13,16 +14,18 @@ from bilevel import registry, testing
 from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
 from bilevel.errors import CheckError, RequirementError
-from bilevel.events import Progress
+from bilevel.events import Event, Progress
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
 from bilevel.registry import presets
 from bilevel.registry.build import build
+from bilevel.run.setup import Setup
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.numbers import small
 from bilevel.testing import Agreement, CheckRow, PathRow
 from bilevel.types import Estimator, Stats
 
+Row = TypeVar("Row", CheckRow, PathRow)
 VARIABLES = 5
 """Upper variables that a terminal of 80 columns has room for."""
 AGREES = 0.8
@@ -48,19 +51,8 @@ def check(
     recipe = recipes.load(locate(reference), overrides)
     asked = [name.strip() for name in estimators.split(",")] if estimators else None
     chosen, missing = _estimators(recipe, asked)
-    shown = ConsoleReceiver(console)
-    rows: list[CheckRow] = []
     setup = assemble(recipe)
-    try:
-        with requiring(f"problem {type(setup.problem).__name__}"):
-            for event in testing.check(setup, chosen):
-                if isinstance(event, CheckRow):
-                    rows.append(event)
-                    shown.receive(Progress("checking", len(rows), len(chosen), event.name))
-                else:
-                    shown.receive(event)
-    finally:
-        shown.close()
+    rows = _received(console, setup, testing.check(setup, chosen), CheckRow, len(chosen))
     known = rows[0].reference
     rows += [_untested(name, known, reason) for name, reason in missing.items()]
     _print(console, recipe, rows)
@@ -87,24 +79,32 @@ def check_path(
     own = recipe.content["estimator"]["name"]
     asked = [name.strip() for name in estimators.split(",")] if estimators else [own]
     chosen, missing = _estimators(recipe, None if asked == ["all"] else asked)
-    shown = ConsoleReceiver(console)
-    rows: list[PathRow] = []
     setup = assemble(recipe)
-    try:
-        with requiring(f"problem {type(setup.problem).__name__}"):
-            for event in testing.path_agreement(setup, chosen):
-                if isinstance(event, PathRow):
-                    rows.append(event)
-                else:
-                    shown.receive(event)
-    finally:
-        shown.close()
+    rows = _received(console, setup, testing.path_agreement(setup, chosen), PathRow, len(chosen))
     _print_path(console, recipe, rows)
     failed = [row.name for row in rows if row.whole is None and asked != ["all"]]
     if failed:
         raise CheckError(f"{', '.join(failed)}: cannot work on this problem")
     if missing:
         raise RequirementError(f"{', '.join(missing)}: not tested; {'; '.join(missing.values())}")
+
+
+def _received(
+    console: Console, setup: Setup, events: Iterator[Event | Row], kind: type[Row], total: int
+) -> list[Row]:
+    """The rows among the events, while the others are shown as they come."""
+    shown, rows = ConsoleReceiver(console), []
+    try:
+        with requiring(f"problem {type(setup.problem).__name__}"):
+            for event in events:
+                if isinstance(event, kind):
+                    rows.append(event)
+                    shown.receive(Progress("checking", len(rows), total, event.name))
+                else:
+                    shown.receive(cast(Event, event))
+    finally:
+        shown.close()
+    return rows
 
 
 def _print_path(console: Console, recipe: Recipe, rows: Sequence[PathRow]) -> None:
