@@ -154,10 +154,10 @@ def paired(cells: list[Cell], better: str = "bilevel", worse: str = "alternating
     ]
     for name, (label, more) in MEASURES.items():
         gains = [by[better, seed][name] - by[worse, seed][name] for seed in seeds]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else "-"
         wins = sum((gain > 0) == more and gain != 0 for gain in gains)
         mean = statistics.mean(gains)
-        rows.append(f"| {label} | {mean:+.3f} | {error:.3f} | {wins} of {len(gains)} |")
+        rows.append(f"| {label} | {mean:+.3f} | {error} | {wins} of {len(gains)} |")
     return "\n".join(rows) + "\n"
 
 
