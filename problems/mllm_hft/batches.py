@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import pad
 
 from bilevel.errors import ProblemError
 
-from .evaluation.evaluation_split import Captions
+from .evaluation.evaluation_split import Captions, alike
 from .losses import Choice, negatives
 from .models import pictures
 from .models.instructions import Rows
@@ -41,16 +42,21 @@ class Data:
         """Scenes of a batch, as many from each origin as from another, but for one."""
         if self.origin is None:
             return drawn(len(self.pictures), batch, stream)
-        places = [(self.origin == i).nonzero()[:, 0] for i in self.origin.unique().tolist()]
-        each, more = divmod(batch, len(places))
+        each, more = divmod(batch, len(self._places))
         # where the batch cannot be divided evenly, chance says which origins give one more
-        extra = torch.randperm(len(places), generator=stream)[:more].tolist()
+        extra = torch.randperm(len(self._places), generator=stream)[:more].tolist()
         return torch.cat(
             [
                 place[drawn(len(place), each + (i in extra), stream)]
-                for i, place in enumerate(places)
+                for i, place in enumerate(self._places)
             ]
         )
+
+    @cached_property
+    def _places(self) -> list[Int[Tensor, "scene"]]:
+        """The scenes of each origin; sought once, as every batch asks."""
+        assert self.origin is not None
+        return [(self.origin == i).nonzero()[:, 0] for i in self.origin.unique().tolist()]
 
     def of(self, index: Int[Tensor, "batch"]) -> Batch:
         """The pictures, and the origins if there are any."""
@@ -135,8 +141,7 @@ def numbered(corpus: Corpus) -> Int[Tensor, "scene"]:
     """A number each picture; scenes about one file share it."""
     if not isinstance(corpus.images, PictureFiles):
         return torch.arange(len(corpus.scenes))
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(file, len(numbers)) for file in corpus.images.files])
+    return alike(corpus.images.files)
 
 
 def origins(scenes: Sequence[Scene]) -> tuple[str, ...]:
@@ -147,5 +152,4 @@ def origins(scenes: Sequence[Scene]) -> tuple[str, ...]:
 
 def origin_numbers(scenes: Sequence[Scene]) -> Int[Tensor, "scene"] | None:
     """The place of each scene's origin among `origins`."""
-    names = origins(scenes)
-    return torch.tensor([names.index(scene.origin) for scene in scenes]) if names else None
+    return alike(scene.origin for scene in scenes) if origins(scenes) else None

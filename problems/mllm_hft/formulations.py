@@ -143,17 +143,14 @@ def project(parameters: Params) -> Params:
 def split(parameters: Params) -> tuple[Params, Params]:
     """Parameters of the network, and the scalars of the losses; anchors are neither."""
     scalars = get_args(Scalars)
-    network = {n: p for n, p in parameters.items() if n not in scalars and not _is_anchor(n)}
+    rest = {n: p for n, p in parameters.items() if n not in scalars}
+    network = {n: p for n, p in rest.items() if not n.startswith(ANCHOR)}
     return network, {n: p for n, p in parameters.items() if n in scalars}
 
 
 def anchors(reference: Params) -> Params:
     """The reference as an upper variable."""
     return {f"{ANCHOR}{name}": value for name, value in reference.items()}
-
-
-def _is_anchor(name: str) -> bool:
-    return name.startswith(ANCHOR)
 
 
 def by_source(scalars: Params, batch: dict[str, Tensor]) -> Tensor | None:

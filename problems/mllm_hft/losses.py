@@ -141,7 +141,13 @@ def contrastive_loss(
         functional.cross_entropy(torch.cat(columns[side], dim=1), right, reduction="none")
         for side in ("image", "text")
     )
-    each = (to_image + to_text) / 2
+    return mean((to_image + to_text) / 2, weights)
+
+
+def mean(
+    each: Float[Tensor, "pair"], weights: Float[Tensor, "pair"] | None = None
+) -> Float[Tensor, ""]:
+    """(1/n) Σ_i v_i each_i, with weights v; not divided by their sum, which the weights decide."""
     return each.mean() if weights is None else (weights * each).mean()
 
 
@@ -154,8 +160,8 @@ def task_loss(
     """L_T, the mean of −log p(ids) over the counted (answer) tokens; logits[:, j] predict ids[:, j].
 
     `counted` may hold weights; the mean is then the weighted one. `weights` multiply the terms of a
-    row and not the total they are divided by: Σ_ij v_i c_ij (−log p_ij) / Σ_ij c_ij. A row may have no answer; raises
-    `ProblemError` where the whole batch has none.
+    row and not the total they are divided by: Σ_ij v_i c_ij (−log p_ij) / Σ_ij c_ij. A row may have
+    no answer; raises `ProblemError` where the whole batch has none.
     """
     _require_some(
         counted,

@@ -19,6 +19,7 @@ from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.types import Params
 
+from .batches import drawn
 from .models.instructions import Rows, conversations
 from .models.network import Network, call
 from .models.pictures import FEATURE, Pictures
@@ -56,10 +57,7 @@ class CaptionPairs:
                 "no training picture has both a caption and a hallucinated one, which a preference "
                 "is about; give hallucinated captions, or use problem.contrast_loss=hacl"
             )
-        if size > len(usable):
-            scene = usable[torch.randint(len(usable), (size,), generator=stream)]
-        else:
-            scene = usable[torch.randperm(len(usable), generator=stream)[:size]]
+        scene = usable[drawn(len(usable), size, stream)]
         kind = torch.multinomial(self.present[scene].float(), 1, generator=stream)[:, 0]
         return scene, kind
 

@@ -27,6 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .losses import mean
+
 BETA = 0.1
 CHANGED = 4.0
 """What a token of a changed segment weighs; an unchanged one weighs 1."""
@@ -80,7 +82,9 @@ def chip(
     changed: float = CHANGED,
     weights: Float[Tensor, "pair"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean over pairs (each times its weight, if there are any) of L_v + L_r + segment · L_s + token · L_k, with σ the logistic function.
+    """The mean over pairs of L_v + L_r + segment · L_s + token · L_k, each times its weight if given.
+
+    σ is the logistic function.
 
     L_v = −log σ(β (ℓ(w) − ℓ(w|noisy)))
     L_r = −log σ(β (ℓ(w) − ℓ(l)))
@@ -98,7 +102,7 @@ def chip(
     terms = {name: -logsigmoid(beta * value) for name, value in logits.items()}
     kept = beta * (pairs.rejected_kl - pairs.chosen_kl.detach())
     each = terms["visual"] + terms["response"] + segment * terms["segment"] + token * kept
-    return each.mean() if weights is None else (weights * each).mean()
+    return mean(each, weights)
 
 
 def chip_released(
@@ -119,8 +123,7 @@ def chip_released(
     text = chosen - pairs.rejected.gain(changed)
     visual = chosen - pairs.noisy.gain(changed)
     kept = pairs.rejected_kl - pairs.chosen_kl.detach()
-    each = -logsigmoid(beta * (text + visual - token * kept))
-    return each.mean() if weights is None else (weights * each).mean()
+    return mean(-logsigmoid(beta * (text + visual - token * kept)), weights)
 
 
 def log_probabilities(

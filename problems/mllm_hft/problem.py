@@ -230,8 +230,8 @@ class HierarchicalFineTuning:
         require_room(
             needed,
             torch.device(device),
-            "lower the batches (problem.lower_batch, problem.contrast_batch), keep frozen weights in bfloat16 "
-            "(problem.model.weights=folder), or take a smaller model",
+            "lower the batches (problem.lower_batch, problem.contrast_batch), keep frozen weights in "
+            "bfloat16 (problem.model.weights=folder), or take a smaller model",
         )
         prepared.device, prepared.dtype = torch.device(device), dtype
         prepared.loaded.network.place(prepared.device, dtype)

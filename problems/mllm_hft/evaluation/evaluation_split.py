@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,12 +64,8 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
         )
     ]
     rows = texts(lines, tokenizer)
-    numbers: dict[tuple[int, ...], int] = {}
-    read = [
-        tuple(ids[:width])
-        for ids, width in zip(rows.ids.tolist(), rows.mask.sum(1).tolist(), strict=True)
-    ]
-    line = torch.tensor([numbers.setdefault(ids, len(numbers)) for ids in read])
+    widths = rows.mask.sum(1).tolist()
+    line = alike(tuple(ids[:n]) for ids, n in zip(rows.ids.tolist(), widths, strict=True))
     shape = (len(scenes), 1 + len(source.kinds))
     present = [[kind in scene.hallucinated for kind in source.kinds] for scene in scenes]
     return Captions(
@@ -78,6 +74,12 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
         torch.tensor(present, dtype=torch.bool),
         line.unflatten(0, shape),
     )
+
+
+def alike(values: Iterable[Hashable]) -> Int[Tensor, "value"]:
+    """A number each value, from 0 in order of appearance: equal ones have the same."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 @dataclass(frozen=True)
