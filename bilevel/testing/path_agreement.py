@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import rng, tree
+from bilevel.calculus.finite_differences import Differences, central
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.events import Event, Progress
 from bilevel.problem.estimation import estimate
@@ -54,11 +55,11 @@ def path_agreement(
 
     Differences are taken of φ(x) = F(x, y_K(x)), y_K by the setup's own K lower steps on the
     batches that a run draws, after `after` lower solves at the first x: an adaptive optimizer has
-    seen nothing before its first step, which is therefore like no other. For a variable of n
-    entries, min(n, 16) coordinates or else 8 random directions of unit length, each
-    d_i = (φ(x + ε v_i) − φ(x − ε v_i)) / 2ε, with ε = `step`; float64. Compared with ⟨h, v_i⟩.
+    seen nothing before its first step, which is therefore like no other. Of each variable in every
+    coordinate, or along 8 orthonormal directions where it has more than 16, by
+    `calculus.finite_differences.central` with `step`; float64. Compared with ⟨h, v_i⟩.
 
-    Costs 2 (K gradients + 1 value) a direction, and one estimate each.
+    Costs 4 (K gradients + 1 value) a direction, and one estimate each.
 
     Raises:
         ProblemError: the lower solver's steps cannot be taken again, or x is empty.
@@ -82,54 +83,36 @@ def path_agreement(
     )
     at, losses = point_of(state.x, solved), levels.losses(next(state.upper_batches), solved.batch)
     assert at.path is not None
-    value, directions = along(at.path, losses), _directions(state.x, setup.seed)
-    total = sum(map(len, directions.values()))
-    differences: dict[str, Tensor] = {}
-    for name, along_these in directions.items():
-        slopes = []
-        for v in along_these:
-            yield Progress("differences of the path", sum(map(len, differences.values())), total)
-            ends = [
-                float(value({**at.x, name: at.x[name] + sign * step * v}).detach())
-                for sign in (1, -1)
-            ]
-            slopes.append((ends[0] - ends[1]) / (2 * step))
-        differences[name] = torch.tensor(slopes, dtype=torch.float64)
-    yield Progress("differences of the path", total, total)
+    value, stream = along(at.path, losses), rng.stream(setup.seed, "path directions")
+    differences: dict[str, Differences] = {}
+    for name, entry in at.x.items():
+        yield Progress("differences of the path", len(differences), len(at.x), name)
+        differences[name] = central(
+            lambda one: value({**at.x, **one}),
+            {name: entry},
+            stream,
+            step=step,
+            full=COORDINATES,
+            num_directions=DIRECTIONS,
+        )
+    yield Progress("differences of the path", len(at.x), len(at.x))
     for name, estimator in estimators.items():
         try:
             found = estimate(estimator, losses, at, None).hypergradient
         except BilevelError as error:
             yield PathRow(name, {}, None, str(error))
             continue
-        yield _row(name, _slopes(found, directions), differences)
+        yield _row(name, found, differences)
 
 
-def _directions(x: Params, seed: int) -> dict[str, list[Tensor]]:
-    """Of unit length, in the shape of each variable."""
-    stream, found = rng.stream(seed, "path directions"), {}
-    for name, value in x.items():
-        if value.numel() <= COORDINATES:
-            rows = torch.eye(value.numel())
-        else:
-            rows = torch.randn(DIRECTIONS, value.numel(), generator=stream)
-            rows = rows / rows.norm(dim=1, keepdim=True)
-        found[name] = [row.reshape(value.shape).to(value) for row in rows]
-    return found
-
-
-def _slopes(h: Params, directions: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    return {
-        name: torch.stack([(h[name] * v).sum() for v in rows]).double().cpu()
-        for name, rows in directions.items()
+def _row(name: str, h: Params, differences: Mapping[str, Differences]) -> PathRow:
+    pairs = {
+        entry: (found.along({entry: h[entry]}), found.slopes)
+        for entry, found in differences.items()
     }
-
-
-def _row(name: str, slopes: Mapping[str, Tensor], differences: Mapping[str, Tensor]) -> PathRow:
+    whole = (torch.cat(side) for side in zip(*pairs.values(), strict=True))
     return PathRow(
-        name,
-        {entry: agreement(slopes[entry], differences[entry]) for entry in differences},
-        agreement(torch.cat(list(slopes.values())), torch.cat(list(differences.values()))),
+        name, {entry: agreement(*pair) for entry, pair in pairs.items()}, agreement(*whole)
     )
 
 
