@@ -11,11 +11,11 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from docs.pages import put
 from tests.imports import FLOORS, PACKAGE, files, rooms
 
 HERE = Path(__file__).parent
 PAGE, PICTURE = HERE / "house.md", HERE / "house.svg"
-BEGIN, END = "<!-- the list -->\n", "<!-- end of the list -->\n"
 
 WIDTH, ROW, BOX, GAP, THROUGH = 700, 74, 26, 12, 8
 """Pixels: the picture's width, from floor to floor, a box's height, between boxes, an arrow's lane."""
@@ -172,13 +172,12 @@ def listing() -> str:
         for floor in reversed(FLOORS)
         for name in floor
     ]
-    return "\n".join(["", *lines, "", ""])
+    return "\n".join(lines)
 
 
 def page(text: str) -> str:
     """The page with the list of today."""
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + listing() + END + rest.partition(END)[2]
+    return put(text, "the list", listing())
 
 
 if __name__ == "__main__":

@@ -18,14 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docs.pages import put
+
 HERE = Path(__file__).parent
-PAGE, FILE = HERE / "mllm_hft.md", HERE / "mllm_hft.json"
-BEGIN, END = "<!-- measured -->\n", "<!-- end of what was measured -->\n"
-PATH, BEGIN_PATH, END_PATH = (
-    HERE / "mllm_hft_path.json",
-    "<!-- path -->\n",
-    "<!-- end of path -->\n",
-)
+PAGE, FILE, PATH = (HERE / name for name in ("mllm_hft.md", "mllm_hft.json", "mllm_hft_path.json"))
 RECIPE = HERE.parent / "recipes" / "mllm_hft.yaml"
 NONE = "estimator={name: alternating}"
 ARMS: dict[str, tuple[str, ...]] = {
@@ -176,13 +172,7 @@ def weights(cells: list[Cell]) -> str:
 def page(text: str, cells: list[Cell]) -> str:
     """The page with its measured part made anew."""
     told = "\n".join([table(cells), paired(cells), "Weights that were learned:\n", weights(cells)])
-    return _between(text, BEGIN, END, told)
-
-
-def _between(text: str, begin: str, end: str, told: str) -> str:
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{told}\n{end}{tail}"
+    return put(text, "measured", told.rstrip("\n"))
 
 
 def read(path: Path = FILE) -> list[Cell]:
@@ -199,19 +189,18 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--path", action="store_true", help="compare estimators with the path")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", default=",".join(ARMS), help="separated by ;")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     given = parser.parse_args()
     cells = read()
     if given.run:
-        wanted = given.arms.split(";") if ";" in given.arms or given.arms in ARMS else list(ARMS)
         for arm, seed in missing(cells, range(given.seeds)):
-            if arm in wanted:
+            if arm in given.arms:
                 print(f"{arm}, seed {seed}", flush=True)
                 write(FILE, [*read(), run(arm, seed)])
     if given.path:
         write(PATH, agreements())
     text = page(PAGE.read_text(encoding="utf-8"), read())
-    text = _between(text, BEGIN_PATH, END_PATH, path_table(read(PATH)))
+    text = put(text, "path", path_table(read(PATH)).rstrip("\n"))
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from docs.pages import put
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,4 @@ def write(page: Path, name: str, text: str) -> None:
     Raises:
         ValueError: the page has no such markers.
     """
-    old = page.read_text(encoding="utf-8")
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    new, found = re.subn(pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", old, flags=re.DOTALL)
-    if not found:
-        raise ValueError(f"{page}: no markers <!-- {name} --> … <!-- /{name} -->")
-    page.write_text(new, encoding="utf-8")
+    page.write_text(put(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
