@@ -102,12 +102,10 @@ def _write(axis: Any, one: Described, lexicon: Lexicon) -> None:
     for title, caption in one.said.items():
         _say(axis, line, Word(0, title, None), GREY, style="italic")
         line += 1
-        room = LINES // len(one.said) - 1
-        for count, words in enumerate(lines(caption, one.there, lexicon)):
-            if count == room:
-                _say(axis, line, Word(0, "…", None), "black")
-                line += 1
-                break
+        room, found = LINES // len(one.said) - 1, list(lines(caption, one.there, lexicon))
+        if len(found) > room:
+            found = [*found[: room - 1], [Word(0, "…", None)]]
+        for words in found:
             for word in words:
                 colour = {None: "black", True: GREEN, False: RED}[word.right]
                 _say(axis, line, word, colour)
