@@ -290,6 +290,23 @@ def test_rows_are_weighed_by_their_source_and_not_renormalised(batch):
     assert got != pytest.approx(float(task_loss(logits, ids, counted)), rel=1e-3)
 
 
+def test_first_and_second_derivatives_in_the_weights_of_sources(batch):
+    image, text, hallucinated, present, kinds = batch
+    origin, tau = torch.tensor([0, 1, 1, 0, -1]), torch.tensor(0.2, dtype=torch.float64)
+
+    def loss(scores, image):
+        weights = row_weights(scores, origin)
+        given = image, text, hallucinated, apart(present), log_weights_of(kinds), tau
+        return contrastive_loss(*given, weights=weights)
+
+    scores = torch.tensor([0.3, -0.4], dtype=torch.float64, requires_grad=True)
+    inputs = scores, image.clone().requires_grad_()
+    assert gradcheck(loss, inputs)
+    assert gradgradcheck(loss, inputs)
+    (found,) = torch.autograd.grad(loss(*inputs), scores)
+    assert found.abs().min() > 1e-3  # neither is cut off
+
+
 def test_temperature_stays_in_its_range():
     values = [float(temperature(torch.tensor(x))) for x in (-20.0, math.log(0.07), 3.0)]
     assert values == pytest.approx([TAU_RANGE[0], 0.07, TAU_RANGE[1]])
