@@ -9,7 +9,6 @@ what is lower is a choice: see `formulations`.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from bilevel import rng, tree
+from bilevel import tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.events import Progress, Tabulated, Warned
@@ -26,69 +25,23 @@ from bilevel.rng import Streams
 from bilevel.types import Params
 
 from . import formulations
-from .batches import (
-    Data,
-    contrast_batch,
-    joined,
-    numbered,
-    origin_numbers,
-    origins,
-    task_batch,
-)
-from .evaluation.captions_figure import Described, captions_figure
-from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
+from .batches import task_batch
+from .evaluation.before_after import figures
 from .evaluation.evaluator import Evaluator
-from .evaluation.figure import Panel, embedding_figure
 from .evaluation.measures import Metrics
-from .evaluation.questions import cooccurrence
 from .formulations import FORMS, SCALARS, ContrastLoss, Form, Formulation, Learned
 from .losses import Choice
+from .lower_batches import lower_batches
 from .memory import Footprint, footprint, require_room
 from .models.adapters import start_lora
-from .models.cache import Tensors, cached
 from .models.export import export
-from .models.instructions import conversations
-from .models.network import Backbone, Heads, LoadedModel, hacl_heads, parameters
-from .models.pretrain import dialogues, warm_up
+from .models.network import Backbone, Heads, parameters
 from .models.tiny import Tiny
-from .preference_pairs import (
-    CaptionPairs,
-    caption_pairs,
-    preference_batch,
-    reference_shapes,
-    spread,
-    with_reference,
-)
+from .preference_pairs import reference_shapes, with_reference
+from .preparation import Prepared, prepare
 from .queue import StartStates
-from .sources.protocol import Corpus, Encoder, Scene, Source, Split
+from .sources.protocol import Encoder, Source
 from .sources.shapes import Shapes
-
-VERSION = 1
-"""Raised when code changes what a warmed-up projector is."""
-DESCRIBED = 8
-"""Pictures whose captions are shown."""
-TRIPLES = 180
-"""Triples in the figure."""
-
-
-@dataclass
-class Prepared:
-    """What `prepare` makes; everything else of the problem is frozen."""
-
-    loaded: LoadedModel
-    train: Data
-    upper: Data
-    evaluation: EvaluationSplit
-    constants: dict[str, Tensor]
-    """Scalars of the losses at their start, for those that are not variables."""
-    sources: tuple[str, ...] = ()
-    """Names of the parts that training pictures come from, () where there is one."""
-    reference: Params = field(default_factory=dict)
-    pairs: CaptionPairs | None = None
-    """Of the training pictures, where L_C is a preference."""
-    noise_scale: Tensor | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
 
 
 @component
@@ -156,7 +109,7 @@ class HierarchicalFineTuning:
     baseline that a bilevel arm has to beat, since it sees those data too."""
 
     def __post_init__(self) -> None:
-        if self.clean and self._form.upper:
+        if self.clean and self.form.upper:
             raise ProblemError(
                 f"clean = {self.clean} with formulation {self.formulation}: its upper loss must be "
                 "on data that the lower level does not see; use it with task_only or joint"
@@ -170,7 +123,8 @@ class HierarchicalFineTuning:
             )
 
     @property
-    def _form(self) -> Form:
+    def form(self) -> Form:
+        """Where the parts stand and which terms the lower loss has."""
         return FORMS[self.formulation].with_loss(self.contrast_loss)
 
     @cached_property
@@ -188,37 +142,7 @@ class HierarchicalFineTuning:
 
     def prepare(self) -> Iterator[Progress]:
         """Model and language model, features, projector: cached, so only the first time is slow."""
-        loaded = yield from self.model.open(self.source, self.encoder, self.seed)
-        train, scenes = yield from self._data(loaded, "train", self.train)
-        upper, _ = yield from self._data(loaded, "upper", self.upper)
-        evaluation = yield from self._evaluation(loaded, scenes)
-        yield from self._warm_up(loaded, train)
-        if self.heads == "hacl":
-            hacl_heads(loaded.network, rng.stream(self.seed, "heads"))
-        sources = origins(scenes)
-        scalars = formulations.start_scalars(
-            self.contrast, len(self.source.kinds), self._weights_of(sources)
-        )
-        prepared = Prepared(
-            loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
-        )
-        if self._form.loss != "hacl":
-            prepared.pairs = caption_pairs(
-                scenes, self.source.kinds, loaded.tokenizer, loaded.template
-            )
-            prepared.noise_scale = spread(train.pictures)
-        self._made[:] = [prepared]
-        prepared.reference = tree.clone(parameters(loaded.network, "projector"))
-
-    def _weights_of(self, sources: tuple[str, ...]) -> list[float]:
-        """Weights at the start. Raises `ProblemError` for a name that no source has."""
-        unknown = [name for name in self.weights if name not in sources]
-        if unknown:
-            raise ProblemError(
-                f"problem.weights names {', '.join(unknown)}; training pictures come from "
-                f"{', '.join(sources) or 'one source, which has no weight'}"
-            )
-        return [self.weights.get(name, 1.0) for name in sources]
+        self._made[:] = [(yield from prepare(self))]
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
         """Move the frozen model, and what losses compare with; says what a lower step will hold.
@@ -242,8 +166,8 @@ class HierarchicalFineTuning:
     def _footprint(self, dtype: torch.dtype) -> Footprint:
         """Of the first lower step, without its queue, whose states are a constant of the batch."""
         prepared, network = self._prepared, self._prepared.loaded.network
-        batch = next(self._drawn(torch.Generator().manual_seed(0), None))
-        if self._form.loss != "hacl":
+        batch = next(lower_batches(self, prepared, torch.Generator().manual_seed(0), None))
+        if self.form.loss != "hacl":
             words = network.mllm.lm_head.out_features
             batch["contrast"] = reference_shapes(batch["contrast"], words)
         x, y = self._start(prepared, None)
@@ -257,7 +181,7 @@ class HierarchicalFineTuning:
 
         def loss(at: Params, batch: dict[str, Any]) -> Tensor:
             return formulations.lower(
-                self._form, network, at, batch, anchor=self.anchor, reference=anchors
+                self.form, network, at, batch, anchor=self.anchor, reference=anchors
             )
 
         frozen = {name: value for name, value in at.items() if name not in y}
@@ -274,7 +198,7 @@ class HierarchicalFineTuning:
     def lower_loss(self, x: Params, y: Params, batch: dict[str, Any]) -> Tensor:
         prepared = self._prepared
         return formulations.lower(
-            self._form,
+            self.form,
             prepared.loaded.network,
             {**prepared.constants, **x, **y},
             batch,
@@ -290,56 +214,13 @@ class HierarchicalFineTuning:
     def lower_batches(self, stream: torch.Generator) -> Iterator[dict[str, Any]]:
         """What the formulation's lower loss reads: conversations, captions, or both."""
         prepared = self._prepared
-        for batch in self._drawn(stream, self._start_states() if self.queue else None):
-            if self._form.loss != "hacl":
+        states = self._start_states() if self.queue else None
+        for batch in lower_batches(self, prepared, stream, states):
+            if self.form.loss != "hacl":
                 batch["contrast"] = with_reference(
                     prepared.loaded.network, batch["contrast"], prepared.device, prepared.dtype
                 )
             yield batch
-
-    def _drawn(
-        self, stream: torch.Generator, states: StartStates | None
-    ) -> Iterator[dict[str, Any]]:
-        """Batches without what a preference's reference says of them."""
-        prepared = self._prepared
-        while True:
-            batch: dict[str, Any] = {}
-            if self._form.task:
-                clean = round(self.clean * self.lower_batch)
-                shares = {"train": self.lower_batch - clean, "upper": clean}
-                batch["task"] = joined(
-                    [
-                        task_batch(getattr(prepared, n), size, stream)
-                        for n, size in shares.items()
-                        if size
-                    ]
-                )
-            if self._form.loss != "hacl":
-                batch["contrast"] = self._preference_batch(stream)
-            elif self._form.contrast:
-                batch["contrast"] = contrast_batch(
-                    prepared.train,
-                    self.contrast_batch,
-                    stream,
-                    self.negatives,
-                    self.queue,
-                    states,
-                )
-            yield batch
-
-    def _preference_batch(self, stream: torch.Generator) -> dict[str, Any]:
-        prepared = self._prepared
-        assert prepared.pairs is not None
-        assert prepared.noise_scale is not None
-        batch = preference_batch(
-            prepared.pairs,
-            prepared.train.pictures,
-            prepared.noise_scale,
-            self.contrast_batch,
-            stream,
-        )
-        origin = prepared.train.origin
-        return batch if origin is None else {**batch, "origin": origin[batch["scene"]]}
 
     def _start_states(self) -> StartStates:
         prepared = self._prepared
@@ -368,38 +249,8 @@ class HierarchicalFineTuning:
             prepared.device,
             prepared.dtype,
         )
-        evaluation, evaluator = prepared.evaluation, self._evaluator
         models = {"before": {**before["x"], **before["y"]}, "after": {**x, **y}}
-        found = {"captions": self._captions_figure(models)}
-        if evaluation.has_captions:
-            present = evaluation.captions.present
-            found["embeddings"] = embedding_figure(
-                [
-                    Panel.of(title, evaluator.embed(at, evaluation), present, TRIPLES)
-                    for title, at in models.items()
-                ]
-            )
-        return found
-
-    def _captions_figure(self, models: dict[str, Params]) -> Any:
-        """What each model says of the first pictures of the evaluated split."""
-        evaluation = self._prepared.evaluation
-        assert evaluation.images is not None
-        size = min(DESCRIBED, len(evaluation.scenes))
-        said = {
-            title: self._evaluator.describe(formulations.split(at)[0], evaluation, size)[0]
-            for title, at in models.items()
-        }
-        described = [
-            Described(
-                evaluation.images[i],
-                evaluation.scenes[i].names,
-                {title: captions[i] for title, captions in said.items()},
-            )
-            for i in range(size)
-        ]
-        note = f"The first {size} pictures of the {self.split} split, in their order."
-        return captions_figure(described, evaluation.lexicon, note)
+        return figures(self._evaluator, prepared.evaluation, models, self.split)
 
     def export(self, x: Params, y: Params, folder: Path, merged: bool) -> None:
         """Write the model at (x, y) for transformers and peft; see `models.export`."""
@@ -446,74 +297,6 @@ class HierarchicalFineTuning:
             **{name: {name: value} for name, value in prepared.constants.items()},
         }
         fixed = {SCALARS[name] for name in SCALARS.keys() - set(self.learned)}
-        x = {n: v for part in self._form.upper if part not in fixed for n, v in parts[part].items()}
-        y = {n: v for part in self._form.lower for n, v in parts[part].items()}
+        x = {n: v for part in self.form.upper if part not in fixed for n, v in parts[part].items()}
+        y = {n: v for part in self.form.lower for n, v in parts[part].items()}
         return x, y
-
-    def _corpus(self, split: Split, size: int) -> Generator[Progress, None, Corpus]:
-        yield Progress("pictures", 0, None, f"{size} for {split}")
-        stream = rng.stream(self.seed, f"scenes.{split}")
-        corpus = self.source.corpus(split, size, generator=stream)
-        for note in corpus.notes:
-            yield Progress("pictures", 1, 1, note)
-        return corpus
-
-    def _data(
-        self, loaded: LoadedModel, split: Split, size: int
-    ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
-        corpus = yield from self._corpus(split, size)
-        pictures = yield from loaded.encode(corpus)
-        stream = rng.stream(self.seed, f"dialogues.{split}")
-        turns = dialogues(corpus.scenes, self.source, stream)
-        rows = conversations(turns, loaded.tokenizer, loaded.template)
-        lines = captions(corpus.scenes, self.source, loaded.tokenizer)
-        origin = origin_numbers(corpus.scenes)
-        return Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
-
-    def _evaluation(
-        self, loaded: LoadedModel, training: tuple[Scene, ...]
-    ) -> Generator[Progress, None, EvaluationSplit]:
-        corpus = yield from self._corpus(self.split, self.test)
-        pictures = yield from loaded.encode(corpus)
-        return evaluation_split(
-            corpus,
-            pictures,
-            self.source,
-            loaded.tokenizer,
-            loaded.template,
-            per_scene=self.questions,
-            cooccurrence=cooccurrence(training, self.source.vocabulary),
-            generator=rng.stream(self.seed, f"questions.{self.split}"),
-        )
-
-    def _warm_up(self, loaded: LoadedModel, train: Data) -> Generator[Progress, None, None]:
-        """Stage 1, cached; sets the network's projector."""
-        projector = loaded.network.projector
-        # A copy: training writes into these tensors, and the key is hashed again when it is kept.
-        start = tree.clone(parameters(loaded.network, "projector"))
-
-        def make() -> Generator[Progress, None, Tensors]:
-            yield from warm_up(
-                loaded.network,
-                train.pictures,
-                train.dialogues,
-                steps=self.warm_up,
-                batch=self.lower_batch,
-                rate=self.warm_up_rate,
-                seed=self.seed,
-            )
-            return projector.state_dict()
-
-        frozen = {n: v for n, v in loaded.network.state_dict().items() if n not in start}
-        key = {
-            "version": VERSION,
-            "start": start,
-            "model": frozen,
-            "pictures": train.pictures,
-            "dialogues": train.dialogues,
-            "steps": self.warm_up,
-            "batch": self.lower_batch,
-            "rate": self.warm_up_rate,
-            "seed": self.seed,
-        }
-        projector.load_state_dict((yield from cached("projector", key, make)))

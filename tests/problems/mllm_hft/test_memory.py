@@ -61,9 +61,7 @@ def test_without_data_as_with_data(formulation, tmp_path, monkeypatch):
     frozen |= {name: value for name, value in every.items() if name not in y}
 
     def loss(reference: dict, at: dict, batch: dict) -> Tensor:
-        return formulations.lower(
-            problem._form, network, at, batch, anchor=2.0, reference=reference
-        )
+        return formulations.lower(problem.form, network, at, batch, anchor=2.0, reference=reference)
 
     bare = {name: value.to("meta") for name, value in made.reference.items()}
     found = footprint(lambda at, b: loss(bare, at, b), frozen, y, batch)

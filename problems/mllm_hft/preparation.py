@@ -1,0 +1,169 @@
+"""What is made before the first step: model, pictures, conversations, questions, a warmed-up projector.
+
+What takes long is cached, so only the first run with the same settings waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel import rng, tree
+from bilevel.errors import ProblemError
+from bilevel.events import Progress
+from bilevel.types import Params
+
+from . import formulations
+from .batches import Data, numbered, origin_numbers, origins
+from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
+from .evaluation.questions import cooccurrence
+from .models.cache import Tensors, cached
+from .models.instructions import conversations
+from .models.network import LoadedModel, hacl_heads, parameters
+from .models.pretrain import dialogues, warm_up
+from .preference_pairs import CaptionPairs, caption_pairs, spread
+from .sources.protocol import Corpus, Scene, Split
+
+if TYPE_CHECKING:
+    from .problem import HierarchicalFineTuning
+
+VERSION = 1
+"""Raised when code changes what a warmed-up projector is."""
+
+
+@dataclass
+class Prepared:
+    """What `prepare` makes; everything else of the problem is frozen."""
+
+    loaded: LoadedModel
+    train: Data
+    upper: Data
+    evaluation: EvaluationSplit
+    constants: dict[str, Tensor]
+    """Scalars of the losses at their start, for those that are not variables."""
+    sources: tuple[str, ...] = ()
+    """Names of the parts that training pictures come from, () where there is one."""
+    reference: Params = field(default_factory=dict)
+    """The projector as it was warmed up."""
+    pairs: CaptionPairs | None = None
+    """Of the training pictures, where L_C is a preference."""
+    noise_scale: Tensor | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+
+def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepared]:
+    """Everything that `problem` needs, by its options.
+
+    Raises `ProblemError` for a weight of a source that training pictures do not come from.
+    """
+    loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed)
+    train, scenes = yield from _data(problem, loaded, "train", problem.train)
+    upper, _ = yield from _data(problem, loaded, "upper", problem.upper)
+    evaluation = yield from _evaluation(problem, loaded, scenes)
+    yield from _warm_up(problem, loaded, train)
+    if problem.heads == "hacl":
+        hacl_heads(loaded.network, rng.stream(problem.seed, "heads"))
+    sources, kinds = origins(scenes), problem.source.kinds
+    scalars = formulations.start_scalars(
+        problem.contrast, len(kinds), _weights_of(problem.weights, sources)
+    )
+    made = Prepared(
+        loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
+    )
+    if problem.form.loss != "hacl":
+        made.pairs = caption_pairs(scenes, kinds, loaded.tokenizer, loaded.template)
+        made.noise_scale = spread(train.pictures)
+    made.reference = tree.clone(parameters(loaded.network, "projector"))
+    return made
+
+
+def _weights_of(weights: dict[str, float], sources: tuple[str, ...]) -> list[float]:
+    """Weights at the start. Raises `ProblemError` for a name that no source has."""
+    unknown = [name for name in weights if name not in sources]
+    if unknown:
+        raise ProblemError(
+            f"problem.weights names {', '.join(unknown)}; training pictures come from "
+            f"{', '.join(sources) or 'one source, which has no weight'}"
+        )
+    return [weights.get(name, 1.0) for name in sources]
+
+
+def _corpus(
+    problem: HierarchicalFineTuning, split: Split, size: int
+) -> Generator[Progress, None, Corpus]:
+    yield Progress("pictures", 0, None, f"{size} for {split}")
+    stream = rng.stream(problem.seed, f"scenes.{split}")
+    corpus = problem.source.corpus(split, size, generator=stream)
+    for note in corpus.notes:
+        yield Progress("pictures", 1, 1, note)
+    return corpus
+
+
+def _data(
+    problem: HierarchicalFineTuning, loaded: LoadedModel, split: Split, size: int
+) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
+    corpus = yield from _corpus(problem, split, size)
+    pictures = yield from loaded.encode(corpus)
+    stream = rng.stream(problem.seed, f"dialogues.{split}")
+    turns = dialogues(corpus.scenes, problem.source, stream)
+    rows = conversations(turns, loaded.tokenizer, loaded.template)
+    lines = captions(corpus.scenes, problem.source, loaded.tokenizer)
+    origin = origin_numbers(corpus.scenes)
+    return Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
+
+
+def _evaluation(
+    problem: HierarchicalFineTuning, loaded: LoadedModel, training: tuple[Scene, ...]
+) -> Generator[Progress, None, EvaluationSplit]:
+    corpus = yield from _corpus(problem, problem.split, problem.test)
+    pictures = yield from loaded.encode(corpus)
+    return evaluation_split(
+        corpus,
+        pictures,
+        problem.source,
+        loaded.tokenizer,
+        loaded.template,
+        per_scene=problem.questions,
+        cooccurrence=cooccurrence(training, problem.source.vocabulary),
+        generator=rng.stream(problem.seed, f"questions.{problem.split}"),
+    )
+
+
+def _warm_up(
+    problem: HierarchicalFineTuning, loaded: LoadedModel, train: Data
+) -> Generator[Progress, None, None]:
+    """Stage 1, cached; sets the network's projector."""
+    projector = loaded.network.projector
+    # A copy: training writes into these tensors, and the key is hashed again when it is kept.
+    start = tree.clone(parameters(loaded.network, "projector"))
+
+    def make() -> Generator[Progress, None, Tensors]:
+        yield from warm_up(
+            loaded.network,
+            train.pictures,
+            train.dialogues,
+            steps=problem.warm_up,
+            batch=problem.lower_batch,
+            rate=problem.warm_up_rate,
+            seed=problem.seed,
+        )
+        return projector.state_dict()
+
+    frozen = {n: v for n, v in loaded.network.state_dict().items() if n not in start}
+    key = {
+        "version": VERSION,
+        "start": start,
+        "model": frozen,
+        "pictures": train.pictures,
+        "dialogues": train.dialogues,
+        "steps": problem.warm_up,
+        "batch": problem.lower_batch,
+        "rate": problem.warm_up_rate,
+        "seed": problem.seed,
+    }
+    projector.load_state_dict((yield from cached("projector", key, make)))
