@@ -50,8 +50,8 @@ def methods() -> dict[str, Any]:
 
 
 NO_SOLVE = {
-    "aggregation", "alternating", "fomaml", "forward", "gradient_gap", "joint", "one_step", "reptile",
-    "sama", "shine", "unroll", "zeroth_order",
+    "aggregation", "alternating", "dynamic_barrier", "fomaml", "forward", "gradient_gap", "joint", "one_step", "reptile",
+    "rising_penalty", "sama", "shine", "unroll", "zeroth_order",
 }  # fmt: skip
 """Estimators that solve nothing but the run's own lower level: there is no end to explain."""
 

@@ -22,6 +22,7 @@ from bilevel.events import Stepped
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 from bilevel.run.engine import Setup, State
+from bilevel.run.refusals import refuse_empty_upper
 from bilevel.runfolder import checkpoint
 from bilevel.testing import Reference, reference_at, scene_at
 from bilevel.types import Params
@@ -75,6 +76,7 @@ def load(folder: Path) -> Iterator[Truth]:
 def _train(setup: Setup) -> Iterator[tuple[int, State]]:
     _exhaust(setup)
     state, steps = engine.start(setup), setup.upper.steps
+    refuse_empty_upper(state.x)
     wanted = {round(steps * k / (POINTS - 1)) for k in range(POINTS)}
     yield 0, state
     for event in engine.run(replace(setup, evaluate_every=0), state):

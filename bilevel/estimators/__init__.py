@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bilevel.estimators.alternating import Alternating as Alternating
     from bilevel.estimators.averaged_multipliers import AveragedMultipliers as AveragedMultipliers
     from bilevel.estimators.bome import Bome as Bome
+    from bilevel.estimators.dynamic_barrier import DynamicBarrier as DynamicBarrier
     from bilevel.estimators.fixed_point import FixedPoint as FixedPoint
     from bilevel.estimators.fomaml import FOMAML as FOMAML
     from bilevel.estimators.forward import Forward as Forward
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bilevel.estimators.penalty import Penalty as Penalty
     from bilevel.estimators.regularised_gap import RegularisedGap as RegularisedGap
     from bilevel.estimators.reptile import Reptile as Reptile
+    from bilevel.estimators.rising_penalty import RisingPenalty as RisingPenalty
     from bilevel.estimators.sama import Sama as Sama
     from bilevel.estimators.shine import Shine as Shine
     from bilevel.estimators.single_loop import SingleLoop as SingleLoop

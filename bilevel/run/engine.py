@@ -160,7 +160,7 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
 
 def _solve_lower(setup: Setup, state: State) -> LowerSolution:
     needs = setup.estimator.needs
-    if needs.moves_lower and state.x:
+    if needs.moves_lower:
         return setup.levels.unsolved(
             setup.lower, state.x, state.y, batches=state.lower_batches, state=state.lower
         )
@@ -177,7 +177,8 @@ def _solve_lower(setup: Setup, state: State) -> LowerSolution:
 def _estimate(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:
     draws = state.upper_batches, state.lower_batches
     losses = setup.levels.losses(upper_batch, solution.batch, draws)
-    if not state.x:  # one level only: F is watched, not descended
+    # one level only: F is watched, and descended by a method alone that moves y itself
+    if not state.x and not setup.estimator.needs.moves_lower:
         with torch.no_grad():
             return Estimate({}, calculus.value(losses.upper, {}, solution.y), None, Stats())
     return estimation.estimate(

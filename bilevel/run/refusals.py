@@ -14,7 +14,7 @@ from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
 from bilevel.run.setup import Setup, State
-from bilevel.types import Counts, Estimator, Loss
+from bilevel.types import Counts, Estimator, Loss, Params
 from bilevel.unrolling.path import refuse_learned
 
 
@@ -51,6 +51,16 @@ def refuse_mismatch(setup: Setup) -> None:
             )
     require_resolved(setup.estimator, [setup.dtype])
     _refuse_ignored_restrictions(setup)
+
+
+def refuse_empty_upper(x: Params) -> None:
+    """Raise `ProblemError` where there is nothing that a hypergradient could be taken in."""
+    if not x:
+        raise ProblemError(
+            "x is empty: with one level only there is no hypergradient to check or to compare. "
+            "`bilevel run` lowers G alone, or F over argmin G with an estimator that moves y: "
+            "dynamic_barrier, or rising_penalty"
+        )
 
 
 def _instead(levels: Levels) -> str:

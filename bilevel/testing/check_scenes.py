@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from bilevel import calculus, rng, tree
-from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.optimizers.differentiable import SGD
 from bilevel.run.engine import Setup, start
-from bilevel.run.refusals import called, ignored_by, refuse_mismatch
+from bilevel.run.refusals import called, ignored_by, refuse_empty_upper, refuse_mismatch
 from bilevel.testing.reference import (
     STATIONARY,
     Reference,
@@ -40,8 +39,7 @@ class CheckScene:
     @cached_property
     def scene(self) -> Scene:
         state = start(self.setup)
-        if not state.x:
-            raise ProblemError("x is empty: with one level only there is no hypergradient to check")
+        refuse_empty_upper(state.x)
         generator = rng.stream(self.setup.seed, "check")
         x = tree.map(lambda p: p + self.perturb * noise_like(p, generator), state.x)
         project = self.setup.levels.get("project_upper")

@@ -20,6 +20,7 @@ from bilevel.events import Event, Progress
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import point_of
 from bilevel.run.engine import Setup, prepare, start
+from bilevel.run.refusals import refuse_empty_upper
 from bilevel.types import ALL_STEPS, Estimator, Params
 from bilevel.unrolling.path import along
 
@@ -72,8 +73,7 @@ def path_agreement(
             "at another x; use lower: gradient"
         )
     state, levels = start(setup), setup.levels
-    if not state.x:
-        raise ProblemError("x is empty: with one level only there is no hypergradient to check")
+    refuse_empty_upper(state.x)
     y, inner = state.y, state.lower
     for _ in range(after):
         solved = levels.solve(setup.lower, state.x, y, batches=state.lower_batches, state=inner)

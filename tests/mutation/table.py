@@ -41,6 +41,14 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     ),
     "estimators/betty.py": ("tests/estimators/test_betty.py",),
     "estimators/bome.py": ("tests/estimators/test_bome.py", REFORMULATIONS, f"{CHECK}[bome]"),
+    "estimators/dynamic_barrier.py": (
+        "tests/estimators/test_simple_bilevel.py",
+        f"{CHECK}[dynamic_barrier]",
+    ),
+    "estimators/rising_penalty.py": (
+        "tests/estimators/test_simple_bilevel.py",
+        f"{CHECK}[rising_penalty]",
+    ),
     "estimators/fixed_point.py": (
         "tests/estimators/test_fixed_point.py",
         UNUSED,
