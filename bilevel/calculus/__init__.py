@@ -2,9 +2,10 @@
 
 `products` has gradients, Hessian and cross products, counted; `gauss_newton` the products without
 the curvature of a model; `fixed_point_maps` the maps T with y* = T(x, y*); `finite_differences`
-central differences; `unsupported` what torch cannot differentiate; `precision` whether a dtype resolves them. No solver and no estimator.
+central differences; `checkpointing` a function without its graph; `unsupported` what torch cannot differentiate; `precision` whether a dtype resolves them. No solver and no estimator.
 """
 
+from bilevel.calculus.checkpointing import checkpointed
 from bilevel.calculus.products import (
     Linearization,
     gradient_with_graph,
@@ -23,6 +24,7 @@ from bilevel.calculus.unsupported import grad, second_order
 
 __all__ = [
     "Linearization",
+    "checkpointed",
     "grad",
     "gradient_with_graph",
     "gradient_x",
