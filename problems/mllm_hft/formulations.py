@@ -32,12 +32,15 @@ from .losses import (
     LOG_TAU_RANGE,
     TAU_START,
     Queue,
+    answer_losses,
     contrastive_loss,
     log_weights_of,
+    mean_of_answers,
     row_weights,
     task_loss,
     temperature,
 )
+from .micro_batches import in_chunks
 from .models.network import Group, Network, call
 from .preference_pairs import preference
 from .preferences import chip, chip_released
@@ -160,12 +163,25 @@ def by_source(scalars: Params, batch: dict[str, Tensor]) -> Tensor | None:
     return row_weights(scalars["source_scores"], batch["origin"])
 
 
-def task(network: Network, parameters: Params, batch: dict[str, Tensor]) -> Tensor:
+def task(
+    network: Network, parameters: Params, batch: dict[str, Tensor], micro_batch: int | None = None
+) -> Tensor:
     """L_T on a batch of conversations about pictures, weighed by source where there are several."""
     weights, scalars = split(parameters)
     inputs = {name: batch[name] for name in ("ids", "mask", "prefix")} | seen(batch)
-    logits = call(network, weights, "logits", **inputs)
-    return task_loss(logits, batch["ids"], batch["counted"], by_source(scalars, batch))
+    weighed = by_source(scalars, batch)
+    if micro_batch is None:
+        logits = call(network, weights, "logits", **inputs)
+        return task_loss(logits, batch["ids"], batch["counted"], weighed)
+
+    def answers(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
+        given = {name: value for name, value in rows.items() if name != "counted"}
+        logits = call(network, weights, "logits", **given)
+        return (answer_losses(logits, rows["ids"], rows["counted"]),)
+
+    rows = {**inputs, "counted": batch["counted"]}
+    (each,) = in_chunks(answers, network.without_heads(weights), rows, micro_batch)
+    return mean_of_answers(each, batch["counted"], weighed)
 
 
 def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,14 +189,12 @@ def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("features", "layout", "grid") if name in batch}
 
 
-def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Tensor:
+def contrast(
+    network: Network, parameters: Params, batch: dict[str, Any], micro_batch: int | None = None
+) -> Tensor:
     """L_C on a batch of pictures, each with its caption (first) and hallucinated captions."""
     weights, scalars = split(parameters)
-    image = call(network, weights, "image", **seen(batch))
-    pairs, lines, _ = batch["ids"].shape
-    text = call(
-        network, weights, "text", ids=batch["ids"].flatten(0, 1), mask=batch["mask"].flatten(0, 1)
-    ).unflatten(0, (pairs, lines))
+    image, text = embeddings(network, weights, batch, micro_batch)
     queue = None
     if "queue" in batch:
         heads = (
@@ -200,23 +214,60 @@ def contrast(network: Network, parameters: Params, batch: dict[str, Any]) -> Ten
     )
 
 
+def embeddings(
+    network: Network, weights: Params, batch: dict[str, Any], micro_batch: int | None
+) -> tuple[Tensor, Tensor]:
+    """ê_v of each picture, and ê_t of each of its captions: [pair, e] and [pair, line, e].
+
+    Heads are applied to the states of the whole batch. Captions are a function of LoRA alone, so
+    that where it is fixed no graph of them is made.
+    """
+    trained = network.without_heads(weights)
+
+    def pictures(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
+        return (call(network, weights, "image_states", **rows),)
+
+    def captions(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
+        lines = rows["ids"].shape[:2]
+        told = {name: value.flatten(0, 1) for name, value in rows.items()}
+        return (call(network, weights, "text_states", **told).unflatten(0, lines),)
+
+    (image,) = in_chunks(pictures, trained, seen(batch), micro_batch)
+    rows = {name: batch[name] for name in ("ids", "mask")}
+    (text,) = in_chunks(captions, network.without_projector(trained), rows, micro_batch)
+    return (
+        call(network, weights, "image_head", input=image),
+        call(network, weights, "text_head", input=text),
+    )
+
+
 def preferred(
-    network: Network, parameters: Params, batch: dict[str, Any], loss: ContrastLoss
+    network: Network,
+    parameters: Params,
+    batch: dict[str, Any],
+    loss: ContrastLoss,
+    micro_batch: int | None = None,
 ) -> Tensor:
     """L_C as a preference, a pair's term times the weight of its kind and of its source."""
     weights, scalars = split(parameters)
     each = log_weights_of(scalars["kind_scores"]).exp()[batch["kind"]]
     source = by_source(scalars, batch)
     each = each if source is None else each * source
-    pairs = preference(network, weights, batch)
+    pairs = preference(network, weights, batch, micro_batch)
     return chip(pairs, weights=each) if loss == "chip" else chip_released(pairs, weights=each)
 
 
-def refinement(form: Form, network: Network, parameters: Params, batch: dict[str, Any]) -> Tensor:
+def refinement(
+    form: Form,
+    network: Network,
+    parameters: Params,
+    batch: dict[str, Any],
+    micro_batch: int | None = None,
+) -> Tensor:
     """L_C of a form."""
     if form.loss == "hacl":
-        return contrast(network, parameters, batch)
-    return preferred(network, parameters, batch, form.loss)
+        return contrast(network, parameters, batch, micro_batch)
+    return preferred(network, parameters, batch, form.loss, micro_batch)
 
 
 def lower(
@@ -227,15 +278,19 @@ def lower(
     *,
     anchor: float,
     reference: Params,
+    micro_batch: int | None = None,
 ) -> Tensor:
-    """G of a form; `parameters` are those of both levels, with every scalar in place."""
+    """G of a form; `parameters` are those of both levels, with every scalar in place.
+
+    `micro_batch` rows pass the language model at a time (`micro_batches`); None: all of them.
+    """
     if not form.task:
-        loss = refinement(form, network, parameters, batch["contrast"])
+        loss = refinement(form, network, parameters, batch["contrast"], micro_batch)
     else:
-        loss = task(network, parameters, batch["task"])
+        loss = task(network, parameters, batch["task"], micro_batch)
         if form.contrast:
-            strength = parameters["log_lambda"].exp()
-            loss = loss + strength * refinement(form, network, parameters, batch["contrast"])
+            refined = refinement(form, network, parameters, batch["contrast"], micro_batch)
+            loss = loss + parameters["log_lambda"].exp() * refined
     if form.anchored:
         away = [
             (parameters[n] - parameters.get(f"{ANCHOR}{n}", value)).square().sum()

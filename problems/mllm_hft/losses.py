@@ -163,14 +163,40 @@ def task_loss(
     row and not the total they are divided by: Σ_ij v_i c_ij (−log p_ij) / Σ_ij c_ij. A row may have
     no answer; raises `ProblemError` where the whole batch has none.
     """
-    _require_some(
-        counted,
-        f"a task batch of {len(ids)} conversations has no answer to count, so its loss is 0 / 0; "
-        "give the pictures captions, questions or conversations, or draw larger batches",
-    )
+    _require_answers(counted)
     each = functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     told = counted if weights is None else counted * weights[:, None]
     return (each * told).sum() / counted.sum()
+
+
+def answer_losses(
+    logits: Float[Tensor, "row token word"],
+    ids: Int[Tensor, "row token"],
+    counted: Bool[Tensor, "row token"] | Float[Tensor, "row token"],
+) -> Float[Tensor, "row"]:
+    """Σ_j c_ij (−log p_ij): what a row adds to `task_loss`, which needs no other row."""
+    return (functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * counted).sum(
+        1
+    )
+
+
+def mean_of_answers(
+    each: Float[Tensor, "row"],
+    counted: Bool[Tensor, "row token"] | Float[Tensor, "row token"],
+    weights: Float[Tensor, "row"] | None = None,
+) -> Float[Tensor, ""]:
+    """`task_loss` from the `answer_losses` of its rows: over the counted tokens of the whole batch."""
+    _require_answers(counted)
+    told = each if weights is None else each * weights
+    return told.sum() / counted.sum()
+
+
+def _require_answers(counted: Tensor) -> None:
+    _require_some(
+        counted,
+        f"a task batch of {len(counted)} conversations has no answer to count, so its loss is 0 / 0; "
+        "give the pictures captions, questions or conversations, or draw larger batches",
+    )
 
 
 def _require_some(counted: Tensor, message: str) -> None:

@@ -7,7 +7,7 @@ it says of a batch is computed once, when the batch is drawn, and not at every u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from bilevel.errors import ProblemError
 from bilevel.types import Params
 
 from .batches import drawn
+from .micro_batches import in_chunks
 from .models.instructions import Rows, conversations
 from .models.network import Network, call
 from .models.pictures import FEATURE, Pictures
@@ -140,36 +141,51 @@ def with_reference(
     return {**batch, "reference": {**logits, "noisy": noisy}}
 
 
-def preference(network: Network, weights: Params, batch: dict[str, Any]) -> Preference:
+def preference(
+    network: Network, weights: Params, batch: dict[str, Any], micro_batch: int | None = None
+) -> Preference:
     """Of a batch with a reference, under the network's parameters `weights`. Three forwards."""
-    logits, known = _logits(network, weights, batch), batch["reference"]
+    known = batch["reference"]
+
+    def told(weights: Params, rows: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Token by token log-probabilities of chosen, rejected and noisy, and both divergences."""
+        logits = _logits(network, weights, rows)
+        policy = (
+            log_probabilities(logits[name], rows[side]["ids"]) for name, side, _ in _forwards(rows)
+        )
+        kl = (
+            sequence_kl(rows["reference"][side], logits[side], rows[side]["counted"])
+            for side in SIDES
+        )
+        return *policy, *kl
+
+    row = ("ids", "mask", "prefix", "counted")
+    rows = {side: {name: batch[side][name] for name in row} for side in SIDES}
+    rows |= {"pictures": batch["pictures"], "noisy": batch["noisy"]}
+    rows["reference"] = {side: known[side] for side in SIDES}
+    found = in_chunks(told, network.without_heads(weights), rows, micro_batch)
 
     def response(side: str, policy: Tensor, reference: Tensor) -> Response:
         return Response(policy, reference, batch[side]["counted"], batch[side]["changed"])
 
-    ids = {side: batch[side]["ids"] for side in SIDES}
     sides = {
-        side: response(
-            side,
-            log_probabilities(logits[side], ids[side]),
-            log_probabilities(known[side], ids[side]),
-        )
-        for side in SIDES
+        side: response(side, policy, log_probabilities(known[side], batch[side]["ids"]))
+        for side, policy in zip(SIDES, found, strict=False)
     }
-    noisy = response("chosen", log_probabilities(logits["noisy"], ids["chosen"]), known["noisy"])
-    kl = (sequence_kl(known[side], logits[side], batch[side]["counted"]) for side in SIDES)
-    return Preference(sides["chosen"], sides["rejected"], noisy, *kl)
+    noisy = response("chosen", found[2], known["noisy"])
+    return Preference(sides["chosen"], sides["rejected"], noisy, *found[3:])
+
+
+def _forwards(batch: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """(name, which response, of which pictures)."""
+    seen = batch["pictures"]
+    yield from ((side, side, seen) for side in SIDES)
+    yield "noisy", "chosen", {**seen, "features": batch["noisy"]}
 
 
 def _logits(network: Network, weights: Params, batch: dict[str, Any]) -> dict[str, Tensor]:
-    seen = batch["pictures"]
-    blurred = {**seen, "features": batch["noisy"]}
     found = {}
-    for name, side, pictures in (
-        ("chosen", "chosen", seen),
-        ("rejected", "rejected", seen),
-        ("noisy", "chosen", blurred),
-    ):
+    for name, side, pictures in _forwards(batch):
         row = {key: batch[side][key] for key in ("ids", "mask", "prefix")}
         found[name] = call(network, weights, "logits", **row, **pictures)
     return found

@@ -81,6 +81,9 @@ class HierarchicalFineTuning:
     """Pictures of a lower step's contrast, each with its caption and hallucinated captions."""
     upper_batch: PositiveInt = 32
     """Conversations of an upper step."""
+    micro_batch: PositiveInt | None = None
+    """Conversations, or pictures with their captions, that pass the language model at a time, none of
+    whose graph is kept: the same losses to rounding, in the memory of so many. None: all of a batch."""
     anchor: NonNegativeFloat = 2.0
     """μ of two_variable and proximal, which hold the projector to the warmed-up one, or to one that
     is learned."""
@@ -181,7 +184,13 @@ class HierarchicalFineTuning:
 
         def loss(at: Params, batch: dict[str, Any]) -> Tensor:
             return formulations.lower(
-                self.form, network, at, batch, anchor=self.anchor, reference=anchors
+                self.form,
+                network,
+                at,
+                batch,
+                anchor=self.anchor,
+                reference=anchors,
+                micro_batch=self.micro_batch,
             )
 
         frozen = {name: value for name, value in at.items() if name not in y}
@@ -193,7 +202,8 @@ class HierarchicalFineTuning:
         return self._start(self._prepared, streams["lora"])
 
     def upper_loss(self, x: Params, y: Params, batch: dict[str, Tensor]) -> Tensor:
-        return formulations.task(self._prepared.loaded.network, {**x, **y}, batch)
+        network = self._prepared.loaded.network
+        return formulations.task(network, {**x, **y}, batch, self.micro_batch)
 
     def lower_loss(self, x: Params, y: Params, batch: dict[str, Any]) -> Tensor:
         prepared = self._prepared
@@ -204,6 +214,7 @@ class HierarchicalFineTuning:
             batch,
             anchor=self.anchor,
             reference=prepared.reference,
+            micro_batch=self.micro_batch,
         )
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:

@@ -32,6 +32,7 @@ Group = Literal["lora", "projector", "heads"]
 Heads = Literal["orthonormal", "hacl"]
 
 ATTENTION = "eager"
+HEADS = ("image_head.", "text_head.")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -94,6 +95,15 @@ class Network(nn.Module):
             name: value.dtype if value.dtype in HALF and name not in trained else dtype
             for name, value in self.named_parameters()
         }
+
+    def without_heads(self, weights: Params) -> Params:
+        """What states and logits depend on."""
+        return {n: v for n, v in weights.items() if not n.startswith(HEADS)}
+
+    def without_projector(self, weights: Params) -> Params:
+        """What states of text depend on."""
+        start = f"mllm.{self.family.projector}."
+        return {n: v for n, v in weights.items() if not n.startswith(start)}
 
     def forward(self, of: str, **inputs: Any) -> Tensor:
         """The method or head named `of`; one door, so that every call takes other parameters."""
@@ -274,7 +284,7 @@ def parameters(network: Network, group: Group) -> Params:
     is_in: dict[Group, Callable[[str], bool]] = {
         "lora": lambda name: ".lora_" in name,
         "projector": lambda name: name.startswith(projector),
-        "heads": lambda name: name.startswith(("image_head.", "text_head.")),
+        "heads": lambda name: name.startswith(HEADS),
     }
     return {n: p.detach() for n, p in network.named_parameters() if is_in[group](n)}
 
