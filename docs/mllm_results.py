@@ -40,6 +40,7 @@ MEASURES = {
     "chair/chair_i": ("CHAIR_i, of mentions ↓", False),
     "chair/chair_s": ("CHAIR_s, of captions ↓", False),
     "chair/coverage": ("coverage ↑", True),
+    "captions/cut_short": ("captions cut short ↓", False),
     "task_loss": ("task loss ↓", False),
     "gap/auc_true_vs_hallucinated": ("AUC true / hallucinated caption ↑", True),
     "gap/recall_at_1": ("R@1 of 400 pictures ↑", True),
@@ -196,7 +197,8 @@ def main() -> None:
         for arm, seed in missing(cells, range(given.seeds)):
             if arm in given.arms:
                 print(f"{arm}, seed {seed}", flush=True)
-                write(FILE, [*read(), run(arm, seed)])
+                made = run(arm, seed)
+                write(FILE, [*read(), made])  # read again: another call may have written meanwhile
     if given.path:
         write(PATH, agreements())
     text = page(PAGE.read_text(encoding="utf-8"), read())

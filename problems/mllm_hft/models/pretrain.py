@@ -30,6 +30,9 @@ HELD_OUT = 200
 """Unbiased scenes on which the language model is questioned."""
 QUESTIONS = 4
 """Questions in a training conversation, as many with yes as with no."""
+ALONE = 0.2
+"""Share of pictures that are described and asked nothing, as evaluation asks for captions. Where every
+caption came after questions, two in five captions did not end: they went on into questions."""
 Words = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens that say yes, and tokens that say no."""
 
@@ -49,12 +52,14 @@ class TextTraining:
 
 
 def dialogues(
-    scenes: tuple[Scene, ...], source: Source, generator: torch.Generator
+    scenes: tuple[Scene, ...], source: Source, generator: torch.Generator, *, alone: float = ALONE
 ) -> list[list[Turn]]:
     """One conversation a scene: its own; else yes/no questions, then the caption.
 
-    Questions are the scene's own (`QUESTIONS` of them) or ask for random objects.
+    Questions are the scene's own (`QUESTIONS` of them) or ask for random objects. Of scenes with a
+    caption a share `alone` is described without a question.
     """
+    unasked = torch.rand(len(scenes), generator=generator) < alone if alone else None
     turns: list[list[Turn]] = [[] for _ in scenes]
     for question in questions(
         scenes,
@@ -64,7 +69,7 @@ def dialogues(
         generator=generator,
     ):
         turns[question.scene].append(turn(question))
-    for scene, conversation in zip(scenes, turns, strict=True):
+    for i, (scene, conversation) in enumerate(zip(scenes, turns, strict=True)):
         if scene.turns:
             conversation[:] = scene.turns
             continue
@@ -72,7 +77,9 @@ def dialogues(
         asked = own or conversation
         order = torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist()
         described = [(scene.instruction, scene.caption)] if scene.caption else []
-        conversation[:] = [*(asked[i] for i in order), *described]
+        if described and unasked is not None and unasked[i]:
+            order = []
+        conversation[:] = [*(asked[k] for k in order), *described]
     return turns
 
 
@@ -91,7 +98,7 @@ def pretrain(
     """
     stream = rng.stream(text.seed, "text")
     scenes = text.source.scenes(text.scenes, biased=True, generator=stream)
-    turns = dialogues(scenes, text.source, stream)
+    turns = dialogues(scenes, text.source, stream, alone=0.0)
     rows = conversations(
         [turn if i % 2 else turn[:-1] for i, turn in enumerate(turns)],
         text.tokenizer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from bilevel_problems.mllm_hft.models.instructions import before, conversations
 from bilevel_problems.mllm_hft.models.network import Network
 from bilevel_problems.mllm_hft.models.pictures import Pictures
 from bilevel_problems.mllm_hft.models.pretrain import (
+    ALONE,
+    QUESTIONS,
     TextTraining,
     _weights,
     answer_scores,
@@ -52,13 +56,32 @@ def test_dialogues_are_true_of_their_scenes():
     g = rng.stream(0, "test")
     scenes = SOURCE.scenes(50, biased=True, generator=g)
     yes = no = 0
-    for scene, turns in zip(scenes, dialogues(scenes, SOURCE, g), strict=True):
+    for scene, turns in zip(scenes, dialogues(scenes, SOURCE, g, alone=0.0), strict=True):
         assert turns[-1][1] == scene.caption
+        assert 1 < len(turns) <= 1 + QUESTIONS
         for prompt, answer in turns[:-1]:
             there = prompt.split()[-2] in scene.names
             assert answer == (YES if there else NO)
             yes, no = yes + there, no + (not there)
     assert yes == no > 50
+
+
+def test_a_share_of_pictures_is_described_and_asked_nothing():
+    scenes = SOURCE.scenes(400, biased=True, generator=rng.stream(0, "test"))
+    said = dialogues(scenes, SOURCE, rng.stream(0, "asked"))
+    assert max(len(turns) for turns in said) == 1 + QUESTIONS
+    assert all(
+        turns[-1] == (s.instruction, s.caption) for turns, s in zip(said, scenes, strict=True)
+    )
+    share = sum(len(turns) == 1 for turns in said) / len(said)
+    assert abs(share - ALONE) < 4 * (ALONE * (1 - ALONE) / len(said)) ** 0.5
+
+
+def test_a_picture_without_a_caption_keeps_its_questions():
+    scenes = SOURCE.scenes(40, biased=True, generator=rng.stream(0, "test"))
+    mute = tuple(replace(scene, caption="") for scene in scenes)
+    for turns in dialogues(mute, SOURCE, rng.stream(0, "asked"), alone=1.0):
+        assert turns and all(answer in (YES, NO) for _, answer in turns)
 
 
 def test_answers_weigh_most_and_padding_nothing():
