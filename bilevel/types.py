@@ -125,6 +125,27 @@ class Losses:
         return self.upper.counts
 
 
+@dataclass
+class PathGraph:
+    """The graph of a path, kept while its steps were taken: good for one backward pass, at that x."""
+
+    of: Params
+    """The x at which the steps were taken."""
+    batches: tuple[Any, ...]
+    ends: tuple[Params, Params] | None
+    """x as leaves, and y_K with its graph back to them; None once taken."""
+
+    def take(self, path: Path, x: Params) -> tuple[Params, Params] | None:
+        """`ends`, once; None where the path has other steps or begins at a function of x."""
+        is_same = path.restart is None and path.batches is self.batches
+        if not is_same or x.keys() != self.of.keys():
+            return None
+        if any(x[name] is not entry for name, entry in self.of.items()):
+            return None
+        ends, self.ends = self.ends, None
+        return ends
+
+
 @dataclass(frozen=True)
 class Path:
     """K lower steps y_{k+1} = step(y_k, ∇y G(x, y_k; batch_k)), kept so that they can be replayed.
@@ -140,6 +161,7 @@ class Path:
     """y_0 as a function of x, where it is one and the path begins there (MAML)."""
     dropped: int = 0
     """Steps that were taken before these and not recorded."""
+    graph: PathGraph | None = field(default=None, repr=False, compare=False)
 
 
 Pairs = tuple[tuple[Params, Params], ...]
@@ -269,6 +291,8 @@ class Needs:
     """Products with second derivatives of G."""
     path: float = 0
     """How many of the last lower steps must be recorded: 0, a number, or `math.inf` for all."""
+    graph: bool = False
+    """It takes the graph of those steps where the lower solver kept it, and evaluates none again."""
     fresh: bool = False
     """Batches of its own, drawn by `Loss.fresh` while it estimates."""
     pairs: bool = False
@@ -302,6 +326,8 @@ class Offers:
 
     path: bool = False
     """Its steps can be recorded and replayed, as `LowerSolution.path`."""
+    graph: bool = False
+    """It can keep the graph of the steps that it records: `solve` takes `graph`."""
     pairs: bool = False
     """It returns `LowerSolution.pairs`."""
     learned: frozenset[str] = frozenset()

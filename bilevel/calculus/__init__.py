@@ -9,6 +9,7 @@ from bilevel.calculus.checkpointing import checkpointed
 from bilevel.calculus.products import (
     Linearization,
     gradient_with_graph,
+    gradient_with_value,
     gradient_x,
     gradient_y,
     gradients,
@@ -27,6 +28,7 @@ __all__ = [
     "checkpointed",
     "grad",
     "gradient_with_graph",
+    "gradient_with_value",
     "gradient_x",
     "gradient_y",
     "gradients",

@@ -8,7 +8,7 @@ rebuilding it for each product, and faster than forward-over-reverse.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,6 +259,23 @@ def gradient_with_graph(loss: Loss, output: Tensor, y: Params) -> list[Tensor | 
     require_y(loss, found)
     require_graph(loss, found)
     return found
+
+
+def gradient_with_value(
+    loss: Loss, x: Params, y: Params, evaluate: Callable[[Loss, Params, Params], Tensor] = value
+) -> tuple[Tensor, Params]:
+    """(value, ∇y) of a loss with their graph back to x and y; zeros where y is not used. 1 gradient.
+
+    Raises `ProblemError` as `gradient_with_graph` does.
+    """
+    with torch.enable_grad():
+        output = evaluate(loss, x, y)
+        loss.counts.gradients += 1
+        found = gradient_with_graph(loss, output, y)
+    return output, {
+        name: torch.zeros_like(entry) if part is None else part
+        for (name, entry), part in zip(y.items(), found, strict=True)
+    }
 
 
 def require_graph(loss: Loss, gradient: Iterable[Tensor | None]) -> None:

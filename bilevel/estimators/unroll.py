@@ -20,7 +20,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
-from bilevel.optimizers.learned import require_in_range
+from bilevel.optimizers.learned import require_in_range, upper_entries
 from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling import forward_over_reverse, reversible
 from bilevel.unrolling.nested import flat, rebuild, zeros
@@ -38,7 +38,8 @@ class Unroll:
     2019, prop. 3.1).
     Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F. `recompute`, `traced`,
     `mixed` and `reversible` add 1 gradient a step, `checkpoint` 2; `mixed` adds 2 where the step is
-    not affine in the gradient (Adam, RMSprop) or is projected.
+    not affine in the gradient (Adam, RMSprop) or is projected. In a run `store` spares 1 gradient a
+    step: the lower solver keeps the graph of the steps that it takes.
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
     one graph at a time; "traced" does that from a trace of one step, kept between calls and
@@ -65,7 +66,9 @@ class Unroll:
 
     @property
     def needs(self) -> Needs:
-        return Needs(path=0 if self.along else self.last or math.inf, learned=True)
+        steps = 0 if self.along else self.last or math.inf
+        shares = self.memory == "store" and not self.pessimistic
+        return Needs(path=steps, graph=shares, learned=True)
 
     @property
     def claim(self) -> Literal["path"]:
@@ -128,9 +131,14 @@ class Unroll:
 
 
 def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
-    x = tree.leaves(x)
-    with torch.enable_grad():
+    kept = path.graph and path.graph.take(path, x)
+    if kept:
+        x, y = kept
+        losses.counts.reached.update(upper_entries(path.optimizer, x))
+    else:
+        x = tree.leaves(x)
         y = replay(path, losses.lower, x)
+    with torch.enable_grad():
         value = calculus.value(losses.upper, x, y)
     losses.counts.gradients += 1
     return value.detach(), calculus.through(value, x, losses, y)

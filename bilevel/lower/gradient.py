@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
@@ -16,7 +18,16 @@ from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import bound, learned, require_in_range
-from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Optimizer, Params, Path
+from bilevel.types import (
+    Loss,
+    LowerSolution,
+    LowerStats,
+    Offers,
+    Optimizer,
+    Params,
+    Path,
+    PathGraph,
+)
 
 
 @component
@@ -44,7 +55,8 @@ class Gradient:
         """A path where the optimizer's steps are differentiable."""
         taken = frozenset(option.upper for option in learned(self.optimizer).values())
         supports = frozenset({"project_lower"})
-        return Offers(path=self.optimizer.differentiable, learned=taken, supports=supports)
+        path = self.optimizer.differentiable
+        return Offers(path=path, graph=path, learned=taken, supports=supports)
 
     @property
     def _is_relative(self) -> bool:
@@ -63,6 +75,7 @@ class Gradient:
         batches: Iterator[Any],
         state: Any,
         record: float = 0,
+        graph: bool = False,
     ) -> LowerSolution:
         is_relative, spent = self._is_relative, 0
         kept, state = (state["scale"], state["optimizer"]) if is_relative else ({}, state)
@@ -73,6 +86,7 @@ class Gradient:
         # with early stopping the last steps are known only afterwards, so all are kept
         first = 0 if stops else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
+        graphed: _Graphed | None = None
         # without a step there still is a batch for the derivatives at y
         batch, converged = None if self.steps else next(batches), None
         growth = Growth()
@@ -81,8 +95,13 @@ class Gradient:
             optimizer = bound(self.optimizer, x, y)
         for k in range(self.steps):
             batch = next(batches)
+            if graph and record and k == first:
+                graphed = _Graphed(x, y, state)
             with at_start(k):
-                last_value, g = calculus.gradient_y(loss.on(batch), x, y)
+                here = loss.on(batch)
+                last_value, g = (
+                    graphed.gradient(here) if graphed else calculus.gradient_y(here, x, y)
+                )
             value, norm = float(last_value), tree.norm(g)
             if not math.isfinite(norm):
                 require_finite(loss, x, y, g, k)
@@ -95,15 +114,48 @@ class Gradient:
             if record and k >= first:
                 start = (y, state) if k == first else start
                 used.append(batch)
-            y, state = step(optimizer, y, g, state, loss.structure.project)
+            if graphed:
+                y, state = graphed.step(self.optimizer, loss.structure.project)
+            else:
+                y, state = step(optimizer, y, g, state, loss.structure.project)
             steps, converged = k + 1, False if stops else None
         growth.refuse_divergence()
         path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
+        if graphed:
+            path = replace(path, graph=graphed.of(path.batches))
         taken, stopped = steps + bool(converged) + spent, "tolerance" if converged else "iterations"
         stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped)
         if is_relative:
             state = {"optimizer": state, "scale": stop.state(y)}
         return LowerSolution(y, state, stats, batch, path if record else None)
+
+
+class _Graphed:
+    """Steps taken with their graph, back to leaves of x and of the y that they begin at."""
+
+    def __init__(self, x: Params, y: Params, state: Any) -> None:
+        self._given, self._state = x, state
+        self._x = tree.leaves(x)
+        self._y = tree.leaves(y)
+        self._gradient: Params = {}
+
+    def gradient(self, loss: Loss) -> tuple[Tensor, Params]:
+        """(value, ∇y G) where the steps have come to, detached. 1 gradient."""
+        value, self._gradient = calculus.gradient_with_value(loss, self._x, self._y)
+        return value.detach(), tree.detach(self._gradient)
+
+    def step(
+        self, optimizer: Optimizer, project: Callable[[Params], Params] | None
+    ) -> tuple[Params, Any]:
+        """One step along the gradient that was asked for last: y and the state, detached."""
+        with torch.enable_grad():
+            rule = bound(optimizer, self._x, self._y)
+            y, self._state = rule.step(self._y, self._gradient, self._state)
+            self._y = project(y) if project else y
+        return tree.detach(self._y), tree.map_nested(Tensor.detach, self._state)
+
+    def of(self, batches: tuple[Any, ...]) -> PathGraph:
+        return PathGraph(self._given, batches, (self._x, self._y))
 
 
 @torch.no_grad()

@@ -82,11 +82,13 @@ class Levels:
         batches: Iterator[Any],
         state: Any = None,
         record: float = 0,
+        graph: bool = False,
         restart: bool = True,
     ) -> LowerSolution:
         """The lower solve from y; from `lower_start`, with a new state, where the problem says so.
 
-        `state` None begins with a new state; `restart` False begins at y whatever the problem says.
+        `state` None begins with a new state; `restart` False begins at y whatever the problem says;
+        `graph` keeps that of the recorded steps, where the solver can.
 
         Raises:
             ProblemError: the solver would ignore what restricts y, or cannot record its steps.
@@ -95,7 +97,7 @@ class Levels:
         if begin:
             y, state = tree.detach(begin(x)), None
         loss = self.losses().lower
-        return with_restart(solve(solver, loss, x, y, batches, state, record), begin)
+        return with_restart(solve(solver, loss, x, y, batches, state, record, graph), begin)
 
     def unsolved(
         self, solver: LowerSolver, x: Params, y: Params, *, batches: Iterator[Any], state: Any
@@ -128,6 +130,7 @@ def solve(
     batches: Iterator[Any],
     state: Any = None,
     record: float = 0,
+    graph: bool = False,
 ) -> LowerSolution:
     """The solver's own solve, once it is known to be able to; `state` None begins with a new one.
 
@@ -140,8 +143,9 @@ def solve(
         state = solver.init(y)
     else:
         require_state(state, y, "the state of the lower solver")
+    kept = {"graph": True} if graph and solver.offers.graph else {}
     try:
-        return solver.solve(loss, x, y, batches=batches, state=state, record=record)
+        return solver.solve(loss, x, y, batches=batches, state=state, record=record, **kept)
     except KeyError as error:
         if "trees differ" not in str(error):
             raise  # a loss that looks for a name that is not there

@@ -171,6 +171,7 @@ def _solve_lower(setup: Setup, state: State) -> LowerSolution:
         batches=state.lower_batches,
         state=state.lower,
         record=needs.path if state.x else 0,
+        graph=needs.graph,
     )
 
 

@@ -37,14 +37,8 @@ def step(
 ) -> tuple[Params, Any]:
     """One step of the path with its graph from (x, y, state) kept. 1 gradient."""
     loss = loss.on(batch)
+    _, g = calculus.gradient_with_value(loss, x, y, evaluate)
     with torch.enable_grad():
-        value = evaluate(loss, x, y)
-        loss.counts.gradients += 1
-        found = calculus.gradient_with_graph(loss, value, y)
-        g = {
-            name: torch.zeros_like(entry) if part is None else part
-            for (name, entry), part in zip(y.items(), found, strict=True)
-        }
         y, state = bound(path, loss, x, y).step(y, g, state)
         return projected(loss, y), state
 

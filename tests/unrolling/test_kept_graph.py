@@ -1,0 +1,164 @@
+"""A lower solver that keeps the graph of its steps, and `unroll`, which then evaluates none again."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel import recipe, tree
+from bilevel.estimators.unroll import Unroll
+from bilevel.lower.gradient import Gradient
+from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.optimizers.learned import Learned
+from bilevel.problem.levels import Levels, point_of
+from bilevel.recipe.assemble import assemble
+from bilevel.run import engine
+from bilevel.types import ALL_STEPS
+from tests.cases import PROBLEMS, closed_form, offset
+
+CASE = closed_form(PROBLEMS[0], 0)
+LEVELS = Levels(CASE.problem)
+
+
+class Boxed(type(CASE.problem)):
+    """The same problem with y in a box, into which each step is projected."""
+
+    def project_lower(self, y):
+        return {name: entry.clamp(-0.5, 0.5) for name, entry in y.items()}
+
+
+def solved(solver, levels=LEVELS, *, x=CASE.x, record=ALL_STEPS, graph=True):
+    batches = itertools.repeat(CASE.lower_batch)
+    start = offset(CASE.y, 1.0)
+    return levels.solve(solver, x, start, batches=batches, record=record, graph=graph)
+
+
+def estimate(solution, levels=LEVELS, *, x=CASE.x, estimator=None):
+    losses = levels.losses(CASE.upper_batch, CASE.lower_batch)
+    found = (estimator or Unroll()).estimate(losses, point_of(x, solution), {})
+    return found, losses.counts
+
+
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.05, momentum=0.9), Adam(lr=0.05)], ids=["momentum", "adam"]
+)
+@pytest.mark.parametrize("problem", [CASE.problem, Boxed()], ids=["free", "boxed"])
+def test_the_kept_graph_gives_what_taking_the_steps_again_gives_bit_for_bit(optimizer, problem):
+    levels, solver = Levels(problem), Gradient(steps=7, optimizer=optimizer)
+    kept, plain = solved(solver, levels), solved(solver, levels, graph=False)
+    assert kept.path.graph is not None
+    assert plain.path.graph is None
+    assert all(torch.equal(kept.y[name], entry) for name, entry in plain.y.items())
+    assert not any(entry.requires_grad for entry in kept.y.values())
+    (ours, spent), (theirs, again) = estimate(kept, levels), estimate(plain, levels)
+    for name, entry in theirs.hypergradient.items():
+        assert torch.equal(ours.hypergradient[name], entry), name
+    assert ours.value == theirs.value
+    assert (spent.gradients, again.gradients) == (1, 1 + 7)
+    assert spent.hvps == again.hvps == spent.cross_products == 7
+    assert spent.reached == again.reached
+
+
+def test_the_states_of_the_optimizer_carry_no_graph():
+    kept = solved(Gradient(steps=3, optimizer=Adam(lr=0.1)))
+    plain = solved(Gradient(steps=3, optimizer=Adam(lr=0.1)), graph=False)
+    ours, theirs = (dict(tree.named(s.state)) for s in (kept, plain))
+    assert ours.keys() == theirs.keys()
+    for name, entry in theirs.items():
+        assert torch.equal(ours[name], entry)
+        assert not ours[name].requires_grad
+
+
+def test_the_last_steps_alone_are_kept():
+    solver = Gradient(steps=9, optimizer=SGD(lr=0.05, momentum=0.9))
+    (ours, spent), (theirs, _) = (
+        estimate(solved(solver, record=4, graph=graph), estimator=Unroll(last=4))
+        for graph in (True, False)
+    )
+    for name, entry in theirs.hypergradient.items():
+        assert torch.equal(ours.hypergradient[name], entry)
+    assert spent.gradients == 1
+
+
+def test_a_learned_rate_is_in_the_graph():
+    x = {**CASE.x, "log_lr": torch.tensor(-3.0, dtype=torch.float64)}
+    solver = Gradient(steps=5, optimizer=SGD(lr=Learned(upper="log_lr", transform="exp")))
+    (ours, counts), (theirs, _) = (
+        estimate(solved(solver, x=x, graph=graph), x=x) for graph in (True, False)
+    )
+    assert torch.equal(ours.hypergradient["log_lr"], theirs.hypergradient["log_lr"])
+    assert ours.hypergradient["log_lr"] != 0
+    assert "log_lr" in counts.reached
+
+
+def again(solution):
+    estimate(solution)
+    return solution, CASE.x
+
+
+def elsewhere(solution):
+    return solution, tree.scale(1.5, CASE.x)
+
+
+def shorter(solution):
+    return replace(solution, path=replace(solution.path, batches=solution.path.batches[:3])), CASE.x
+
+
+def from_x(solution):
+    start = solution.path.start
+    moved = {n: v + sum(e.sum() for e in CASE.x.values()) for n, v in start.items()}
+    path = replace(
+        solution.path,
+        restart=lambda x: {n: v + sum(e.sum() for e in x.values()) for n, v in start.items()},
+    )
+    assert any(not torch.equal(moved[n], v) for n, v in start.items())
+    return replace(solution, path=path), CASE.x
+
+
+@pytest.mark.parametrize("change", [again, elsewhere, shorter, from_x])
+def test_a_graph_of_other_steps_is_not_taken(change):
+    """Used up, at another x, of fewer steps, from a start that depends on x: the steps are taken again."""
+    solver = Gradient(steps=6, optimizer=SGD(lr=0.05))
+    kept, x = change(solved(solver))
+    plain = replace(kept, path=replace(kept.path, graph=None))
+    (ours, counts), (theirs, _) = estimate(kept, x=x), estimate(plain, x=x)
+    for name, entry in theirs.hypergradient.items():
+        assert torch.equal(ours.hypergradient[name], entry)
+    assert counts.gradients == 1 + len(kept.path.batches)
+
+
+def test_taking_it_all_the_same_would_be_wrong():
+    """Negative control of the above: the graph of another x has another hypergradient."""
+    solver = Gradient(steps=6, optimizer=SGD(lr=0.05))
+    kept, x = elsewhere(solved(solver))
+    forced = replace(kept, path=replace(kept.path, graph=replace(kept.path.graph, of=x)))
+    (wrong, _), (right, _) = estimate(forced, x=x), estimate(kept, x=x)
+    assert any(
+        not torch.allclose(wrong.hypergradient[n], v) for n, v in right.hypergradient.items()
+    )
+
+
+RUN = """
+problem: {name: quadratic}
+lower: {name: gradient, steps: 5, optimizer: {name: adam, lr: 0.05}}
+estimator: {name: unroll, memory: MEMORY}
+upper: {steps: 4, optimizer: {name: sgd, lr: 0.05}}
+"""
+
+
+def test_a_run_shares_the_gradients_of_the_lower_solve():
+    totals, ends = {}, {}
+    for memory in ("store", "recompute"):
+        made = assemble(recipe.loads(RUN.replace("MEMORY", memory)))
+        state = engine.start(made)
+        for _event in engine.run(made, state):
+            pass
+        totals[memory], ends[memory] = state.totals, state.x
+    assert totals["store"].gradients == 4 * (5 + 1)
+    assert totals["recompute"].gradients == 4 * (5 + 2 * 5 + 1)
+    assert totals["store"].hvps == totals["recompute"].hvps == 4 * 5
+    for name, entry in ends["recompute"].items():
+        torch.testing.assert_close(ends["store"][name], entry, rtol=1e-12, atol=1e-14)
