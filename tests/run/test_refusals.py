@@ -121,8 +121,13 @@ def test_refused_with_a_remedy_that_is_accepted(case):
 
 
 def test_each_refusal_has_a_case():
+    functions = ast.parse(inspect.getsource(refusals)).body
     raised = [
-        n for n in ast.walk(ast.parse(inspect.getsource(refusals))) if isinstance(n, ast.Raise)
+        node
+        for function in functions
+        if getattr(function, "name", "") != "refuse_empty_upper"  # asked of x, not of a set-up
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise)
     ]
     told = set()
     for setup, _, _ in REFUSED.values():
