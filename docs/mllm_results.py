@@ -2,7 +2,7 @@
 
 With `--run` first makes the runs that docs/mllm_hft.json does not hold yet, a process each, and
 writes every one as it ends, so that a stopped call goes on where it was; with `--path` compares
-estimators with the path that is run. Without them only the page is written again, from the files
+estimators with the path that is run; with `--draw` draws arms of seed 0 side by side. Without them only the page is written again, from the files
 alone.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bilevel.events import Stepped
 from docs.pages import put
 
 HERE = Path(__file__).parent
@@ -32,6 +33,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task_only, clean .3": ("problem.formulation=task_only", "problem.clean=0.3", NONE),
 }
 """Overrides of the recipe."""
+DRAWN = ("bilevel", "alternating", "task_only, clean .3")
+"""Arms of the figures."""
 MEASURES = {
     "pope_adversarial/auc": ("POPE adversarial, AUC ↑", True),
     "pope_adversarial/accuracy": ("POPE adversarial, accuracy ↑", True),
@@ -116,6 +119,28 @@ def path_table(rows: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(folder: Path) -> None:
+    """Embeddings and captions of some arms of seed 0 in one figure each, as PNG. A run an arm."""
+    from bilevel import recipe
+    from bilevel.recipe.assemble import assemble
+    from bilevel.run import engine
+
+    models: dict[str, Any] = {}
+    problem: Any = None
+    for arm in DRAWN:
+        setup = assemble(recipe.load(RECIPE, ARMS[arm]))
+        for _ in engine.prepare(setup):
+            pass
+        problem, state = setup.problem, engine.start(setup)
+        models.setdefault("before", problem.before())
+        for event in engine.run(setup, state):
+            if isinstance(event, Stepped):
+                print(f"{arm}, step {event.step}", flush=True)
+        models[arm] = {**state.x, **state.y}
+    for name, figure in problem.side_by_side(models).items():
+        figure.savefig(folder / f"mllm_hft_{name}.png", dpi=80)
+
+
 def missing(cells: list[Cell], seeds: range) -> Iterator[tuple[str, int]]:
     """Seeds in turn, so that what is there at any time can be compared."""
     there = {(cell["arm"], cell["seed"]) for cell in cells}
@@ -189,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--path", action="store_true", help="compare estimators with the path")
+    parser.add_argument("--draw", action="store_true", help="draw arms of seed 0 side by side")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     given = parser.parse_args()
@@ -201,6 +227,8 @@ def main() -> None:
                 write(FILE, [*read(), made])  # read again: another call may have written meanwhile
     if given.path:
         write(PATH, agreements())
+    if given.draw:
+        draw(HERE)
     text = page(PAGE.read_text(encoding="utf-8"), read())
     text = put(text, "path", path_table(read(PATH)).rstrip("\n"))
     PAGE.write_text(text, encoding="utf-8")

@@ -254,14 +254,21 @@ class HierarchicalFineTuning:
 
     def figures(self, x: Params, y: Params) -> dict[str, Any]:
         """Embeddings before and after, in one projection; the first pictures with both captions."""
+        return self.side_by_side({"before": self.before(), "after": {**x, **y}})
+
+    def before(self) -> Params:
+        """x and y of the warmed-up model, as one."""
         prepared = self._prepared
-        before = tree.to(
-            dict(zip("xy", self._start(prepared, None), strict=True)),
-            prepared.device,
-            prepared.dtype,
-        )
-        models = {"before": {**before["x"], **before["y"]}, "after": {**x, **y}}
-        return figures(self._evaluator, prepared.evaluation, models, self.split)
+        x, y = self._start(prepared, None)
+        return tree.to({**x, **y}, prepared.device, prepared.dtype)
+
+    def side_by_side(self, models: dict[str, Params]) -> dict[str, Any]:
+        """`figures` of several models by title, x and y of each as one: arms, or runs of other seeds.
+
+        Embeddings are those of this problem's evaluated split, on the principal axes of all models
+        together.
+        """
+        return figures(self._evaluator, self._prepared.evaluation, models, self.split)
 
     def export(self, x: Params, y: Params, folder: Path, merged: bool) -> None:
         """Write the model at (x, y) for transformers and peft; see `models.export`."""

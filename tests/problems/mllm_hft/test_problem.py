@@ -507,3 +507,18 @@ def test_what_is_pretrained_on_scenes_refuses_files(tmp_path):
 
     with pytest.raises(ProblemError, match=r"model tiny is pretrained .* use model checkpoint"):
         list(miniature(source=Jsonl(path=str(tmp_path / "unread.jsonl"))).prepare())
+
+
+def test_models_stand_side_by_side_in_one_projection():
+    problem = prepared()
+    before = problem.before()
+    other = {name: 1.5 * value + 0.1 for name, value in before.items()}
+    found = problem.side_by_side({"before": before, "again": before, "other": other})
+    planes = found["embeddings"].axes[:3]
+    assert [axis.get_title().strip() for axis in planes] == ["before", "again", "other"]
+    clouds = [
+        torch.cat([torch.as_tensor(dots.get_offsets()) for dots in axis.collections])
+        for axis in planes
+    ]
+    assert torch.equal(clouds[0], clouds[1])
+    assert not torch.allclose(clouds[0], clouds[2])
