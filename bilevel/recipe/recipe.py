@@ -20,6 +20,7 @@ from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RecipeError
 from bilevel.problem.protocol import Problem
+from bilevel.recipe import yaml_limits
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
 from bilevel.registry.diagnostics import Complaints, Where
@@ -28,6 +29,7 @@ from bilevel.sinks import Sink
 from bilevel.types import Estimator, LowerSolver
 
 VERSION = 1
+MAX_SINKS = 20
 
 
 def _device(text: str) -> str:
@@ -107,7 +109,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 def read(path: Path) -> str:
     """The text of a recipe file."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:  # which may have no end: /dev/zero
+            return file.read(yaml_limits.CHARACTERS + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -204,6 +207,9 @@ class _Reading:
         given = self._get("sinks", DEFAULTS["sinks"])
         if not isinstance(given, list):
             self._complaints.add(("sinks",), "must be a list, e.g. [jsonl]", given)
+            return None
+        if len(given) > MAX_SINKS:
+            self._complaints.add(("sinks",), f"{len(given):,} of them; at most {MAX_SINKS}")
             return None
         built = [self._sink(spec, ("sinks", index)) for index, spec in enumerate(given)]
         good = [part for part in built if part is not None]

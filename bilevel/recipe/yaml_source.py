@@ -1,6 +1,7 @@
 """YAML 1.2 with the line of every key, overrides `key.path=value`, and YAML again.
 
-ruamel.yaml, because PyYAML reads `1e-3` as text and `no` as false, and accepts duplicate keys.
+ruamel.yaml, because PyYAML reads `1e-3` as text and `no` as false, and accepts duplicate keys. A first
+pass over YAML's own events (`yaml_limits`) refuses what would take unbounded time or memory.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from bilevel.errors import RecipeError
-from bilevel.registry.diagnostics import Complaints, Origin, Where
+from bilevel.recipe import yaml_limits
+from bilevel.registry.diagnostics import Complaints, Origin, Where, show
 
 _AFTER_THE_FILE = 10**9
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,11 @@ def override(source: Source, assignments: Iterable[str]) -> Source:
     """
     data, origins = _copy(source.data), dict(source.origins)
     for order, assignment in enumerate(assignments):
+        title = f"override {show(assignment)}"
         key, equals, text = assignment.partition("=")
         path = key.strip().split(".")
-        if not equals or not all(path):
-            raise RecipeError(
-                f"override {assignment!r}: must be key.path=value, e.g. upper.steps=200"
-            )
-        title = f"override {assignment!r}"
+        if not equals or not all(path) or len(path) > yaml_limits.DEPTH:
+            raise RecipeError(f"{title}: must be key.path=value, e.g. upper.steps=200")
         value = _plain(_load(text, title), title, {})
         origin = Origin(title, _AFTER_THE_FILE + order)
         where, made = _assign(data, path, value, title)
@@ -79,11 +82,19 @@ def to_yaml(data: Mapping[str, Any]) -> str:
 
 def _load(text: str, title: str) -> Any:
     try:
-        return YAML(typ="rt", pure=True).load(text)
+        yaml_limits.check(text)
+        yaml = YAML(typ="rt", pure=True)
+        yaml.Constructor = _Constructor
+        return yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         raise RecipeError(f"{title}{line}: {_said(error)}") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{title}:{line}: not valid YAML: the character {error.character!r} is not allowed"
+        ) from None
     except YAMLError as error:
         raise RecipeError(f"{title}: {error}") from None
 
@@ -94,6 +105,17 @@ def _said(error: MarkedYAMLError) -> str:
     if problem.startswith("found duplicate key"):
         return f"duplicate key {problem.split(chr(34))[1]!r}: each key may stand once"
     return f"not valid YAML: {problem}"
+
+
+class _Constructor(RoundTripConstructor):
+    """Gives a line to what Python's own parsers say of a number or a date: `2001-13-45`, 5,000 digits."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            problem = f"{show(node.value)} cannot be read: {error}; quote it if it is text"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
 
 class _Representer(RoundTripRepresenter):
@@ -117,6 +139,10 @@ def _plain(value: Any, title: str, origins: dict[Where, Origin]) -> Any:
             return [inside(value, index, where) for index in range(len(value))]
         if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            return complaints.add(
+                where, "more than 63 bits; write 1e30 for a large number, quote what is text"
+            )
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return kind(value)
@@ -166,8 +192,9 @@ def _assign(data: Any, path: Sequence[str], value: Any, title: str) -> tuple[Whe
 
 
 def _index(data: list[Any], part: str, title: str) -> int:
-    if not part.isdigit() or int(part) >= len(data):
-        raise RecipeError(f"{title}: {part!r} must be an index below {len(data)} of a list")
+    is_index = part.isascii() and part.isdecimal() and len(part) < 10
+    if not is_index or int(part) >= len(data):
+        raise RecipeError(f"{title}: {show(part)} must be an index below {len(data)} of a list")
     return int(part)
 
 

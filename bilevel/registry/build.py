@@ -31,6 +31,9 @@ from bilevel.registry.fields import (
     readable,
 )
 
+LONGEST_NAME = 1000
+"""Characters of a name, one with the path of a file included."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -128,7 +131,11 @@ class Builder:
         if not isinstance(spec, Mapping):
             self._complaints.add(where, "must be a mapping of options", spec)
             return None
-        fields, is_open = fields_of(cls)
+        try:
+            fields, is_open = fields_of(cls)
+        except (ValueError, TypeError) as error:  # a builtin type, whose signature is not written
+            self._complaints.add(where, f"{cls.__name__} is not a component: {error}")
+            return None
         parts: dict[str, Built] = {}
         failed: set[str] = set()
         for key, given in spec.items():
@@ -153,7 +160,7 @@ class Builder:
         return Built(instance, content_of(instance, fields, given), composed=True)
 
     def _find(self, group: str, name: Any, where: Where) -> type[Any] | None:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or len(name) > LONGEST_NAME:
             self._complaints.add(where, "must be a name", name)
             return None
         try:

@@ -13,6 +13,9 @@ from bilevel.errors import RecipeError, unknown
 Where = tuple[str | int, ...]
 """The keys that lead to a value: ("lower", "optimizer", "lr")."""
 
+MOST = 50
+"""Errors that are shown at once."""
+
 _UNSAID = object()
 
 _EXPECTED = {
@@ -99,8 +102,11 @@ class Complaints:
         if not lines:
             return
         if len(lines) > 1:
+            more = len(lines) - MOST
             head = f"{self._title}: {len(lines)} errors" if self._title else f"{len(lines)} errors"
-            lines = [head, *(f"  {line}" for line in lines)]
+            lines = [head, *(f"  {line}" for line in lines[:MOST])]
+            if more > 0:
+                lines.append(f"  … and {more:,} more")
         raise RecipeError("\n".join(lines))
 
     def __bool__(self) -> bool:

@@ -25,7 +25,7 @@ from bilevel.registry.source_docs import summary_of
 PREFIX = "bilevel."
 FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)$")
 _FILE_MODULE = "bilevel_file_"
-MODULE = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
+MODULE = re.compile(r"^(?P<module>[A-Za-z_]\w*(?:\.\w+){0,50}):(?P<name>[A-Za-z_]\w*)$")
 
 # Where the name to import is not the name to install.
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}
@@ -81,7 +81,7 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
     `RequirementError` where a package is missing that the component imports.
     """
     if match := FILE.match(reference):
-        path = (base or Path()) / Path(match["file"]).expanduser()
+        path = _path(match["file"], reference, base or Path())
         return _attribute(_load_file(path, reference), match["name"], reference)
     if match := MODULE.match(reference):
         family = [name for name in presets.of(group) if name.startswith(f"{match['module']}:")]
@@ -99,7 +99,7 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
 def absolute(reference: str, base: Path) -> str:
     """`reference` with the path of a file made absolute; other references as they are."""
     if match := FILE.match(reference):
-        path = (base / Path(match["file"]).expanduser()).resolve()
+        path = _path(match["file"], reference, base).resolve()
         return f"{path}:{match['name']}"
     return reference
 
@@ -152,9 +152,20 @@ def _import(module: str, reference: str) -> ModuleType:
         raise RecipeError(f"{reference!r}: importing {module} failed: {error}") from error
 
 
-def _load_file(path: Path, reference: str) -> ModuleType:
-    if not path.is_file():
+def _path(file: str, reference: str, base: Path) -> Path:
+    """The file that a reference names; raises `RecipeError` where no file can have that name."""
+    try:
+        path = base / Path(file).expanduser()
+        is_there = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a user that does not exist
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{reference!r}: {reason}") from error
+    if not is_there:
         raise RecipeError(f"{reference!r}: there is no file {path}")
+    return path
+
+
+def _load_file(path: Path, reference: str) -> ModuleType:
     path = path.resolve()
     # The content is part of the name: an edited file is a new module, an unchanged one the same.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]

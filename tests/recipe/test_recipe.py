@@ -253,7 +253,7 @@ def test_a_missing_or_binary_file_is_a_recipe_error(tmp_path: Path):
 SCALARS = (
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(1 - 2**63, 2**63 - 1)
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)
     | st.sampled_from(["no", "1e-3", "null", "~", "0x1", "1_000", "a: b", "# c", "- d", "é", ""])
