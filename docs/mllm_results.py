@@ -30,6 +30,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "alternating": (NONE,),
     "joint": ("problem.formulation=joint", NONE),
     "joint, clean .3": ("problem.formulation=joint", "problem.clean=0.3", NONE),
+    "contrast first, then task, clean .3": (
+        "problem.formulation=task_only",
+        "problem.contrast_first=300",
+        "problem.clean=0.3",
+        NONE,
+    ),
     "task_only, clean .3": ("problem.formulation=task_only", "problem.clean=0.3", NONE),
 }
 """Overrides of the recipe."""

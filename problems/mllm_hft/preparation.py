@@ -19,6 +19,7 @@ from bilevel.types import Params
 
 from . import formulations
 from .batches import Data, numbered, origin_numbers, origins
+from .contrast_first import contrast_first
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.questions import cooccurrence
 from .models.cache import Tensors, cached
@@ -52,6 +53,8 @@ class Prepared:
     pairs: CaptionPairs | None = None
     """Of the training pictures, where L_C is a preference."""
     noise_scale: Tensor | None = None
+    first: Params = field(default_factory=dict)
+    """Where projector, heads and LoRA start after `contrast_first`; without it, nothing."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
@@ -79,6 +82,8 @@ def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepar
         made.pairs = caption_pairs(scenes, kinds, loaded.tokenizer, loaded.template)
         made.noise_scale = spread(train.pictures)
     made.reference = tree.clone(parameters(loaded.network, "projector"))
+    if problem.contrast_first:
+        made.first = yield from contrast_first(problem, loaded, train, made.constants)
     return made
 
 

@@ -75,6 +75,9 @@ class HierarchicalFineTuning:
     warm_up: NonNegativeInt = 600
     """Steps of the projector alone on the task, before anything else."""
     warm_up_rate: PositiveFloat = 5e-3
+    contrast_first: NonNegativeInt = 0
+    """Steps of the contrast alone on projector, heads and LoRA before the first lower step, at
+    `warm_up_rate`: with task_only the arm that contrasts first and then learns the task."""
     lower_batch: Annotated[int, Field(ge=2)] = 32
     """Conversations of a lower step."""
     contrast_batch: Annotated[int, Field(ge=2)] = 32
@@ -304,7 +307,10 @@ class HierarchicalFineTuning:
         return found
 
     def _start(self, prepared: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
-        """x and y to start from; without a stream LoRA is zero, which is the same function."""
+        """x and y to start from; without a stream LoRA is zero, which is the same function.
+
+        After `contrast_first` projector, heads and LoRA are what it made, whatever the stream.
+        """
         network = prepared.loaded.network
         parts: dict[str, Params] = {
             "projector": parameters(network, "projector"),
@@ -314,6 +320,11 @@ class HierarchicalFineTuning:
             "anchor": formulations.anchors(parameters(network, "projector")),
             **{name: {name: value} for name, value in prepared.constants.items()},
         }
+        if prepared.first:
+            parts = {
+                part: {name: prepared.first.get(name, value) for name, value in values.items()}
+                for part, values in parts.items()
+            }
         fixed = {SCALARS[name] for name in SCALARS.keys() - set(self.learned)}
         x = {n: v for part in self.form.upper if part not in fixed for n, v in parts[part].items()}
         y = {n: v for part in self.form.lower for n, v in parts[part].items()}

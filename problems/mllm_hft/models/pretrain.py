@@ -114,7 +114,7 @@ def pretrain(
         logits = network.logits(batch["ids"], batch["mask"])
         return task_loss(logits, batch["ids"], weights[index, :width])
 
-    yield from _train(language.parameters(), loss, "language model", text.steps, text.rate)
+    yield from train(language.parameters(), loss, "language model", text.steps, text.rate)
 
 
 def _weights(rows: Rows, words: Words) -> Float[Tensor, "row token"]:
@@ -148,11 +148,11 @@ def warm_up(
         logits = network.logits(row["ids"], row["mask"], **inputs)
         return task_loss(logits, row["ids"], row["counted"])
 
-    yield from _train(network.projector.parameters(), loss, "projector", steps, rate)
+    yield from train(network.projector.parameters(), loss, "projector", steps, rate)
 
 
-def _train(
-    parameters: Iterable[nn.Parameter],
+def train(
+    parameters: Iterable[Tensor],
     loss: Callable[[], Tensor],
     stage: str,
     steps: int,
