@@ -22,6 +22,7 @@ from bilevel import recipe
 from bilevel.cli.app import app
 from bilevel.errors import RecipeError
 from bilevel.registry import presets
+from tests.problems.mllm_hft import own_files
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -43,6 +44,9 @@ NOT_RUN = {
     "bilevel report mllm_hft": "there is no such run here",
 }
 """Commands, by how they begin, that the pages show and this file does not run, and why."""
+
+LAID = {"your_llava.md": own_files.lay}
+"""What a page finds in its folder, which speaks of the reader's own files."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ def close(shown, got):
 
 def run_page(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("BILEVEL_CACHE", str(folder / "cache"))
     monkeypatch.syspath_prepend(page.parent)  # what a page's blocks import stands beside it
+    LAID.get(page.name, lambda folder: None)(folder)
     session = Session(folder)
     for block in blocks(page):
         session.run(block)

@@ -57,7 +57,7 @@ def read(path: str, *, template: str | None, adapter: Adapter, dtype: Any) -> Fo
     Raises `RequirementError` for what is missing, cut short or of another shape, and `ProblemError`
     for what is there and is not supported.
     """
-    with _quiet(_transformers()) as transformers:
+    with quiet() as transformers:
         return _read(transformers, path, template, adapter, dtype)
 
 
@@ -95,8 +95,9 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[Any]:
-    """No bars and no reports of its own: what they say is raised or told as a note."""
+def quiet() -> Iterator[Any]:
+    """transformers without bars and reports of its own: what they say is raised or told as a note."""
+    transformers = _transformers()
     logging = transformers.utils.logging
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

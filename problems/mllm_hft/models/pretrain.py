@@ -24,10 +24,8 @@ from .instructions import Rows, Turn, conversations, prompts, turn_ids
 from .network import Network, chunks
 from .pictures import Pictures
 from .template import Template
-from .tokenizer import Tokenizer, WordTokenizer
+from .tokenizer import Tokenizer
 
-HELD_OUT = 200
-"""Unbiased scenes on which the language model is questioned."""
 QUESTIONS = 4
 """Questions in a training conversation, as many with yes as with no."""
 ALONE = 0.2
@@ -42,13 +40,15 @@ class TextTraining:
     """What the language model is trained on and for how long."""
 
     source: Simulator
-    tokenizer: WordTokenizer
+    tokenizer: Tokenizer
     template: Template
     seed: int
     scenes: int
     steps: int
     batch: int
     rate: float
+    held_out: int = 200
+    """Unbiased scenes on which the language model is questioned afterwards."""
 
 
 def dialogues(
@@ -180,7 +180,7 @@ def train(
 def question_accuracy(network: Network, text: TextTraining) -> float:
     """Share of right answers about held-out unbiased scenes read as captions; chance is 0.5."""
     stream = rng.stream(text.seed, "text.held_out")
-    scenes = text.source.scenes(HELD_OUT, biased=False, generator=stream)
+    scenes = text.source.scenes(text.held_out, biased=False, generator=stream)
     asked = questions(
         scenes,
         strategy="random",

@@ -55,7 +55,7 @@ class Tiny:
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
             return Pictures((yield from eyes.encode(corpus, source)))
 
-        feature = (yield from encode(_probe(drawn, seed))).features.shape[-1]
+        feature = (yield from encode(probe(drawn, seed))).features.shape[-1]
         tokenizer, template = WordTokenizer(words(source)), Template()
         network = Network(
             self._llava(tokenizer, feature, seed),
@@ -66,9 +66,9 @@ class Tiny:
         text = TextTraining(
             drawn, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
         )
-        yield from self._learn_language(network, text)
+        yield from self._learn_language(network, text, tokenizer.words)
         accuracy = question_accuracy(network, text)
-        yield Progress("language model on text", 1, 1, _verdict(accuracy))
+        yield Progress("language model on text", 1, 1, verdict(accuracy))
         add_lora(network, self.rank)
         start_heads(network, rng.stream(seed, "heads"))
         facts = {"language_model/question_accuracy": accuracy}
@@ -83,7 +83,7 @@ class Tiny:
         )
 
     def _learn_language(
-        self, network: Network, text: TextTraining
+        self, network: Network, text: TextTraining, words: tuple[str, ...]
     ) -> Generator[Progress, None, None]:
         language = nn.ModuleList([network.language, network.mllm.lm_head])
 
@@ -96,18 +96,19 @@ class Tiny:
             "sizes": [self.hidden, self.layers, self.heads],
             "training": [text.scenes, text.steps, text.batch, text.rate],
             "source": text.source,
-            "words": text.tokenizer.words,
+            "words": words,
             "seed": text.seed,
         }
         language.load_state_dict((yield from cached("language", key, make)))
 
 
-def _verdict(accuracy: float) -> str:
+def verdict(accuracy: float) -> str:
+    """What a user should know of a language model that answers so."""
     note = f"held-out question accuracy {accuracy:.3f} (chance 0.5)"
     return note if accuracy > 0.6 else f"{note}: no better than chance; raise problem.model.steps"
 
 
-def _probe(source: Simulator, seed: int) -> Corpus:
+def probe(source: Simulator, seed: int) -> Corpus:
     """One picture, to learn how wide the encoder's features are."""
     stream = rng.stream(seed, "probe")
     return source.render(source.scenes(1, biased=False, generator=stream), stream)
@@ -116,17 +117,8 @@ def _probe(source: Simulator, seed: int) -> Corpus:
 def tiny_llava(
     *, words: int, end: int, feature: int, hidden: int, layers: int, heads: int, seed: int
 ) -> Any:
-    """A random `LlavaForConditionalGeneration` with a small Llama and a vision tower of no layer.
-
-    The tower is there so that plain transformers can read what is exported; features come from
-    an `Encoder`, and enter at the projector.
-    """
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    """A random `LlavaForConditionalGeneration` with a small Llama; see `around`."""
+    from transformers import LlamaConfig
 
     text = LlamaConfig(
         vocab_size=words,
@@ -140,10 +132,26 @@ def tiny_llava(
         bos_token_id=None,
         eos_token_id=end,
     )
+    return around(text, feature=feature, picture=0, seed=seed)
+
+
+def around(text: Any, *, feature: int, picture: int, seed: int) -> Any:
+    """A random LLaVA with a language model of the config `text` and a vision tower of no layer.
+
+    The tower is there so that plain transformers can read what is exported; features come from
+    an `Encoder`, and enter at the projector. `picture` is the token that a picture is written with.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
     vision = CLIPVisionConfig(
         hidden_size=feature, num_hidden_layers=0, num_attention_heads=1, image_size=8, patch_size=8
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=0)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=picture,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
     config._attn_implementation = ATTENTION
     # transformers draws weights from the global generator; the fork leaves that as it was.
     with torch.random.fork_rng(devices=[]):
