@@ -191,6 +191,9 @@ def run_page(page, folder, monkeypatch):
     session.close()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"  # peft asks transformers by its old name
+)
 @pytest.mark.untrusted("pages show solves that are short, and what becomes of them")
 @pytest.mark.parametrize("page", EXECUTED, ids=lambda page: page.name)
 def test_blocks_run_and_outputs_are_what_is_shown(page, tmp_path, monkeypatch):

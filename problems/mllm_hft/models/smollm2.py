@@ -54,7 +54,7 @@ class SmolLM2:
     """Rank of LoRA."""
     embedding: PositiveInt = 256
     """Width of the heads' embeddings."""
-    steps: NonNegativeInt = 60
+    steps: NonNegativeInt = 200
     """Steps of training the layers on text, all but the embeddings; 0 leaves them as they are cut."""
     batch: PositiveInt = 8
     rate: PositiveFloat = 5e-4
