@@ -58,11 +58,9 @@ def requiring(what: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if not package:
             raise RequirementError(f"{what}: {error}; {_WHERE}") from error
-        extra = registry.extra_for(package)
-        name = f"'bilevel[{extra}]'" if extra else package
         raise RequirementError(
-            f"{what} needs the module {error.name!r}, which is not installed. Install it: "
-            f"pip install {name}; {_WHERE}"
+            f"{what} needs the module {error.name!r}, which is not installed. "
+            f"{registry.remedy_for(package)}; {_WHERE}"
         ) from error
     except FileNotFoundError as error:
         if error.filename is None:

@@ -13,7 +13,7 @@ from bilevel import recipe as recipes
 from bilevel import registry, testing
 from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
-from bilevel.errors import CheckError, RequirementError
+from bilevel.errors import CheckError, RecipeError, RequirementError
 from bilevel.events import Event, Progress
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
@@ -169,6 +169,10 @@ def _estimators(
                 complain(f"{name}: {error}", kind="left out: ")
                 continue
             missing[name] = str(error)
+        except RecipeError as error:
+            if asked or name not in registry.foreign("estimators"):
+                raise
+            complain(f"{name}: {error}", kind="left out: ")
     if not chosen:
         raise RequirementError("; ".join(f"{name}: {why}" for name, why in missing.items()))
     return chosen, missing

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel import hypergradient, registry, tree
-from bilevel.errors import CheckError, RequirementError
+from bilevel.errors import BilevelError, CheckError, RequirementError
 from bilevel.estimators import betty
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.dense import Dense
@@ -44,9 +44,13 @@ def examine(console: Console) -> None:
         ("devices", _devices()),
         ("second derivatives", _second_order()),
         ("extras", _extras()),
+        ("plug-ins", _plug_ins()),
         ("peers", _peers()),
         ("data", _data()),
     ):
+        part = list(part)
+        if not part:
+            continue
         console.print(Text(title, style="bold"))
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for finding in part:
@@ -157,6 +161,18 @@ def _extras() -> Iterator[Finding]:
         absent = [name for name in extras.get(extra, ()) if not _is_installed(name)]
         lacking = f"lacks {', '.join(absent)}: pip install 'bilevel[{extra}]'"
         yield Finding(extra, lacking if absent else "complete", is_good=not absent)
+
+
+def _plug_ins() -> Iterator[Finding]:
+    """What other packages register, imported here so that a broken one has a name."""
+    for group in registry.groups():
+        for name in registry.foreign(group):
+            try:
+                found = registry.find(group, name)
+            except BilevelError as error:
+                yield Finding(f"{group}/{name}", str(error), is_good=False)
+            else:
+                yield Finding(f"{group}/{name}", f"{found.__module__}:{found.__qualname__}")
 
 
 def _peers() -> Iterator[Finding]:

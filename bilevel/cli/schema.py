@@ -84,7 +84,11 @@ def _registered(group: str, name: str) -> dict[str, Any]:
     try:
         return _component(registry.find(group, name), name)
     except BilevelError:
-        return {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
+        pass
+    except Exception:  # a plug-in may be broken in any way, which `doctor` tells
+        if name not in registry.foreign(group):
+            raise
+    return {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
 
 
 def _component(cls: type[Any], name: str | None) -> dict[str, Any]:

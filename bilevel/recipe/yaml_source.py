@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -49,7 +50,7 @@ def parse(text: str, title: str) -> Source:
 def override(source: Source, assignments: Iterable[str]) -> Source:
     """`source` with `key.path=value` applied in turn; values are YAML.
 
-    A value replaces all that stood at its key. Options below a bare name keep the name:
+    Files that values name are relative to the current folder. A value replaces all that stood at its key. Options below a bare name keep the name:
     `estimator.damping=1` makes `{name: implicit, damping: 1}` of `estimator: implicit`.
     """
     data, origins = _copy(source.data), dict(source.origins)
@@ -60,7 +61,7 @@ def override(source: Source, assignments: Iterable[str]) -> Source:
         if not equals or not all(path) or len(path) > yaml_limits.DEPTH:
             raise RecipeError(f"{title}: must be key.path=value, e.g. upper.steps=200")
         value = _plain(_load(text, title), title, {})
-        origin = Origin(title, _AFTER_THE_FILE + order)
+        origin = Origin(title, _AFTER_THE_FILE + order, base=Path())
         where, made = _assign(data, path, value, title)
         for below in [known for known in origins if known[: len(where)] == where]:
             del origins[below]

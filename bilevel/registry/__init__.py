@@ -16,11 +16,13 @@ from bilevel.registry.entries import (
     extra_for,
     extras,
     find,
+    foreign,
     groups,
     kind,
     name_of,
     names,
     references,
+    remedy_for,
 )
 
 __all__ = [
@@ -32,10 +34,12 @@ __all__ = [
     "extra_for",
     "extras",
     "find",
+    "foreign",
     "groups",
     "kind",
     "name_of",
     "names",
     "references",
+    "remedy_for",
     "unknown",
 ]

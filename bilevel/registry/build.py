@@ -117,13 +117,14 @@ class Builder:
             spec = _merge(preset.spec, own)
         options = dict(spec)
         name = options.pop("name")
-        cls = self._find(group, name, where if is_bare else (*where, "name"))
+        at = where if is_bare else (*where, "name")
+        cls = self._find(group, name, at)
         if cls is None:
             return None
         built = self.options(cls, options, where)
         if built is None:
             return None
-        name = registry.absolute(name, self._base)
+        name = registry.absolute(name, self._base_at(at))
         return Built(built.value, {"name": name, **built.content}, composed=True)
 
     def options(self, cls: type[Any], spec: Any, where: Where) -> Built | None:
@@ -164,10 +165,24 @@ class Builder:
             self._complaints.add(where, "must be a name", name)
             return None
         try:
-            return registry.find(group, name, self._base)
+            return registry.find(group, name, self._base_at(where))
         except RecipeError as error:
-            self._complaints.add(where, str(error))
+            self._complaints.add(where, f"{error}{self._elsewhere(name, where)}")
             return None
+
+    def _base_at(self, where: Where) -> Path:
+        base = self._complaints.base(where)
+        return self._base if base is None else base
+
+    def _elsewhere(self, name: str, where: Where) -> str:
+        """A hint where the command line names a file that lies beside the recipe."""
+        match = registry.FILE.match(name)
+        if not match or (self._base_at(where) / match["file"]).exists():
+            return ""
+        beside = self._base / match["file"]
+        if self._base_at(where) == self._base or not beside.exists():
+            return ""
+        return f", the current folder being where overrides look; there is {beside}"
 
     def _instance(
         self,

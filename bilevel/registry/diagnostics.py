@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -48,6 +49,8 @@ class Origin:
 
     text: str
     order: int
+    base: Path | None = None
+    """What files named there are relative to, where that is not the folder of the recipe."""
 
 
 class Complaints:
@@ -95,6 +98,11 @@ class Complaints:
             messages.append(_expected(detail))
         for place, (messages, value) in found.items():
             self.add(place, _either(messages), value)
+
+    def base(self, where: Where) -> Path | None:
+        """What a file that is named at `where` is relative to; None for the folder of the recipe."""
+        origin = self._origin(where)
+        return origin.base if origin else None
 
     def finish(self) -> None:
         """Raise `RecipeError` if anything was said."""

@@ -1,5 +1,6 @@
 """Names of components: a registered name, `path/to/file.py:Class` or `package.module:Class`.
 
+A file is relative to what names it: the folder of a recipe, or the current one on the command line.
 Registered names are entry points of the groups `bilevel.<group>`, so that another package adds
 its own by declaring them. Nothing here imports torch, and listing imports no component at all.
 """
@@ -12,7 +13,8 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +72,8 @@ def entries(group: str) -> tuple[Entry, ...]:
     """Every component registered in `group`, with its summary; imports none of them."""
     points = _points(group)
     return tuple(
-        Entry(name, summary_of(points[name].value), points[name].value) for name in names(group)
+        Entry(name, _conflict(group, name) or summary_of(points[name].value), points[name].value)
+        for name in names(group)
     )
 
 
@@ -92,6 +95,8 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
     if reference not in points:
         known = {*points, *presets.of(group)}
         raise RecipeError(unknown(reference, known, kind(group)))
+    if conflict := _conflict(group, reference):
+        raise RecipeError(conflict)
     module, _, name = points[reference].value.partition(":")
     return _attribute(_import(module, reference), name, reference)
 
@@ -116,17 +121,29 @@ def name_of(cls: type[Any], group: str) -> str:
     return value
 
 
+def foreign(group: str) -> tuple[str, ...]:
+    """The names in a group that another package registers."""
+    ours = ("bilevel.", "bilevel_problems.")
+    return tuple(name for name, value in references(group).items() if not value.startswith(ours))
+
+
 def _points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
     found: dict[str, importlib.metadata.EntryPoint] = {}
     for point in importlib.metadata.entry_points(group=PREFIX + group):
-        taken = found.get(point.name)
-        if taken is not None and taken.value != point.value:
-            raise RecipeError(
-                f"{group} name {point.name!r} is registered twice: {taken.value} and "
-                f"{point.value}; uninstall one of the two packages"
-            )
-        found[point.name] = point
+        found.setdefault(point.name, point)
     return found
+
+
+def _conflict(group: str, name: str) -> str | None:
+    """What is wrong with a name that two packages register."""
+    points = importlib.metadata.entry_points(group=PREFIX + group)
+    values = dict.fromkeys(point.value for point in points if point.name == name)
+    if len(values) < 2:
+        return None
+    return (
+        f"{group} name {name!r} is registered twice: {' and '.join(values)}; uninstall one of the "
+        "two packages"
+    )
 
 
 def _attribute(module: ModuleType, name: str, reference: str) -> type[Any]:
@@ -142,14 +159,22 @@ def _attribute(module: ModuleType, name: str, reference: str) -> type[Any]:
 
 
 def _import(module: str, reference: str) -> ModuleType:
-    try:
+    with _importing(module, reference):
         return importlib.import_module(module)
+
+
+@contextmanager
+def _importing(what: str, reference: str) -> Iterator[None]:
+    """Whatever a module of somebody's own raises while it is imported is one `BilevelError`."""
+    try:
+        yield
     except ModuleNotFoundError as error:
-        raise _missing(error, module, reference) from error
+        raise _missing(error, what, reference) from error
     except RequirementError:  # an ImportError that says itself what is missing
         raise
-    except ImportError as error:
-        raise RecipeError(f"{reference!r}: importing {module} failed: {error}") from error
+    except (Exception, SystemExit) as error:  # one that exits is no success of ours
+        kind = type(error).__name__
+        raise RecipeError(f"{reference!r}: importing {what} failed: {kind}: {error}") from error
 
 
 def _path(file: str, reference: str, base: Path) -> Path:
@@ -177,28 +202,68 @@ def _load_file(path: Path, reference: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _offer_neighbours(path, reference)
     try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
+        with _importing(str(path), reference):
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        if isinstance(error, ModuleNotFoundError):
-            raise _missing(error, str(path), reference) from error
-        if isinstance(error, Exception) and not isinstance(error, RequirementError):
-            kind = type(error).__name__
-            raise RecipeError(f"{reference!r}: importing {path} failed: {kind}: {error}") from error
         raise
     return module
+
+
+_offered: set[str] = set()
+"""Folders of files loaded so far, at the end of `sys.path`."""
+
+
+def _offer_neighbours(path: Path, reference: str) -> None:
+    """Let a file import the modules beside it, now and later; what is installed comes first.
+
+    Raises `RecipeError` where it imports one whose name stands for a file of another such folder.
+    """
+    folder = str(path.parent)
+    wanted = set(_IMPORTED.findall(path.read_bytes()))
+    for name in (name.decode() for name in wanted):
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if loaded is None or not any(
+            (path.parent / each).exists() for each in (name, f"{name}.py")
+        ):
+            continue
+        home = next((each for each in _offered if Path(loaded).is_relative_to(each)), folder)
+        if home != folder:
+            raise RecipeError(
+                f"{reference!r}: the module {name!r} beside it is already loaded from {loaded}; "
+                "give one of the two another name"
+            )
+    if folder not in _offered:
+        _offered.add(folder)
+        sys.path.append(folder)
+
+
+_IMPORTED = re.compile(rb"^[ \t]*(?:import|from)[ \t]+([A-Za-z_]\w*)", re.MULTILINE)
 
 
 def _missing(error: ModuleNotFoundError, module: str, reference: str) -> RequirementError:
     absent = (error.name or "?").partition(".")[0]
     if absent in ("bilevel", "bilevel_problems"):
         return RequirementError(f"{reference!r}: {error.name} is not part of this installation")
-    extra = extra_for(absent)
-    install = f"pip install 'bilevel[{extra}]'" if extra else f"pip install {absent}"
     return RequirementError(
-        f"{reference!r} needs the package {absent!r}, which is not installed (imported by "
-        f"{module}). Install it: {install}"
+        f"{reference!r} needs the module {absent!r}, which is not installed (imported by {module}). "
+        f"{remedy_for(absent)}"
+    )
+
+
+def remedy_for(module: str) -> str:
+    """How to come by an importable module; a name to install is given only where it is known.
+
+    Anyone can register the name of a helper module of yours: it is not what to install.
+    """
+    extra = extra_for(module)
+    if extra:
+        return f"Install it: pip install 'bilevel[{extra}]'"
+    return (
+        f"Where it is a file of yours, put {module}.py beside the file that imports it; else install "
+        "the package that its documentation names"
     )
 
 

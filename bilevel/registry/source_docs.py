@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from bilevel.errors import RecipeError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -43,7 +45,10 @@ def summary_of(reference: str) -> str:
 
     One that goes on below, up to what is set off as a formula, is not cut in the middle.
     """
-    outline = outline_of(reference)
+    try:
+        outline = outline_of(reference)
+    except RecipeError as error:  # which costs a listing this one line
+        return f"broken: {error}"
     if outline is None:
         return ""
     lines = outline.doc.partition("\n\n")[0].splitlines()
@@ -59,12 +64,23 @@ def _until_a_comma(text: str) -> str:
 
 
 def outline_of(reference: str) -> Outline | None:
-    """The outline of `module:Class`, or None where its source cannot be found."""
+    """The outline of `module:Class`, or None where its source cannot be found.
+
+    Raises `RecipeError` where the source cannot be read, as that of a broken plug-in.
+    """
     module, _, name = reference.partition(":")
     path = source_of(module)
     if path is None:
         return None
-    tree = _parse(path)
+    try:
+        return _outline(name, _parse(path))
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise RecipeError(f"{path}{line}: {type(error).__name__}: {said}") from error
+
+
+def _outline(name: str, tree: ast.Module) -> Outline | None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return Outline(

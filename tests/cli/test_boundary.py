@@ -102,7 +102,8 @@ def test_check_says_what_a_problem_misses_as_run_does(where, tmp_path: Path, run
         invoke(*command, code=3) for command in (asked, ["run", recipe, "--runs-dir", runs])
     )
     assert checked.stderr == ran.stderr
-    assert "pip install no_such" in checked.stderr
+    assert "put no_such.py beside" in checked.stderr
+    assert "pip install" not in checked.stderr
     invoke("check", _mine(tmp_path), "--estimators", "implicit")  # negative control
 
 
