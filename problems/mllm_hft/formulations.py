@@ -174,13 +174,15 @@ def task(
         logits = call(network, weights, "logits", **inputs)
         return task_loss(logits, batch["ids"], batch["counted"], weighed)
 
+    trained, heads = network.heads_apart(weights)
+
     def answers(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
         given = {name: value for name, value in rows.items() if name != "counted"}
-        logits = call(network, weights, "logits", **given)
+        logits = call(network, {**weights, **heads}, "logits", **given)
         return (answer_losses(logits, rows["ids"], rows["counted"]),)
 
     rows = {**inputs, "counted": batch["counted"]}
-    (each,) = in_chunks(answers, network.without_heads(weights), rows, micro_batch)
+    (each,) = in_chunks(answers, trained, rows, micro_batch)
     return mean_of_answers(each, batch["counted"], weighed)
 
 
@@ -222,15 +224,16 @@ def embeddings(
     Heads are applied to the states of the whole batch. Captions are a function of LoRA alone, so
     that where it is fixed no graph of them is made.
     """
-    trained = network.without_heads(weights)
+    trained, heads = network.heads_apart(weights)
 
     def pictures(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
-        return (call(network, weights, "image_states", **rows),)
+        return (call(network, {**weights, **heads}, "image_states", **rows),)
 
     def captions(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
         lines = rows["ids"].shape[:2]
         told = {name: value.flatten(0, 1) for name, value in rows.items()}
-        return (call(network, weights, "text_states", **told).unflatten(0, lines),)
+        states = call(network, {**weights, **heads}, "text_states", **told)
+        return (states.unflatten(0, lines),)
 
     (image,) = in_chunks(pictures, trained, seen(batch), micro_batch)
     rows = {name: batch[name] for name in ("ids", "mask")}

@@ -1,15 +1,16 @@
-"""What a lower step will hold, counted before it is taken: on the meta device, where tensors have no data.
+"""What a run will hold, counted before it is taken: on the meta device, where tensors have no data.
 
-Counted are the weights and the tensors that autograd saves, each storage once, for G and for its
-gradient where that is to be differentiated. It is a lower bound: temporaries, gradients, optimizer
-states and the batch are not in it, and a path of K unrolled steps saves K times as much.
+Counted are the weights and the tensors that autograd saves, each storage once, at the moment when most
+are held: while ∇y G is computed, and while it is differentiated once more. Chunks that are computed again
+in a backward (`micro_batches`) are seen as they come and go. It is a lower bound: temporaries, gradients,
+optimizer states and the batch are not in it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,35 +30,51 @@ class Footprint:
 
     weights: int
     graph: int
-    """Saved by the forward of G: held until its gradient is there."""
+    """Saved at most at once while the gradient of G is computed."""
     derivative: int
-    """Saved beside it where the gradient of G is differentiated: Hessian products, unrolling."""
+    """Saved beside it while the gradient is differentiated: a Hessian product, a step unrolled."""
+    kept: int = 0
+    """Of these, what stays when the gradient is there: a path of K steps, stored, holds K times that."""
+
+    @property
+    def of_second_order(self) -> int:
+        """All of it, where one step's gradient is differentiated."""
+        return self.weights + self.graph + self.derivative
 
     def __str__(self) -> str:
         return (
             f"weights {spelled(self.weights)}, a lower gradient {spelled(self.graph)}, "
-            f"its derivative {spelled(self.derivative)} more"
+            f"its derivative {spelled(self.derivative)} more, of which a stored step keeps "
+            f"{spelled(self.kept)}"
         )
 
 
 def footprint(
     loss: Callable[[Params, Any], Tensor], frozen: Params, trained: Params, batch: Any
 ) -> Footprint:
-    """Of `loss({**frozen, **trained}, batch)` and its gradient in `trained`.
+    """Of `loss({**frozen, **trained}, batch)`, its gradient in `trained` and a Hessian product.
 
-    Tensors may lie anywhere; only their shapes and dtypes are looked at. Costs one forward and one
-    backward without data.
+    Tensors may lie anywhere; only their shapes and dtypes are looked at. Costs two forwards, two
+    backwards and one through the second, without data.
     """
     fixed = tree.map(_without_data, frozen)
     variables = tree.map(lambda value: _without_data(value).requires_grad_(), trained)
     at, inputs = {**fixed, **variables}, tree.map_nested(_without_data, batch)
     own = [value.untyped_storage() for value in at.values()]
-    known = [*own, *(t.untyped_storage() for t in _leaves(inputs))]
-    with _saved(known) as graph:
+    meter = _Meter([*own, *(t.untyped_storage() for t in _leaves(inputs))])
+    entries = list(variables.values())
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
+        torch.autograd.grad(loss(at, inputs), entries, allow_unused=True)
+        graph = meter.most
         value = loss(at, inputs)
-    with _saved([*known, *graph]) as derivative:
-        torch.autograd.grad(value, list(variables.values()), create_graph=True, allow_unused=True)
-    return Footprint(_bytes(own), _bytes(graph), _bytes(derivative))
+        found = torch.autograd.grad(value, entries, create_graph=True, allow_unused=True)
+        kept = meter.now
+        slopes = [slope for slope in found if slope is not None and slope.requires_grad]
+        if slopes:
+            like = [torch.zeros_like(slope) for slope in slopes]
+            torch.autograd.grad(slopes, entries, like, allow_unused=True)
+    size = sum({storage._cdata: storage.nbytes() for storage in own}.values())
+    return Footprint(size, graph, meter.most - graph, kept)
 
 
 def require_room(found: Footprint, device: torch.device, remedy: str) -> None:
@@ -97,22 +114,35 @@ def _leaves(value: Any) -> list[Tensor]:
     return found
 
 
-@contextmanager
-def _saved(known: Iterable[torch.UntypedStorage]) -> Iterator[list[torch.UntypedStorage]]:
-    """The storages that autograd saves within, each once, without those `known`."""
-    seen = {storage._cdata for storage in known}
-    found: list[torch.UntypedStorage] = []
+class _Meter:
+    """Bytes that autograd holds, each storage once, without those `known`: now, and at most so far."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            found.append(storage)  # held, so that its address is not taken by another
-        return tensor
+    def __init__(self, known: Iterable[torch.UntypedStorage]) -> None:
+        self._known = {storage._cdata for storage in known}
+        self._holders: Counter[int] = Counter()
+        self.now = self.most = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+    def pack(self, tensor: Tensor) -> _Held | Tensor:
+        return tensor if tensor.untyped_storage()._cdata in self._known else _Held(self, tensor)
+
+    def unpack(self, held: _Held | Tensor) -> Tensor:
+        return held.tensor if isinstance(held, _Held) else held
+
+    def add(self, storage: torch.UntypedStorage, holders: int) -> None:
+        """One holder more, or less; the storage counts while it has any."""
+        before = self._holders[storage._cdata]
+        self._holders[storage._cdata] += holders
+        if 0 in (before, before + holders):
+            self.now += holders * storage.nbytes()
+            self.most = max(self.most, self.now)
 
 
-def _bytes(storages: Iterable[torch.UntypedStorage]) -> int:
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+class _Held:
+    """A saved tensor, until autograd lets it go."""
+
+    def __init__(self, meter: _Meter, tensor: Tensor) -> None:
+        self.tensor, self._meter = tensor, meter
+        meter.add(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self._meter.add(self.tensor.untyped_storage(), -1)

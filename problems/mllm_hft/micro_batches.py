@@ -41,8 +41,16 @@ def in_chunks(
         return function(own, rebuild(rows, leaves))
 
     weights, entries, once = flat(parameters), flat(rows), checkpointed(of)
-    parts = [
-        once(*weights, *(entry[part] for entry in entries))
-        for part in chunks(len(entries[0]), size)
-    ]
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+    def at(part: slice) -> tuple[Tensor, ...]:
+        return once(*weights, *(entry[part] for entry in entries))
+
+    number = len(entries[0])
+    parts = list(chunks(number, size))
+    if entries[0].is_meta:  # shapes alone: one chunk stands for all that are as long
+        whole, rest = divmod(number, size)
+        found = [at(parts[0])] * whole if whole else []
+        found += [at(parts[-1])] if rest else []
+    else:
+        found = [at(part) for part in parts]
+    return tuple(torch.cat(columns) for columns in zip(*found, strict=True))

@@ -146,10 +146,11 @@ def preference(
 ) -> Preference:
     """Of a batch with a reference, under the network's parameters `weights`. Three forwards."""
     known = batch["reference"]
+    trained, heads = network.heads_apart(weights)
 
     def told(weights: Params, rows: dict[str, Any]) -> tuple[Tensor, ...]:
         """Token by token log-probabilities of chosen, rejected and noisy, and both divergences."""
-        logits = _logits(network, weights, rows)
+        logits = _logits(network, {**weights, **heads}, rows)
         policy = (
             log_probabilities(logits[name], rows[side]["ids"]) for name, side, _ in _forwards(rows)
         )
@@ -163,7 +164,7 @@ def preference(
     rows = {side: {name: batch[side][name] for name in row} for side in SIDES}
     rows |= {"pictures": batch["pictures"], "noisy": batch["noisy"]}
     rows["reference"] = {side: known[side] for side in SIDES}
-    found = in_chunks(told, network.without_heads(weights), rows, micro_batch)
+    found = in_chunks(told, trained, rows, micro_batch)
 
     def response(side: str, policy: Tensor, reference: Tensor) -> Response:
         return Response(policy, reference, batch[side]["counted"], batch[side]["changed"])

@@ -22,6 +22,8 @@ from .batches import Data, numbered, origin_numbers, origins
 from .contrast_first import contrast_first
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.questions import cooccurrence
+from .formulations import SCALARS
+from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.instructions import conversations
 from .models.network import LoadedModel, hacl_heads, parameters
@@ -30,6 +32,7 @@ from .preference_pairs import CaptionPairs, caption_pairs, spread
 from .sources.protocol import Corpus, Scene, Split
 
 if TYPE_CHECKING:
+    from .planning import Plan
     from .problem import HierarchicalFineTuning
 
 VERSION = 1
@@ -57,6 +60,13 @@ class Prepared:
     """Where projector, heads and LoRA start after `contrast_first`; without it, nothing."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    plan: Plan | None = None
+    """Of the run's device, once it is known."""
+
+    @property
+    def rows(self) -> int:
+        """That pass the model at a time where no graph is made."""
+        return self.plan.rows if self.plan else 1
 
 
 def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepared]:
@@ -85,6 +95,33 @@ def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepar
     if problem.contrast_first:
         made.first = yield from contrast_first(problem, loaded, train, made.constants)
     return made
+
+
+def start(
+    problem: HierarchicalFineTuning, prepared: Prepared, stream: torch.Generator | None
+) -> tuple[Params, Params]:
+    """x and y to start from; without a stream LoRA is zero, which is the same function.
+
+    After `contrast_first` projector, heads and LoRA are what it made, whatever the stream.
+    """
+    network = prepared.loaded.network
+    parts: dict[str, Params] = {
+        "projector": parameters(network, "projector"),
+        "heads": parameters(network, "heads"),
+        "lora": start_lora(network, stream),
+        "source_scores": {},
+        "anchor": formulations.anchors(parameters(network, "projector")),
+        **{name: {name: value} for name, value in prepared.constants.items()},
+    }
+    if prepared.first:
+        parts = {
+            part: {name: prepared.first.get(name, value) for name, value in values.items()}
+            for part, values in parts.items()
+        }
+    fixed = {SCALARS[name] for name in SCALARS.keys() - set(problem.learned)}
+    x = {n: v for part in problem.form.upper if part not in fixed for n, v in parts[part].items()}
+    y = {n: v for part in problem.form.lower for n, v in parts[part].items()}
+    return x, y
 
 
 def _weights_of(weights: dict[str, float], sources: tuple[str, ...]) -> list[float]:

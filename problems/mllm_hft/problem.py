@@ -29,16 +29,16 @@ from .batches import task_batch
 from .evaluation.before_after import figures
 from .evaluation.evaluator import Evaluator
 from .evaluation.measures import Metrics
-from .formulations import FORMS, SCALARS, ContrastLoss, Form, Formulation, Learned
+from .formulations import FORMS, ContrastLoss, Form, Formulation, Learned
 from .losses import Choice
 from .lower_batches import lower_batches
-from .memory import Footprint, footprint, require_room
-from .models.adapters import start_lora
+from .memory import require_room
 from .models.export import export
-from .models.network import Backbone, Heads, parameters
+from .models.network import Backbone, Heads
 from .models.tiny import Tiny
-from .preference_pairs import reference_shapes, with_reference
-from .preparation import Prepared, prepare
+from .planning import plan
+from .preference_pairs import with_reference
+from .preparation import Prepared, prepare, start
 from .queue import StartStates
 from .sources.protocol import Encoder, Source
 from .sources.shapes import Shapes
@@ -84,9 +84,10 @@ class HierarchicalFineTuning:
     """Pictures of a lower step's contrast, each with its caption and hallucinated captions."""
     upper_batch: PositiveInt = 32
     """Conversations of an upper step."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: PositiveInt | Literal["auto"] | None = None
     """Conversations, or pictures with their captions, that pass the language model at a time, none of
-    whose graph is kept: the same losses to rounding, in the memory of so many. None: all of a batch."""
+    whose graph is kept: the same losses to rounding, in the memory of so many. None: all of a batch;
+    auto: as many as the device's memory allows, which the run says before it starts."""
     anchor: NonNegativeFloat = 2.0
     """μ of two_variable and proximal, which hold the projector to the warmed-up one, or to one that
     is learned."""
@@ -151,62 +152,33 @@ class HierarchicalFineTuning:
         self._made[:] = [(yield from prepare(self))]
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
-        """Move the frozen model, and what losses compare with; says what a lower step will hold.
+        """Move the frozen model, and what losses compare with; says what the run will hold.
 
         Raises `RequirementError` where the device cannot hold the weights and one lower gradient.
         """
-        prepared = self._prepared
-        needed = self._footprint(dtype)
+        prepared, device = self._prepared, torch.device(device)
+        made = plan(self, prepared, device, dtype)
         require_room(
-            needed,
-            torch.device(device),
-            "lower the batches (problem.lower_batch, problem.contrast_batch), keep frozen weights in "
-            "bfloat16 (problem.model.weights=folder), or take a smaller model",
+            made.step,
+            device,
+            "let fewer rows pass at a time (problem.micro_batch=1, or auto), lower the batches "
+            "(problem.lower_batch, problem.contrast_batch), keep frozen weights in bfloat16 "
+            "(problem.model.weights=folder), or take a smaller model",
         )
-        prepared.device, prepared.dtype = torch.device(device), dtype
-        prepared.loaded.network.place(prepared.device, dtype)
-        prepared.reference = tree.to(prepared.reference, prepared.device, dtype)
-        prepared.constants = tree.to(prepared.constants, prepared.device, dtype)
-        return [Progress("memory of a lower step", 1, 1, f"at least {needed}")]
-
-    def _footprint(self, dtype: torch.dtype) -> Footprint:
-        """Of the first lower step, without its queue, whose states are a constant of the batch."""
-        prepared, network = self._prepared, self._prepared.loaded.network
-        batch = next(lower_batches(self, prepared, torch.Generator().manual_seed(0), None))
-        if self.form.loss != "hacl":
-            words = network.mllm.lm_head.out_features
-            batch["contrast"] = reference_shapes(batch["contrast"], words)
-        x, y = self._start(prepared, None)
-        own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        precisions = dict.fromkeys((*x, *y), dtype) | network.precisions(dtype)
-        at = {
-            name: torch.empty_like(value, dtype=precisions.get(name), device="meta")
-            for name, value in {**own, **prepared.constants, **x, **y}.items()
-        }
-        anchors = {name: at[name] for name in prepared.reference}
-
-        def loss(at: Params, batch: dict[str, Any]) -> Tensor:
-            return formulations.lower(
-                self.form,
-                network,
-                at,
-                batch,
-                anchor=self.anchor,
-                reference=anchors,
-                micro_batch=self.micro_batch,
-            )
-
-        frozen = {name: value for name, value in at.items() if name not in y}
-        trained = {name: at[name] for name in y}
-        return footprint(loss, frozen, trained, tree.to(batch, "meta", dtype))
+        prepared.plan, prepared.device, prepared.dtype = made, device, dtype
+        prepared.loaded.network.place(device, dtype)
+        prepared.reference = tree.to(prepared.reference, device, dtype)
+        prepared.constants = tree.to(prepared.constants, device, dtype)
+        return made.told()
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""
-        return self._start(self._prepared, streams["lora"])
+        return start(self, self._prepared, streams["lora"])
 
     def upper_loss(self, x: Params, y: Params, batch: dict[str, Tensor]) -> Tensor:
-        network = self._prepared.loaded.network
-        return formulations.task(network, {**x, **y}, batch, self.micro_batch)
+        prepared = self._prepared
+        network = prepared.loaded.network
+        return formulations.task(network, {**x, **y}, batch, self._micro_batch)
 
     def lower_loss(self, x: Params, y: Params, batch: dict[str, Any]) -> Tensor:
         prepared = self._prepared
@@ -217,8 +189,13 @@ class HierarchicalFineTuning:
             batch,
             anchor=self.anchor,
             reference=prepared.reference,
-            micro_batch=self.micro_batch,
+            micro_batch=self._micro_batch,
         )
+
+    @property
+    def _micro_batch(self) -> int | None:
+        made = self._prepared.plan
+        return made.micro_batch if made else None
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Conversations about unbiased pictures."""
@@ -239,7 +216,14 @@ class HierarchicalFineTuning:
     def _start_states(self) -> StartStates:
         prepared = self._prepared
         train, network = prepared.train, prepared.loaded.network
-        return StartStates(network, train.pictures, train.captions, prepared.device, prepared.dtype)
+        return StartStates(
+            network,
+            train.pictures,
+            train.captions,
+            prepared.device,
+            prepared.dtype,
+            prepared.rows,
+        )
 
     def project_upper(self, x: Params) -> Params:
         return formulations.project(x)
@@ -262,7 +246,7 @@ class HierarchicalFineTuning:
     def before(self) -> Params:
         """x and y of the warmed-up model, as one."""
         prepared = self._prepared
-        x, y = self._start(prepared, None)
+        x, y = start(self, prepared, None)
         return tree.to({**x, **y}, prepared.device, prepared.dtype)
 
     def side_by_side(self, models: dict[str, Params]) -> dict[str, Any]:
@@ -290,6 +274,7 @@ class HierarchicalFineTuning:
             prepared.dtype,
             self.generate_answers,
             self.caption_tokens,
+            prepared.rows,
         )
 
     def _learned(self, at: Params) -> Metrics:
@@ -305,27 +290,3 @@ class HierarchicalFineTuning:
                 weights = formulations.log_weights_of(at[scores]).exp().tolist()
                 found |= {f"learned/weight_{n}": w for n, w in zip(names, weights, strict=True)}
         return found
-
-    def _start(self, prepared: Prepared, stream: torch.Generator | None) -> tuple[Params, Params]:
-        """x and y to start from; without a stream LoRA is zero, which is the same function.
-
-        After `contrast_first` projector, heads and LoRA are what it made, whatever the stream.
-        """
-        network = prepared.loaded.network
-        parts: dict[str, Params] = {
-            "projector": parameters(network, "projector"),
-            "heads": parameters(network, "heads"),
-            "lora": start_lora(network, stream),
-            "source_scores": {},
-            "anchor": formulations.anchors(parameters(network, "projector")),
-            **{name: {name: value} for name, value in prepared.constants.items()},
-        }
-        if prepared.first:
-            parts = {
-                part: {name: prepared.first.get(name, value) for name, value in values.items()}
-                for part, values in parts.items()
-            }
-        fixed = {SCALARS[name] for name in SCALARS.keys() - set(self.learned)}
-        x = {n: v for part in self.form.upper if part not in fixed for n, v in parts[part].items()}
-        y = {n: v for part in self.form.lower for n, v in parts[part].items()}
-        return x, y

@@ -25,8 +25,6 @@ from .evaluation.evaluation_split import Captions
 from .models.network import Network, chunks
 from .models.pictures import Pictures
 
-CHUNK = 128
-
 
 class StartStates:
     """States of a split's pictures and true captions, made without a gradient when first asked for.
@@ -42,9 +40,10 @@ class StartStates:
         captions: Captions,
         device: torch.device,
         dtype: torch.dtype,
+        chunk: int,
     ) -> None:
         self._network, self._pictures, self._captions = network, pictures, captions
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._chunk = device, dtype, chunk
         size = len(pictures), network.image_head.in_features
         kind = network.image_head.weight.dtype
         self._image, self._text = torch.empty(size, dtype=kind), torch.empty(size, dtype=kind)
@@ -53,7 +52,7 @@ class StartStates:
     def of(self, index: Int[Tensor, "queued"]) -> dict[str, Tensor]:
         """The states of some scenes, as "image" and "text"."""
         missing = index[~self._is_made[index]]
-        for part in chunks(len(missing), CHUNK):
+        for part in chunks(len(missing), self._chunk):
             self._make(missing[part])
         return {"image": self._image[index], "text": self._text[index]}
 

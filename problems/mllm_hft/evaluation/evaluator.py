@@ -32,7 +32,6 @@ from .reports import (
     report_questions,
 )
 
-CHUNK = 128
 ANSWER_TOKENS = 8
 
 
@@ -58,6 +57,8 @@ class Evaluator:
     """Measure answers that are written out, too, beside those read off the logits."""
     caption_tokens: int = 48
     """A caption that has not ended by then is cut."""
+    rows: int = 128
+    """Pictures or conversations that pass the model at a time."""
 
     def measure(
         self, parameters: Params, evaluation: EvaluationSplit
@@ -91,7 +92,7 @@ class Evaluator:
         """Embeddings of every picture, caption and hallucinated caption."""
         weights, _ = split(parameters)
         found = []
-        for part in chunks(len(evaluation.scenes), CHUNK):
+        for part in chunks(len(evaluation.scenes), self.rows):
             lines = self._move(evaluation.captions.take(part))
             image = call(
                 self.network, weights, "image", **self._move(evaluation.pictures.take(part))
@@ -131,7 +132,7 @@ class Evaluator:
     ) -> list[tuple[str, bool]]:
         """Greedy continuations of one prompt about some scenes."""
         lines = []
-        for part in scene.split(CHUNK):
+        for part in scene.split(self.rows):
             tokens = call(
                 self.network,
                 weights,
@@ -173,7 +174,7 @@ class Evaluator:
         rows, scene = asked.rows, asked.scene
         words = answer_words(self.tokenizer, self.template)
         scores = []
-        for part in chunks(len(rows), 2 * CHUNK):
+        for part in chunks(len(rows), 2 * self.rows):
             batch = self._move(rows.take(torch.arange(len(rows))[part]))
             logits = call(
                 self.network,
@@ -204,7 +205,7 @@ class Evaluator:
 
     def _task_loss(self, parameters: Params, evaluation: EvaluationSplit) -> Metrics:
         total, tokens = 0.0, 0
-        for part in chunks(len(evaluation.talked), CHUNK):
+        for part in chunks(len(evaluation.talked), self.rows):
             batch = evaluation.dialogues.take(torch.arange(len(evaluation.talked))[part])
             count = int(batch["counted"].sum())
             batch = self._move({**batch, **evaluation.pictures.take(evaluation.talked[part])})

@@ -96,9 +96,24 @@ class Network(nn.Module):
             for name, value in self.named_parameters()
         }
 
-    def without_heads(self, weights: Params) -> Params:
-        """What states and logits depend on."""
-        return {n: v for n, v in weights.items() if not n.startswith(HEADS)}
+    def decoding_bytes(self, tokens: int) -> tuple[int, int]:
+        """(KV cache, attention of one layer) of a sequence of so many tokens.
+
+        The cache holds a key and a value of each token a layer; eager attention, scores, their
+        softmax in float32, and both in the model's precision.
+        """
+        config: Any = self.language.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        each = self._words(self.before[:0]).element_size()
+        cache = 2 * config.num_hidden_layers * kept * width * tokens * each
+        return cache, heads * tokens**2 * (4 + 2 * each)
+
+    def heads_apart(self, weights: Params) -> tuple[Params, Params]:
+        """(what states and logits depend on, the heads as constants, whose precision they take)."""
+        heads = {n: v.detach() for n, v in weights.items() if n.startswith(HEADS)}
+        return {n: v for n, v in weights.items() if n not in heads}, heads
 
     def without_projector(self, weights: Params) -> Params:
         """What states of text depend on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bilevel_problems.mllm_hft.memory import (
     require_room,
     spelled,
 )
+from bilevel_problems.mllm_hft.planning import SHARE, largest_that_fits, lower_step
 
 KIB = 2**10
 
@@ -45,8 +48,10 @@ def test_one_storage_is_counted_once():
     assert found.graph == KIB
 
 
+@pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("formulation", ["two_variable", "weighted"])
-def test_without_data_as_with_data(formulation, tmp_path, monkeypatch):
+def test_without_data_as_with_data(formulation, micro_batch, tmp_path, monkeypatch):
+    """At the moment when autograd holds most, whole or chunk by chunk."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
@@ -61,20 +66,107 @@ def test_without_data_as_with_data(formulation, tmp_path, monkeypatch):
     frozen |= {name: value for name, value in every.items() if name not in y}
 
     def loss(reference: dict, at: dict, batch: dict) -> Tensor:
-        return formulations.lower(problem.form, network, at, batch, anchor=2.0, reference=reference)
+        return formulations.lower(
+            problem.form,
+            network,
+            at,
+            batch,
+            anchor=2.0,
+            reference=reference,
+            micro_batch=micro_batch,
+        )
 
     bare = {name: value.to("meta") for name, value in made.reference.items()}
     found = footprint(lambda at, b: loss(bare, at, b), frozen, y, batch)
     variables = {name: value.requires_grad_() for name, value in y.items()}
-    at = {**frozen, **variables}
+    at, entries = {**frozen, **variables}, list(variables.values())
     known = [*at.values(), *leaves(batch), *made.reference.values()]
-    with saved(known) as graph:
+    with Held(known) as first:
+        torch.autograd.grad(loss(made.reference, at, batch), entries, allow_unused=True)
+    with Held(known) as second:
         value = loss(made.reference, at, batch)
-    with saved([*known, *graph]) as derivative:
-        torch.autograd.grad(value, list(variables.values()), create_graph=True, allow_unused=True)
-    assert found.graph == pytest.approx(size(graph), rel=0.01)
-    assert found.derivative == pytest.approx(size(derivative), rel=0.01)
-    assert found.derivative > found.graph > found.weights / 10
+        slopes = torch.autograd.grad(value, entries, create_graph=True, allow_unused=True)
+        kept = second.size()
+        slopes = [slope for slope in slopes if slope is not None]
+        torch.autograd.grad(
+            slopes, entries, [torch.ones_like(s) for s in slopes], allow_unused=True
+        )
+    assert found.graph == pytest.approx(first.most, rel=0.01)
+    assert found.graph + found.derivative == pytest.approx(second.most, rel=0.01)
+    # of chunks that are alike one is counted; what is kept of the others are states and cotangents
+    assert kept * (1 if micro_batch is None else 0.5) <= found.kept * 1.01 <= kept * 1.02
+    assert found.derivative > found.graph > found.weights / 20
+
+
+def test_micro_batches_hold_one_at_a_time(tmp_path, monkeypatch):
+    """Of a batch of 32, two rows hold less than a sixteenth: conversations or contrast, never both."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tests.problems.mllm_hft.miniature import prepared
+
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
+    problem = prepared(lower_batch=32, contrast_batch=32, train=40)
+    made = problem._prepared
+    whole, two, four = (lower_step(problem, made, torch.float32, n) for n in (None, 2, 4))
+    assert whole.graph > 16 * two.graph
+    assert whole.graph + whole.derivative > 16 * (two.graph + two.derivative)
+    assert four.graph / two.graph == pytest.approx(2, rel=0.1)
+    assert whole.kept > 100 * two.kept
+    assert whole.weights == two.weights
+
+
+def test_the_largest_micro_batch_that_fits():
+    """A row holds 2 and its derivative 3 beside weights of 10: 10 + 5 m."""
+
+    def needed(size: int | None) -> Footprint:
+        asked.append(size)
+        return Footprint(10, 2 * (size or 32), 3 * (size or 32))
+
+    for room, size in ((170, None), (169.9, 16), (50, 8), (49.9, 4), (15, 1), (1, 1), (None, None)):
+        asked: list[int | None] = []
+        scaled = None if room is None else round(room / SHARE * 1000) / 1000
+        chosen, found = largest_that_fits(needed, 32, scaled)  # pyright: ignore[reportArgumentType]
+        assert chosen == size, room
+        assert found == needed(size)
+
+
+def test_auto_takes_what_fits_and_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tests.problems.mllm_hft.miniature import prepared
+
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
+    problem = prepared(micro_batch="auto", lower_batch=12, contrast_batch=12)
+    (step, evaluation) = problem.place("cpu", torch.float32)
+    assert "micro-batches" not in step.note
+    assert "for 128 captions at a time" in evaluation.note
+    made = problem._prepared
+    four = lower_step(problem, made, torch.float32, 4)
+    room = round(four.of_second_order / SHARE) + 1
+    monkeypatch.setattr(memory, "capacity", lambda device: room)
+    step, evaluation = problem.place("cpu", torch.float32)
+    assert step.note == f"at least {four}; micro-batches of 4"
+    cache, attention = made.loaded.network.decoding_bytes(made.plan.tokens)
+    rows = int((SHARE * room - four.weights) // (cache + attention))
+    assert 1 < rows < 128
+    assert f"KV cache {spelled(rows * cache)} for {rows} captions at a time" in evaluation.note
+    assert problem._evaluator.rows == rows
+
+
+def test_a_kv_cache_is_as_large_as_transformers_makes_it(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tests.problems.mllm_hft.miniature import prepared
+
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
+    made = prepared()._prepared
+    network = made.loaded.network
+    ids = torch.zeros(3, 7, dtype=torch.long)
+    sequence = network._sequence(ids, torch.ones_like(ids).bool())
+    layers = network._decode(sequence, use_cache=True).past_key_values.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    tokens = sequence.mask.shape[1]
+    assert 3 * network.decoding_bytes(tokens)[0] == size
 
 
 def leaves(batch: dict) -> list[Tensor]:
@@ -85,30 +177,37 @@ def leaves(batch: dict) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
-class saved:
-    """Tensors that autograd saves within, but those whose memory is `known`; by address."""
+class Held:
+    """Bytes that autograd holds within, but of memory that is `known`: at most, and now; by address."""
 
     def __init__(self, known: list[Tensor]) -> None:
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.found: list[Tensor] = []
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.alive: dict[int, tuple[int, int]] = {}
+        self.most = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box[0])
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in self.known:
-            self.found.append(tensor)
-        return tensor
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        box, address = _Box([tensor]), storage.data_ptr()
+        if address not in self.known:
+            self.alive[id(box)] = address, storage.nbytes()
+            weakref.finalize(box, self.alive.pop, id(box))
+            self.most = max(self.most, self.size())
+        return box
 
-    def __enter__(self) -> list[Tensor]:
+    def size(self) -> int:
+        return sum(dict(self.alive.values()).values())
+
+    def __enter__(self) -> Held:
         self.hooks.__enter__()
-        return self.found
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.hooks.__exit__(*error)
 
 
-def size(tensors: list[Tensor]) -> int:
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+class _Box(list):
+    """A list that can be referred to weakly."""
 
 
 def test_what_cannot_fit_is_refused_with_the_remedy():
@@ -130,9 +229,13 @@ def test_a_run_says_what_it_needs_and_refuses_before_it_moves(tmp_path, monkeypa
 
     monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     problem = prepared(formulation="weighted", queue=3)
-    (told,) = problem.place("cpu", torch.float64)
+    told, evaluation = problem.place("cpu", torch.float64)
     assert told.note.startswith("at least weights ")
-    wide, narrow = (problem._footprint(dtype) for dtype in (torch.float64, torch.float32))
+    assert "KV cache" in evaluation.note
+    wide, narrow = (
+        lower_step(problem, problem._prepared, dtype, None)
+        for dtype in (torch.float64, torch.float32)
+    )
     assert narrow.weights < wide.weights
     assert narrow.graph < wide.graph
     assert str(wide) in told.note
@@ -157,8 +260,11 @@ def test_the_table_of_a_7b_model_is_recomputed():
     from docs import mllm_memory
 
     page = (Path(__file__).parents[3] / "docs" / "mllm_memory.md").read_text(encoding="utf-8")
-    assert page.count("\n| `") == len(mllm_memory.ROWS)
-    case = mllm_memory.ROWS[1]
-    assert f"\n{mllm_memory.row(*case)}\n" in page
-    for other in mllm_memory.ROWS:
-        assert f"| `{other[0]}` | {str(other[1])[6:]} | {other[2]} |" in page
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(mllm_memory.ROWS)
+    case = mllm_memory.Case("weighted", torch.bfloat16, 32, 2)
+    assert rows[mllm_memory.ROWS.index(case)] == mllm_memory.row(case)
+    for line, other in zip(rows, mllm_memory.ROWS, strict=True):
+        kind = str(other.weights)[6:]
+        size = other.micro_batch or "–"
+        assert line.startswith(f"| `{other.formulation}` | {kind} | {other.batch} | {size} |")
