@@ -90,7 +90,9 @@ def _read(transformers: Any, file: Path, layers: int) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, config=config, dtype=torch.float32, **given
         )
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+    except RequirementError:
+        raise
+    except Exception as error:  # whatever transformers raises for a file that is cut or is none
         raise RequirementError(
             f"problem.model.file = {str(file)!r}: cannot be read as a gguf file "
             f"({type(error).__name__}: {error}); give the one of the package: {INSTALL}"
