@@ -57,6 +57,12 @@ class ConvergenceError(BilevelError, ArithmeticError):
     exit_code = 5
 
 
+class UserCodeError(BilevelError, RuntimeError):
+    """The problem's own code raised, or returned what a run cannot use."""
+
+    exit_code = 7
+
+
 class CheckpointError(BilevelError, RuntimeError):
     """A state could not be written or read."""
 

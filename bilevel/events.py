@@ -114,13 +114,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended: "done", "interrupted" or "terminated"."""
+    """The run ended: "done", "interrupted", "terminated", "diverged" or "failed"."""
 
     step: int
     reason: str
     seconds: float
     warned: Mapping[str, int] = field(default_factory=dict)
     """At how many steps each kind of warning held, those before a resume included."""
+    message: str = ""
+    """What was wrong, of a run that diverged or failed."""
 
 
 Event = Progress | Started | Stepped | Evaluated | Tabulated | Drawn | Warned | Saved | Finished

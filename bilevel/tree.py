@@ -377,6 +377,9 @@ def require(value: object, name: str) -> None:
                 f"{name}[{key!r}] must be a floating-point tensor, got {got}; "
                 "integers and buffers belong in the batch or the loss"
             )
+        if entry.is_meta or entry.layout is not torch.strided:
+            what = "has no data (device meta)" if entry.is_meta else "is sparse; take .to_dense()"
+            raise ProblemError(f"{name}[{key!r}] {what}")
         if entry.is_inference():
             raise ProblemError(
                 f"{name}[{key!r}] was made under torch.inference_mode(), and autograd takes no such "

@@ -13,6 +13,7 @@ from bilevel import recipe as recipes
 from bilevel import registry, testing
 from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
+from bilevel.cli.user_code import explaining
 from bilevel.errors import CheckError, RecipeError, RequirementError
 from bilevel.events import Event, Progress
 from bilevel.recipe.assemble import assemble
@@ -95,7 +96,7 @@ def _received(
     """The rows among the events, while the others are shown as they come."""
     shown, rows = ConsoleReceiver(console), []
     try:
-        with requiring(f"problem {type(setup.problem).__name__}"):
+        with explaining(), requiring(f"problem {type(setup.problem).__name__}"):
             for event in events:
                 if isinstance(event, kind):
                     rows.append(event)

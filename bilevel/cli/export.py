@@ -11,6 +11,7 @@ from rich.text import Text
 from bilevel import recipe as recipes
 from bilevel import runfolder
 from bilevel.cli.boundary import complain, requiring
+from bilevel.cli.user_code import explaining
 from bilevel.errors import CheckpointError, RecipeError
 from bilevel.problem.levels import Levels
 from bilevel.recipe.assemble import assemble
@@ -43,7 +44,7 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
     setup = assemble(recipe)
     shown = ConsoleReceiver(console)
     try:
-        with requiring(f"problem {type(recipe.problem).__name__}"):
+        with explaining(), requiring(f"problem {type(recipe.problem).__name__}"):
             for event in engine.prepare(setup):
                 shown.receive(event)
             state = engine.restore(setup, checkpoint.load(found.path))

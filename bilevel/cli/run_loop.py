@@ -15,7 +15,8 @@ from rich.text import Text
 from bilevel import report
 from bilevel.cli.boundary import Stopped, complain, requiring
 from bilevel.cli.signals import Signals
-from bilevel.errors import BilevelError, CheckpointError, ConvergenceError
+from bilevel.cli.user_code import explaining
+from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
 from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
 from bilevel.recipe.recipe import Recipe
 from bilevel.run import engine
@@ -41,7 +42,7 @@ class RunLoop:
     def begin(self) -> None:
         with self.signals:
             try:
-                with self._closing_on_error(), self._requiring():
+                with self._closing_on_error(), explaining(), self._requiring():
                     early = self._prepare(None)
                     state = engine.start(self.setup)
             except BaseException as error:
@@ -51,25 +52,34 @@ class RunLoop:
                 raise
             try:
                 self._drive(state, early, None)
-            except Exception as error:
+            except BaseException as error:
+                if not isinstance(error, (Exception, SystemExit)):
+                    raise
                 # A divergence is a result and a full disk may pass; after any other error before
                 # the first step is done there is nothing to resume from, nor to read.
-                lasting = not isinstance(error, (ConvergenceError, CheckpointError, OSError))
+                cause = error.__cause__ if isinstance(error, UserCodeError) else error
+                lasting = not isinstance(cause, (ConvergenceError, CheckpointError, OSError))
                 if lasting and state.step == 0 and self.saved is None:
                     self._discard()
+                else:
+                    self._report_on(error)
                 raise
 
     def resume(self, found: checkpoint.FoundCheckpoint | None) -> None:
         with self.signals:
             before = self._first_measures()
-            with self._closing_on_error(), self._requiring():
+            with self._closing_on_error(), explaining(), self._requiring():
                 early = self._prepare(before)
                 if found is None:
                     state, step = engine.start(self.setup), None
                 else:
                     state = engine.restore(self.setup, checkpoint.load(found.path))
                     step, self.saved = found.step, found.path
-            self._drive(state, early, step)
+            try:
+                self._drive(state, early, step)
+            except (Exception, SystemExit) as error:
+                self._report_on(error)
+                raise
 
     def _prepare(self, before: dict[str, float] | None) -> list[Event]:
         shown = ConsoleReceiver(self.console, before)
@@ -102,7 +112,23 @@ class RunLoop:
         self._report()
 
     def _loop(self, state: State) -> None:
+        """Every end is an event: that of an error is told with its reason, then raised."""
         began = time.perf_counter()
+        try:
+            with explaining(lambda: state.step):
+                self._take_steps(state, began)
+        except (Exception, SystemExit) as error:
+            reason = "diverged" if isinstance(error, ConvergenceError) else "failed"
+            said = str(error) or type(error).__name__
+            spent = time.perf_counter() - began
+            # what a full disk takes no more is not what ended the run
+            with suppress(Exception):
+                self._deliver(Finished(state.step, reason, spent, dict(state.warned), said))
+            if isinstance(error, UserCodeError) and (state.step or self.saved):
+                raise UserCodeError(f"{error}\n{self._how_to_resume()}") from error
+            raise
+
+    def _take_steps(self, state: State, began: float) -> None:
         for event in engine.run(self.setup, state):
             self._deliver(event)
             if isinstance(event, Finished):
@@ -172,6 +198,11 @@ class RunLoop:
     def _how_to_resume(self) -> str:
         where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"
         return f"Go on ({where}): bilevel resume {self.folder.path}"
+
+    def _report_on(self, error: BaseException) -> None:
+        """The report of a run that an error ended; a disk that took no event takes no report."""
+        if not isinstance(error, (CheckpointError, OSError)):
+            self._report()
 
     def _report(self) -> None:
         if report.missing():

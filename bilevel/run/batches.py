@@ -49,7 +49,13 @@ class Sampler:
     ) -> None:
         self._name, self._device, self._dtype = name, device, dtype
         self._stream = rng.stream(seed, name)
-        self._batches = iter(make(self._stream))
+        batches = make(self._stream)
+        if not hasattr(batches, "__iter__"):
+            raise ProblemError(
+                f"{name} must be an iterator of batches; got a {type(batches).__name__}: "
+                "itertools.repeat(None) where the losses need none"
+            )
+        self._batches = iter(batches)
         self.drawn = 0
         self._last: Any = None
 

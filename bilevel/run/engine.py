@@ -7,14 +7,15 @@ any event, and a test is `list(run(setup, state))`.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
 
 from bilevel import calculus, tree
-from bilevel.errors import ConvergenceError
+from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.events import (
     Drawn,
     Evaluated,
@@ -86,7 +87,22 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
     metrics = measure(state.x, state.y)
     if isinstance(metrics, Iterator):
         metrics = yield from _at(state.step, metrics)
-    yield Evaluated(state.step, metrics, time.perf_counter() - began)
+    yield Evaluated(state.step, _measures(setup, metrics), time.perf_counter() - began)
+
+
+def _measures(setup: Setup, metrics: Any) -> dict[str, float]:
+    """What a problem measured, which must be names and numbers."""
+    if isinstance(metrics, Mapping):
+        wrong = [n for n, v in metrics.items() if not (isinstance(n, str) and isinstance(v, Real))]
+        if not wrong:
+            return {name: v if type(v) is int else float(v) for name, v in metrics.items()}
+        got = f"{wrong[0]!r}: {type(metrics[wrong[0]]).__name__}"
+    else:
+        got = f"a {type(metrics).__name__}"
+    raise ProblemError(
+        f"{type(setup.problem).__name__}.evaluate must return a dict of name: number; got {got}. A "
+        "tensor of one entry is a number by .item()"
+    )
 
 
 def _at(step: int, work: Iterator[Event]) -> Generator[Event, None, Any]:

@@ -97,7 +97,13 @@ def start(setup: Setup) -> State:
     Where the problem's x or y is nested, `setup.problem` is from now on the same problem of flat
     dicts (`NestedVariables`).
     """
-    x, y = setup.problem.init(Streams(setup.seed))
+    made = setup.problem.init(Streams(setup.seed))
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise ProblemError(
+            f"{type(setup.problem).__name__}.init must return (x, y), two dicts of tensors; got a "
+            f"{type(made).__name__}"
+        )
+    x, y = made
     if tree.flat(x, "x") is not x or tree.flat(y, "y") is not y:
         setup.flatten(x, y)
         x, y = tree.flat(x, "x"), tree.flat(y, "y")

@@ -14,7 +14,17 @@ from typing import Any, TextIO
 
 from bilevel.components import component
 from bilevel.errors import CheckpointError
-from bilevel.events import Drawn, Evaluated, Event, Progress, Saved, Started, Tabulated, Warned
+from bilevel.events import (
+    Drawn,
+    Evaluated,
+    Event,
+    Finished,
+    Progress,
+    Saved,
+    Started,
+    Tabulated,
+    Warned,
+)
 from bilevel.runfolder import record
 
 
@@ -83,4 +93,6 @@ def plain(event: Event) -> dict[str, Any]:
         content: dict[str, Any] = {"step": event.step, "name": event.name}
     else:
         content = dataclasses.asdict(event)
+        if isinstance(event, Finished) and not event.message:
+            del content["message"]
     return {"event": type(event).__name__.lower(), **content}

@@ -107,14 +107,6 @@ def test_check_says_what_a_problem_misses_as_run_does(where, tmp_path: Path, run
     invoke("check", _mine(tmp_path), "--estimators", "implicit")  # negative control
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
-def test_another_error_of_a_problem_keeps_its_traceback(command, tmp_path: Path, runs):
-    recipe = _mine(tmp_path, init="raise ZeroDivisionError('mine')")
-    where = ["--runs-dir", str(runs)] if command == "run" else []
-    result = RUNNER.invoke(app, [command, str(recipe), *where])
-    assert isinstance(result.exception, ZeroDivisionError)
-
-
 @pytest.mark.parametrize(
     ("step", "raised", "kept"),
     [

@@ -97,7 +97,7 @@ def test_a_full_disk_stops_the_run_and_it_can_be_resumed(runs, monkeypatch):
     found = checkpoint.latest(folder / "checkpoints")
     assert found is not None
     assert found.step == 2
-    assert re.search(r"stopped +4/4", invoke("runs", "--runs-dir", runs).output)
+    assert re.search(r"failed +4/4", invoke("runs", "--runs-dir", runs).output)
     monkeypatch.undo()
     invoke("resume", folder)
     kinds = [event["event"] for event in record.read(folder)]
