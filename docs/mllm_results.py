@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task_only, clean .3": ("problem.formulation=task_only", "problem.clean=0.3", NONE),
 }
 """Overrides of the recipe."""
+AGAINST = ("alternating", "joint, clean .3", "task_only, clean .3")
+"""Arms that the bilevel one is compared with seed by seed."""
 DRAWN = ("bilevel", "alternating", "task_only, clean .3")
 """Arms of the figures."""
 MEASURES = {
@@ -172,21 +174,26 @@ def table(cells: list[Cell]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def paired(cells: list[Cell], better: str = "bilevel", worse: str = "alternating") -> str:
-    """Differences of two arms seed by seed."""
+def paired(cells: list[Cell], others: Sequence[str] = AGAINST, of: str = "bilevel") -> str:
+    """A row a measure, a column an arm: `of` − the arm, seed by seed, mean ± standard error (wins)."""
     by = {(cell["arm"], cell["seed"]): cell["after"] for cell in cells}
-    seeds = sorted(seed for arm, seed in by if arm == better and (worse, seed) in by)
-    rows = [
-        f"| {better} − {worse} | mean | standard error | better in |",
-        "|---|---|---|---|",
-    ]
+    seeds = {
+        other: sorted(seed for arm, seed in by if arm == of and (other, seed) in by)
+        for other in others
+    }
+    there = [other for other in others if seeds[other]]
+    rows = [f"| {of} − | {' | '.join(there)} |", "|---" * (len(there) + 1) + "|"]
     for name, (label, more) in MEASURES.items():
-        gains = [by[better, seed][name] - by[worse, seed][name] for seed in seeds]
-        error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else "-"
-        wins = sum((gain > 0) == more and gain != 0 for gain in gains)
-        mean = statistics.mean(gains)
-        rows.append(f"| {label} | {mean:+.3f} | {error} | {wins} of {len(gains)} |")
+        gains = {o: [by[of, seed][name] - by[o, seed][name] for seed in seeds[o]] for o in there}
+        shown = " | ".join(_difference(gains[other], more) for other in there)
+        rows.append(f"| {label} | {shown} |")
     return "\n".join(rows) + "\n"
+
+
+def _difference(gains: list[float], more: bool) -> str:
+    error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else ""
+    wins = sum((gain > 0) == more and gain != 0 for gain in gains)
+    return f"{statistics.mean(gains):+.3f}{error} ({wins} of {len(gains)})"
 
 
 def weights(cells: list[Cell]) -> str:

@@ -48,10 +48,15 @@ def test_means_and_deviations_of_each_arm():
 def test_differences_are_paired_by_seed_and_know_which_way_is_better():
     cells = [cell("bilevel", s, task_loss=0.1 + s, **{"chair/coverage": 0.6}) for s in range(3)]
     cells += [cell("alternating", s, task_loss=0.3 + s) for s in (0, 1)]
+    cells += [cell("joint, clean .3", 1, task_loss=0.6)]
     rows = {line.split(" | ")[0]: line for line in results.paired(cells).splitlines()}
-    assert rows["| task loss ↓"] == "| task loss ↓ | -0.200 | 0.000 | 2 of 2 |"
-    assert rows["| coverage ↑"] == "| coverage ↑ | +0.100 | 0.000 | 2 of 2 |"
-    assert rows["| CHAIR_s, of captions ↓"].endswith("| +0.000 | 0.000 | 0 of 2 |")
+    assert rows["| bilevel −"] == "| bilevel − | alternating | joint, clean .3 |"
+    beaten = "-0.200 ± 0.000 (2 of 2)"
+    assert rows["| task loss ↓"] == f"| task loss ↓ | {beaten} | +0.500 (0 of 1) |"
+    assert rows["| coverage ↑"].startswith("| coverage ↑ | +0.100 ± 0.000 (2 of 2) |")
+    assert rows["| CHAIR_s, of captions ↓"].startswith(
+        "| CHAIR_s, of captions ↓ | +0.000 ± 0.000 (0 of 2)"
+    )
 
 
 def test_agreements_with_the_path_stand_by_variable():
