@@ -162,13 +162,13 @@ def spread(values: list[float]) -> str:
 
 
 def table(cells: list[Cell]) -> str:
-    """A row a measure, a column an arm."""
+    """A row a measure, a column an arm; before as the first arm begins."""
     arms = [arm for arm in ARMS if any(cell["arm"] == arm for cell in cells)]
     of = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in arms}
     heads = ["before", *(f"{arm} ({len(of[arm])})" for arm in arms)]
     rows = [f"| (seeds) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, (label, _) in MEASURES.items():
-        before = statistics.mean(cell["before"][name] for cell in cells)
+        before = statistics.mean(cell["before"][name] for cell in of[arms[0]])
         shown = [spread([cell["after"][name] for cell in of[arm]]) for arm in arms]
         rows.append(f"| {label} | {before:.3f} | {' | '.join(shown)} |")
     return "\n".join(rows) + "\n"
