@@ -121,7 +121,17 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
         refuse_impure(loss.on(batch), state.x, state.y)
-    known = setup.estimator.needs.caution
+    needs = setup.estimator.needs
+    if not state.x and not needs.moves_lower and setup.estimator.claim != "direct":
+        state.warned["one level"] = 0
+        yield Warned(
+            0,
+            "one level",
+            f"x is empty, so estimator {_names(setup)[0]} has nothing to estimate: lower minimises G "
+            "and F is only watched. estimator: dynamic_barrier or rising_penalty lowers F over argmin "
+            "G; alternating says that G alone is meant",
+        )
+    known = needs.caution
     if known:
         state.warned["estimator"] = 0
         yield Warned(0, "estimator", known())

@@ -14,6 +14,8 @@ task_only     x = nothing                      y = projector, LoRA
               G = L_T(training data)
 joint         x = nothing                      y = projector, heads, LoRA, log τ
               G = L_T(training data) + λ L_C with λ fixed: HACL, arXiv:2312.06968
+simple        x = nothing                      y = projector, heads, LoRA, at both levels
+              G = L_C: min F over argmin G, by an estimator that moves y itself
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from .models.network import Group, Network, call
 from .preference_pairs import preference
 from .preferences import chip, chip_released
 
-Formulation = Literal["weighted", "two_variable", "proximal", "task_only", "joint"]
+Formulation = Literal["weighted", "two_variable", "proximal", "task_only", "joint", "simple"]
 ContrastLoss = Literal["hacl", "chip", "chip_released"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
 Part = Group | Scalars | Literal["anchor"]
@@ -113,6 +115,7 @@ FORMS: dict[Formulation, Form] = {
     "joint": Form(
         upper=(), lower=("projector", "heads", "lora", "log_tau"), task=True, contrast=True
     ),
+    "simple": Form(upper=(), lower=("projector", "heads", "lora"), task=False, contrast=True),
 }
 
 

@@ -91,8 +91,10 @@ def chip(
     L_s = −log σ(β (ℓ̄(w) − ℓ̄(l)))   ℓ̄ the mean over tokens, changed ones of weight `changed`
     L_k = β (KL(l) − sg KL(w))        sg: no gradient, so that KL(w) is a constant offset
 
-    L_k has the sign of the released code's logit: the policy stays near the reference along the
-    rejected response. Four forwards with gradient (w, l, w|noisy; KL is of the same logits).
+    L_k has the sign of the released code's logit, and of Zeng et al.: the policy stays near the
+    reference along the rejected response. That sign and the weights `segment` and `token` were
+    compared with the code alone (`token` is its tok_beta), not with the formulas of the paper. Three
+    forwards with gradient (w, l, w|noisy; KL is of the same logits).
     """
     logits = {
         "visual": pairs.chosen.gain() - pairs.noisy.gain(),
@@ -115,9 +117,17 @@ def chip_released(
 ) -> Float[Tensor, ""]:
     """−log σ(β [ℓ(w) − ℓ(l) + ℓ(w) − ℓ(w|noisy) − token (KL(l) − sg KL(w))]), mean over pairs.
 
-    Every ℓ is a sum in which a changed token weighs `changed`. The gradient leaves out that of
-    KL(w), which the value depends on: it is not the gradient of this loss, and a second derivative
-    is that of neither.
+    Every ℓ is a sum in which a changed token weighs `changed`; KL is not weighed. Signs, weights and
+    defaults are those of `LLAVADPOTrainer.chip_loss` and scripts/chip.sh of LVUGAI/CHiP. It differs
+    from them in
+
+    1. the noisy picture's reference: there Σ_t log ref(y_t|noisy), already summed over the tokens, is
+       multiplied by Σ_t m_t; here each token has its weight, so that π = ref has the logit 0;
+    2. the changed tokens: there a common run of fewer than three tokens is changed as well, and what
+       one response has and the other lacks in the same place is not (`changed_tokens`).
+
+    The gradient leaves out that of KL(w), which the value depends on: it is not the gradient of this
+    loss, and a second derivative is that of neither.
     """
     chosen = pairs.chosen.gain(changed)
     text = chosen - pairs.rejected.gain(changed)

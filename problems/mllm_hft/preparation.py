@@ -26,7 +26,7 @@ from .formulations import SCALARS
 from .models.adapters import start_lora
 from .models.cache import Tensors, cached
 from .models.instructions import conversations
-from .models.network import LoadedModel, hacl_heads, parameters
+from .models.network import LoadedModel, hacl_heads, parameters, residual_head
 from .models.pretrain import dialogues, warm_up
 from .preference_pairs import CaptionPairs, caption_pairs, spread
 from .sources.protocol import Corpus, Scene, Split
@@ -81,6 +81,8 @@ def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepar
     yield from _warm_up(problem, loaded, train)
     if problem.heads == "hacl":
         hacl_heads(loaded.network, rng.stream(problem.seed, "heads"))
+    if problem.text_head == "residual":
+        residual_head(loaded.network, rng.stream(problem.seed, "text_head"))
     sources, kinds = origins(scenes), problem.source.kinds
     scalars = formulations.start_scalars(
         problem.contrast, len(kinds), _weights_of(problem.weights, sources)

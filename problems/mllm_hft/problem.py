@@ -9,6 +9,7 @@ what is lower is a choice: see `formulations`.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,8 +35,9 @@ from .losses import Choice
 from .lower_batches import lower_batches
 from .memory import require_room
 from .models.export import export
-from .models.network import Backbone, Heads
+from .models.network import Backbone, Heads, TextHead
 from .models.tiny import Tiny
+from .options import SOMETIMES, refuse_unread
 from .planning import plan
 from .preference_pairs import with_reference
 from .preparation import Prepared, prepare, start
@@ -49,8 +51,8 @@ class HierarchicalFineTuning:
     """Align pictures and text in a multimodal language model so that it hallucinates less."""
 
     formulation: Formulation = "weighted"
-    """Which variables are upper: weighted, two_variable, proximal; or none, an arm to compare with:
-    task_only, joint."""
+    """Which variables are upper: weighted, two_variable, proximal; none, and all at both levels: simple;
+    or none, an arm to compare with: task_only, joint."""
     source: Annotated[Source, Slot("mllm_sources")] = Field(default_factory=Shapes)
     encoder: Annotated[Encoder | None, Slot("mllm_encoders")] = None
     """Frozen vision encoder; None: what comes with the model (vit for tiny)."""
@@ -103,31 +105,34 @@ class HierarchicalFineTuning:
     heads: Heads = "orthonormal"
     """Heads that embeddings are read through: orthonormal rows, the same for pictures and text, of the
     model's width; hacl: two linear maps to a quarter of it, with bias, each drawn on its own."""
+    text_head: TextHead = "linear"
+    """What refines text below: linear, its head alone; residual, a small network before the head too,
+    which begins as the identity."""
     contrast: PositiveFloat = 0.5
     """λ of joint, and where that of weighted starts."""
     learned: tuple[Learned, ...] = ("lambda", "tau", "kinds", "sources")
     """Scalars of the lower loss that are upper variables, of those that the formulation has there;
     the others stay as they begin."""
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Weights of training sources by name, 1 where not named, scaled to their number: those of
-    joint and task_only, and where those of weighted start."""
+    """Weights of training sources by name, 1 where not named, scaled to their number: fixed, but in
+    weighted, where they start so."""
     clean: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of each task batch of task_only and joint that is drawn from the upper data: the
     baseline that a bilevel arm has to beat, since it sees those data too."""
 
     def __post_init__(self) -> None:
-        if self.clean and self.form.upper:
-            raise ProblemError(
-                f"clean = {self.clean} with formulation {self.formulation}: its upper loss must be "
-                "on data that the lower level does not see; use it with task_only or joint"
-            )
-        of_hacl = {"negatives": "own", "queue": 0, "heads": "orthonormal"}
-        given = [name for name, default in of_hacl.items() if getattr(self, name) != default]
-        if given and self.contrast_loss != "hacl":
-            raise ProblemError(
-                f"{' and '.join(given)} with contrast_loss {self.contrast_loss}: a preference has "
-                "none; leave it out, or use contrast_loss=hacl"
-            )
+        given = [
+            option.name
+            for option in fields(self)
+            if option.name in SOMETIMES and getattr(self, option.name) != option.default
+        ]
+        refuse_unread(
+            self.formulation,
+            self.contrast_loss,
+            given,
+            self.learned,
+            contrast_first=self.contrast_first > 0,
+        )
 
     @property
     def form(self) -> Form:

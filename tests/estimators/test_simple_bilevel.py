@@ -19,8 +19,10 @@ from bilevel.estimators.aggregation import Aggregation
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.bome import Bome
 from bilevel.estimators.dynamic_barrier import DynamicBarrier
+from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.joint import Joint
 from bilevel.estimators.rising_penalty import RisingPenalty
+from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.run import engine
@@ -292,6 +294,18 @@ def test_what_needs_a_hypergradient_is_refused_with_what_works():
     ):
         with pytest.raises(ProblemError, match=r"x is empty.*dynamic_barrier, or rising_penalty"):
             list(asked)
+
+
+def test_a_run_that_does_not_lower_F_says_so():
+    def warned(estimator) -> list[str]:
+        made = setup(estimator)
+        events = engine.run(made, engine.start(made))
+        return [event.message for event in events if isinstance(event, Warned)]
+
+    (message,) = warned(Implicit())
+    assert "implicit has nothing to estimate" in message
+    assert "dynamic_barrier or rising_penalty" in message
+    assert warned(Alternating()) == warned(RisingPenalty()) == []
 
 
 @pytest.mark.parametrize("given", [{"lowest": 0.0}, {"rate": 1.0}])

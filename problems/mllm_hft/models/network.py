@@ -30,6 +30,7 @@ from .tokenizer import Tokenizer
 
 Group = Literal["lora", "projector", "heads"]
 Heads = Literal["orthonormal", "hacl"]
+TextHead = Literal["linear", "residual"]
 
 ATTENTION = "eager"
 HEADS = ("image_head.", "text_head.")
@@ -329,6 +330,37 @@ def hacl_heads(network: Network, generator: torch.Generator) -> None:
             drawn = torch.empty(value.shape).uniform_(-bound, bound, generator=generator)
             value.data = drawn.to(like)
         setattr(network, name, head.requires_grad_(False))
+
+
+class ResidualHead(nn.Linear):
+    """W (h + B gelu(A h)) + b: a linear head after a residual network as wide as its states."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        hidden, size, has_bias = head.in_features, head.out_features, head.bias is not None
+        super().__init__(
+            hidden, size, bias=has_bias, device="meta"
+        )  # draws no global random number
+        self.weight, self.bias = head.weight, head.bias
+        like: Any = {"device": head.weight.device, "dtype": head.weight.dtype}
+        self.inner: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, hidden, **like)
+        self.outer: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, hidden, bias=False, **like)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + self.outer(nn.functional.gelu(self.inner(input))))
+
+
+def residual_head(network: Network, generator: torch.Generator) -> None:
+    """Put a `ResidualHead` in the place of the text head: the same function, as B is 0 at first.
+
+    A and its bias are drawn uniformly in ±1/√h.
+    """
+    head = ResidualHead(network.text_head)
+    with torch.no_grad():
+        for value in head.inner.parameters():
+            bound = head.in_features**-0.5
+            value.copy_(torch.empty(value.shape).uniform_(-bound, bound, generator=generator))
+        head.outer.weight.zero_()
+    network.text_head = head.requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,23 @@ def test_the_released_loss_by_hand():
     assert float(chip_released(pairs())) == pytest.approx(defaults, rel=1e-12)
 
 
+def test_the_token_term_falls_with_the_rejected_divergence_alone():
+    """As in the released code: logit −= tok_beta (KL(l) − KL(w)), the loss −log σ(β logit)."""
+    for loss in (chip, chip_released):
+        at = replace(pairs(), rejected_kl=torch.tensor([0.8], dtype=torch.float64).requires_grad_())
+        near = torch.tensor([0.3], dtype=torch.float64).requires_grad_()
+        at = replace(at, chosen_kl=near)
+        value = loss(at)
+        (slope,) = torch.autograd.grad(value, at.rejected_kl, retain_graph=True)
+        logit = (9 + 3.5) + (9 - 0.5) - 0.1 * (0.8 - 0.3)
+        by_hand = {
+            chip: 0.1 * 0.1,  # token · β
+            chip_released: 0.1 * 0.1 / (1 + math.exp(0.1 * logit)),  # β tok_beta σ(−β logit)
+        }
+        assert float(slope) == pytest.approx(by_hand[loss], rel=1e-12)
+        assert torch.autograd.grad(value, near, allow_unused=True) == (None,)
+
+
 def test_a_policy_that_is_its_reference():
     """Every logit is 0: log 2 a sigmoid, whatever the weights."""
     same = {
