@@ -341,9 +341,10 @@ class ResidualHead(nn.Linear):
             hidden, size, bias=has_bias, device="meta"
         )  # draws no global random number
         self.weight, self.bias = head.weight, head.bias
-        like: Any = {"device": head.weight.device, "dtype": head.weight.dtype}
-        self.inner: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, hidden, **like)
-        self.outer: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, hidden, bias=False, **like)
+        device, dtype = head.weight.device, head.weight.dtype
+        inner = nn.Linear(hidden, hidden, device="meta", dtype=dtype)
+        outer = nn.Linear(hidden, hidden, bias=False, device="meta", dtype=dtype)
+        self.inner, self.outer = (made.to_empty(device=device) for made in (inner, outer))
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input + self.outer(nn.functional.gelu(self.inner(input))))
