@@ -1,0 +1,102 @@
+"""One variable at both levels, and a text head that refines text beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel.estimators.dynamic_barrier import DynamicBarrier
+from bilevel.estimators.rising_penalty import RisingPenalty
+from bilevel.events import Stepped
+from bilevel.optimizers.differentiable import SGD
+from bilevel.rng import Streams, stream
+from bilevel.run import engine
+from bilevel_problems.mllm_hft import formulations
+from bilevel_problems.mllm_hft.models.network import call
+from tests.problems.mllm_hft.miniature import prepared, setup
+
+pytest.importorskip("transformers", reason="the model is transformers' own")
+pytest.importorskip("peft", reason="LoRA goes through peft")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the module, so that what is pretrained is pretrained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(
+    "estimator", [DynamicBarrier(), RisingPenalty()], ids=lambda e: type(e).__name__
+)
+def test_simple_has_one_variable_at_both_levels(estimator):
+    problem = prepared(formulation="simple")
+    x, y = problem.init(Streams(0))
+    assert x == {}
+    names = {"image_head.weight", "text_head.weight"}
+    assert names <= y.keys()
+    assert any(".lora_" in name for name in y)
+    assert any("projector" in name for name in y)
+    batch = next(problem.lower_batches(stream(0, "b")))
+    assert set(batch) == {"contrast"}
+    at = {**problem._prepared.constants, **y}
+    network = problem._prepared.loaded.network
+    assert float(problem.lower_loss(x, y, batch)) == float(
+        formulations.contrast(network, at, batch["contrast"])
+    )
+    made = replace(setup(problem), estimator=estimator)
+    state = engine.start(made)
+    steps = [event for event in engine.run(made, state) if isinstance(event, Stepped)]
+    assert [event.totals.gradients for event in steps] == [2, 4]
+    moved = {name for name, value in state.y.items() if not torch.equal(value, y[name])}
+    assert moved >= {name for name in y if ".lora_A" not in name}  # LoRA's B is 0 at first
+
+
+def test_the_path_of_simple_follows_both_losses():
+    """One step of the penalty from the start: −lr (∇L_C + ∇L_T / λ), by autograd."""
+    problem = prepared(formulation="simple")
+    made = replace(setup(problem, 1), estimator=RisingPenalty(strength=3.0, optimizer=SGD(lr=0.5)))
+    state = engine.start(made)
+    streams = Streams(made.seed)
+    y = {name: value.clone().requires_grad_() for name, value in state.y.items()}
+    batches = (
+        next(problem.lower_batches(streams["lower.batches"])),
+        next(problem.upper_batches(streams["upper.batches"])),
+    )
+    loss = problem.lower_loss({}, y, batches[0]) + problem.upper_loss({}, y, batches[1]) / 3
+    found = torch.autograd.grad(loss, list(y.values()), allow_unused=True)
+    list(engine.run(made, state))
+    for (name, value), slope in zip(y.items(), found, strict=True):
+        expected = value.detach() if slope is None else value.detach() - 0.5 * slope
+        torch.testing.assert_close(state.y[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_residual_text_head_begins_as_the_linear_one_and_refines_text_alone():
+    plain = prepared(formulation="two_variable")
+    deep = prepared(formulation="two_variable", text_head="residual")
+    (_, y), (x, z) = (p.init(Streams(0)) for p in (plain, deep))
+    more = {"text_head.inner.weight", "text_head.inner.bias", "text_head.outer.weight"}
+    assert z.keys() - y.keys() == more
+    batch = next(deep.lower_batches(stream(0, "b")))
+    assert float(plain.lower_loss(x, y, batch)) == float(deep.lower_loss(x, z, batch))
+    leaf = z["text_head.outer.weight"].clone().requires_grad_()
+    loss = deep.lower_loss(x, {**z, "text_head.outer.weight": leaf}, batch)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    assert float(slope.norm()) > 0
+    bent = {**z, "text_head.outer.weight": torch.eye(16)}
+    head = deep._prepared.loaded.network
+    states = torch.randn(3, 16, generator=stream(0, "s"))
+    inner = torch.nn.functional.gelu(
+        states @ z["text_head.inner.weight"].T + z["text_head.inner.bias"]
+    )
+    torch.testing.assert_close(
+        call(head, bent, "text_head", input=states),
+        (states + inner) @ z["text_head.weight"].T,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    made = setup(deep)
+    assert sum(isinstance(e, Stepped) for e in engine.run(made, engine.start(made))) == 2
