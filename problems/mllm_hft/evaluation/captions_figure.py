@@ -16,10 +16,12 @@ from ..sources.mentions import Lexicon
 COLUMNS = 2
 WIDTH = 46
 """Characters in a line."""
-LINES = 10
-"""Lines that a picture has room for; what is longer ends in "…"."""
+LINES = 5
+"""Lines that each model has room for, its title among them; what is longer ends in "…"."""
 FONT = 8.0
 """Size of the text in points; a character of the font is 0.602 as wide."""
+HIGH = 1.3 * FONT
+"""Of a line, in points."""
 RED, GREEN, GREY = "#c62828", "#2e7d32", "0.45"
 BOX = {"facecolor": "#fde0e0", "edgecolor": RED, "linewidth": 0.7, "pad": 0.9}
 """Around what is not there, as red alone is lost in grey print."""
@@ -75,7 +77,8 @@ def captions_figure(described: Sequence[Described], lexicon: Lexicon, footnote: 
     from matplotlib.figure import Figure
 
     rows = -(-len(described) // COLUMNS)
-    tall = 0.14 * LINES + 0.15
+    models = max(2, *(len(one.said) for one in described))
+    tall = HIGH / 72 * LINES * models + 0.2
     figure = Figure(figsize=(5.4 * COLUMNS, tall * rows + 0.7))
     top, bottom = 1 - 0.4 / figure.get_figheight(), 0.3 / figure.get_figheight()
     height = (top - bottom) / rows
@@ -102,7 +105,7 @@ def _write(axis: Any, one: Described, lexicon: Lexicon) -> None:
     for title, caption in one.said.items():
         _say(axis, line, Word(0, title, None), GREY, style="italic")
         line += 1
-        room, found = LINES // len(one.said) - 1, list(lines(caption, one.there, lexicon))
+        room, found = LINES - 1, list(lines(caption, one.there, lexicon))
         if len(found) > room:
             found = [*found[: room - 1], [Word(0, "…", None)]]
         for words in found:
@@ -133,11 +136,11 @@ def _glyphs() -> frozenset[int]:
 
 
 def _say(axis: Any, line: int, word: Word, colour: str, style: str = "normal") -> None:
-    wide, high = 0.602 * FONT, 1.3 * FONT
+    wide = 0.602 * FONT
     axis.annotate(
         drawable(word.text),
         (0, 1),
-        (word.column * wide, -(line + 1) * high),
+        (word.column * wide, -(line + 1) * HIGH),
         xycoords="axes fraction",
         textcoords="offset points",
         fontfamily="monospace",

@@ -88,17 +88,17 @@ def plane(panels: Sequence[Panel]) -> list[Float[Tensor, "3 n 2"]]:
 def embedding_figure(panels: Sequence[Panel]) -> Any:
     """A `matplotlib.figure.Figure`, one panel beside the other on the same axes.
 
-    Below each plane, how near captions are to their own picture: true and hallucinated captions
-    are told apart by that and not by where they lie, as what is true of one picture is false of
-    another.
+    Below each plane, how much nearer the true caption is to its picture than the hallucinated one:
+    they are told apart by that and not by where they lie, as what is true of one picture is false
+    of another.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 7.4), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(5.2, 2.2))
-    planes, nearness = parts
+    planes, below = parts
     axes = planes.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    _nearness(nearness.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels)
+    _margins(below.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels)
     for axis, panel, points in zip(axes, panels, plane(panels), strict=True):
         for marker, cloud in zip((IMAGE, TRUE, FALSE), points, strict=True):
             _scatter(axis, cloud, marker)
@@ -116,24 +116,38 @@ def embedding_figure(panels: Sequence[Panel]) -> Any:
     return figure
 
 
-def _nearness(axes: Sequence[Any], panels: Sequence[Panel]) -> None:
-    """Histograms of the cosine of each caption to its own picture."""
-    for axis, panel in zip(axes, panels, strict=True):
-        for marker, text in ((TRUE, panel.text), (FALSE, panel.hallucinated)):
-            cosines = functional.cosine_similarity(panel.image, text, dim=-1)
+def margins(panel: Panel) -> Float[Tensor, "n"]:
+    """s(image, true caption) − s(image, hallucinated caption), s the cosine: above 0, told apart."""
+    true, false = (
+        functional.cosine_similarity(panel.image, text, dim=-1)
+        for text in (panel.text, panel.hallucinated)
+    )
+    return true - false
+
+
+def _margins(axes: Sequence[Any], panels: Sequence[Panel]) -> None:
+    """Histograms of `margins`, of which 0 is the edge of a bar."""
+    found = [margins(panel) for panel in panels]
+    most = max(float(margin.abs().max()) for margin in found) or 1.0
+    bins = [most * i / 20 for i in range(-20, 21)]
+    for axis, margin in zip(axes, found, strict=True):
+        sides = ((margin > 0, TRUE, "", 0.97, "right"), (margin <= 0, FALSE, "//", 0.03, "left"))
+        for of, marker, hatch, x, align in sides:
             axis.hist(
-                cosines.numpy(),
-                bins=[i / 20 for i in range(-20, 21)],
-                color=marker.colour,
-                alpha=0.5,
+                margin[of].numpy(),
+                bins=bins,
+                facecolor=(marker.colour, 0.5),
                 edgecolor=marker.colour,
                 histtype="stepfilled",
-                linestyle="-" if marker is TRUE else "--",
+                hatch=hatch,
             )
-        axis.set_xlabel("cosine of a caption to its own picture")
+            share = f"{marker.label}\nnearer: {float(of.double().mean()):.0%}"
+            axis.text(x, 0.92, share, transform=axis.transAxes, ha=align, va="top", fontsize=8)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.set_xlabel("cosine to the picture: true − hallucinated caption")
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
-    axes[0].set_ylabel("captions")
+    axes[0].set_ylabel("pictures")
 
 
 def _scatter(axis: Any, cloud: Float[Tensor, "n 2"], marker: Marker) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilevel_problems.mllm_hft.evaluation.evaluator import Embeddings
-from bilevel_problems.mllm_hft.evaluation.figure import Panel, embedding_figure, plane
+from bilevel_problems.mllm_hft.evaluation.figure import Panel, embedding_figure, margins, plane
 
 pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
 
@@ -68,3 +68,14 @@ def test_signs_and_colours_are_the_agreed_ones(tmp_path):
     assert corners[2] == 4  # a triangle
     figure.savefig(tmp_path / "drawn.png")
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_margins_say_which_caption_is_nearer():
+    image = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    true = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+    false = torch.tensor([[0.0, 1.0], [0.0, 5.0], [-1.0, -1.0]])
+    made = Panel("by hand", image, true, false)
+    torch.testing.assert_close(margins(made), torch.tensor([1.0, -1.0, 2.0]))
+    figure = embedding_figure([made])
+    told = [text.get_text() for text in figure.axes[-1].texts]
+    assert told == ["true caption\nnearer: 67%", "hallucinated caption\nnearer: 33%"]
