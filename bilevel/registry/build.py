@@ -177,10 +177,13 @@ class Builder:
     def _elsewhere(self, name: str, where: Where) -> str:
         """A hint where the command line names a file that lies beside the recipe."""
         match = registry.FILE.match(name)
-        if not match or (self._base_at(where) / match["file"]).exists():
+        if not match or self._base_at(where) == self._base:
             return ""
-        beside = self._base / match["file"]
-        if self._base_at(where) == self._base or not beside.exists():
+        here, beside = (base / match["file"] for base in (self._base_at(where), self._base))
+        try:
+            if here.exists() or not beside.exists():
+                return ""
+        except OSError:  # a name that no file can have
             return ""
         return f", the current folder being where overrides look; there is {beside}"
 

@@ -98,6 +98,11 @@ def test_a_name_that_names_nothing_is_refused(text, message):
         recipes.loads(text)
 
 
+def test_a_file_name_too_long_in_an_override_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="File name too long"):
+        recipes.loads("problem: quadratic\n", [f"problem={'q' * 500}.py:X"], base=tmp_path)
+
+
 def test_as_many_sinks_as_anyone_has_use_for():
     with pytest.raises(RecipeError, match=r"^recipe:2: sinks: 21 of them; at most 20$"):
         recipes.loads(f"{SECTION}sinks: [{', '.join(['jsonl'] * 21)}]")
