@@ -409,6 +409,9 @@ def test_wrong_labels_are_refused(quadratic, tmp_path):
     with pytest.raises(RecipeError, match="few: must be a name"):
         plan.read_labels(tmp_path / "labels.yaml")
     (tmp_path / "labels.yaml").write_text("mine: my.py:Mine\n")
+    with pytest.raises(RecipeError, match="there is no file"):
+        plan.read_labels(tmp_path / "labels.yaml")
+    (tmp_path / "my.py").touch()
     read = plan.read_labels(tmp_path / "labels.yaml")
     assert read == {"mine": f"{(tmp_path / 'my.py').resolve()}:Mine"}
 
