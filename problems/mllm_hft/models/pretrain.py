@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from ..evaluation.questions import Question, questions
 from ..losses import task_loss
 from ..sources.language import NO, YES
 from ..sources.protocol import Scene, Simulator, Source
+from .cache import Tensors, cached
 from .instructions import Rows, Turn, conversations, prompts, turn_ids
 from .network import Network, chunks
 from .pictures import Pictures
@@ -115,6 +117,24 @@ def pretrain(
         return task_loss(logits, batch["ids"], weights[index, :width])
 
     yield from train(language.parameters(), loss, "language model", text.steps, text.rate)
+
+
+def learn_language(
+    network: Network, language: nn.Module, text: TextTraining, kind: str, model: dict[str, Any]
+) -> Generator[Progress, None, None]:
+    """`pretrain`, cached under `kind`; `model` says which model `language` is part of."""
+
+    def make() -> Generator[Progress, None, Tensors]:
+        yield from pretrain(network, language, text)
+        return language.state_dict()
+
+    key = {
+        **model,
+        "training": [text.scenes, text.steps, text.batch, text.rate],
+        "source": text.source,
+        "seed": text.seed,
+    }
+    language.load_state_dict((yield from cached(kind, key, make)))
 
 
 def _weights(rows: Rows, words: Words) -> Float[Tensor, "row token"]:

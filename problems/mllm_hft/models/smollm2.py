@@ -22,14 +22,13 @@ from bilevel.events import Progress
 from ..sources.packages import require
 from ..sources.protocol import Corpus, Encoder, Source, simulator
 from .adapters import add_lora
-from .cache import Tensors, cached
 from .encoders import EfficientNet
 from .gguf_folder import as_folder, packaged
 from .instructions import before
 from .loading import quiet
 from .network import ATTENTION, Backbone, LoadedModel, Network, start_heads
 from .pictures import Pictures
-from .pretrain import TextTraining, pretrain, question_accuracy
+from .pretrain import TextTraining, learn_language, question_accuracy
 from .template import PICTURE, Template, from_chat
 from .tiny import around, probe, verdict
 from .tokenizer import PretrainedTokenizer
@@ -86,7 +85,11 @@ class SmolLM2:
         )
         trained = (self.scenes, self.steps, self.batch, self.rate)
         text = TextTraining(drawn, tokenizer, template, seed, *trained, held_out=self.held_out)
-        yield from self._learn_language(network, text, folder.name)
+        if self.steps:
+            # the layers and the last norm: embeddings and output stay those of the 30 layers
+            language = nn.ModuleList([network.language.layers, network.language.norm])  # pyright: ignore[reportArgumentType]
+            model = {"version": VERSION, "weights": folder.name}
+            yield from learn_language(network, language, text, "smollm2", model)
         accuracy = question_accuracy(network, text)
         yield Progress("language model on text", 1, 1, verdict(accuracy))
         yield Progress("model", 1, 1, str(add_lora(network, self.rank)))
@@ -95,27 +98,6 @@ class SmolLM2:
             network, tokenizer, template, encode, raw.save_pretrained, base=None,
             facts={"language_model/question_accuracy": accuracy},
         )  # fmt: skip
-
-    def _learn_language(
-        self, network: Network, text: TextTraining, weights: str
-    ) -> Generator[Progress, None, None]:
-        """The layers and the last norm. Embeddings and output stay those of the 30 layers."""
-        language = nn.ModuleList([network.language.layers, network.language.norm])  # pyright: ignore[reportArgumentType]
-
-        def make() -> Generator[Progress, None, Tensors]:
-            yield from pretrain(network, language, text)
-            return language.state_dict()
-
-        if not text.steps:
-            return
-        key = {
-            "version": VERSION,
-            "weights": weights,
-            "training": [text.scenes, text.steps, text.batch, text.rate],
-            "source": text.source,
-            "seed": text.seed,
-        }
-        language.load_state_dict((yield from cached("smollm2", key, make)))
 
 
 def llava_of(folder: Path, feature: int, seed: int) -> tuple[Any, Any]:

@@ -16,12 +16,11 @@ from bilevel.events import Progress
 from ..sources.language import words
 from ..sources.protocol import Corpus, Encoder, Simulator, Source, simulator
 from .adapters import add_lora
-from .cache import Tensors, cached
 from .encoders import ViT
 from .instructions import before
 from .network import ATTENTION, Backbone, LoadedModel, Network, start_heads
 from .pictures import Pictures
-from .pretrain import TextTraining, pretrain, question_accuracy
+from .pretrain import TextTraining, learn_language, question_accuracy
 from .template import Template
 from .tokenizer import WordTokenizer
 
@@ -66,7 +65,13 @@ class Tiny:
         text = TextTraining(
             drawn, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
         )
-        yield from self._learn_language(network, text, tokenizer.words)
+        language = nn.ModuleList([network.language, network.mllm.lm_head])
+        model = {
+            "version": VERSION,
+            "sizes": [self.hidden, self.layers, self.heads],
+            "words": tokenizer.words,
+        }
+        yield from learn_language(network, language, text, "language", model)
         accuracy = question_accuracy(network, text)
         yield Progress("language model on text", 1, 1, verdict(accuracy))
         add_lora(network, self.rank)
@@ -81,25 +86,6 @@ class Tiny:
         return tiny_llava(
             words=tokenizer.size, end=tokenizer.end, feature=feature, seed=seed, **sizes
         )
-
-    def _learn_language(
-        self, network: Network, text: TextTraining, words: tuple[str, ...]
-    ) -> Generator[Progress, None, None]:
-        language = nn.ModuleList([network.language, network.mllm.lm_head])
-
-        def make() -> Generator[Progress, None, Tensors]:
-            yield from pretrain(network, language, text)
-            return language.state_dict()
-
-        key = {
-            "version": VERSION,
-            "sizes": [self.hidden, self.layers, self.heads],
-            "training": [text.scenes, text.steps, text.batch, text.rate],
-            "source": text.source,
-            "words": words,
-            "seed": text.seed,
-        }
-        language.load_state_dict((yield from cached("language", key, make)))
 
 
 def verdict(accuracy: float) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, shared by the tests of the model and of the problem."""
+"""A checkpoint on disk and a cache, shared by the tests of the model and of the problem."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ WORDS = [
     "no",
     "one",
 ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for the module, so that what is pretrained is pretrained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

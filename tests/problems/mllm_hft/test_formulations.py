@@ -20,13 +20,7 @@ from tests.problems.mllm_hft.miniature import prepared, setup
 pytest.importorskip("transformers", reason="the model is transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """One cache for the module, so that what is pretrained is pretrained once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.mark.parametrize(

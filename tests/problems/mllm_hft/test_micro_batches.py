@@ -31,6 +31,8 @@ from tests.problems.mllm_hft.miniature import miniature, setup
 pytest.importorskip("transformers", reason="the model is transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CASES: list[dict[str, Any]] = [
     {},
     {"negatives": "batch", "heads": "hacl"},
@@ -61,14 +63,6 @@ def float64(monkeypatch):
 
 def named(options: dict[str, Any]) -> str:
     return "-".join(f"{k}={v}" for k, v in options.items() if k != "source") or str(len(options))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """One cache for the module, so that what is pretrained is pretrained once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def wide(options: dict[str, Any], micro_batch: int | None) -> HierarchicalFineTuning:

@@ -35,13 +35,6 @@ def finish(generator: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def cut(cache) -> tuple[Any, Any]:
     """A LLaVA with two layers, and its tokenizer."""
     with quiet():
