@@ -17,6 +17,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.lower.auxiliary import (
     Auxiliary,
+    barrier_strength,
     batches_of,
     begin,
     convergence_stats,
@@ -104,11 +105,7 @@ class Bome:
         return _Parts(F, F_x, F_y, float(G - least), tree.sub(G_x, at_lowest), G_y, lowest)
 
     def _strength(self, at: _Parts) -> float:
-        square = tree.dot(at.q_x, at.q_x) + tree.dot(at.q_y, at.q_y)
-        if square == 0:
-            return 0.0
-        product = tree.dot(at.F_x, at.q_x) + tree.dot(at.F_y, at.q_y)
-        return max(self.barrier - product / square, 0.0)
+        return barrier_strength((at.F_x, at.F_y), (at.q_x, at.q_y), self.barrier)
 
     def _solve(self, losses: Losses, at: Point) -> Auxiliary:
         lower, start = losses.lower, begin(self.lower, at.y)

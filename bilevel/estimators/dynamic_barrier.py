@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
-from bilevel.lower.auxiliary import move
+from bilevel.lower.auxiliary import barrier_strength, move
 from bilevel.optimizers.differentiable import SGD
 from bilevel.types import Estimate, Losses, Needs, Optimizer, Params, Point, Stats
 
@@ -81,11 +81,6 @@ class DynamicBarrier:
     def _strength(
         self, G: float, F_xy: tuple[Params, Params], G_xy: tuple[Params, Params]
     ) -> float:
-        square = sum(tree.dot(part, part) for part in G_xy)
-        if square == 0:
-            return 0.0
-        least = self.barrier * square
-        if self.lowest is not None and self.rate is not None:
-            least = min(self.rate * (G - self.lowest), least)
-        product = sum(tree.dot(f, g) for f, g in zip(F_xy, G_xy, strict=True))
-        return max(0.0, (least - product) / square)
+        if self.lowest is None or self.rate is None:
+            return barrier_strength(F_xy, G_xy, self.barrier)
+        return barrier_strength(F_xy, G_xy, self.barrier, most=self.rate * (G - self.lowest))

@@ -7,6 +7,7 @@ lower solver of their own, which goes on from where the last call left it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,6 +52,20 @@ def penalty_needs(
         rounding_amplification=strength,
         rounding_remedy="a smaller strength",
     )
+
+
+def barrier_strength(
+    F_xy: tuple[Params, Params], q_xy: tuple[Params, Params], barrier: float, most: float = math.inf
+) -> float:
+    """λ = max(0, (φ − ⟨∇F, ∇q⟩) / ‖∇q‖²) with φ = min(most, barrier · ‖∇q‖²); 0 where ∇q is 0.
+
+    Of the gradients of F and q in x and y, the smallest λ ≥ 0 with ⟨∇F + λ ∇q, ∇q⟩ ≥ φ.
+    """
+    square = sum(tree.dot(part, part) for part in q_xy)
+    if square == 0:
+        return 0.0
+    product = sum(tree.dot(f, q) for f, q in zip(F_xy, q_xy, strict=True))
+    return max(min(barrier, most / square) - product / square, 0.0)
 
 
 def begin(solver: LowerSolver, y: Params) -> Auxiliary:
