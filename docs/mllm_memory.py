@@ -115,7 +115,12 @@ def batches(size: int) -> dict[str, Any]:
     pictures = {"features": torch.empty(size, PLACES, FEATURE, device="meta")}
     lines = _texts(size, 1 + KINDS, CAPTION)
     talk = _texts(size, CONVERSATION)
-    more = {"counted": talk["mask"], "prefix": torch.empty(size, dtype=torch.long)}
+    places = torch.empty(size, CONVERSATION, dtype=torch.long, device="meta")
+    more = {
+        "counted": talk["mask"],
+        "places": places,
+        "prefix": torch.empty(size, dtype=torch.long),
+    }
     return {
         "contrast": {**pictures, **lines, "against": Negatives(*truth)},
         "task": {**pictures, **talk, **more},

@@ -17,7 +17,7 @@ from bilevel.errors import ProblemError
 from .evaluation.evaluation_split import Captions, alike
 from .losses import Choice, negatives
 from .models import pictures
-from .models.instructions import Rows
+from .models.instructions import Rows, places
 from .models.pictures import Pictures
 from .queue import StartStates
 from .sources.pictures import PictureFiles
@@ -129,6 +129,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         name: torch.cat([pad(batch[name], (0, width - batch[name].shape[1])) for batch in batches])
         for name in ("ids", "mask", "counted")
     }
+    rows["places"] = places(rows["counted"])
     rows["prefix"] = torch.cat([batch["prefix"] for batch in batches])
     if any("origin" in batch for batch in batches):
         none = [torch.full((len(batch["ids"]),), -1) for batch in batches]

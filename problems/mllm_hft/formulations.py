@@ -39,7 +39,6 @@ from .losses import (
     log_weights_of,
     mean_of_answers,
     row_weights,
-    task_loss,
     temperature,
 )
 from .micro_batches import in_chunks
@@ -171,22 +170,17 @@ def task(
 ) -> Tensor:
     """L_T on a batch of conversations about pictures, weighed by source where there are several."""
     weights, scalars = split(parameters)
-    inputs = {name: batch[name] for name in ("ids", "mask", "prefix")} | seen(batch)
-    weighed = by_source(scalars, batch)
-    if micro_batch is None:
-        logits = call(network, weights, "logits", **inputs)
-        return task_loss(logits, batch["ids"], batch["counted"], weighed)
-
     trained, heads = network.heads_apart(weights)
 
     def answers(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
         given = {name: value for name, value in rows.items() if name != "counted"}
         logits = call(network, {**weights, **heads}, "logits", **given)
-        return (answer_losses(logits, rows["ids"], rows["counted"]),)
+        ids, counted = (rows[name].gather(1, rows["places"]) for name in ("ids", "counted"))
+        return (answer_losses(logits, ids, counted),)
 
-    rows = {**inputs, "counted": batch["counted"]}
-    (each,) = in_chunks(answers, trained, rows, micro_batch)
-    return mean_of_answers(each, batch["counted"], weighed)
+    rows = {name: batch[name] for name in ("ids", "mask", "prefix", "counted", "places")}
+    (each,) = in_chunks(answers, trained, rows | seen(batch), micro_batch)
+    return mean_of_answers(each, batch["counted"], by_source(scalars, batch))
 
 
 def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:

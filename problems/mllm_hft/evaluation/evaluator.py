@@ -18,7 +18,7 @@ from bilevel.types import Params
 from ..formulations import split, task
 from ..models.instructions import prompt_ids
 from ..models.network import Network, call, chunks
-from ..models.pretrain import answer_scores, answer_words
+from ..models.pretrain import answer_scores, answer_words, last_place
 from ..models.template import Template
 from ..models.tokenizer import Tokenizer, until_end
 from ..sources.protocol import Kind
@@ -183,9 +183,10 @@ class Evaluator:
                 ids=batch["ids"],
                 mask=batch["mask"],
                 prefix=batch["prefix"],
+                places=last_place(batch["mask"]),
                 **self._move(evaluation.pictures.take(scene[part])),
             )
-            scores.append(answer_scores(logits, batch["mask"], words).cpu())
+            scores.append(answer_scores(logits, words).cpu())
         return torch.cat(scores)
 
     def _answers(

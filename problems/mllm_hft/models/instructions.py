@@ -37,8 +37,19 @@ class Rows:
             "ids": self.ids[index, :width],
             "mask": mask[:, :width],
             "counted": self.counted[index, :width],
+            "places": places(self.counted[index]),
             "prefix": self.prefix[index],
         }
+
+
+def places(counted: Bool[Tensor, "row token"]) -> Int[Tensor, "row answer"]:
+    """Where `counted` holds, as many places a row as the fullest row has.
+
+    They come first and in order; a row with fewer is filled up with places that are not counted, so
+    that no place stands twice and a sum over `counted` at these places is the sum over all.
+    """
+    most = int(counted.sum(1).max()) if len(counted) else 0
+    return counted.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def before(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:

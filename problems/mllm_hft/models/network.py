@@ -133,15 +133,22 @@ class Network(nn.Module):
         layout: Int[Tensor, "row place"] | None = None,
         grid: Int[Tensor, "row place 3"] | None = None,
         prefix: Int[Tensor, "row"] | None = None,
+        places: Int[Tensor, "row answer"] | None = None,
     ) -> Float[Tensor, "row token word"]:
-        """logits[:, j] predict ids[:, j] from all that stands before it."""
+        """logits[:, j] predict ids[:, j] from all that stands before it.
+
+        With `places`, logits[i, j] predict ids[i, places[i, j]] and there are no others: the output
+        layer, which costs hidden × words multiplications a place, is evaluated at these alone.
+        """
         sequence = self._sequence(ids, mask, features, layout, grid, prefix)
         states = self._states(sequence)
         front = states.shape[1] - ids.shape[1]
+        if places is None:
+            places = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         # What precedes ids[:, 0] is the last place of the picture, not the padding behind it.
         count = sequence.mask[:, :front].sum(1, keepdim=True)
-        first = states.gather(1, (count - 1)[..., None].expand(-1, -1, states.shape[2]))
-        states = torch.cat([first, states[:, front:-1]], dim=1)
+        before = torch.where(places == 0, count, front + places) - 1
+        states = states.gather(1, before[..., None].expand(-1, -1, states.shape[2]))
         logits = self.family.head(self.mllm, states)
         return logits.to(self.image_head.weight.dtype)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bilevel import rng
@@ -164,9 +164,9 @@ def warm_up(
     def loss() -> Tensor:
         index = torch.randint(len(rows), (batch,), generator=stream)
         row = rows.take(index)
-        inputs = {"prefix": row["prefix"], **pictures.take(index)}
+        inputs = {"prefix": row["prefix"], "places": row["places"], **pictures.take(index)}
         logits = network.logits(row["ids"], row["mask"], **inputs)
-        return task_loss(logits, row["ids"], row["counted"])
+        return task_loss(logits, *(row[n].gather(1, row["places"]) for n in ("ids", "counted")))
 
     yield from train(network.projector.parameters(), loss, "projector", steps, rate)
 
@@ -181,8 +181,11 @@ def train(
     """Adam with a warm-up over a tenth of the steps and a cosine decay; gradients clipped at 1."""
     trained = [parameter.requires_grad_() for parameter in parameters]
     optimizer = torch.optim.Adam(trained, lr=rate)
+    total = max(steps, 2)
+    # torch divides by the length of the first phase, pct_start · total − 1: 0 where both make 1
+    phase = {"total_steps": total, "pct_start": max(0.1, 1.5 / total)}
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+        optimizer, max_lr=rate, cycle_momentum=False, **phase
     )
     for step in range(steps):
         optimizer.zero_grad()
@@ -218,10 +221,9 @@ def question_accuracy(network: Network, text: TextTraining) -> float:
     with torch.no_grad():
         scores = torch.cat(
             [
-                answer_scores(
-                    network.logits(rows.ids[part], rows.mask[part]), rows.mask[part], words
-                )
+                answer_scores(network.logits(rows.ids[part], mask, places=last_place(mask)), words)
                 for part in chunks(len(rows), 256)
+                for mask in (rows.mask[part],)
             ]
         )
     right = torch.tensor([question.answer for question in asked])
@@ -260,10 +262,12 @@ def _first_tokens(word: str, tokenizer: Tokenizer, template: Template) -> list[i
     return list(dict.fromkeys(whole or forms))
 
 
-def answer_scores(
-    logits: Float[Tensor, "row token word"], mask: Tensor, words: Words
-) -> Float[Tensor, "row"]:
-    """log p(yes) − log p(no) at the last token that `mask` counts, the place of the answer."""
-    at = logits[torch.arange(len(logits), device=logits.device), mask.sum(1) - 1]
-    yes, no = (at[:, list(ids)].logsumexp(1) for ids in words)
+def last_place(mask: Bool[Tensor, "row token"]) -> Int[Tensor, "row 1"]:
+    """The last token that `mask` counts: the place of the answer in a row of `prompts`."""
+    return mask.sum(1, keepdim=True) - 1
+
+
+def answer_scores(logits: Float[Tensor, "row 1 word"], words: Words) -> Float[Tensor, "row"]:
+    """log p(yes) − log p(no), from the logits at the place of the answer."""
+    yes, no = (logits[:, 0, list(ids)].logsumexp(1) for ids in words)
     return yes - no

@@ -14,13 +14,18 @@ from bilevel.optimizers.differentiable import SGD
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel_problems.mllm_hft import formulations
+from bilevel_problems.mllm_hft.losses import task_loss
 from bilevel_problems.mllm_hft.models.network import call
+from bilevel_problems.mllm_hft.sources.mixture import Mixture
+from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.miniature import prepared, setup
 
 pytest.importorskip("transformers", reason="the model is transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
 
 pytestmark = pytest.mark.usefixtures("cache")
+
+TWO = Mixture(parts={"true": Shapes(), "odd": Shapes(invented=1.0)}, clean=Shapes())
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,37 @@ def test_simple_has_one_variable_at_both_levels(estimator):
     assert [event.totals.gradients for event in steps] == [2, 4]
     moved = {name for name, value in state.y.items() if not torch.equal(value, y[name])}
     assert moved >= {name for name in y if ".lora_A" not in name}  # LoRA's B is 0 at first
+
+
+def test_the_task_loss_is_that_of_all_logits_and_so_are_its_gradients():
+    """Where answers alone reach the output layer; a conversation and a caption alone, weighed."""
+    problem = prepared(formulation="weighted", source=TWO)
+    network = problem._prepared.loaded.network
+    x, y = problem.init(Streams(0))
+    x["source_scores"] += torch.tensor([0.4, -0.4])
+    y = {name: value + 0.1 * torch.ones_like(value) for name, value in y.items()}
+    batch = next(problem.lower_batches(stream(0, "b")))["task"]
+    answers = batch["counted"].sum(1)
+    assert answers.min() < answers.max() == batch["places"].shape[1] < batch["ids"].shape[1]
+    at = {n: v.requires_grad_() for n, v in {**x, **y}.items()}
+    inputs = {n: batch[n] for n in ("ids", "mask", "prefix", "features")}
+    weights, scalars = formulations.split(at)
+    weighed = formulations.by_source(scalars, batch)
+
+    def dense(counted: torch.Tensor) -> torch.Tensor:
+        logits = call(network, weights, "logits", **inputs)
+        return task_loss(logits, batch["ids"], counted, weighed)
+
+    def slopes(loss: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(loss, list(at.values()), allow_unused=True)
+        return [slope for slope in found if slope is not None]
+
+    got, expected = formulations.task(network, at, batch), dense(batch["counted"])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    for mine, theirs in zip(slopes(got), slopes(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+    other = dense(batch["counted"].roll(-1, 1))  # what stands before an answer is no answer
+    assert abs(float(got.detach() - other.detach())) > 1e-3
 
 
 def test_the_path_of_simple_follows_both_losses():

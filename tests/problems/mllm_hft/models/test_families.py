@@ -104,9 +104,9 @@ def test_logits_are_those_of_the_models_own_forward(family, scene):
     turns = [[("Is there a dog?", "Yes")], [("What do you see?", "Two cats .")], [("Why?", "No")]]
     rows = conversations(turns, made.found.tokenizer, made.found.template)
     batch = rows.take(torch.arange(3))
-    ours = made.network.logits(
-        batch["ids"], batch["mask"], prefix=batch["prefix"], **made.pictures.take(slice(0, 3))
-    )
+    inputs = {name: batch[name] for name in ("ids", "mask", "prefix")}
+    inputs |= made.pictures.take(slice(0, 3))
+    ours = made.network.logits(**inputs)
     for row in range(3):
         count = int(batch["mask"][row].sum())
         ids = placeholders(made, row, batch["ids"][row, :count].tolist())
@@ -116,6 +116,12 @@ def test_logits_are_those_of_the_models_own_forward(family, scene):
         ).logits[0, -count - 1 : -1]
         torch.testing.assert_close(ours[row, :count], theirs, **EXACT)
         assert not torch.allclose(ours[row, :count], theirs.roll(1, 0), rtol=1e-2)
+    # At the answers alone the output layer says the same, soft-capping included.
+    places, rows = batch["places"], torch.arange(3)[:, None]
+    at = made.network.logits(**inputs, places=places)
+    assert places.shape[1] < batch["ids"].shape[1]
+    torch.testing.assert_close(at, ours[rows, places], **EXACT)
+    assert not torch.allclose(at, ours[rows, places - 1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bilevel import rng
-from bilevel_problems.mllm_hft.models.instructions import before, conversations
+from bilevel_problems.mllm_hft.models.instructions import before, conversations, places
 from bilevel_problems.mllm_hft.models.network import Network
 from bilevel_problems.mllm_hft.models.pictures import Pictures
 from bilevel_problems.mllm_hft.models.pretrain import (
@@ -19,8 +19,10 @@ from bilevel_problems.mllm_hft.models.pretrain import (
     answer_scores,
     answer_words,
     dialogues,
+    last_place,
     pretrain,
     question_accuracy,
+    train,
     warm_up,
 )
 from bilevel_problems.mllm_hft.models.template import Template
@@ -99,11 +101,30 @@ def test_answers_weigh_most_and_padding_nothing():
     assert (weights[rows.mask & ~rows.counted] == 0.2).all()
 
 
+def test_places_are_those_that_count_and_none_twice():
+    """Rows of two, three and no counted tokens: the first are filled up with what does not count."""
+    counted = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    found = places(counted)
+    assert found.tolist() == [[1, 3, 0], [0, 2, 3], [0, 1, 2]]
+    assert counted.gather(1, found).sum(1).tolist() == counted.sum(1).tolist()
+    assert places(counted[2:]).shape == (1, 0)
+    assert places(counted[:0]).shape == (0, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 15])
+def test_any_number_of_steps_can_be_taken(steps):
+    at = torch.nn.Parameter(torch.ones(()))
+    (event,) = train([at], at.square, "here", steps, 0.01)
+    assert (event.done, event.total) == (steps, steps)
+    assert 0 < float(at) < 1
+
+
 def test_answer_scores_read_the_last_place():
     logits = torch.zeros(2, 3, 5)
     logits[0, 1, 3], logits[0, 2, 3], logits[1, 2, 4] = 2.0, 9.0, 1.5
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert answer_scores(logits, mask, ((3,), (4,))).tolist() == [2.0, -1.5]
+    place = last_place(torch.tensor([[True, True, False], [True, True, True]]))
+    read = logits.gather(1, place[..., None].expand(-1, -1, 5))
+    assert answer_scores(read, ((3,), (4,))).tolist() == [2.0, -1.5]
 
 
 def test_pretraining_lowers_the_loss_and_leaves_the_projector_alone():
