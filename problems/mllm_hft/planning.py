@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ SHARE = 0.75
 """Of a device's memory, for what is counted; the rest is for temporaries, gradients, optimizer states."""
 MOST_ROWS = 128
 """Beyond so many rows at a time an evaluation is no faster."""
+FEW = 10**8
+"""Weights times tokens of a step that is counted with data: its products take a second at most, where
+the meta device takes half a second a layer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Plan:
 def plan(
     problem: HierarchicalFineTuning, prepared: Prepared, device: torch.device, dtype: torch.dtype
 ) -> Plan:
-    """Nothing is computed: shapes go through the model on the meta device."""
+    """Shapes go through the model on the meta device; a step small enough is taken with data."""
     room = memory.capacity(device)
 
     def needed(size: int | None) -> Footprint:
@@ -109,17 +113,51 @@ def largest_that_fits(
 def lower_step(
     problem: HierarchicalFineTuning, prepared: Prepared, dtype: torch.dtype, size: int | None
 ) -> Footprint:
-    """Of the first lower step, without its queue, whose states are a constant of the batch."""
-    network = prepared.loaded.network
+    """Of the first lower step, without its queue, whose states are a constant of the batch.
+
+    With data where that is fast. Else, what is held is affine in the number of layers, as they are
+    alike: counted are one of them and two.
+    """
     batch = next(lower_batches(problem, prepared, torch.Generator().manual_seed(0), None))
+    network = prepared.loaded.network
+
+    def counted(on: str) -> Footprint:
+        return _counted(problem, prepared, dtype, size, batch, on)
+
+    chunks = 1 if size is None else max(problem.lower_batch, problem.contrast_batch) / size
+    # Without data one chunk stands for all; with data each is computed.
+    if chunks <= 4 and tree.size(dict(network.named_parameters())) * _tokens(batch) <= FEW:
+        return counted("cpu")
+    layers = network.language.layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    if len(layers) < 4 or len({_shapes(layer) for layer in layers}) > 1:
+        return counted("meta")
+    found = []
+    for depth in (1, 2):
+        with _cut(network.language, depth):
+            found.append(vars(counted("meta")))
+    one, two = found
+    return Footprint(**{n: one[n] + (len(layers) - 1) * (two[n] - one[n]) for n in one})
+
+
+def _counted(
+    problem: HierarchicalFineTuning,
+    prepared: Prepared,
+    dtype: torch.dtype,
+    size: int | None,
+    batch: dict[str, Any],
+    on: str,
+) -> Footprint:
+    """`lower_step` on a device, of the network as it is now."""
+    network = prepared.loaded.network
     if problem.form.loss != "hacl":
         words = network.mllm.lm_head.out_features
-        batch["contrast"] = reference_shapes(batch["contrast"], words)
+        batch = {**batch, "contrast": reference_shapes(batch["contrast"], words, on)}
     x, y = start(problem, prepared, None)
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     precisions = dict.fromkeys((*x, *y), dtype) | network.precisions(dtype)
     at = {
-        name: torch.empty_like(value, dtype=precisions.get(name), device="meta")
+        name: value.to(on, precisions.get(name))
         for name, value in {**own, **prepared.constants, **x, **y}.items()
     }
     anchors = {name: at[name] for name in prepared.reference}
@@ -137,7 +175,36 @@ def lower_step(
 
     frozen = {name: value for name, value in at.items() if name not in y}
     trained = {name: at[name] for name in y}
-    return footprint(loss, frozen, trained, tree.to(batch, "meta", dtype))
+    moved = tree.to(batch, on, dtype)
+    return footprint(loss, frozen, trained, moved, on=on, checkpoints=size is not None)
+
+
+@contextmanager
+def _cut(decoder: Any, depth: int) -> Iterator[None]:
+    """The decoder with its first layers alone."""
+    layers = decoder.layers
+    decoder.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def _shapes(layer: torch.nn.Module) -> frozenset[tuple[str, torch.Size, torch.dtype]]:
+    return frozenset((name, p.shape, p.dtype) for name, p in layer.named_parameters())
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    """Places of all sequences that pass the language model, about."""
+    found = 0
+
+    def count(leaf: Any) -> None:
+        nonlocal found
+        if isinstance(leaf, Tensor) and leaf.ndim > 1:
+            found += leaf.shape[:-1].numel() if leaf.is_floating_point() else leaf.numel()
+
+    tree.map_nested(count, batch)
+    return found
 
 
 def _caption(loaded: LoadedModel, evaluation: EvaluationSplit, length: int) -> int:

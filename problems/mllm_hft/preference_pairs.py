@@ -122,11 +122,11 @@ def preference_batch(
     return {**sides, "pictures": seen, "noisy": noisy, "kind": kind, "scene": scene}
 
 
-def reference_shapes(batch: dict[str, Any], words: int) -> dict[str, Any]:
-    """The batch with a reference of the right shapes and no data."""
+def reference_shapes(batch: dict[str, Any], words: int, device: str) -> dict[str, Any]:
+    """The batch with a reference of the right shapes that says nothing."""
     shapes = {side: batch[side]["ids"].shape for side in SIDES}
-    known = {side: torch.empty(*shapes[side], words, device="meta") for side in SIDES}
-    noisy = torch.empty(shapes["chosen"], device="meta")
+    known = {side: torch.zeros(*shapes[side], words, device=device) for side in SIDES}
+    noisy = torch.zeros(shapes["chosen"], device=device)
     return {**batch, "reference": {**known, "noisy": noisy}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bilevel.errors import RequirementError
 from bilevel.rng import Streams, stream
-from bilevel_problems.mllm_hft import formulations, memory
+from bilevel_problems.mllm_hft import formulations, memory, planning
 from bilevel_problems.mllm_hft.memory import (
     Footprint,
     capacity,
@@ -22,6 +23,7 @@ from bilevel_problems.mllm_hft.memory import (
 )
 from bilevel_problems.mllm_hft.planning import SHARE, largest_that_fits, lower_step
 
+pytestmark = pytest.mark.usefixtures("cache")
 KIB = 2**10
 
 
@@ -50,13 +52,12 @@ def test_one_storage_is_counted_once():
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("formulation", ["two_variable", "weighted"])
-def test_without_data_as_with_data(formulation, micro_batch, tmp_path, monkeypatch):
+def test_without_data_as_with_data(formulation, micro_batch):
     """At the moment when autograd holds most, whole or chunk by chunk."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
 
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     problem = prepared(formulation=formulation)
     x, y = problem.init(Streams(0))
     batch = next(problem.lower_batches(stream(0, "b")))
@@ -98,13 +99,12 @@ def test_without_data_as_with_data(formulation, micro_batch, tmp_path, monkeypat
     assert found.derivative > found.graph > found.weights / 20
 
 
-def test_micro_batches_hold_one_at_a_time(tmp_path, monkeypatch):
+def test_micro_batches_hold_one_at_a_time():
     """Of a batch of 32, two rows hold less than a sixteenth: conversations or contrast, never both."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
 
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     problem = prepared(lower_batch=32, contrast_batch=32, train=40)
     made = problem._prepared
     whole, two, four = (lower_step(problem, made, torch.float32, n) for n in (None, 2, 4))
@@ -113,6 +113,33 @@ def test_micro_batches_hold_one_at_a_time(tmp_path, monkeypatch):
     assert four.graph / two.graph == pytest.approx(2, rel=0.1)
     assert whole.kept > 100 * two.kept
     assert whole.weights == two.weights
+
+
+def test_few_are_counted_with_data_and_alike_layers_from_two(monkeypatch):
+    """The same bytes as the meta device counts of all layers, and the decoder is whole again."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from bilevel_problems.mllm_hft.models.tiny import Tiny
+    from tests.problems.mllm_hft.miniature import prepared
+
+    model = Tiny(hidden=16, layers=5, heads=2, rank=2, steps=1, batch=4, scenes=16)
+    problem = prepared(formulation="two_variable", model=model)
+    made = problem._prepared
+    counted, taken = planning._counted, []
+
+    def recorded(*args: Any) -> Footprint:
+        taken.append((len(made.loaded.network.language.layers), args[-1]))
+        return counted(*args)
+
+    monkeypatch.setattr(planning, "_counted", recorded)
+    found = [lower_step(problem, made, torch.float32, None)]
+    monkeypatch.setattr(planning, "FEW", 0)
+    found.append(lower_step(problem, made, torch.float32, None))
+    made.loaded.network.language.layers[3].add_module("more", torch.nn.Linear(3, 3))
+    more = lower_step(problem, made, torch.float32, None)
+    assert taken == [(5, "cpu"), (1, "meta"), (2, "meta"), (5, "meta")]
+    assert found[0] == found[1] == replace(more, weights=more.weights - 4 * 12)
+    assert found[0].graph > 0
 
 
 def test_the_largest_micro_batch_that_fits():
@@ -130,12 +157,11 @@ def test_the_largest_micro_batch_that_fits():
         assert found == needed(size)
 
 
-def test_auto_takes_what_fits_and_says_so(tmp_path, monkeypatch):
+def test_auto_takes_what_fits_and_says_so(monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
 
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     problem = prepared(micro_batch="auto", lower_batch=12, contrast_batch=12)
     (step, evaluation) = problem.place("cpu", torch.float32)
     assert "micro-batches" not in step.note
@@ -153,12 +179,11 @@ def test_auto_takes_what_fits_and_says_so(tmp_path, monkeypatch):
     assert problem._evaluator.rows == rows
 
 
-def test_a_kv_cache_is_as_large_as_transformers_makes_it(tmp_path, monkeypatch):
+def test_a_kv_cache_is_as_large_as_transformers_makes_it():
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
 
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     made = prepared()._prepared
     network = made.loaded.network
     ids = torch.zeros(3, 7, dtype=torch.long)
@@ -222,12 +247,11 @@ def test_what_cannot_fit_is_refused_with_the_remedy():
     assert capacity(torch.device("meta")) is None
 
 
-def test_a_run_says_what_it_needs_and_refuses_before_it_moves(tmp_path, monkeypatch):
+def test_a_run_says_what_it_needs_and_refuses_before_it_moves(monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from tests.problems.mllm_hft.miniature import prepared
 
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
     problem = prepared(formulation="weighted", queue=3)
     told, evaluation = problem.place("cpu", torch.float64)
     assert told.note.startswith("at least weights ")
