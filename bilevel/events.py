@@ -114,7 +114,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended: "done", "interrupted", "terminated", "diverged" or "failed"."""
+    """The run ended: "done", "interrupted", "terminated", "hung up", "diverged" or "failed"."""
 
     step: int
     reason: str

@@ -39,6 +39,9 @@ OverridesArgument = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.")
 ]
+ReportOption = Annotated[
+    bool, typer.Option("--no-report", help="Write no report.html; bilevel report does so later.")
+]
 RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
 
 
@@ -114,21 +117,31 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the recipe, write nothing.")
     ] = False,
+    no_report: ReportOption = False,
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
     with boundary():
         from bilevel.cli.run import run as run_recipe
 
-        run_recipe(_console(), recipe, overrides or [], runs_dir, dry_run)
+        run_recipe(
+            _console(),
+            recipe,
+            overrides or [],
+            runs_dir,
+            dry=dry_run,
+            with_report=not no_report,
+        )
 
 
 @app.command()
-def resume(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
+def resume(
+    run: RunArgument, runs_dir: RunsOption = Path("runs"), no_report: ReportOption = False
+) -> None:
     """Resume a run as if it had never been stopped."""
     with boundary():
         from bilevel.cli.resume import resume as resume_run
 
-        resume_run(_console(), run, runs_dir)
+        resume_run(_console(), run, runs_dir, with_report=not no_report)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.text import Text
 from bilevel import recipe as recipes
 from bilevel.cli.boundary import Stopped, complain
 from bilevel.cli.names import locate
+from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.comparing import figure, plan, table
 from bilevel.comparing.files import write
@@ -63,7 +64,7 @@ def compare(
         raise CheckpointError(
             f"{folder}: cannot be made: {error.strerror}; name another with --runs-dir"
         ) from error
-    with RunFolder(folder).lock():
+    with RunFolder(folder).lock(), going_on(f"the comparison in {folder}"):
         done = _measure(console, made, folder)
         found = _conclude(console, made, folder, done)
     if any(row.failures for row in found):

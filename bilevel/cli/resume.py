@@ -15,7 +15,7 @@ from bilevel.recipe.assemble import assemble
 from bilevel.runfolder import checkpoint
 
 
-def resume(console: Console, reference: str, runs: Path) -> None:
+def resume(console: Console, reference: str, runs: Path, with_report: bool = True) -> None:
     """Resume a run from its newest whole checkpoint, or from the start if it has none."""
     folder = runfolder.find(reference, runs)
     finished = folder.finished()
@@ -36,4 +36,4 @@ def resume(console: Console, reference: str, runs: Path) -> None:
         found = checkpoint.latest(folder.checkpoints)
         for reason in found.skipped if found else ():
             complain(f"passed over {reason}", kind="warning: ")
-        RunLoop(console, recipe, setup, folder).resume(found)
+        RunLoop(console, recipe, setup, folder, with_report).resume(found)

@@ -15,7 +15,15 @@ from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 
 
-def run(console: Console, reference: str, overrides: Sequence[str], runs: Path, dry: bool) -> None:
+def run(
+    console: Console,
+    reference: str,
+    overrides: Sequence[str],
+    runs: Path,
+    *,
+    dry: bool = False,
+    with_report: bool = True,
+) -> None:
     """Run a recipe in a new folder below `runs`."""
     path = locate(reference)
     recipe = recipes.load(path, overrides)
@@ -37,4 +45,4 @@ def run(console: Console, reference: str, overrides: Sequence[str], runs: Path, 
         environment=runfolder.environment(),
     )
     with folder.lock():
-        RunLoop(console, recipe, setup, folder).begin()
+        RunLoop(console, recipe, setup, folder, with_report).begin()

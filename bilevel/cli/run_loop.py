@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bilevel import report
 from bilevel.cli.boundary import Stopped, complain, requiring
+from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
@@ -35,12 +36,14 @@ class RunLoop:
     recipe: Recipe
     setup: Setup
     folder: RunFolder
+    with_report: bool = True
+    """False where the command line says so, whatever the recipe says."""
     signals: Signals = field(default_factory=Signals)
     receivers: list[Receiver] = field(default_factory=list)
     saved: Path | None = None
 
     def begin(self) -> None:
-        with self.signals:
+        with self._without_console(), self.signals:
             try:
                 with self._closing_on_error(), explaining(), self._requiring():
                     early = self._prepare(None)
@@ -66,7 +69,7 @@ class RunLoop:
                 raise
 
     def resume(self, found: checkpoint.FoundCheckpoint | None) -> None:
-        with self.signals:
+        with self._without_console(), self.signals:
             before = self._first_measures()
             with self._closing_on_error(), explaining(), self._requiring():
                 early = self._prepare(before)
@@ -185,6 +188,9 @@ class RunLoop:
     def _discard(self) -> None:
         shutil.rmtree(self.folder.path, ignore_errors=True)
 
+    def _without_console(self) -> AbstractContextManager[None]:
+        return going_on(f"the run in {self.folder.path}")
+
     def _requiring(self) -> AbstractContextManager[None]:
         return requiring(f"problem {type(self.setup.problem).__name__}")
 
@@ -205,7 +211,7 @@ class RunLoop:
             self._report()
 
     def _report(self) -> None:
-        if report.missing():
+        if not (self.with_report and self.recipe.report) or report.missing():
             return
         try:
             path = report.write(self.folder)

@@ -46,6 +46,7 @@ def recipe_schema() -> str:
             "items": {"$ref": "#/$defs/sinks"},
             "default": DEFAULTS["sinks"],
         },
+        "report": {"type": "boolean", "default": DEFAULTS["report"]},
     }
     assert properties.keys() == set(SECTIONS)
     schema = {

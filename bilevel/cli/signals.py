@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the step is finished and saved; the second time, at once."""
+"""Ctrl-C, SIGTERM and SIGHUP during a run: the step is finished and saved; the second time, at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from types import FrameType, TracebackType
 
 from bilevel.cli.boundary import Stopped
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 
 
 class Signals:
     """Notes a signal while it is entered; `received` is looked at between steps.
 
-    While `is_patient` is false, as before the first step, a signal raises `Stopped` at once.
+    While `is_patient` is false, as before the first step, a signal raises `Stopped` at once. A hang-up
+    never does so as the second one: a terminal that closes sends it twice, and systemd after SIGTERM.
+    One that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -29,16 +31,18 @@ class Signals:
     def code(self) -> int:
         """The exit code for the signal received."""
         assert self.received is not None
-        return CODES[self.received]
+        return 128 + self.received
 
     @property
     def reason(self) -> str:
         """How `Finished` calls the signal received."""
         assert self.received is not None
-        return REASONS[self.received]
+        return REASONS[self.received.name]
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in CODES}
+        for number in (signal.Signals[name] for name in REASONS if hasattr(signal, name)):
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -52,6 +56,8 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
+        if again and number == HANGUP:
+            return
         self.received = signal.Signals(number)
         if again or not self.is_patient:
             raise Stopped(self.code)

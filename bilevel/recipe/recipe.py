@@ -1,7 +1,7 @@
 """A recipe: what a run is made of, read from YAML, checked as a whole, frozen and hashed.
 
 Sections: version, name, seed, problem, lower, upper, estimator, runtime, evaluate, checkpoint,
-sinks. Components are given by name or as `path/to/file.py:Class`, relative to the recipe.
+sinks, report. Components are given by name or as `path/to/file.py:Class`, relative to the recipe.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Recipe:
     evaluate: Evaluate = field(compare=False, repr=False)
     checkpoint: Checkpoint = field(compare=False, repr=False)
     sinks: tuple[Sink, ...] = field(compare=False, repr=False)
+    report: bool = field(compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -92,8 +93,12 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content; a file of the user's own enters with what is written in it."""
-        text = json.dumps(_canonical(self.content), sort_keys=True, ensure_ascii=False)
+        """SHA-256 of the content; a file of the user's own enters with what is written in it.
+
+        Whether there is a report does not enter: with and without it is the same run.
+        """
+        content = {key: part for key, part in self.content.items() if key != "report"}
+        text = json.dumps(_canonical(content), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def dump(self) -> str:
@@ -148,6 +153,7 @@ class _Reading:
             "evaluate": self._options("evaluate", Evaluate),
             "checkpoint": self._options("checkpoint", Checkpoint),
             "sinks": self._sinks(),
+            "report": self._report(),
         }
         self._complaints.finish()
         good = {key: part for key, part in built.items() if part is not None}
@@ -180,6 +186,13 @@ class _Reading:
         got = self._get("seed", 0)
         if type(got) is not int or got < 0:
             self._complaints.add(("seed",), "must be an integer ≥ 0", got)
+            return None
+        return Built(got, got)
+
+    def _report(self) -> Built | None:
+        got = self._get("report", DEFAULTS["report"])
+        if not isinstance(got, bool):
+            self._complaints.add(("report",), "must be true or false", got)
             return None
         return Built(got, got)
 
@@ -237,11 +250,13 @@ SECTIONS = (
     "evaluate",
     "checkpoint",
     "sinks",
+    "report",
 )
 DEFAULTS: Mapping[str, Any] = {
     "lower": "gradient",
     "estimator": "implicit",
     "sinks": ["jsonl", "rows", "figures"],
+    "report": True,
 }
 
 

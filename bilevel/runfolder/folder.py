@@ -103,7 +103,7 @@ class Summary:
     folder: RunFolder
     name: str
     status: str
-    """done, interrupted, terminated, running, stopped (without a word), or damaged."""
+    """How `Finished` calls it, or running, stopped (without a word), damaged."""
     step: int
     steps: int
     upper_loss: float | None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 
 from rich.console import Console, Group
@@ -164,7 +166,9 @@ class _Plain:
                 self._row(event)
 
     def stopping(self) -> None:
-        self._say("stopping after this step; once more to stop at once")
+        # the signal may have come within a write, and no stream can be written to from within one
+        with suppress(OSError):
+            os.write(2, b"stopping after this step; once more to stop at once\n")
 
     def _stage(self, event: Progress) -> None:
         ends = event.total is not None and event.done >= event.total

@@ -8,7 +8,7 @@ from bilevel.cli.app import app
 from bilevel.runfolder import record
 
 RUNNER = CliRunner()
-SHORT = ("upper.steps=4", "evaluate.every=2", "checkpoint.every=2")
+SHORT = ("upper.steps=4", "evaluate.every=2", "checkpoint.every=2", "report=false")
 
 
 def invoke(*arguments: object, code: int = 0):

@@ -17,8 +17,8 @@ COMMANDS = {
     "show": ["NAME", "--resolved"],
     "cp": ["RECIPE", "DESTINATION"],
     "validate": ["RECIPE", "OVERRIDES?"],
-    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run"],
-    "resume": ["RUN", "--runs-dir"],
+    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run", "--no-report"],
+    "resume": ["RUN", "--runs-dir", "--no-report"],
     "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path"],
     "compare": [
         "RECIPE",
@@ -56,7 +56,7 @@ def test_commands_and_options_are_frozen():
 def test_a_file_bears_its_commands_name():
     files = {path.stem for path in Path(app_module.__file__).parent.glob("*.py")}
     assert set(COMMANDS) - files == {"report"}  # a line of `app`, what it calls is bilevel.report
-    shared = {"__init__", "app", "boundary", "names", "run_loop", "signals", "user_code"}
+    shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "user_code"}
     assert files - set(COMMANDS) == shared
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -51,8 +53,9 @@ class Slow:
 """
 
 CASES = {
-    "quadratic": ("upper.steps=12", "evaluate.every=4", "checkpoint.every=5"),
+    "quadratic": ("upper.steps=12", "evaluate.every=4", "checkpoint.every=5", "report=false"),
     "sinusoid": (
+        "report=false",
         "upper.steps=12",
         "evaluate.every=4",
         "checkpoint.every=4",
@@ -61,6 +64,7 @@ CASES = {
         "runtime.device=cpu",
     ),
     "hyper_cleaning": (
+        "report=false",
         "upper.steps=12",
         "evaluate.every=5",
         "checkpoint.every=4",
@@ -88,14 +92,18 @@ def bilevel(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
 
 
 def start(folder: Path, recipe: str, overrides, code: int, **signalling) -> tuple[Path, str]:
-    """Run in a folder of its own, where a sink sends a signal; returns (run folder, stderr)."""
+    """Run in a folder of its own, where a sink sends a signal; returns (run folder, stderr).
+
+    A process of its own, which takes seconds, is for what kills it.
+    """
     (folder / "signalling.py").write_text(SIGNALLING)
     extra = []
     if signalling:
         options = ", ".join(f"{key}: {value}" for key, value in signalling.items())
         spec = f"{{name: '{folder}/signalling.py:Signal', {options}}}"
         extra = [f"sinks=[jsonl, {spec}]"]
-    result = bilevel("run", recipe, *overrides, *extra, "--runs-dir", folder / "runs", code=code)
+    start = bilevel if code < 0 else invoke
+    result = start("run", recipe, *overrides, *extra, "--runs-dir", folder / "runs", code=code)
     (run,) = (folder / "runs").glob("*/*")
     return run, result.stderr
 
@@ -139,18 +147,76 @@ def test_interrupted_and_resumed_is_as_never_stopped(case, step, tmp_path):
     assert found.step == step
     with pytest.raises(AssertionError):
         assert_same_end(run, whole)
-    bilevel("resume", run, code=0)
+    invoke("resume", run)
     assert_same_end(run, whole)
 
 
-def test_terminated_is_saved_too(tmp_path):
-    overrides = CASES["quadratic"]
-    run, _ = start(tmp_path, "quadratic", overrides, 143, number=int(signal.SIGTERM), step=3)
-    last = {"event": "finished", "step": 3, "reason": "terminated"}
+@pytest.mark.parametrize(
+    ("number", "code", "reason", "times"),
+    [
+        (signal.SIGTERM, 143, "terminated", 1),
+        (signal.SIGHUP, 129, "hung up", 1),
+        (signal.SIGHUP, 129, "hung up", 3),  # as a terminal that closes sends it
+    ],
+)
+def test_terminated_and_hung_up_are_saved_too(number, code, reason, times, tmp_path):
+    options = {"number": int(number), "step": 3, "times": times}
+    run, _ = start(tmp_path, "quadratic", CASES["quadratic"], code, **options)
+    last = {"event": "finished", "step": 3, "reason": reason}
     assert timeless(run)[-1].items() >= last.items()
     found = checkpoint.latest(run / "checkpoints")
     assert found is not None
     assert found.step == 3
+    assert re.search(rf"{reason} +3/12", invoke("runs", "--runs-dir", tmp_path / "runs").output)
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = {"number": int(signal.SIGHUP), "step": 3}
+        run, _ = start(tmp_path, "quadratic", CASES["quadratic"], 0, **options)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert timeless(run)[-1]["reason"] == "done"
+
+
+ON_TERMINAL = """
+import fcntl, termios
+from bilevel.cli import main
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main()
+"""
+
+
+def test_a_process_that_loses_its_terminal_saves_and_exits(tmp_path):
+    """The real command on a terminal of its own, which goes away: SIGHUP, and output that fails."""
+    controller, terminal = pty.openpty()
+    (tmp_path / "signalling.py").write_text(SIGNALLING)
+    sink = f"{{name: '{tmp_path}/signalling.py:Signal', number: 0, step: 2}}"
+    words = ["quadratic", "upper.steps=1000000", "report=false", f"sinks=[jsonl, {sink}]"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_TERMINAL, "run", *words, "--runs-dir", str(tmp_path / "runs")],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(terminal)
+    try:
+        while not list((tmp_path / "runs").glob("*/*/signalled")):
+            assert process.poll() is None
+            select.select([controller], [], [], 0.1)[0] and os.read(controller, 65536)
+        os.close(controller)
+        assert process.wait() == 129
+    finally:
+        process.kill()
+    (run,) = (tmp_path / "runs").glob("*/*")
+    assert timeless(run)[-1]["reason"] == "hung up"
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == timeless(run)[-1]["step"]
 
 
 @pytest.mark.parametrize("step", [3, 7])
@@ -159,7 +225,7 @@ def test_killed_goes_on_from_the_last_checkpoint_or_the_start(case, step, tmp_pa
     run, _ = start(tmp_path, recipe, overrides, -9, number=int(signal.SIGKILL), step=step)
     found = checkpoint.latest(run / "checkpoints")
     assert (found is None) == (step == 3)
-    bilevel("resume", run, code=0)
+    invoke("resume", run)
     assert_same_end(run, whole)
 
 
@@ -179,13 +245,15 @@ def test_a_signal_at_the_last_step_lets_the_run_finish(tmp_path):
     assert timeless(run)[-1]["reason"] == "done"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_while_preparing_leaves_nothing_behind(number, code, tmp_path):
     (tmp_path / "signalling.py").write_text(SIGNALLING)
     problem = f"{{name: '{tmp_path}/signalling.py:Slow', number: {int(number)}}}"
     path = tmp_path / "slow.yaml"
     path.write_text(f"problem: {problem}\n")
-    result = bilevel("run", path, "--runs-dir", tmp_path / "runs", code=code)
+    result = invoke("run", path, "--runs-dir", tmp_path / "runs", code=code)
     assert "before the first step" in result.stderr
     assert "preparing: 0 of 2" in result.stdout
     assert not list((tmp_path / "runs").glob("*/*"))
@@ -198,7 +266,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(case, tmp_path):
     assert newest is not None
     tensors = newest.path / checkpoint.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-3])
-    assert "passed over" in bilevel("resume", run, code=0).stderr
+    assert "passed over" in invoke("resume", run).stderr
     assert_same_end(run, whole)
 
 
@@ -219,15 +287,15 @@ class Mine(Quadratic):
 def test_interrupted_in_the_first_evaluation_and_resumed_is_as_never_stopped(tmp_path):
     path = tmp_path / "mine.yaml"
     (tmp_path / "mine.py").write_text(EVALUATED)
-    path.write_text("problem: mine.py:Mine\nupper: {steps: 3}\n")
-    bilevel("run", path, "--runs-dir", tmp_path / "stopped", code=130)
-    bilevel("run", path, "--runs-dir", tmp_path / "whole", code=0)
+    path.write_text("problem: mine.py:Mine\nupper: {steps: 3}\nreport: false\n")
+    invoke("run", path, "--runs-dir", tmp_path / "stopped", code=130)
+    invoke("run", path, "--runs-dir", tmp_path / "whole")
     (run,), (whole,) = (list((tmp_path / name).glob("*/*")) for name in ("stopped", "whole"))
     found = checkpoint.latest(run / "checkpoints")
     assert found is not None
     assert found.step == 0
     assert timeless(run) != timeless(whole)
-    bilevel("resume", run, code=0)
+    invoke("resume", run)
     steps = [event["step"] for event in timeless(run) if event["event"] == "evaluated"]
     assert steps == [0, 3]
     assert timeless(run) == timeless(whole)
@@ -240,7 +308,7 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
     before = (run / "events.jsonl").read_bytes()
     with (tmp_path / "signalling.py").open("a") as file:
         file.write("# changed\n")
-    result = bilevel("resume", run, code=2)
+    result = invoke("resume", run, code=2)
     assert "was changed since the run began" in result.stderr
     assert (run / "events.jsonl").read_bytes() == before
 

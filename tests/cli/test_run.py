@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bilevel import recipe as recipes
-from bilevel import runfolder
+from bilevel import report, runfolder
 from bilevel.cli.names import shipped
 from bilevel.errors import CheckpointError
 from bilevel.runfolder import checkpoint, record
@@ -73,13 +73,29 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_slow(tmp_path: Pat
 
 
 def test_a_warning_is_counted_in_the_console_the_record_and_the_report(runs):
-    words = ("run", "quadratic", *SHORT, "estimator.solver={name: neumann, iterations: 2}")
-    result = invoke(*words, "--runs-dir", runs)
+    words = (*SHORT, "report=true", "estimator.solver={name: neumann, iterations: 2}")
+    result = invoke("run", "quadratic", *words, "--runs-dir", runs)
     assert "warned: residual at 4 of 4 steps" in result.output
     (folder,) = runs.glob("*/*")
     assert (record.last(folder, "finished") or {})["warned"] == {"residual": 4}
-    if (folder / "report.html").is_file():
+    if not report.missing():
         assert "At 4 of 4 steps." in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_written"),
+    [(["report=true"], True), (["report=false"], False), (["report=true", "--no-report"], False)],
+)
+def test_a_report_is_left_out_by_field_or_option(words, is_written, runs, monkeypatch):
+    written = []
+    monkeypatch.setattr("bilevel.report.missing", list)
+    monkeypatch.setattr("bilevel.report.write", lambda folder: written.append(folder) or "")
+    folder = run(runs, *words)
+    assert written == [runfolder.RunFolder(folder)] * is_written
+    assert (
+        runfolder.RunFolder(folder).environment()["hash"]
+        == recipes.load(shipped()["quadratic"], SHORT).hash
+    )
 
 
 def test_a_full_disk_stops_the_run_and_it_can_be_resumed(runs, monkeypatch):
@@ -116,7 +132,8 @@ main()
 @pytest.mark.parametrize(("limit", "remedy"), [(4096, "make room"), (16, "--runs-dir")])
 def test_a_file_that_cannot_grow_is_one_message(limit, remedy, runs):
     """4096 bytes hold the recipe and some twelve events, 16 nothing."""
-    command = ["run", "quadratic", "upper.steps=30", "checkpoint.every=10", "--runs-dir", str(runs)]
+    words = ["upper.steps=30", "checkpoint.every=10", "report=false"]
+    command = ["run", "quadratic", *words, "--runs-dir", str(runs)]
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *command],
         capture_output=True,
