@@ -41,6 +41,8 @@ class RunLoop:
     signals: Signals = field(default_factory=Signals)
     receivers: list[Receiver] = field(default_factory=list)
     saved: Path | None = None
+    is_delivered: bool = True
+    """Whether every sink has what the engine said last."""
 
     def begin(self) -> None:
         with self._without_console(), self.signals:
@@ -108,11 +110,11 @@ class RunLoop:
                 self.signals.is_patient = True
                 self._loop(state)
             self._close()
+            self._report()
         except Stopped as stopped:
             raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
         if self.signals.received:
             raise Stopped(self.signals.code, self._how_to_resume())
-        self._report()
 
     def _loop(self, state: State) -> None:
         """Every end is an event: that of an error is told with its reason, then raised."""
@@ -121,6 +123,7 @@ class RunLoop:
             with explaining(lambda: state.step):
                 self._take_steps(state, began)
         except (Exception, SystemExit) as error:
+            self._rescue(state)
             reason = "diverged" if isinstance(error, ConvergenceError) else "failed"
             said = str(error) or type(error).__name__
             spent = time.perf_counter() - began
@@ -133,7 +136,9 @@ class RunLoop:
 
     def _take_steps(self, state: State, began: float) -> None:
         for event in engine.run(self.setup, state):
+            self.is_delivered = False
             self._deliver(event)
+            self.is_delivered = True
             if isinstance(event, Finished):
                 self.signals.received = None
             elif self._is_settled(event, state):
@@ -152,11 +157,21 @@ class RunLoop:
         """Whether all events of the present step have come, so that none is lost or repeated."""
         if isinstance(event, Evaluated):
             return True
-        if not isinstance(event, Stepped):
-            return False
-        every = self.setup.evaluate_every
-        due = (every and state.step % every == 0) or state.step == self.setup.upper.steps
-        return not (due and "evaluate" in self.setup.levels)
+        return isinstance(event, Stepped) and not engine.is_due(self.setup, state)
+
+    def _rescue(self, state: State) -> None:
+        """Save the last good step after an error of the engine or the problem.
+
+        Not after one of a sink: its record would lack what the checkpoint has.
+        """
+        last = checkpoint.step_of(self.saved) if self.saved else 0
+        if not self.is_delivered or state.step <= last:
+            return
+        state.rewind()
+        with suppress(
+            Exception
+        ):  # what ended the run is told, not that its state could not be saved
+            self._save(state)
 
     def _save(self, state: State) -> None:
         keep = self.recipe.checkpoint.keep

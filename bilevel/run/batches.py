@@ -19,11 +19,15 @@ class Draws(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
     def renew(self) -> None:
-        """An upper step begins."""
+        """An upper step has ended, and the next begins."""
         ...
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
+        ...
+
+    def rewind(self) -> None:
+        """Have `save` say where the present upper step began; nothing is drawn afterwards."""
         ...
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -58,6 +62,7 @@ class Sampler:
         self._batches = iter(batches)
         self.drawn = 0
         self._last: Any = None
+        self._begun, self._is_rewound = self._here(), False
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -74,16 +79,25 @@ class Sampler:
         return tree.to(batch, self._device, self._dtype)
 
     def renew(self) -> None:
-        """Nothing: each draw is a batch of its own."""
+        """Note where an upper step begins; each draw is a batch of its own."""
+        self._begun = self._here()
+
+    def rewind(self) -> None:
+        """Have `save` say where the present upper step began; nothing is drawn afterwards."""
+        self._is_rewound = True
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
+        here = self._begun if self._is_rewound else self._here()
+        return here | {"last": glimpse(here["last"])}
+
+    def _here(self) -> dict[str, Any]:
         position = getattr(self._batches, "state_dict", None)
         return {
             "drawn": self.drawn,
             "stream": self._stream.get_state(),
             "position": position() if position else None,
-            "last": glimpse(self._last),
+            "last": self._last,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -106,6 +120,7 @@ class Sampler:
                 "state_dict and load_state_dict"
             )
         self.drawn = saved["drawn"]
+        self.renew()
 
     def _require_same(self, saved: dict[str, Any]) -> None:
         now = glimpse(self._last)
@@ -155,6 +170,11 @@ class Paired:
     def renew(self) -> None:
         """The next draw is of the next pair."""
         self._present.clear()
+        self._pairs.renew()
+
+    def rewind(self) -> None:
+        """Have `save` say where the present upper step began; nothing is drawn afterwards."""
+        self._pairs.rewind()
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs; the present pair is not kept, an upper step begins with a new one."""

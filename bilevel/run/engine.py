@@ -34,7 +34,17 @@ from bilevel.run.setup import Setup, State, restore, start
 from bilevel.run.warnings import warn
 from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Stats
 
-__all__ = ["Setup", "State", "evaluate", "prepare", "refuse_mismatch", "restore", "run", "start"]
+__all__ = [
+    "Setup",
+    "State",
+    "evaluate",
+    "is_due",
+    "prepare",
+    "refuse_mismatch",
+    "restore",
+    "run",
+    "start",
+]
 
 
 def prepare(setup: Setup) -> Iterator[Event]:
@@ -55,6 +65,9 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     Raises:
         ConvergenceError: a loss or a hypergradient is not finite; the message names the step, and
             the state is that of the last good step.
+
+    Whatever is raised, `state.rewind()` makes of `state` what `State.save` may save: the run resumed
+    from it takes the step that failed, or the measures, again.
     """
     began, steps = time.perf_counter(), setup.upper.steps
     yield Started(
@@ -67,15 +80,22 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         str(setup.dtype).removeprefix("torch."),
     )
     yield from caution(setup, state)
-    if state.step == 0:
+    if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
     while state.step < steps:
         yield from _advance(setup, state)
-        due = setup.evaluate_every and state.step % setup.evaluate_every == 0
-        if due or state.step == steps:
+        if is_due(setup, state):
             yield from evaluate(setup, state)
     yield from _draw(setup, state)
     yield Finished(state.step, "done", time.perf_counter() - began, dict(state.warned))
+
+
+def is_due(setup: Setup, state: State) -> bool:
+    """Whether the problem's own measures, if it has any, are taken at the present step."""
+    if "evaluate" not in setup.levels:
+        return False
+    every = setup.evaluate_every
+    return state.step in (0, setup.upper.steps) or bool(every and state.step % every == 0)
 
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
@@ -87,7 +107,9 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
     metrics = measure(state.x, state.y)
     if isinstance(metrics, Iterator):
         metrics = yield from _at(state.step, metrics)
-    yield Evaluated(state.step, _measures(setup, metrics), time.perf_counter() - began)
+    found = _measures(setup, metrics)
+    state.evaluated = state.step
+    yield Evaluated(state.step, found, time.perf_counter() - began)
 
 
 def _measures(setup: Setup, metrics: Any) -> dict[str, float]:
@@ -127,8 +149,6 @@ def _draw(setup: Setup, state: State) -> Iterator[Event]:
 def _advance(setup: Setup, state: State) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not."""
     began = time.perf_counter()
-    for draws in (state.upper_batches, state.lower_batches):
-        draws.renew()
     try:
         solution = _solve_lower(setup, state)
         upper_batch = next(state.upper_batches)
@@ -150,11 +170,14 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
                 f"step {state.step + 1}: the {level} step made a variable that is not finite; "
                 f"lower {level}.optimizer.lr"
             )
+    value, norm = float(estimate.value), tree.norm(estimate.hypergradient)
     # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
     state.x, state.y, state.upper, state.lower, state.estimator = (
         tree.contiguous(part) for part in (x, solution.y, upper, solution.state, estimate.state)
     )
     state.step += 1
+    for draws in (state.upper_batches, state.lower_batches):
+        draws.renew()
     stats, lower = estimate.stats, solution.stats
     state.totals = state.totals.plus(
         gradients=stats.gradients + lower.gradients,
@@ -164,9 +187,9 @@ def _advance(setup: Setup, state: State) -> Iterator[Event]:
     yield from warn(setup, state, estimate, solution)
     yield Stepped(
         state.step,
-        float(estimate.value),
+        value,
         lower.loss,
-        tree.norm(estimate.hypergradient),
+        norm,
         lower,
         stats,
         state.totals,

@@ -74,6 +74,13 @@ class State:
     totals: Totals = field(default_factory=Totals)
     warned: dict[str, int] = field(default_factory=dict)
     """At how many steps each kind of warning held; 0 for what was said before the first."""
+    evaluated: int | None = None
+    """The step at which the problem's own measures were taken last."""
+
+    def rewind(self) -> None:
+        """Where a step has failed: have `save` describe the state before it, with batches to draw again."""
+        self.upper_batches.rewind()
+        self.lower_batches.rewind()
 
     def save(self) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state."""
@@ -88,6 +95,7 @@ class State:
             "lower_batches": self.lower_batches.save(),
             "totals": asdict(self.totals),
             "warned": dict(self.warned),
+            "evaluated": self.evaluated,
         }
 
 
@@ -162,6 +170,7 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
     state.lower_batches.restore(saved["lower_batches"])
     state.step, state.warned = saved["step"], dict(saved["warned"])
     state.totals = Totals(**saved["totals"])
+    state.evaluated = saved.get("evaluated", state.step)
     return state
 
 

@@ -90,6 +90,11 @@ def latest(folder: Path) -> FoundCheckpoint | None:
     return found
 
 
+def step_of(path: Path) -> int:
+    """The step that the name of a checkpoint says."""
+    return _order(path)[0]
+
+
 def _newest_valid(candidates: Iterator[Path] | list[Path]) -> FoundCheckpoint | None:
     skipped = []
     for path in candidates:

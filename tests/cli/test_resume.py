@@ -170,6 +170,16 @@ def test_terminated_and_hung_up_are_saved_too(number, code, reason, times, tmp_p
     assert re.search(rf"{reason} +3/12", invoke("runs", "--runs-dir", tmp_path / "runs").output)
 
 
+def test_an_interrupted_run_has_its_report(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("bilevel.report.missing", list)
+    monkeypatch.setattr("bilevel.report.write", lambda folder: written.append(folder.path) or "")
+    options = {"number": int(signal.SIGINT), "step": 2}
+    run, said = start(tmp_path, "quadratic", ["upper.steps=3"], 130, **options)
+    assert written == [run]
+    assert said.count("Go on (from step-00000002)") == 1
+
+
 def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -299,6 +309,87 @@ def test_interrupted_in_the_first_evaluation_and_resumed_is_as_never_stopped(tmp
     steps = [event["step"] for event in timeless(run) if event["event"] == "evaluated"]
     assert steps == [0, 3]
     assert timeless(run) == timeless(whole)
+
+
+FAILING = """
+import torch
+from pathlib import Path
+class Positioned:
+    def __init__(self, stream): self.stream, self.count = stream, 0
+    def __iter__(self): return self
+    def __next__(self):
+        self.count += 1
+        return self.count * torch.randn(2, generator=self.stream)
+    def state_dict(self): return {"count": self.count}
+    def load_state_dict(self, saved): self.count = saved["count"]
+class Mine:
+    def __init__(self, where: str = ""): self.where, self.calls = where, 0
+    def init(self, streams):
+        self.calls = 0
+        return {"x": torch.zeros(2)}, {"y": torch.zeros(2)}
+    def upper_loss(self, x, y, batch):
+        self.fail("upper", 9)
+        return (y["y"] - batch).square().sum()
+    def lower_loss(self, x, y, batch):
+        self.fail("lower", 37)
+        return (y["y"] - x["x"] - batch).square().sum()
+    def evaluate(self, x, y):
+        self.fail("measure", 1)
+        return {"size": y["y"].norm().item()}
+    def upper_batches(self, stream):
+        while True: yield torch.randn(2, generator=stream)
+    def lower_batches(self, stream): return Positioned(stream)
+    def fail(self, where, calls):
+        mark = Path(__file__).with_name("mark")
+        self.calls += where == self.where
+        if where == self.where and self.calls > calls and not mark.exists():
+            mark.write_text("")
+            1 / 0
+class Paired(Mine):
+    def episodes(self, stream):
+        while True:
+            yield torch.randn(2, generator=stream), torch.randn(2, generator=stream)
+"""
+
+
+@pytest.mark.parametrize("kind", ["Mine", "Paired"])
+@pytest.mark.parametrize("where", ["upper", "lower", "measure"])
+def test_failed_and_resumed_is_as_never_failed(where, kind, tmp_path):
+    """The state of the last good step is saved, and no batch is lost that the failed step drew."""
+    (tmp_path / "mine.py").write_text(FAILING)
+    path = tmp_path / "mine.yaml"
+    problem = f"{{name: mine.py:{kind}, where: {where}}}"
+    options = "upper: {steps: 12}\nevaluate: {every: 3}\nlower: {steps: 4}\nreport: false\n"
+    path.write_text(f"problem: {problem}\n{options}")
+    said = invoke("run", path, "--runs-dir", tmp_path / "failed", code=7).stderr
+    invoke("run", path, "--runs-dir", tmp_path / "whole")
+    (run,), (whole,) = (list((tmp_path / name).glob("*/*")) for name in ("failed", "whole"))
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert 0 < found.step < 12
+    assert f"Go on (from {found.path.name}): bilevel resume {run}" in said
+    assert timeless(run)[-1].items() >= {"step": found.step, "reason": "failed"}.items()
+    invoke("resume", run)
+    assert_same_end(run, whole)
+
+
+def test_an_error_of_a_sink_saves_nothing_that_its_record_lacks(tmp_path):
+    (tmp_path / "mine.py").write_text(FAILING)
+    (tmp_path / "sink.py").write_text(FULL)
+    path = tmp_path / "mine.yaml"
+    path.write_text("problem: mine.py:Mine\nreport: false\nsinks: [sink.py:Full, jsonl]\n")
+    invoke("run", path, "--runs-dir", tmp_path / "runs", code=7)
+    (run,) = (tmp_path / "runs").glob("*/*")
+    assert checkpoint.latest(run / "checkpoints") is None
+
+
+FULL = """
+class Full:
+    def open(self, folder, step): return self
+    def receive(self, event):
+        if type(event).__name__ == "Stepped" and event.step == 3: raise OSError("full")
+    def close(self): ...
+"""
 
 
 def test_a_changed_recipe_is_not_resumed(tmp_path):
