@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +22,8 @@ from bilevel.types import ALL_STEPS, Loss, Losses, LowerSolution, Params, Point,
 
 STATIONARY = 1e-9
 """‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
+SOLVES, RESTS, LOOK_BACK = 1000, 1e-12, 50
+"""The setup's own solver is asked up to `SOLVES` times, until y moves by `RESTS` of 1 + its size."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,24 @@ def _resolve(setup: Setup, lower: Loss, x: Params, y: Params) -> tuple[Params, b
     """(y, whether it is the lower solution): the setup's steps until they rest where G alone will not do."""
     if not _is_restricted(setup.levels) or "lower_solution" in setup.levels:
         return solve_tightly(setup.levels, lower, x, y)
-    state = None
-    for _ in range(1000):
+    state, moves = None, list[float]()
+    for _ in range(SOLVES):
         before = y
         solved = solve(setup.lower, lower, x, y, itertools.repeat(lower.batch), state)
         y, state = solved.y, solved.state
-        if tree.norm(tree.sub(y, before)) <= 1e-12 * (1 + tree.norm(y)):
+        moves.append(tree.norm(tree.sub(y, before)) / (1 + tree.norm(y)))
+        if moves[-1] <= RESTS:
             return y, True
+        diverges = not math.isfinite(moves[-1])
+        if diverges or (len(moves) % LOOK_BACK == 0 and not _comes_to_rest(moves)):
+            break
     return y, False
+
+
+def _comes_to_rest(moves: Sequence[float]) -> bool:
+    """Whether y, by the rate of the last solves, would rest within four times those that are left."""
+    fall = math.log(moves[-LOOK_BACK] / moves[-1]) / LOOK_BACK
+    return math.log(moves[-1] / RESTS) <= 4 * fall * (SOLVES - len(moves))
 
 
 def _is_restricted(levels: Levels) -> bool:

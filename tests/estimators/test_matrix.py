@@ -50,8 +50,8 @@ CLOSED = {
         "problem.num_lower=6",
     ],
 }
-OTHERS = {
-    "hyper_cleaning": ["problem.num_train=20", "problem.num_clean=20", "problem.ridge=1.0"],
+OTHERS = {  # x of 25 entries or more is compared along six random directions, less than 25 in all
+    "hyper_cleaning": ["problem.num_train=25", "problem.num_clean=20", "problem.ridge=1.0"],
     "logistic": [
         "problem.data=synthetic",
         "problem.num_features=6",
@@ -60,7 +60,7 @@ OTHERS = {
     "sinusoid": ["problem.num_tasks=2", "problem.problem.width=2"],
     "sinusoid proximal": [
         "problem.num_tasks=1",
-        "problem.problem.width=2",
+        "problem.problem.width=1",
         "problem.problem.proximal=5.0",
         "problem.batched=false",
     ],
