@@ -60,8 +60,9 @@ class Optional:
 
 OPTIONAL: Mapping[str, Optional] = {
     "prepare": Optional(
-        "() -> Iterator[Progress]",
-        "slow work (download, pretraining) before `init`, reported as it goes",
+        "(device) -> Iterator[Progress]",
+        "slow work (download, pretraining) before `init`, reported as it goes; a method without a "
+        "parameter is called without the run's device",
     ),
     "place": Optional(
         "(device, dtype)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -52,7 +53,7 @@ def prepare(setup: Setup) -> Iterator[Event]:
     refuse_mismatch(setup)
     work = setup.levels.get("prepare")
     if work:
-        yield from work()
+        yield from work(setup.device) if signature(work).parameters else work()
     place = setup.levels.get("place")
     if place:
         told = place(setup.device, setup.dtype)

@@ -258,16 +258,16 @@ def preferred(
 
 
 def refinement(
-    form: Form,
+    loss: ContrastLoss,
     network: Network,
     parameters: Params,
     batch: dict[str, Any],
     micro_batch: int | None = None,
 ) -> Tensor:
-    """L_C of a form."""
-    if form.loss == "hacl":
+    """L_C."""
+    if loss == "hacl":
         return contrast(network, parameters, batch, micro_batch)
-    return preferred(network, parameters, batch, form.loss, micro_batch)
+    return preferred(network, parameters, batch, loss, micro_batch)
 
 
 def lower(
@@ -285,11 +285,11 @@ def lower(
     `micro_batch` rows pass the language model at a time (`micro_batches`); None: all of them.
     """
     if not form.task:
-        loss = refinement(form, network, parameters, batch["contrast"], micro_batch)
+        loss = refinement(form.loss, network, parameters, batch["contrast"], micro_batch)
     else:
         loss = task(network, parameters, batch["task"], micro_batch)
         if form.contrast:
-            refined = refinement(form, network, parameters, batch["contrast"], micro_batch)
+            refined = refinement(form.loss, network, parameters, batch["contrast"], micro_batch)
             loss = loss + parameters["log_lambda"].exp() * refined
     if form.anchored:
         away = [

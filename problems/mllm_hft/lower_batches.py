@@ -9,10 +9,10 @@ import torch
 
 from .batches import Batch, contrast_batch, joined, task_batch
 from .preference_pairs import preference_batch
-from .preparation import Prepared
 from .queue import StartStates
 
 if TYPE_CHECKING:
+    from .preparation import Prepared
     from .problem import HierarchicalFineTuning
 
 
@@ -31,18 +31,28 @@ def lower_batches(
         batch: dict[str, Any] = {}
         if form.task:
             batch["task"] = _conversations(problem, prepared, stream)
-        if form.loss != "hacl":
-            batch["contrast"] = _preferences(problem, prepared, stream)
-        elif form.contrast:
-            batch["contrast"] = contrast_batch(
-                prepared.train,
-                problem.contrast_batch,
-                stream,
-                problem.negatives,
-                problem.queue,
-                states,
-            )
+        if form.contrast:
+            batch["contrast"] = contrast(problem, prepared, stream, states)
         yield batch
+
+
+def contrast(
+    problem: HierarchicalFineTuning,
+    prepared: Prepared,
+    stream: torch.Generator,
+    states: StartStates | None,
+) -> dict[str, Any]:
+    """What L_C reads, but for a preference's reference."""
+    if problem.contrast_loss != "hacl":
+        return _preferences(problem, prepared, stream)
+    return contrast_batch(
+        prepared.train,
+        problem.contrast_batch,
+        stream,
+        problem.negatives,
+        problem.queue,
+        states,
+    )
 
 
 def _conversations(

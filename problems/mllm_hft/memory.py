@@ -11,6 +11,7 @@ optimizer states and the batch are not in it.
 from __future__ import annotations
 
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import tree
 from bilevel.errors import RequirementError
 from bilevel.types import Params
 
 GIB = 2**30
+SHARE = 0.75
+"""Of a device's memory, for what is counted; the rest is for temporaries, gradients, optimizer states."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,30 @@ def capacity(device: torch.device) -> int | None:
     return None
 
 
+def rows_at_a_time(each: int, held: int, device: torch.device, most: int) -> int:
+    """How many rows of `each` bytes there is memory for beside `held`: 1 to `most`."""
+    room = capacity(device)
+    if room is None:
+        return most
+    return max(1, min(most, int((SHARE * room - held) // max(each, 1))))
+
+
+def working_set(function: Callable[[], Any]) -> tuple[Any, int]:
+    """(what `function` returns, the most bytes that tensors made within held at once), on any device.
+
+    By its storages, as each is made and freed: temporaries within an operation are not seen.
+    """
+    alive = _Alive()
+    with alive:
+        found = function()
+    return found, alive.most
+
+
+def nbytes(parameters: Iterable[Tensor]) -> int:
+    """Of all of them."""
+    return sum(value.nbytes for value in parameters)
+
+
 def spelled(size: int) -> str:
     """Bytes as a reader takes them in: 1.5 GiB, 640 MiB."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
@@ -122,6 +150,31 @@ def _leaves(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     tree.map_nested(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
     return found
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still there: now, and at most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._there = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in _leaves([args, kwargs])}
+        for leaf in _leaves(found):
+            storage = leaf.untyped_storage()
+            if storage._cdata not in given | self._there:
+                self._there.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return found
+
+    def _freed(self, storage: int, size: int) -> None:
+        self._there.remove(storage)
+        self.now -= size
 
 
 class _Meter:

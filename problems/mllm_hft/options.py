@@ -45,11 +45,12 @@ def refuse_unread(
     """Raise `ProblemError` where an option in `given` changes nothing, naming where it would.
 
     `given` are those that differ from their defaults, `learned` the option of that name. Steps of
-    the contrast before the first one read the heads, whatever the formulation.
+    the contrast before the first one read what L_C does, whatever the formulation.
     """
     form = FORMS[formulation].with_loss(loss)
-    if contrast_first and loss == "hacl":
-        given = [name for name in given if name not in ("heads", "text_head")]
+    if contrast_first:
+        own = OF_HACL if loss == "hacl" else frozenset[str]()
+        given = [name for name in given if name not in own | {"contrast_loss"}]
     if "clean" in given and form.upper:
         raise ProblemError(
             f"clean with formulation {formulation}: its upper loss must be on data that the lower "

@@ -22,7 +22,7 @@ from bilevel.types import Params
 from .batches import drawn
 from .micro_batches import in_chunks
 from .models.instructions import Rows, conversations
-from .models.network import Network, call
+from .models.network import Network, call, chunks
 from .models.pictures import FEATURE, Pictures
 from .models.template import Template
 from .models.tokenizer import Tokenizer
@@ -96,11 +96,17 @@ def caption_pairs(
 
 
 def spread(pictures: Pictures) -> Float[Tensor, "feature"]:
-    """The standard deviation of each feature over all places of all pictures."""
-    places = pictures.features.flatten(0, 1)
-    if pictures.layout is not None:
-        places = places[pictures.layout.flatten() == FEATURE]
-    return places.std(0)
+    """The standard deviation of each feature over all places of all pictures, read in parts."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in chunks(len(pictures), 64):
+        places = pictures.features[part].flatten(0, 1).double()
+        if pictures.layout is not None:
+            places = places[pictures.layout[part].flatten() == FEATURE]
+        count += len(places)
+        total, squares = total + places.sum(0), squares + places.square().sum(0)
+    mean = total / count
+    variance = (squares - count * mean.square()) / (count - 1)
+    return variance.clamp_min(0).sqrt().to(pictures.features)
 
 
 def preference_batch(
@@ -131,14 +137,32 @@ def reference_shapes(batch: dict[str, Any], words: int, device: str) -> dict[str
 
 
 def with_reference(
-    network: Network, batch: dict[str, Any], device: torch.device, dtype: torch.dtype
+    network: Network,
+    batch: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """The batch with what the network's own parameters say of it: three forwards, no gradient."""
-    with torch.no_grad():
-        found = _logits(network, {}, tree.to(batch, device, dtype))
-    noisy = log_probabilities(found["noisy"].cpu(), batch["chosen"]["ids"])
-    logits = {side: found[side].cpu() for side in SIDES}
-    return {**batch, "reference": {**logits, "noisy": noisy}}
+    """The batch with what the network's own parameters say of it: three forwards, no gradient.
+
+    `micro_batch` pairs pass the model at a time, and only they are on the device.
+    """
+    parts = []
+    for part in chunks(len(batch["kind"]), micro_batch or len(batch["kind"])):
+        rows = tree.map_nested(lambda value, part=part: value[part], _rows(batch))
+        with torch.no_grad():
+            found = _logits(network, {}, tree.to(rows, device, dtype))
+        noisy = log_probabilities(found["noisy"].cpu(), rows["chosen"]["ids"])
+        parts.append({**{side: found[side].cpu() for side in SIDES}, "noisy": noisy})
+    known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {**batch, "reference": known}
+
+
+def _rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch has a row a pair, and passes the model."""
+    row = ("ids", "mask", "prefix", "counted")
+    sides = {side: {name: batch[side][name] for name in row} for side in SIDES}
+    return {**sides, "pictures": batch["pictures"], "noisy": batch["noisy"]}
 
 
 def preference(
@@ -160,10 +184,7 @@ def preference(
         )
         return *policy, *kl
 
-    row = ("ids", "mask", "prefix", "counted")
-    rows = {side: {name: batch[side][name] for name in row} for side in SIDES}
-    rows |= {"pictures": batch["pictures"], "noisy": batch["noisy"]}
-    rows["reference"] = {side: known[side] for side in SIDES}
+    rows = {**_rows(batch), "reference": {side: known[side] for side in SIDES}}
     found = in_chunks(told, trained, rows, micro_batch)
 
     def response(side: str, policy: Tensor, reference: Tensor) -> Response:

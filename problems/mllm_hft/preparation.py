@@ -24,19 +24,16 @@ from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_s
 from .evaluation.questions import cooccurrence
 from .formulations import SCALARS
 from .models.adapters import start_lora
-from .models.cache import Tensors, cached
 from .models.instructions import conversations
 from .models.network import LoadedModel, hacl_heads, parameters, residual_head
-from .models.pretrain import dialogues, warm_up
+from .models.pretrain import dialogues
 from .preference_pairs import CaptionPairs, caption_pairs, spread
 from .sources.protocol import Corpus, Scene, Split
+from .warm_up import WarmUp, warm_up
 
 if TYPE_CHECKING:
     from .planning import Plan
     from .problem import HierarchicalFineTuning
-
-VERSION = 1
-"""Raised when code changes what a warmed-up projector is."""
 
 
 @dataclass
@@ -69,16 +66,27 @@ class Prepared:
         return self.plan.rows if self.plan else 1
 
 
-def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepared]:
-    """Everything that `problem` needs, by its options.
+def prepare(
+    problem: HierarchicalFineTuning, device: torch.device
+) -> Generator[Progress, None, Prepared]:
+    """Everything that `problem` needs, by its options, computed on `device`.
 
     Raises `ProblemError` for a weight of a source that training pictures do not come from.
     """
-    loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed)
+    loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed, device)
     train, scenes = yield from _data(problem, loaded, "train", problem.train)
     upper, _ = yield from _data(problem, loaded, "upper", problem.upper)
     evaluation = yield from _evaluation(problem, loaded, scenes)
-    yield from _warm_up(problem, loaded, train)
+    # Half precision is for weights that stay: an update is lost in it.
+    loaded.network.place(device, torch.float32)
+    how = WarmUp(
+        problem.warm_up,
+        problem.lower_batch,
+        problem.warm_up_rate,
+        problem.seed,
+        problem.micro_batch,
+    )
+    yield from warm_up(loaded.network, train.pictures, train.dialogues, how)
     if problem.heads == "hacl":
         hacl_heads(loaded.network, rng.stream(problem.seed, "heads"))
     if problem.text_head == "residual":
@@ -87,15 +95,14 @@ def prepare(problem: HierarchicalFineTuning) -> Generator[Progress, None, Prepar
     scalars = formulations.start_scalars(
         problem.contrast, len(kinds), _weights_of(problem.weights, sources)
     )
-    made = Prepared(
-        loaded, train, upper, evaluation, {str(n): v for n, v in scalars.items()}, sources
-    )
-    if problem.form.loss != "hacl":
+    constants = tree.to({str(n): v for n, v in scalars.items()}, device, torch.float32)
+    made = Prepared(loaded, train, upper, evaluation, constants, sources, device=device)
+    if problem.contrast_loss != "hacl":
         made.pairs = caption_pairs(scenes, kinds, loaded.tokenizer, loaded.template)
         made.noise_scale = spread(train.pictures)
     made.reference = tree.clone(parameters(loaded.network, "projector"))
     if problem.contrast_first:
-        made.first = yield from contrast_first(problem, loaded, train, made.constants)
+        made.first = yield from contrast_first(problem, made)
     return made
 
 
@@ -176,38 +183,3 @@ def _evaluation(
         cooccurrence=cooccurrence(training, problem.source.vocabulary),
         generator=rng.stream(problem.seed, f"questions.{problem.split}"),
     )
-
-
-def _warm_up(
-    problem: HierarchicalFineTuning, loaded: LoadedModel, train: Data
-) -> Generator[Progress, None, None]:
-    """Stage 1, cached; sets the network's projector."""
-    projector = loaded.network.projector
-    # A copy: training writes into these tensors, and the key is hashed again when it is kept.
-    start = tree.clone(parameters(loaded.network, "projector"))
-
-    def make() -> Generator[Progress, None, Tensors]:
-        yield from warm_up(
-            loaded.network,
-            train.pictures,
-            train.dialogues,
-            steps=problem.warm_up,
-            batch=problem.lower_batch,
-            rate=problem.warm_up_rate,
-            seed=problem.seed,
-        )
-        return projector.state_dict()
-
-    frozen = {n: v for n, v in loaded.network.state_dict().items() if n not in start}
-    key = {
-        "version": VERSION,
-        "start": start,
-        "model": frozen,
-        "pictures": train.pictures,
-        "dialogues": train.dialogues,
-        "steps": problem.warm_up,
-        "batch": problem.lower_batch,
-        "rate": problem.warm_up_rate,
-        "seed": problem.seed,
-    }
-    projector.load_state_dict((yield from cached("projector", key, make)))

@@ -152,9 +152,12 @@ class HierarchicalFineTuning:
             )
         return self._made[0]
 
-    def prepare(self) -> Iterator[Progress]:
-        """Model and language model, features, projector: cached, so only the first time is slow."""
-        self._made[:] = [(yield from prepare(self))]
+    def prepare(self, device: torch.device | str = "cpu") -> Iterator[Progress]:
+        """Model and language model, features, projector, computed on `device`.
+
+        They are cached, so that only the first time is slow.
+        """
+        self._made[:] = [(yield from prepare(self, torch.device(device)))]
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
         """Move the frozen model, and what losses compare with; says what the run will hold.
@@ -214,7 +217,11 @@ class HierarchicalFineTuning:
         for batch in lower_batches(self, prepared, stream, states):
             if self.form.loss != "hacl":
                 batch["contrast"] = with_reference(
-                    prepared.loaded.network, batch["contrast"], prepared.device, prepared.dtype
+                    prepared.loaded.network,
+                    batch["contrast"],
+                    prepared.device,
+                    prepared.dtype,
+                    self._micro_batch,
                 )
             yield batch
 

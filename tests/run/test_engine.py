@@ -172,6 +172,23 @@ def test_what_a_problem_may_add_is_called():
     assert [e.name for e in events if isinstance(e, Drawn)] == ["map"]
 
 
+def test_a_problem_may_be_prepared_on_the_runs_device():
+    """Once placed, `init` would come too late for what is trained in `prepare`."""
+    calls: list[str] = []
+
+    class Slow(Noisy):
+        def prepare(self, device):
+            calls.append(f"prepare on {device}")
+            yield Progress("data", 1, 1)
+
+        def place(self, device, dtype):
+            calls.append(f"place on {device}")
+
+    s = replace(setup(Slow(), steps=2), device=torch.device("meta"))
+    assert [e.stage for e in prepare(s)] == ["data"]
+    assert calls == ["prepare on meta", "place on meta"]
+
+
 def test_what_a_problem_yields_while_it_measures_bears_the_step():
     class Telling(Noisy):
         def evaluate(self, x, y):

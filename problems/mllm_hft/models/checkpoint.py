@@ -13,13 +13,14 @@ from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.events import Progress
 
-from ..sources.protocol import Corpus, Encoder, Source
+from ..memory import nbytes
+from ..sources.protocol import CPU, Corpus, Encoder, Source
 from .adapters import Adapter, adapted, add_lora
-from .cache import Tensors, cached
+from .features import encoded
 from .instructions import before
 from .loading import Folder, read
 from .network import LoadedModel, Network, start_heads
-from .pictures import Picture, Pictures, stack
+from .pictures import Picture, Pictures
 
 VERSION = 2
 """Raised when code changes what the features of a checkpoint are."""
@@ -48,10 +49,10 @@ class Checkpoint:
     embedding: PositiveInt = 256
     """Width of the heads' embeddings."""
     batch: PositiveInt = 16
-    """Pictures the vision tower encodes at once."""
+    """Pictures the vision tower encodes at once, at most: fewer where memory has no room for them."""
 
     def open(
-        self, source: Source, encoder: Encoder | None, seed: int
+        self, source: Source, encoder: Encoder | None, seed: int, device: torch.device = CPU
     ) -> Generator[Progress, None, LoadedModel]:
         if encoder is not None:
             raise ProblemError(
@@ -68,14 +69,14 @@ class Checkpoint:
             end=tokenizer.end,
             ends=tokenizer.ends,
             embedding=self.embedding,
-        )
+        ).to(device)
         covered = self._lora(network, found)
         start_heads(network, rng.stream(seed, "heads"))
         for note in (covered, *found.notes):
             yield Progress("model", 1, 1, note)
 
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
-            return self._encode(found, network, corpus)
+            return self._encode(found, network, corpus, device)
 
         return LoadedModel(
             network, tokenizer, found.template, encode, found.companions, found.base, facts={}
@@ -88,17 +89,13 @@ class Checkpoint:
         return f"{adapted(network)}, continued from the folder"
 
     def _encode(
-        self, found: Folder, network: Network, corpus: Corpus
+        self, found: Folder, network: Network, corpus: Corpus, device: torch.device
     ) -> Generator[Progress, None, Pictures]:
         """Blocks of pictures; cached."""
 
-        def make() -> Generator[Progress, None, Tensors]:
-            total, parts = len(corpus.images), list[Picture]()
-            for start in range(0, total, self.batch):
-                images = list(corpus.images[start : start + self.batch])
-                parts += found.family.encode(found.mllm, found.processor, found.tokenizer, images)
-                yield Progress("picture features", min(start + self.batch, total), total)
-            return stack(parts).tensors()
+        def encode(part: slice) -> list[Picture]:
+            images = list(corpus.images[part])
+            return found.family.encode(found.mllm, found.processor, found.tokenizer, images)
 
         apart = (f"{found.family.language}.", f"{found.family.projector}.", "lm_head.")
         key = {
@@ -108,4 +105,7 @@ class Checkpoint:
             "processor": found.processor.to_json_string(),
             "images": corpus.images,
         }
-        return Pictures(**(yield from cached("features", key, make)))
+        held = nbytes(network.parameters())
+        total = len(corpus.images)
+        blocks = encoded(key, total, encode, most=self.batch, held=held, device=device)
+        return (yield from blocks)

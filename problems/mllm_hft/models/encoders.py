@@ -6,7 +6,7 @@ arXiv:1905.11946. Both are frozen afterwards; patch or cell features are what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -21,15 +21,18 @@ from bilevel.errors import ProblemError
 from bilevel.events import Progress
 from bilevel.rng import stream
 
+from ..memory import nbytes
 from ..sources.packages import require
-from ..sources.protocol import Corpus, Simulator, Source, simulator
+from ..sources.protocol import CPU, Corpus, Simulator, Source, simulator
 from .cache import Tensors, cached
+from .features import encoded
+from .pictures import Picture
 
 Run = Generator[Progress, None, Tensors]
 VERSION = 1
 """Raised when code changes what weights or features are; how pictures are drawn is part of it."""
 BATCH = 64
-"""Pictures encoded at once."""
+"""Pictures encoded at once, where memory has room for so many."""
 STRIDE = 32
 """Pixels from one cell of the last block of `EfficientNet` to the next."""
 EMPTY = 0.2
@@ -58,19 +61,15 @@ class ViT:
     seed: int = 0
 
     def encode(
-        self, corpus: Corpus, source: Source
+        self, corpus: Corpus, source: Source, device: torch.device = CPU
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
         drawn = simulator(source, "encoder vit", "encoder efficientnet or model checkpoint")
         key = {"encoder": self, "source": drawn, "version": VERSION}
-        weights = yield from cached("vit", key, lambda: self._train(drawn))
+        weights = yield from cached("vit", key, lambda: self._train(drawn, device))
         model = self._model(corpus.images.shape[-1])
         model.load_state_dict(weights)
-        found = yield from cached(
-            "features",
-            {**key, "images": corpus.images},
-            lambda: _encode(corpus, lambda images: _tokens(model, images)),
-        )
-        return found["features"]
+        found = _encode({**key, "images": corpus.images}, corpus, model, _tokens, device)
+        return (yield from found)
 
     def _model(self, pixels: int) -> Any:
         """Fresh weights; the global generator that transformers draws from is left as it was."""
@@ -91,17 +90,18 @@ class ViT:
             torch.manual_seed(self.seed)
             return transformers.CLIPVisionModel(config).eval()
 
-    def _train(self, source: Simulator) -> Run:
+    def _train(self, source: Simulator, device: torch.device) -> Run:
         """Weights after `steps` steps of AdamW under a one-cycle schedule."""
         random = stream(self.seed, "vit")
         yield Progress("vision encoder", 0, self.steps, "drawing pictures")
         corpus = source.render(source.scenes(self.scenes, biased=False, generator=random), random)
         images = corpus.images
         assert isinstance(images, Tensor)  # a simulator draws, and all of one size
-        model = self._model(images.shape[-1]).train()
+        model = self._model(images.shape[-1]).train().to(device)
         names, colours = _labels(corpus, source, self.patch)
         # Zero, since drawing its weights would move the global generator.
-        head = skip_init(nn.Linear, self.width, len(source.vocabulary) + len(source.colours) + 2)
+        classes = len(source.vocabulary) + len(source.colours) + 2
+        head = skip_init(nn.Linear, self.width, classes, device=device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         parameters = [*model.parameters(), *head.parameters()]
@@ -109,9 +109,9 @@ class ViT:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, max(self.steps, 1))
         for step in range(self.steps):
             rows = torch.randint(self.scenes, (self.batch,), generator=random)
-            scores = head(_tokens(model, images[rows]))
+            scores = head(_tokens(model, images[rows].to(device)))
             name, colour = scores.split([len(source.vocabulary) + 1, len(source.colours) + 1], 2)
-            loss = _loss(name, names[rows]) + _loss(colour, colours[rows])
+            loss = _loss(name, names[rows].to(device)) + _loss(colour, colours[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -134,7 +134,7 @@ class EfficientNet:
     """Rows and columns of tokens; a picture of 128 pixels has four of each at the last block."""
 
     def encode(
-        self, corpus: Corpus, source: Source
+        self, corpus: Corpus, source: Source, device: torch.device = CPU
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
         if (rows := -(-corpus.images.shape[-1] // STRIDE)) < self.grid:
             raise ProblemError(
@@ -142,12 +142,7 @@ class EfficientNet:
                 f"{corpus.images.shape[-1]} pixels: draw larger ones (source.pixels) or lower it"
             )
         key = {"encoder": self, "version": VERSION, "images": corpus.images}
-        found = yield from cached("features", key, lambda: self._features(corpus))
-        return found["features"]
-
-    def _features(self, corpus: Corpus) -> Run:
-        network = imagenet()
-        return (yield from _encode(corpus, lambda images: self._cells(network, images)))
+        return (yield from _encode(key, corpus, imagenet(), self._cells, device))
 
     def _cells(
         self, network: Any, images: UInt8[Tensor, "scene 3 height width"]
@@ -178,7 +173,7 @@ def scaled(images: UInt8[Tensor, "scene 3 height width"]) -> Float[Tensor, "scen
 
 def _loss(scores: Float[Tensor, "scene token class"], labels: Int[Tensor, "scene token"]) -> Tensor:
     """Cross-entropy; most patches are empty, so class 0 counts little."""
-    weights = torch.ones(scores.shape[-1])
+    weights = torch.ones(scores.shape[-1], device=scores.device)
     weights[0] = EMPTY
     return cross_entropy(scores.flatten(0, 1), labels.flatten(), weights)
 
@@ -210,12 +205,21 @@ def _tokens(
     return model.post_layernorm(states[:, 1:])
 
 
-def _encode(corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> Run:
-    """Features of all pictures, a batch at a time."""
-    total = len(corpus.images)
-    parts = []
-    for start in range(0, total, BATCH):
+def _encode(
+    key: Mapping[str, Any],
+    corpus: Corpus,
+    model: nn.Module,
+    tokens: Callable[[Any, Tensor], Tensor],
+    device: torch.device,
+) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
+    """`tokens(model, images)` of all pictures, as `features.encoded` keeps them."""
+    model.to(device)
+
+    def encode(part: slice) -> list[Picture]:
         with torch.inference_mode():
-            parts.append(encode(corpus.images[start : start + BATCH]))
-        yield Progress("picture features", min(start + BATCH, total), total)
-    return {"features": torch.cat(parts)}
+            return [Picture(found) for found in tokens(model, corpus.images[part].to(device))]
+
+    held = nbytes(model.parameters())
+    total = len(corpus.images)
+    found = yield from encoded(key, total, encode, most=BATCH, held=held, device=device)
+    return found.features

@@ -22,7 +22,7 @@ from bilevel.events import Progress
 from bilevel.problem.from_modules import Bound
 from bilevel.types import Params
 
-from ..sources.protocol import Corpus, Encoder, Source
+from ..sources.protocol import CPU, Corpus, Encoder, Source
 from .families import family_of
 from .pictures import FEATURE, NEWLINE, PADDING, Pictures
 from .template import Template
@@ -77,6 +77,11 @@ class Network(nn.Module):
     def language(self) -> nn.Module:
         """The decoder."""
         return self.mllm.get_submodule(self.family.language)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.before.device
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move to a device, in `precisions`."""
@@ -393,9 +398,12 @@ class Backbone(Protocol):
     """Where the model comes from: a component, so nothing is kept in it between calls."""
 
     def open(
-        self, source: Source, encoder: Encoder | None, seed: int
+        self, source: Source, encoder: Encoder | None, seed: int, device: torch.device = CPU
     ) -> Generator[Progress, None, LoadedModel]:
-        """Make or load the model, yielding progress; `encoder` None is the backbone's choice."""
+        """Make or load the model, yielding progress; `encoder` None is the backbone's choice.
+
+        It is trained on `device` where it is trained here, encodes pictures there, and stays there.
+        """
         ...
 
 

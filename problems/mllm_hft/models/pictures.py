@@ -57,10 +57,10 @@ def stack(pictures: Sequence[Picture]) -> Pictures:
     layouts = [
         torch.full((len(p.features),), FEATURE) if p.layout is None else p.layout for p in pictures
     ]
-    layout = torch.stack([_wide(value, width, PADDING) for value in layouts])
-    grids = [_wide(p.grid, width, 0) for p in pictures if p.grid is not None]
+    layout = torch.stack([widened(value, width, PADDING) for value in layouts])
+    grids = [widened(p.grid, width, 0) for p in pictures if p.grid is not None]
     return Pictures(
-        torch.stack([_wide(picture.features, width, 0) for picture in pictures]),
+        torch.stack([widened(picture.features, width, 0) for picture in pictures]),
         None if (layout == FEATURE).all() else layout,
         torch.stack(grids) if grids else None,
     )
@@ -76,6 +76,7 @@ def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return stack(rows).tensors()
 
 
-def _wide(value: Tensor, width: int, fill: int) -> Tensor:
+def widened(value: Tensor, width: int, fill: int) -> Tensor:
+    """The rows of `value`, and behind them as many of `fill` as make `width` rows."""
     missing = value.new_full((width - len(value), *value.shape[1:]), fill)
     return torch.cat([value, missing])

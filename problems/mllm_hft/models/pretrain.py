@@ -1,7 +1,4 @@
-"""Before alignment: the language model learns text-only scenes, then the projector learns to see.
-
-The second is stage 1 of LLaVA (Liu et al., 2023, arXiv:2304.08485): task loss, projector alone.
-"""
+"""Before pictures come: the language model learns text-only scenes."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ from bilevel.events import Progress
 
 from ..evaluation.questions import Question, questions
 from ..losses import task_loss
+from ..memory import nbytes, rows_at_a_time
 from ..sources.language import NO, YES
 from ..sources.protocol import Scene, Simulator, Source
 from .cache import Tensors, cached
 from .instructions import Rows, Turn, conversations, prompts, turn_ids
 from .network import Network, chunks
-from .pictures import Pictures
 from .template import Template
 from .tokenizer import Tokenizer
 
@@ -113,8 +110,11 @@ def pretrain(
         index = torch.randint(len(rows), (text.batch,), generator=stream)
         batch = rows.take(index)
         width = batch["ids"].shape[1]
-        logits = network.logits(batch["ids"], batch["mask"])
-        return task_loss(logits, batch["ids"], weights[index, :width])
+        asked, mask, told = (
+            value.to(network.device)
+            for value in (batch["ids"], batch["mask"], weights[index, :width])
+        )
+        return task_loss(network.logits(asked, mask), asked, told)
 
     yield from train(language.parameters(), loss, "language model", text.steps, text.rate)
 
@@ -146,29 +146,6 @@ def _weights(rows: Rows, words: Words) -> Float[Tensor, "row token"]:
     weights = torch.where(rows.counted, 1.0, 0.2) * rows.mask
     said = rows.counted & torch.isin(rows.ids, torch.tensor([*words[0], *words[1]]))
     return weights.masked_fill(said, 5.0)
-
-
-def warm_up(
-    network: Network,
-    pictures: Pictures,
-    rows: Rows,
-    *,
-    steps: int,
-    batch: int,
-    rate: float,
-    seed: int,
-) -> Generator[Progress, None, None]:
-    """Train the projector on the task loss, all else frozen."""
-    stream = rng.stream(seed, "warm-up")
-
-    def loss() -> Tensor:
-        index = torch.randint(len(rows), (batch,), generator=stream)
-        row = rows.take(index)
-        inputs = {"prefix": row["prefix"], "places": row["places"], **pictures.take(index)}
-        logits = network.logits(row["ids"], row["mask"], **inputs)
-        return task_loss(logits, *(row[n].gather(1, row["places"]) for n in ("ids", "counted")))
-
-    yield from train(network.projector.parameters(), loss, "projector", steps, rate)
 
 
 def train(
@@ -218,12 +195,15 @@ def question_accuracy(network: Network, text: TextTraining) -> float:
         contexts=[scenes[question.scene].caption for question in asked],
     )
     words = answer_words(text.tokenizer, text.template)
+    each = sum(network.decoding_bytes(rows.ids.shape[1] + len(network.before)))
+    held = nbytes(network.parameters())
+    size = rows_at_a_time(each, held, network.device, most=256)
     with torch.no_grad():
         scores = torch.cat(
             [
-                answer_scores(network.logits(rows.ids[part], mask, places=last_place(mask)), words)
-                for part in chunks(len(rows), 256)
-                for mask in (rows.mask[part],)
+                answer_scores(network.logits(ids, mask, places=last_place(mask)), words).cpu()
+                for part in chunks(len(rows), size)
+                for ids, mask in [[v[part].to(network.device) for v in (rows.ids, rows.mask)]]
             ]
         )
     right = torch.tensor([question.answer for question in asked])

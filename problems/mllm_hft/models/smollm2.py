@@ -20,7 +20,7 @@ from bilevel.components import component
 from bilevel.events import Progress
 
 from ..sources.packages import require
-from ..sources.protocol import Corpus, Encoder, Source, simulator
+from ..sources.protocol import CPU, Corpus, Encoder, Source, simulator
 from .adapters import add_lora
 from .encoders import EfficientNet
 from .gguf_folder import as_folder, packaged
@@ -63,14 +63,14 @@ class SmolLM2:
     """Unbiased scenes on which the model is questioned afterwards, four questions each."""
 
     def open(
-        self, source: Source, encoder: Encoder | None, seed: int
+        self, source: Source, encoder: Encoder | None, seed: int, device: torch.device = CPU
     ) -> Generator[Progress, None, LoadedModel]:
         drawn = simulator(source, "model smollm2", "model checkpoint")
         eyes = encoder or EfficientNet()
         folder = yield from as_folder(Path(self.file) if self.file else packaged(), self.layers)
 
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
-            return Pictures((yield from eyes.encode(corpus, source)))
+            return Pictures((yield from eyes.encode(corpus, source, device)))
 
         feature = (yield from encode(probe(drawn, seed))).features.shape[-1]
         with quiet():
@@ -82,7 +82,7 @@ class SmolLM2:
             end=tokenizer.end,
             ends=tokenizer.ends,
             embedding=self.embedding,
-        )
+        ).to(device)
         trained = (self.scenes, self.steps, self.batch, self.rate)
         text = TextTraining(drawn, tokenizer, template, seed, *trained, held_out=self.held_out)
         if self.steps:

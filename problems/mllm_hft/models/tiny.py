@@ -14,7 +14,7 @@ from bilevel.components import component
 from bilevel.events import Progress
 
 from ..sources.language import words
-from ..sources.protocol import Corpus, Encoder, Simulator, Source, simulator
+from ..sources.protocol import CPU, Corpus, Encoder, Simulator, Source, simulator
 from .adapters import add_lora
 from .encoders import ViT
 from .instructions import before
@@ -46,13 +46,13 @@ class Tiny:
     """Text-only scenes it is pretrained on."""
 
     def open(
-        self, source: Source, encoder: Encoder | None, seed: int
+        self, source: Source, encoder: Encoder | None, seed: int, device: torch.device = CPU
     ) -> Generator[Progress, None, LoadedModel]:
         drawn = simulator(source, "model tiny", "model checkpoint")
         eyes = encoder or ViT()
 
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
-            return Pictures((yield from eyes.encode(corpus, source)))
+            return Pictures((yield from eyes.encode(corpus, source, device)))
 
         feature = (yield from encode(probe(drawn, seed))).features.shape[-1]
         tokenizer, template = WordTokenizer(words(source)), Template()
@@ -61,7 +61,7 @@ class Tiny:
             before=before(tokenizer, template),
             end=tokenizer.end,
             embedding=self.hidden,
-        )
+        ).to(device)
         text = TextTraining(
             drawn, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate
         )

@@ -17,6 +17,7 @@ from bilevel.events import Progress
 from .mentions import Association, Lexicon
 from .pictures import PictureFiles
 
+CPU = torch.device("cpu")
 Split = Literal["train", "upper", "development", "test"]
 """Which pictures: the lower level's, the upper level's, those to choose settings on, the rest."""
 SPLITS: tuple[Split, ...] = ("train", "upper", "development", "test")
@@ -185,12 +186,13 @@ class Encoder(Protocol):
     """A frozen vision encoder: a component, so nothing is kept in it between calls."""
 
     def encode(
-        self, corpus: Corpus, source: Source
+        self, corpus: Corpus, source: Source, device: torch.device = CPU
     ) -> Generator[Progress, None, Float[Tensor, "scene token feature"]]:
         """Features per picture, float32 on CPU: `features = yield from encoder.encode(corpus, source)`.
 
-        Weights and features are made once and cached on disk under a hash of what determines
-        them; the generator yields its progress while it makes them, and returns the features.
+        Weights and features are made once, on `device`, and cached on disk under a hash of what
+        determines them; the generator yields its progress while it makes them, and returns the
+        features (`models.features.encoded`: a map of the file).
         `source` is what an encoder that trains its own weights trains on (other scenes of it).
         """
         ...

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from bilevel.errors import RequirementError
 from bilevel.rng import Streams, stream
-from bilevel_problems.mllm_hft import formulations, memory, planning
+from bilevel_problems.mllm_hft import formulations, memory, step_memory
 from bilevel_problems.mllm_hft.memory import (
+    SHARE,
     Footprint,
     capacity,
     footprint,
     require_room,
+    rows_at_a_time,
     spelled,
+    working_set,
 )
-from bilevel_problems.mllm_hft.planning import SHARE, largest_that_fits, lower_step
+from bilevel_problems.mllm_hft.planning import lower_step
+from bilevel_problems.mllm_hft.step_memory import Step, largest_that_fits
 
 pytestmark = pytest.mark.usefixtures("cache")
 KIB = 2**10
@@ -107,7 +111,7 @@ def test_micro_batches_hold_one_at_a_time():
 
     problem = prepared(lower_batch=32, contrast_batch=32, train=40)
     made = problem._prepared
-    whole, two, four = (lower_step(problem, made, torch.float32, n) for n in (None, 2, 4))
+    whole, two, four = map(lower_step(problem, made, torch.float32).holds, (None, 2, 4))
     assert whole.graph > 16 * two.graph
     assert whole.graph + whole.derivative > 16 * (two.graph + two.derivative)
     assert four.graph / two.graph == pytest.approx(2, rel=0.1)
@@ -125,18 +129,19 @@ def test_few_are_counted_with_data_and_alike_layers_from_two(monkeypatch):
     model = Tiny(hidden=16, layers=5, heads=2, rank=2, steps=1, batch=4, scenes=16)
     problem = prepared(formulation="two_variable", model=model)
     made = problem._prepared
-    counted, taken = planning._counted, []
+    counted, taken = Step.counted, []
 
-    def recorded(*args: Any) -> Footprint:
-        taken.append((len(made.loaded.network.language.layers), args[-1]))
-        return counted(*args)
+    def recorded(step: Step, on: str, size: int | None) -> Footprint:
+        taken.append((len(made.loaded.network.language.layers), on))
+        return counted(step, on, size)
 
-    monkeypatch.setattr(planning, "_counted", recorded)
-    found = [lower_step(problem, made, torch.float32, None)]
-    monkeypatch.setattr(planning, "FEW", 0)
-    found.append(lower_step(problem, made, torch.float32, None))
+    monkeypatch.setattr(Step, "counted", recorded)
+    step = lower_step(problem, made, torch.float32)
+    found = [step.holds(None)]
+    monkeypatch.setattr(step_memory, "FEW", 0)
+    found.append(step.holds(None))
     made.loaded.network.language.layers[3].add_module("more", torch.nn.Linear(3, 3))
-    more = lower_step(problem, made, torch.float32, None)
+    more = step.holds(None)
     assert taken == [(5, "cpu"), (1, "meta"), (2, "meta"), (5, "meta")]
     assert found[0] == found[1] == replace(more, weights=more.weights - 4 * 12)
     assert found[0].graph > 0
@@ -167,7 +172,7 @@ def test_auto_takes_what_fits_and_says_so(monkeypatch):
     assert "micro-batches" not in step.note
     assert "for 128 captions at a time" in evaluation.note
     made = problem._prepared
-    four = lower_step(problem, made, torch.float32, 4)
+    four = lower_step(problem, made, torch.float32).holds(4)
     room = round(four.of_second_order / SHARE) + 1
     monkeypatch.setattr(memory, "capacity", lambda device: room)
     step, evaluation = problem.place("cpu", torch.float32)
@@ -257,7 +262,7 @@ def test_a_run_says_what_it_needs_and_refuses_before_it_moves(monkeypatch):
     assert told.note.startswith("at least weights ")
     assert "KV cache" in evaluation.note
     wide, narrow = (
-        lower_step(problem, problem._prepared, dtype, None)
+        lower_step(problem, problem._prepared, dtype).holds(None)
         for dtype in (torch.float64, torch.float32)
     )
     assert narrow.weights < wide.weights
@@ -292,3 +297,36 @@ def test_the_table_of_a_7b_model_is_recomputed():
         kind = str(other.weights)[6:]
         size = other.micro_batch or "–"
         assert line.startswith(f"| `{other.formulation}` | {kind} | {other.batch} | {size} |")
+
+
+def test_the_working_set_is_what_is_alive_at_once():
+    """a and exp(a) together, then exp(a) and its successor: two of 4 KiB, whatever came before."""
+    given = torch.ones(4 * KIB)
+
+    def function(with_grad: bool) -> Tensor:
+        with torch.set_grad_enabled(with_grad):
+            first = torch.ones(KIB, requires_grad=with_grad)
+            second = first.exp()
+            del first
+            third = second.view(32, 32) + given[0]  # a view and what is given take nothing
+            del second
+            return third.sum()
+
+    found, size = working_set(lambda: function(False))
+    assert float(found) == pytest.approx(KIB * (torch.e + 1))
+    assert size == 2 * 4 * KIB
+    with torch.inference_mode():
+        assert working_set(lambda: function(False))[1] == size
+    # autograd keeps the leaf and exp(a) until the sum is there
+    assert working_set(lambda: function(True))[1] == size + 4 * KIB + 4
+
+
+def test_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(memory, "capacity", lambda device: 1000)
+    at_a_time = [
+        rows_at_a_time(each, held, torch.device("cpu"), 20)
+        for each, held in ((100, 0), (100, 300), (100, 700), (800, 0), (1, 0))
+    ]
+    assert at_a_time == [7, 4, 1, 1, 20]
+    monkeypatch.setattr(memory, "capacity", lambda device: None)
+    assert rows_at_a_time(100, 0, torch.device("cpu"), 20) == 20

@@ -29,9 +29,9 @@ def one_model(tmp_path_factory):
     """One model for the module, copied wherever one is opened."""
     opened, kept = Tiny.open, []
 
-    def copied(self, source, encoder, seed):
+    def copied(self, source, encoder, seed, device):
         if not kept:
-            kept.append((yield from opened(self, source, encoder, seed)))
+            kept.append((yield from opened(self, source, encoder, seed, device)))
         return replace(kept[0], network=copy.deepcopy(kept[0].network))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -148,11 +148,18 @@ def test_the_refusal_names_what_reads_it(options, said):
         miniature(**options)
 
 
-def test_steps_of_the_contrast_read_the_heads_before_the_task_alone():
-    made = miniature(formulation="task_only", contrast_first=3, heads="hacl", text_head="residual")
+def test_steps_of_the_contrast_read_what_the_contrast_does_before_the_task_alone():
+    first: dict[str, Any] = {"formulation": "task_only", "contrast_first": 3}
+    made = miniature(**first, heads="hacl", text_head="residual", queue=4, negatives="batch")
     assert made.heads == "hacl"
-    with pytest.raises(ValidationError, match="queue with formulation task_only"):
-        miniature(formulation="task_only", contrast_first=3, queue=4)
+    assert miniature(**first, contrast_loss="chip").contrast_loss == "chip"
+    for option in ("queue", "heads"):
+        with pytest.raises(ValidationError, match=f"{option} with formulation task_only"):
+            miniature(**{**first, "contrast_first": 0}, **{option: OTHER[option]})
+        with pytest.raises(ValidationError, match=f"{option} with "):
+            miniature(**first, contrast_loss="chip", **{option: OTHER[option]})
+    with pytest.raises(ValidationError, match="contrast with formulation task_only"):
+        miniature(**first, contrast=2.0)
 
 
 @pytest.mark.parametrize("formulation", FORMS)

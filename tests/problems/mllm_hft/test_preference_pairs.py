@@ -169,3 +169,28 @@ def test_a_weight_of_a_pair_multiplies_its_term():
         assert float(loss(at, weights=torch.tensor([3.0, 0.5]))) == pytest.approx(
             3 * one + 0.5 * other, rel=1e-6
         )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_reference_is_the_same_in_micro_batches(size):
+    """Of 6 pairs, and no more than `size` of them pass the model at a time."""
+    whole, passed = batch(), []
+    bare = {name: value for name, value in whole.items() if name != "reference"}
+    hook = at_start().language.register_forward_pre_hook(
+        lambda _, args, given: passed.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    found = with_reference(at_start(), bare, torch.device("cpu"), torch.float64, size)
+    hook.remove()
+    assert passed == {1: [1] * 18, 4: [4] * 3 + [2] * 3}[size]
+    for name, value in whole["reference"].items():
+        torch.testing.assert_close(found["reference"][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_the_spread_is_read_in_parts(monkeypatch):
+    """150 pictures, of which places are padded: the standard deviation of those that are not."""
+    features = 3 + torch.randn(150, 4, 5, generator=stream(3, "f"), dtype=torch.float64)
+    layout = torch.where(torch.arange(4) < torch.arange(150)[:, None] % 4 + 1, FEATURE, PADDING)
+    expected = features[layout == FEATURE].std(0)
+    torch.testing.assert_close(spread(Pictures(features, layout)), expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(spread(Pictures(features)), expected, rtol=1e-4)
+    assert spread(Pictures(features.float())).dtype == torch.float32

@@ -18,7 +18,6 @@ from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped, Tabula
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel_problems.mllm_hft import formulations
-from bilevel_problems.mllm_hft.batches import contrast_batch
 from bilevel_problems.mllm_hft.formulations import FORMS, project
 from bilevel_problems.mllm_hft.losses import LOG_TAU_RANGE, Negatives
 from bilevel_problems.mllm_hft.models.network import call
@@ -513,36 +512,3 @@ def test_models_stand_side_by_side_in_one_projection():
     ]
     assert torch.equal(clouds[0], clouds[1])
     assert not torch.allclose(clouds[0], clouds[2])
-
-
-def test_contrast_first_begins_where_the_contrast_has_fallen():
-    """Contrast, then task: y begins at what L_C alone made, and the task does not know of it."""
-    options = {"formulation": "task_only", "contrast_batch": 6}
-    plain, first = prepared(**options), prepared(**options, contrast_first=40)
-    network, made = first._prepared.loaded.network, first._prepared.first
-    _, y = first.init(Streams(0))
-    assert y.keys() == plain.init(Streams(0))[1].keys()
-    assert all(torch.equal(y[name], made[name]) for name in y)
-    assert all(torch.equal(value, first.init(Streams(1))[1][name]) for name, value in y.items())
-    moved = {name for name, value in plain.before().items() if not torch.equal(value, y[name])}
-    assert any("lora_B" in name for name in moved)
-    assert any("projector" in name for name in moved)
-    batch = contrast_batch(first._prepared.train, 6, stream(5, "held out"))
-    scalars = first._prepared.constants
-    start = {**made, **plain.before()}  # heads as they are drawn: the loss reads them too
-    heads = {n: v for n, v in network.named_parameters() if n.startswith(("image_", "text_"))}
-    with torch.no_grad():
-        before = formulations.contrast(network, {**scalars, **start, **heads}, batch)
-        after = formulations.contrast(network, {**scalars, **made}, batch)
-    assert after < 0.9 * before
-
-
-def test_contrast_first_is_made_once(monkeypatch):
-    options = {"formulation": "task_only", "contrast_first": 3, "seed": 4}
-    made = prepared(**options)._prepared.first
-    monkeypatch.setattr("bilevel_problems.mllm_hft.contrast_first.train", None)  # not called again
-    again = prepared(**options)._prepared.first
-    assert made.keys() == again.keys()
-    assert all(torch.equal(again[name], value) for name, value in made.items())
-    with pytest.raises(TypeError):
-        prepared(**{**options, "contrast_first": 4})  # another setting trains: negative control

@@ -25,7 +25,8 @@ def _arrange(
     features = taken.reshape(-1, taken.shape[-1])
     found = []
     for (rows,), (columns,) in zip(inputs["rows"], inputs["cols"], strict=True):
-        ids = torch.tensor(_block(tokenizer, token, tile, rows, columns))
+        block = _block(tokenizer, token, tile, rows, columns)
+        ids = torch.tensor(block, device=taken.device)
         is_feature = ids == token
         count = int(is_feature.sum())
         if len(features) < count:

@@ -10,7 +10,6 @@ import torch
 from bilevel import rng
 from bilevel_problems.mllm_hft.models.instructions import before, conversations, places
 from bilevel_problems.mllm_hft.models.network import Network
-from bilevel_problems.mllm_hft.models.pictures import Pictures
 from bilevel_problems.mllm_hft.models.pretrain import (
     ALONE,
     QUESTIONS,
@@ -23,7 +22,6 @@ from bilevel_problems.mllm_hft.models.pretrain import (
     pretrain,
     question_accuracy,
     train,
-    warm_up,
 )
 from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tiny import tiny_llava
@@ -163,14 +161,3 @@ def test_a_trained_model_answers_held_out_questions():
     early = network(96)
     list(pretrain(early, language(early), training(scenes=6000, steps=20, batch=32)))
     assert question_accuracy(early, text) < 0.65
-
-
-def test_warm_up_trains_the_projector_alone():
-    made = network()
-    saved = {n: p.clone() for n, p in made.named_parameters()}
-    turns = [[("is there a star ?", YES)], [("is there a moon ?", NO)]]
-    rows = conversations(turns, TOKENIZER, Template())
-    features = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    list(warm_up(made, Pictures(features), rows, steps=5, batch=2, rate=1e-2, seed=0))
-    for name, value in made.named_parameters():
-        assert torch.equal(value, saved[name]) != ("multi_modal_projector" in name), name
