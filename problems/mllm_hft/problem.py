@@ -78,7 +78,7 @@ class HierarchicalFineTuning:
     """Steps of the projector alone on the task, before anything else."""
     warm_up_rate: PositiveFloat = 5e-3
     contrast_first: NonNegativeInt = 0
-    """Steps of the contrast alone on projector, heads and LoRA before the first lower step, at
+    """Steps of L_C alone on projector, heads and LoRA before the first lower step, at
     `warm_up_rate`: with task_only the arm that contrasts first and then learns the task."""
     lower_batch: Annotated[int, Field(ge=2)] = 32
     """Conversations of a lower step."""
