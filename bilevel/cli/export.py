@@ -15,6 +15,7 @@ from bilevel.cli.user_code import explaining
 from bilevel.errors import CheckpointError, RecipeError
 from bilevel.problem.levels import Levels
 from bilevel.recipe.assemble import assemble
+from bilevel.recipe.settings import refuse_other, settings
 from bilevel.run import engine
 from bilevel.runfolder import checkpoint
 from bilevel.sinks.console import ConsoleReceiver
@@ -41,6 +42,7 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
         raise CheckpointError(f"{folder.path}: has no checkpoint yet; resume it first")
     for reason in found.skipped:
         complain(f"passed over {reason}", kind="warning: ")
+    refuse_other(found.settings, settings(recipe.content), found.path)
     setup = assemble(recipe)
     shown = ConsoleReceiver(console)
     try:

@@ -20,6 +20,7 @@ from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
 from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
 from bilevel.recipe.recipe import Recipe
+from bilevel.recipe.settings import settings
 from bilevel.run import engine
 from bilevel.run.engine import Setup, State
 from bilevel.runfolder import checkpoint, record
@@ -41,8 +42,13 @@ class RunLoop:
     signals: Signals = field(default_factory=Signals)
     receivers: list[Receiver] = field(default_factory=list)
     saved: Path | None = None
+    settings: dict[str, str] = field(init=False)
+    """Those of the recipe, with its files as they were when the run began."""
     is_delivered: bool = True
     """Whether every sink has what the engine said last."""
+
+    def __post_init__(self) -> None:
+        self.settings = settings(self.recipe.content)
 
     def begin(self) -> None:
         with self._without_console(), self.signals:
@@ -176,7 +182,11 @@ class RunLoop:
     def _save(self, state: State) -> None:
         keep = self.recipe.checkpoint.keep
         self.saved = checkpoint.save(
-            self.folder.checkpoints, state.save(), step=state.step, keep=keep
+            self.folder.checkpoints,
+            state.save(),
+            step=state.step,
+            keep=keep,
+            settings=self.settings,
         )
         self._deliver(Saved(state.step, self.saved))
 

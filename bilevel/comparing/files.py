@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel.errors import CheckpointError
 from bilevel.runfolder import files, record
 
 REMEDY = "make room, or name another folder with --runs-dir; what is done is kept"
@@ -24,4 +25,11 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises `CheckpointError` where it is cut off, altered or cannot be read."""
+    try:
+        found = files.parse(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; remove it") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is not a mapping: it was altered; remove it")
+    return found

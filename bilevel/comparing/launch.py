@@ -18,6 +18,7 @@ from typing import Any
 from bilevel.comparing import scene
 from bilevel.comparing.files import REMEDY, read, write
 from bilevel.comparing.plan import Cell, Plan
+from bilevel.errors import CheckpointError
 from bilevel.recipe.recipe import Recipe
 from bilevel.runfolder.files import write_text
 from bilevel.runfolder.folder import environment
@@ -88,9 +89,13 @@ def _kept(path: Path, here: Mapping[str, Any]) -> dict[str, Any] | None:
     """A result that can stand: complete, and found with the same software on the same system."""
     if not path.is_file():
         return None
-    found = read(path)
-    same = all(found["environment"].get(key) == here.get(key) for key in _MATTERS)
-    return found if found["status"] == "ok" and same else None
+    try:
+        found = read(path)
+    except CheckpointError:  # damaged: measured again
+        return None
+    about = found.get("environment")
+    same = isinstance(about, dict) and all(about.get(key) == here.get(key) for key in _MATTERS)
+    return found if found.get("status") == "ok" and same else None
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from bilevel.components import component
 from bilevel.errors import RecipeError
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
+from bilevel.recipe.settings import canonical
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
 from bilevel.registry.diagnostics import Complaints, Where
@@ -98,7 +99,7 @@ class Recipe:
         Whether there is a report does not enter: with and without it is the same run.
         """
         content = {key: part for key, part in self.content.items() if key != "report"}
-        text = json.dumps(_canonical(content), sort_keys=True, ensure_ascii=False)
+        text = json.dumps(canonical(content), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def dump(self) -> str:
@@ -262,16 +263,3 @@ DEFAULTS: Mapping[str, Any] = {
 
 def _members(protocol: type[Any]) -> list[str]:
     return sorted(name for name in vars(protocol) if not name.startswith("_"))
-
-
-def _canonical(value: Any) -> Any:
-    """Content with the paths of files replaced by what is in them, the same on every machine."""
-    if isinstance(value, Mapping):
-        return {key: _canonical(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_canonical(item) for item in value]
-    match = registry.FILE.match(value) if isinstance(value, str) else None
-    if match and Path(match["file"]).is_file():
-        digest = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
-        return f"{Path(match['file']).name}:{match['name']}:{digest}"
-    return value

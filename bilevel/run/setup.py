@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.errors import ProblemError
+from bilevel.errors import BilevelError, CheckpointError, ProblemError
 from bilevel.events import Totals
 from bilevel.problem.levels import Levels
 from bilevel.problem.nested_variables import NestedVariables
@@ -153,7 +154,12 @@ def _draws(setup: Setup) -> tuple[Draws, Draws]:
 
 
 def restore(setup: Setup, saved: dict[str, Any]) -> State:
-    """The state that `State.save` described, on the setup's device."""
+    """The state that `State.save` described, on the setup's device.
+
+    Raises `CheckpointError` where `saved` is not such a description, `ProblemError` where it is one of
+    another problem.
+    """
+    _require_saved(saved, setup.upper.steps)
     state = start(setup)
     for level in ("x", "y"):
         params = getattr(state, level)
@@ -166,12 +172,60 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
         require_state(saved[{"x": "upper", "y": "lower"}[level]], params, "the saved optimizer")
     for name in ("x", "y", "lower", "upper", "estimator"):
         setattr(state, name, _on(saved[name], setup.device))
-    state.upper_batches.restore(saved["upper_batches"])
-    state.lower_batches.restore(saved["lower_batches"])
+    try:
+        state.upper_batches.restore(saved["upper_batches"])
+        state.lower_batches.restore(saved["lower_batches"])
+    except BilevelError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise CheckpointError(f"batches cannot go on where they were: {kind}: {error}") from error
     state.step, state.warned = saved["step"], dict(saved["warned"])
     state.totals = Totals(**saved["totals"])
     state.evaluated = saved.get("evaluated", state.step)
     return state
+
+
+_DRAWS: Mapping[str, Any] = {"drawn": int, "stream": torch.Tensor}
+_SAVED: Mapping[str, Any] = {
+    "step": int,
+    "x": dict,
+    "y": dict,
+    "lower": object,
+    "upper": object,
+    "estimator": object,
+    "upper_batches": _DRAWS,
+    "lower_batches": _DRAWS,
+    "totals": dict.fromkeys(asdict(Totals()), int),
+    "warned": dict,
+}
+
+
+def _require_saved(saved: Any, steps: int) -> None:
+    """Whether all is there, of its kind; counts are not negative and the step is one of the run's."""
+
+    def require(value: Any, kind: Any, where: str) -> None:
+        if isinstance(kind, Mapping):
+            require(value, dict, where)
+            for key in kind:
+                if key not in value:
+                    raise CheckpointError(f"the saved state has no {where}{key}: it was altered")
+                require(value[key], kind[key], f"{where}{key}.")
+        elif not isinstance(value, kind) or (
+            kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)
+        ):
+            raise CheckpointError(
+                f"the saved state holds {str(value)[:40]!r} as {where.rstrip('.')}: it was altered"
+            )
+
+    require(saved, _SAVED, "")
+    for level in ("x", "y"):
+        require(saved[level], dict.fromkeys(saved[level], torch.Tensor), f"{level}.")
+    require(saved["warned"], dict.fromkeys(saved["warned"], int), "warned.")
+    if saved["step"] > steps:
+        raise CheckpointError(
+            f"the saved state is that of step {saved['step']}, and the run has {steps} steps"
+        )
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -36,11 +36,21 @@ class FoundCheckpoint:
     path: Path
     step: int
     skipped: tuple[str, ...] = ()
+    settings: Mapping[str, str] | None = None
+    """What was given to `save`."""
 
 
-def save(folder: Path, saved: Mapping[str, Any], *, step: int, keep: int = 2) -> Path:
+def save(
+    folder: Path,
+    saved: Mapping[str, Any],
+    *,
+    step: int,
+    keep: int = 2,
+    settings: Mapping[str, str] | None = None,
+) -> Path:
     """Write `saved` as the checkpoint at `step`, then remove all but the `keep` newest.
 
+    `settings` are what made the state, to be compared by whoever goes on with it.
     Checkpoints of later steps are removed too: the run has gone back behind them. Raises
     `CheckpointError` if it cannot be written; the checkpoints before it are then as they were.
     """
@@ -52,7 +62,7 @@ def save(folder: Path, saved: Mapping[str, Any], *, step: int, keep: int = 2) ->
         files.remove_temporaries(folder)  # a run folder has one writer at a time
         with files.replacing(path) as temporary:
             temporary.mkdir()
-            _write(temporary, structure, _unshared(tensors), step)
+            _write(temporary, structure, _unshared(tensors), step, settings)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
@@ -85,7 +95,7 @@ def latest(folder: Path) -> FoundCheckpoint | None:
     candidates = list(_checkpoints(folder))
     found = _newest_valid(candidates)
     if found is None and candidates:
-        reasons = "; ".join(_fault(path) or "" for path in candidates)
+        reasons = "; ".join(_fault(path) for path in candidates)
         raise CheckpointError(f"no checkpoint is whole: {reasons}. Start the run again")
     return found
 
@@ -98,33 +108,40 @@ def step_of(path: Path) -> int:
 def _newest_valid(candidates: Iterator[Path] | list[Path]) -> FoundCheckpoint | None:
     skipped = []
     for path in candidates:
-        fault = _fault(path)
-        if fault is None:
-            return FoundCheckpoint(path, _order(path)[0], tuple(skipped))
-        skipped.append(fault)
+        try:
+            body, _ = _read(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return FoundCheckpoint(path, step_of(path), tuple(skipped), body.get("settings"))
     return None
 
 
-def _fault(path: Path) -> str | None:
+def _fault(path: Path) -> str:
     try:
         _read(path)
     except CheckpointError as error:
         return str(error)
-    return None
+    return ""
 
 
 def _load(path: Path) -> dict[str, Any]:
     body, content = _read(path)
     try:
-        return _decode(body["state"], load_tensors(content))
+        state = _decode(body["state"], load_tensors(content))
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path}: its two files do not belong together: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE}: holds no state: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE}: holds no state, but a {type(state).__name__}")
+    return state
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """The two files of a checkpoint, checked against their checksums."""
     try:
-        document = json.loads((path / STATE).read_text(encoding="utf-8"))
+        document = files.parse((path / STATE).read_bytes())
         content = (path / TENSORS).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -135,9 +152,16 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     body = document["body"]
     if document["checksum"] != _digest(_text(body).encode()):
         raise CheckpointError(f"{path / STATE}: does not match its checksum: it was altered")
+    is_body = isinstance(body, dict) and {"version", "step", "tensors", "state"} <= body.keys()
+    if not is_body or not isinstance(body.get("settings", {}), dict):
+        raise CheckpointError(f"{path / STATE}: is not a checkpoint, or was altered")
     if body["version"] != VERSION:
         raise CheckpointError(
-            f"{path}: has version {body['version']}, this release reads version {VERSION}"
+            f"{path}: has version {str(body['version'])[:40]}, this release reads version {VERSION}"
+        )
+    if body["step"] != step_of(path):
+        raise CheckpointError(
+            f"{path}: holds step {str(body['step'])[:40]}, not that of its name: it was altered"
         )
     if body["tensors"] != _digest(content):
         raise CheckpointError(
@@ -146,11 +170,20 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     return body, content
 
 
-def _write(folder: Path, structure: Any, tensors: dict[str, Tensor], step: int) -> None:
+def _write(
+    folder: Path,
+    structure: Any,
+    tensors: dict[str, Tensor],
+    step: int,
+    settings: Mapping[str, str] | None,
+) -> None:
     save_tensors(tensors, folder / TENSORS)
     with (folder / TENSORS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    body = {"version": VERSION, "step": step, "tensors": digest, "state": structure}
+    body: dict[str, Any] = {"version": VERSION, "step": step, "tensors": digest}
+    if settings is not None:
+        body["settings"] = dict(settings)
+    body["state"] = structure
     document = _text({"checksum": _digest(_text(body).encode()), "body": body})
     (folder / STATE).write_text(document, encoding="utf-8")
 

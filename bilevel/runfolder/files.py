@@ -6,16 +6,20 @@ new. A killed one leaves its temporary, which `remove_temporaries` takes away.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from bilevel.errors import CheckpointError
 
 TEMPORARY = ".writing-"
+DEPTH = 200
+"""Lists and mappings in one another that a file of a run may have; none that is written has so many."""
 
 
 @contextmanager
@@ -46,6 +50,31 @@ def write_text(path: Path, text: str, *, remedy: str, make_folder: bool = False)
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of strict JSON; raises `ValueError` where it is none, also for too deep nesting."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("lists and mappings are too deep in one another") from None
+    opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else DEPTH
+    level = [value] if opened >= DEPTH else []
+    for _ in range(DEPTH):
+        level = [part for each in level for part in _parts(each)]
+    if level:
+        raise ValueError("lists and mappings are too deep in one another")
+    return value
+
+
+def _parts(value: Any) -> list[Any]:
+    return (
+        value if isinstance(value, list) else [*value.values()] if isinstance(value, dict) else []
+    )
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -57,12 +57,12 @@ class RunFolder:
         """What the run was begun with; raises `CheckpointError` where that cannot be read."""
         path = self.path / ENVIRONMENT
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = files.parse(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
         except ValueError as error:
             raise CheckpointError(f"{path}: is cut off or altered: {error}; {_REMEDY}") from error
-        if not isinstance(about, dict) or "hash" not in about:
+        if not isinstance(about, dict) or not isinstance(about.get("hash"), str):
             raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_REMEDY}")
         return about
 
@@ -76,7 +76,7 @@ class RunFolder:
         """Hold the folder; raises `CheckpointError` where another process holds it."""
         path = self.path / LOCK
         try:
-            file = path.open("w")
+            file = path.open("wb")
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be written: {error.strerror}; a run needs a folder to write to"
@@ -92,8 +92,11 @@ class RunFolder:
         path = self.path / LOCK
         if not path.is_file():
             return False
-        with path.open("r") as file:
-            return not _acquire(file.fileno())
+        try:
+            with path.open("rb") as file:
+                return not _acquire(file.fileno())
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,18 @@ def find(reference: str, runs: Path) -> RunFolder:
 
 def _age(run: Path) -> tuple[str, int]:
     """Orders runs by when they began; names tell seconds only, so the file's own time decides."""
-    return run.name[:15], (run / RESOLVED).stat().st_mtime_ns
+    try:
+        return run.name[:15], (run / RESOLVED).stat().st_mtime_ns
+    except OSError:
+        return run.name[:15], 0
 
 
 def summaries(runs: Path) -> list[Summary]:
     """All runs below `runs`, the newest last."""
-    names = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    try:
+        names = sorted(runs.iterdir()) if runs.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{runs}: cannot be read: {error.strerror}") from error
     found = [_summary(RunFolder(path)) for name in names for path in _folders(name)]
     return sorted(found, key=lambda summary: _age(summary.folder.path))
 
@@ -213,14 +222,21 @@ def _read_summary(folder: RunFolder) -> Summary:
 
 def _estimator(folder: RunFolder) -> str:
     """The name in resolved.yaml, which `Recipe.dump` wrote; of a class, the class."""
-    found = _ESTIMATOR.search(folder.resolved.read_text(encoding="utf-8"))
-    return found[1].rpartition(":")[2] if found else "-"
+    try:
+        found = _ESTIMATOR.search(folder.resolved.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder.resolved}: cannot be read: {error}") from error
+    if not found:
+        raise CheckpointError(f"{folder.resolved}: names no estimator: it was cut off or altered")
+    return found[1].rpartition(":")[2]
 
 
 def _folders(path: Path) -> list[Path]:
-    if not path.is_dir():
+    """The runs in a folder; none in one that cannot be read, as those of other users in /proc."""
+    try:
+        return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
+    except OSError:
         return []
-    return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
 
 
 def _make_new(parent: Path, stem: str) -> Path:

@@ -79,10 +79,15 @@ def _last(path: Path, kind: str | None) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> float:
-    """A number of the record as a float; NaN for null."""
+    """A number of the record as a float; NaN for null. Raises `CheckpointError` where it is none."""
     if value is None:
         return math.nan
-    return _NUMBERS[value] if isinstance(value, str) else float(value)
+    try:
+        return _NUMBERS[value] if isinstance(value, str) else float(value)
+    except (KeyError, TypeError, OverflowError):
+        raise CheckpointError(
+            f"{FILE}: holds {str(value)[:40]!r} in the place of a number: it was altered"
+        ) from None
 
 
 def cut(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -103,10 +108,46 @@ def cut(folder: Path, step: int) -> list[dict[str, Any]]:
 def _parse(text: bytes) -> dict[str, Any] | None:
     """The event in a line, None where it is none."""
     try:
-        event = json.loads(text)
+        event = files.parse(text)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and event.keys() >= {"event", "step"} else None
+    if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+        return None
+    known = _FIELDS.get(event["event"]) if isinstance(event["event"], str) else None
+    required = {"step": _is_count} | (known or {})
+    return event if all(k in event and holds(event[k]) for k, holds in required.items()) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (int, float) or str(value) in _NUMBERS
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "started": {"steps": _is_count, "name": _is_text, "num_upper": _is_count}
+    | {"num_lower": _is_count, "device": _is_text, "dtype": _is_text},
+    "stepped": {"upper_loss": _is_number, "lower_loss": _is_number, "seconds": _is_number}
+    | {"hypergradient_norm": _is_number, "estimate": _is_mapping, "totals": _are_numbers},
+    "evaluated": {"metrics": _are_numbers},
+    "warned": {"kind": _is_text, "message": _is_text},
+    "finished": {"reason": _is_text},
+}
+"""What the events of a run must have, for those who read a record."""
 
 
 def _refuse(path: Path, number: int) -> NoReturn:

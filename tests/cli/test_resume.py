@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +403,27 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
     result = invoke("resume", run, code=2)
     assert "was changed since the run began" in result.stderr
     assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
+    overrides = CASES["quadratic"]
+    options = {"number": int(signal.SIGINT), "step": 3}
+    runs = {}
+    for name, lr in (("one", 0.1), ("other", 0.2)):
+        (tmp_path / name).mkdir()
+        words = [*overrides, f"upper.optimizer.lr={lr}"]
+        runs[name], _ = start(tmp_path / name, "quadratic", words, 130, **options)
+    own = runs["one"] / "checkpoints"
+    shutil.move(own, tmp_path / "kept")
+    shutil.copytree(runs["other"] / "checkpoints", own)
+    before = (runs["one"] / "events.jsonl").read_bytes()
+    said = invoke("resume", runs["one"], code=2).stderr
+    assert "upper.optimizer.lr is 0.2 there and 0.1 here. Take the recipe" in said
+    assert len(said.splitlines()) == 1
+    assert (runs["one"] / "events.jsonl").read_bytes() == before
+    shutil.rmtree(own)
+    shutil.move(tmp_path / "kept", own)
+    invoke("resume", runs["one"])  # negative control
 
 
 def test_a_finished_run_is_not_resumed(runs):

@@ -107,7 +107,7 @@ def test_who_takes_the_lock_removes_what_a_killed_process_was_writing(tmp_path: 
         assert not left.exists()
 
 
-EVENT = {"event": "stepped", "step": 1}
+EVENT = {"event": "seen", "step": 1}
 WRITERS = {
     "a record that is cut": (record.FILE, lambda folder: record.cut(folder, 0), "resume"),
     "a comparison": (

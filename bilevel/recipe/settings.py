@@ -1,0 +1,67 @@
+"""The settings of a recipe that the numbers of a run depend on, to tell whether a state was made with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bilevel import registry
+from bilevel.errors import RecipeError
+
+NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
+SHOWN = 5
+"""Differences between two recipes that a message has room for."""
+
+
+def settings(content: Mapping[str, Any]) -> dict[str, str]:
+    """What the numbers of a run depend on, flat: `lower.optimizer.lr` is "0.1".
+
+    How many steps it has, what it writes and where is not among it.
+    """
+    flat = dict(_flat(canonical({key: content[key] for key in NUMERIC}), ""))
+    flat.pop("upper.steps", None)
+    return flat
+
+
+def refuse_other(made: Mapping[str, str] | None, here: Mapping[str, str], state: Path) -> None:
+    """Raise `RecipeError` where a state was `made` with settings other than `here`; None is not known."""
+    made = here if made is None else made
+    differ = [
+        f"{key} is {made.get(key, 'not set')} there and {here.get(key, 'not set')} here"
+        for key in dict.fromkeys([*here, *made])
+        if made.get(key) != here.get(key)
+    ]
+    if differ:
+        more = f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        raise RecipeError(
+            f"{state}: is the state of another recipe: {'; '.join(differ[:SHOWN])}{more}. Take the "
+            "recipe that it was made with, or start a new run with this one"
+        )
+
+
+def _flat(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    parts: Any = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    if not parts:
+        yield where, json.dumps(value, ensure_ascii=False)
+    for key, part in parts:
+        yield from _flat(part, f"{where}.{key}" if where else str(key))
+
+
+def canonical(value: Any) -> Any:
+    """Content with the paths of files replaced by what is in them, the same on every machine."""
+    if isinstance(value, Mapping):
+        return {key: canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [canonical(item) for item in value]
+    match = registry.FILE.match(value) if isinstance(value, str) else None
+    if match and Path(match["file"]).is_file():
+        digest = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
+        return f"{Path(match['file']).name}:{match['name']}:{digest}"
+    return value
