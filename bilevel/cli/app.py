@@ -45,8 +45,20 @@ ReportOption = Annotated[
 RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
 
 
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"bilevel {version('bilevel')}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks of errors (before the command).")
     ] = False,

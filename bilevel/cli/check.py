@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from bilevel import recipe as recipes
 from bilevel import registry, testing
 from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
+from bilevel.cli.tables import print_fitted
 from bilevel.cli.user_code import explaining
 from bilevel.errors import CheckError, RecipeError, RequirementError
 from bilevel.events import Event, Progress
@@ -53,7 +54,7 @@ def check(
     asked = [name.strip() for name in estimators.split(",")] if estimators else None
     chosen, missing = _estimators(recipe, asked)
     setup = assemble(recipe)
-    rows = _received(console, setup, testing.check(setup, chosen), CheckRow, len(chosen))
+    rows = _received(console, setup, testing.check(setup, chosen), CheckRow, [*chosen])
     known = rows[0].reference
     rows += [_untested(name, known, reason) for name, reason in missing.items()]
     _print(console, recipe, rows)
@@ -81,7 +82,7 @@ def check_path(
     asked = [name.strip() for name in estimators.split(",")] if estimators else [own]
     chosen, missing = _estimators(recipe, None if asked == ["all"] else asked)
     setup = assemble(recipe)
-    rows = _received(console, setup, testing.path_agreement(setup, chosen), PathRow, len(chosen))
+    rows = _received(console, setup, testing.path_agreement(setup, chosen), PathRow, [*chosen])
     _print_path(console, recipe, rows)
     failed = [row.name for row in rows if row.whole is None and asked != ["all"]]
     if failed:
@@ -91,16 +92,22 @@ def check_path(
 
 
 def _received(
-    console: Console, setup: Setup, events: Iterator[Event | Row], kind: type[Row], total: int
+    console: Console,
+    setup: Setup,
+    events: Iterator[Event | Row],
+    kind: type[Row],
+    names: Sequence[str],
 ) -> list[Row]:
-    """The rows among the events, while the others are shown as they come."""
-    shown, rows = ConsoleReceiver(console), []
+    """The rows among the events, while the others are shown as they come, and whose turn it is."""
+    shown, rows, total = ConsoleReceiver(console), [], len(names)
     try:
+        shown.receive(Progress("checking", 0, total, f"the truth, then {names[0]}"))
         with explaining(), requiring(f"problem {type(setup.problem).__name__}"):
             for event in events:
                 if isinstance(event, kind):
                     rows.append(event)
-                    shown.receive(Progress("checking", len(rows), total, event.name))
+                    now = names[len(rows)] if len(rows) < total else ""
+                    shown.receive(Progress("checking", len(rows), total, now))
                 else:
                     shown.receive(cast(Event, event))
     finally:
@@ -184,24 +191,19 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
     text = f"{recipe.name}: dΦ/dx near the initial x, reference: {', '.join(references)}"
     console.print(text, markup=False, highlight=False)
     gap = 2 if all(len(row.name) <= LONGEST for row in rows) else 1
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
-    table.add_column("estimator", overflow="fold", vertical="bottom")
-    table.add_column("differentiates", no_wrap=True, vertical="bottom")
-    for head in ("claim\nerr", "err vs\ndΦ/dx", "cosine", "HVPs"):
-        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
-    table.add_column("verdict", no_wrap=True, vertical="bottom")
-    for row in rows:
-        table.add_row(
-            Text(row.name),
-            row.claim or "-",
-            small(row.claim_error),
-            small(row.error),
-            small(row.cosine, ".3f"),
-            f"{row.stats.hvps}",
-            Text(row.verdict, style=_STYLES.get(row.verdict, "")),
-        )
+
+    def table(left_out: Collection[str]) -> Table:
+        made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+        shown = {head: cell for head, cell in _COLUMNS.items() if head not in left_out}
+        for head in shown:
+            side = "left" if head in _WORDS else "right"
+            made.add_column(head, justify=side, no_wrap=True, vertical="bottom")
+        for row in rows:
+            made.add_row(*(cell(row) for cell in shown.values()))
+        return made
+
     console.print()
-    console.print(table)
+    print_fitted(console, table, ("HVPs", "cosine", "differentiates"))
     console.print()
     console.print(_LEGEND, style="dim", highlight=False)
     settled = [row.name for row in rows if _is_settled_only(row)]
@@ -214,6 +216,18 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
     for row in rows:
         if row.note:
             console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
+
+
+_COLUMNS: Mapping[str, Callable[[CheckRow], Text | str]] = {
+    "estimator": lambda row: Text(row.name),
+    "differentiates": lambda row: row.claim or "-",
+    "claim\nerr": lambda row: small(row.claim_error),
+    "err vs\ndΦ/dx": lambda row: small(row.error),
+    "cosine": lambda row: small(row.cosine, ".3f"),
+    "HVPs": lambda row: f"{row.stats.hvps}",
+    "verdict": lambda row: Text(row.verdict, style=_STYLES.get(row.verdict, "")),
+}
+_WORDS = ("estimator", "differentiates", "verdict")
 
 
 def _is_settled_only(row: CheckRow) -> bool:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 from rich.console import Console
 
+from bilevel import recipe as recipes
 from bilevel.cli.names import SUFFIXES, locate
 from bilevel.errors import RecipeError
+from bilevel.runfolder import files
 
 
 def copy(console: Console, reference: str, destination: Path) -> None:
     """Copy a recipe to a file or into a folder; never onto a file that is there."""
     source = locate(reference)
-    target = destination / source.name if destination.is_dir() else destination
-    if target.suffix not in SUFFIXES:
+    target = destination / source.name if os.path.isdir(destination) else destination
+    if target.suffix not in SUFFIXES and not os.path.lexists(target):
         target = target.with_name(f"{target.name}.yaml")
-    if target.exists():
+    if os.path.lexists(target):
         raise RecipeError(f"{target}: is there already; remove it or name another file")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise RecipeError(f"{target.parent}: there is no such folder")
-    shutil.copyfile(source, target)
+    files.write_text(target, recipes.read(source), remedy="make room, or name another place")
     console.print(f"{target}   run it: bilevel run {target}", highlight=False, soft_wrap=True)

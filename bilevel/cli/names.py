@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,14 +24,14 @@ def locate(reference: str) -> Path:
     """The file of a recipe given by path or by shipped name."""
     path = Path(reference)
     if path.suffix in SUFFIXES:
-        if path.is_file():
+        if os.path.isfile(path):  # which no odd name makes raise
             return path
         hint = f" There is a recipe called {path.stem!r}." if path.stem in shipped() else ""
         raise RecipeError(f"{reference}: there is no such file.{hint}")
     if reference in shipped():
         return shipped()[reference]
-    local = path.with_name(f"{path.name}.yaml")
-    hint = f" Did you mean {local}?" if local.is_file() else ""
+    local = f"{path}.yaml"
+    hint = f" Did you mean {local}?" if os.path.isfile(local) else ""
     raise RecipeError(registry.unknown(reference, shipped(), "recipe") + hint)
 
 

@@ -163,16 +163,21 @@ def _without_lines(message: str) -> str:
     return re.sub(r"(estimator '[^']*'):\d+:", r"\1:", message)
 
 
+MOST_SEEDS = 1000
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`3`, `0,2,5`, `0..4` (both ends) or a mixture, without repetition."""
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part.strip())
         if not match:
             raise RecipeError(f"--seeds {text!r}: must be like 3, 0,2,5 or 0..4; got {part!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise RecipeError(f"--seeds {text!r}: {part.strip()} is empty; the smaller end first")
+        if len(found) + last - first >= MOST_SEEDS:
+            raise RecipeError(f"--seeds {text!r}: more than {MOST_SEEDS:,} of them")
         found += range(first, last + 1)
     return tuple(dict.fromkeys(found))
 
@@ -180,6 +185,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def read_labels(path: Path) -> dict[str, Any]:
     """The labels in a YAML or JSON file; paths of files in it are relative to it."""
     data = yaml_source.parse(recipes.read(path), str(path)).data
+    if not data:
+        raise RecipeError(
+            f"{path}: holds no label; write a line such as `damped: {{name: implicit}}`"
+        )
     for label, specification in data.items():
         name = specification.get("name") if isinstance(specification, Mapping) else specification
         if not isinstance(name, str):

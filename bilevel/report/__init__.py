@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from bilevel.errors import RequirementError
+from bilevel.errors import CheckpointError, RequirementError
 from bilevel.runfolder import files
 from bilevel.runfolder.folder import RunFolder
 
@@ -32,5 +32,9 @@ def write(folder: RunFolder) -> Path:
     from bilevel.report.page import render
 
     remedy = "make room, or make the folder writable, then run `bilevel report` again"
-    files.write_text(folder.report, render(folder), remedy=remedy)
+    try:
+        page = render(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder.path}: cannot be read: {error}") from error
+    files.write_text(folder.report, page, remedy=remedy)
     return folder.report

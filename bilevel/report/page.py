@@ -12,6 +12,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from bilevel.errors import CheckpointError
 from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
 from bilevel.report.history import History, read
@@ -68,7 +69,9 @@ def _warnings(history: History) -> Iterator[tuple[int, str, str]]:
 
 
 def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple[str, str]]:
-    content = parse(resolved, folder.resolved.name).data
+    content = parse(resolved, str(folder.resolved)).data
+    if absent := {"problem", "lower", "upper", "estimator", "seed"} - content.keys():
+        raise CheckpointError(f"{folder.resolved}: lacks {min(absent)}: it was cut off or altered")
     about, started = folder.environment(), history.started
     yield "Problem", _inline(content["problem"])
     yield "Variables", f"{started['num_upper']:,} upper, {started['num_lower']:,} lower"

@@ -27,6 +27,8 @@ from bilevel.runfolder import files, record
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
 _ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
+_WITHOUT_RECORD = re.compile(r"^sinks:(?!.*\bjsonl\b)", re.MULTILINE | re.DOTALL)
+_SAVED = re.compile(r"step-(\d{8,18})")
 _REMEDY = f"put it back, or run {RESOLVED}, which lies beside it, again"
 _PACKAGES = ("bilevel", "torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
@@ -106,7 +108,7 @@ class Summary:
     folder: RunFolder
     name: str
     status: str
-    """How `Finished` calls it, or running, stopped (without a word), damaged."""
+    """How `Finished` calls it, or running, stopped (without a word), unrecorded (no sink jsonl), damaged."""
     step: int
     steps: int
     upper_loss: float | None
@@ -151,7 +153,7 @@ def create(
 def find(reference: str, runs: Path) -> RunFolder:
     """The run at the path `reference`, or the newest run of that name below `runs`."""
     for path in (Path(reference), runs / reference):
-        if (path / RESOLVED).is_file():
+        if _is_run(path):
             return RunFolder(path)
         below = _folders(path)
         if below:
@@ -173,7 +175,7 @@ def _age(run: Path) -> tuple[str, int]:
 def summaries(runs: Path) -> list[Summary]:
     """All runs below `runs`, the newest last."""
     try:
-        names = sorted(runs.iterdir()) if runs.is_dir() else []
+        names = sorted(runs.iterdir()) if os.path.lexists(runs) else []
     except OSError as error:
         raise CheckpointError(f"{runs}: cannot be read: {error.strerror}") from error
     found = [_summary(RunFolder(path)) for name in names for path in _folders(name)]
@@ -209,6 +211,10 @@ def _read_summary(folder: RunFolder) -> Summary:
     stepped = record.last(folder.path, "stepped")
     finished = folder.finished()
     unfinished = "running" if folder.is_locked() else "stopped"
+    estimator, is_recorded = _resolved(folder)
+    if not is_recorded and unfinished == "stopped":
+        step = max(_saved_steps(folder), default=0)
+        return Summary(folder, folder.path.parent.name, "unrecorded", step, 0, None, estimator)
     return Summary(
         folder,
         folder.path.parent.name,
@@ -216,27 +222,37 @@ def _read_summary(folder: RunFolder) -> Summary:
         last["step"] if last else 0,
         first["steps"] if first and first["event"] == "started" else 0,
         record.number(stepped["upper_loss"]) if stepped else None,
-        _estimator(folder),
+        estimator,
     )
 
 
-def _estimator(folder: RunFolder) -> str:
-    """The name in resolved.yaml, which `Recipe.dump` wrote; of a class, the class."""
+def _saved_steps(folder: RunFolder) -> list[int]:
+    names = [path.name for path in folder.checkpoints.glob("step-*")]
+    return [int(match[1]) for match in map(_SAVED.match, names) if match]
+
+
+def _resolved(folder: RunFolder) -> tuple[str, bool]:
+    """From resolved.yaml, which `Recipe.dump` wrote: the estimator, or its class; whether there is a record."""
     try:
-        found = _ESTIMATOR.search(folder.resolved.read_text(encoding="utf-8"))
+        text = folder.resolved.read_text(encoding="utf-8")
+        found = _ESTIMATOR.search(text)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder.resolved}: cannot be read: {error}") from error
     if not found:
         raise CheckpointError(f"{folder.resolved}: names no estimator: it was cut off or altered")
-    return found[1].rpartition(":")[2]
+    return found[1].rpartition(":")[2], not _WITHOUT_RECORD.search(text)
 
 
 def _folders(path: Path) -> list[Path]:
     """The runs in a folder; none in one that cannot be read, as those of other users in /proc."""
     try:
-        return sorted(folder for folder in path.iterdir() if (folder / RESOLVED).is_file())
+        return sorted(filter(_is_run, path.iterdir()))
     except OSError:
         return []
+
+
+def _is_run(path: Path) -> bool:
+    return os.path.isfile(path / RESOLVED)  # False, and no error, for what may not be looked at
 
 
 def _make_new(parent: Path, stem: str) -> Path:

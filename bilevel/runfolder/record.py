@@ -114,7 +114,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
         return None
     known = _FIELDS.get(event["event"]) if isinstance(event["event"], str) else None
-    required = {"step": _is_count} | (known or {})
+    required = {"step": _is_count, **(known or {})}
     return event if all(k in event and holds(event[k]) for k, holds in required.items()) else None
 
 

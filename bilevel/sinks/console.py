@@ -32,19 +32,22 @@ class ConsoleReceiver:
         self._after: Mapping[str, float] | None = None
         self._live = _Live(console) if console.is_terminal else None
         self._plain = None if console.is_terminal else _Plain(console)
+        self._first: Stepped | None = None
         self._last: Stepped | None = None
+        self._resumed_at = 0
         self._warned: set[str] = set()
 
     def receive(self, event: Event) -> None:
         shown = self._live or self._plain
         assert shown is not None
         if isinstance(event, Started):
+            self._resumed_at = event.step
             self._console.print(_headline(event), highlight=False)
         if isinstance(event, Evaluated):
             self._before = self._before or event.metrics
             self._after = event.metrics
         if isinstance(event, Stepped):
-            self._last = event
+            self._first, self._last = self._first or event, event
         if isinstance(event, Warned):
             if event.kind not in self._warned:
                 self._warned.add(event.kind)
@@ -70,9 +73,15 @@ class ConsoleReceiver:
     def _finish(self, event: Finished) -> None:
         if self._before and self._after:
             self._console.print(_comparison(self._before, self._after))
+        elif self._first and self._last:  # a problem without measures has its losses
+            first = {} if self._resumed_at else _losses(self._first)
+            self._console.print(_comparison(first, _losses(self._last)))
         done = f"{event.reason} at step {event.step} after {duration(event.seconds)}"
+        if self._resumed_at:
+            done += f" since step {self._resumed_at}"
         if self._last:
             done += f" · {spelled(*astuple(self._last.totals))}"
+            done += " since the start" if self._resumed_at else ""
         self._console.print(done, highlight=False)
         for kind, count in event.warned.items():
             if count:
@@ -269,6 +278,11 @@ def _headline(event: Started) -> Text:
         f": {event.num_upper:,} upper and {event.num_lower:,} lower variables, "
         f"{event.device} {event.dtype}{resumed}",
     )
+
+
+def _losses(step: Stepped) -> dict[str, float]:
+    """Those before the step, as its event has them."""
+    return {"upper loss F": step.upper_loss, "lower loss G": step.lower_loss}
 
 
 def _comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import typer.main
 
 import bilevel.cli.app as app_module
 from bilevel.cli.app import app
-from tests.cli.commands import run
+from tests.cli.commands import invoke, run
 
 COMMANDS = {
     "ls": ["KIND?"],
@@ -50,13 +51,18 @@ def test_commands_and_options_are_frozen():
     }
     assert got == COMMANDS
     top = [param.opts[0] for param in group.params if param.name not in ("help",)]
-    assert top == ["--debug", "--install-completion", "--show-completion"]
+    assert top == ["--version", "--debug", "--install-completion", "--show-completion"]
+
+
+def test_the_version_is_said():
+    assert invoke("--version").output == f"bilevel {version('bilevel')}\n"
 
 
 def test_a_file_bears_its_commands_name():
     files = {path.stem for path in Path(app_module.__file__).parent.glob("*.py")}
     assert set(COMMANDS) - files == {"report"}  # a line of `app`, what it calls is bilevel.report
-    shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "user_code"}
+    shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
+    shared |= {"user_code"}
     assert files - set(COMMANDS) == shared
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from bilevel.cli.names import shipped
 from tests.cli.commands import invoke
 
@@ -16,3 +18,23 @@ def test_cp_copies_and_never_overwrites(tmp_path: Path):
     invoke("cp", "ridge", tmp_path / "other")
     assert (tmp_path / "other.yaml").is_file()
     assert "no such folder" in invoke("cp", "ridge", tmp_path / "a" / "b.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["quadratic", "/dev/null"], 2, "error: /dev/null: is there already"),
+        ([".", "c.yaml"], 2, "error: '.': unknown recipe"),
+        (["..", "c.yaml"], 2, "error: '..': unknown recipe"),
+        (["", "c.yaml"], 2, "error: '': unknown recipe"),
+        ([300 * "a", "c.yaml"], 2, "unknown recipe"),
+        ([f"{300 * 'a'}.yaml", "c.yaml"], 2, "there is no such file"),
+        (["quadratic", 300 * "a"], 1, "cannot be written: File name too long; make room"),
+    ],
+)
+def test_odd_names_are_one_message(words, code, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = invoke("cp", *words, code=code).stderr
+    assert said in message
+    assert len(message.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+from pathlib import Path
+
+import pytest
 
 from bilevel.runfolder import record
 from tests.cli.commands import invoke, run, unfinished
@@ -20,6 +23,22 @@ def test_runs_say_which_estimator_and_which_y(runs):
     text = " ".join(invoke("runs", "--runs-dir", runs).output.split())
     assert re.search(r"done 4/4 bome \d", text)
     assert "F at the y of the run itself" in text
+
+
+def test_a_run_without_a_record_says_so(runs):
+    folder = run(runs, "sinks=[]")
+    assert re.search(rf"{folder.name} +unrecorded +4 ", invoke("runs", "--runs-dir", runs).output)
+
+
+@pytest.mark.skipif(not Path("/proc/1").is_dir(), reason="there is no /proc")
+def test_a_folder_of_anything_else_holds_no_runs():
+    assert "No runs in /proc/" in invoke("runs", "--runs-dir", "/proc").output
+
+
+def test_a_file_in_the_place_of_runs_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = invoke("runs", "--runs-dir", tmp_path / "file", code=1).stderr
+    assert said == f"error: {tmp_path}/file: cannot be read: Not a directory\n"
 
 
 def test_a_damaged_record_is_one_message_and_hides_no_other_run(runs):

@@ -328,6 +328,8 @@ def test_labels_hide_neither_each_other_nor_a_point():
 def test_seeds():
     assert plan.parse_seeds("0..3") == (0, 1, 2, 3)
     assert plan.parse_seeds("5, 1..2,2") == (5, 1, 2)
+    with pytest.raises(RecipeError, match="more than 1,000 of them"):
+        plan.parse_seeds("0..99999999999")
     for wrong in ("", "a", "3..1", "-1", "1...2"):
         with pytest.raises(RecipeError, match="--seeds"):
             plan.parse_seeds(wrong)
