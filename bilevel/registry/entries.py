@@ -277,13 +277,21 @@ def extra_for(package: str) -> str | None:
 
 
 def extras() -> Mapping[str, tuple[str, ...]]:
-    """The optional extras of this package with the distributions each installs."""
-    found: dict[str, list[str]] = {}
+    """The optional extras of this package with the distributions each installs.
+
+    An extra that asks for another, as `bilevel[mllm]`, installs what that one does.
+    """
+    found: dict[str, list[tuple[str, str | None]]] = {}
     for line in importlib.metadata.requires("bilevel") or []:
-        match = re.match(r"^([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", line)
+        match = re.match(r"^([\w.-]+)(?:\[([\w-]+)\])?.*extra\s*==\s*['\"]([\w-]+)['\"]", line)
         if match:
-            found.setdefault(match[2], []).append(match[1])
-    return {extra: tuple(required) for extra, required in found.items()}
+            found.setdefault(match[3], []).append((match[1], match[2]))
+
+    def installed_by(extra: str) -> Iterator[str]:
+        for name, other in found.get(extra, ()):
+            yield from installed_by(other) if name == "bilevel" and other else (name,)
+
+    return {extra: tuple(installed_by(extra)) for extra in found}
 
 
 def _normal(name: str) -> str:
