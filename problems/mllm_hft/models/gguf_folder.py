@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,8 @@ def as_folder(file: Path, layers: int) -> Generator[Progress, None, Path]:
 
 
 def _write(file: Path, layers: int, to: Path) -> None:
-    require("gguf", "gguf", "pip install 'bilevel[smol]'")
-    with quiet() as transformers:
+    gguf = require("gguf", "gguf", "pip install 'bilevel[smol]'")
+    with quiet() as transformers, _opened_once(gguf):
         tokenizer, model = _read(transformers, file, layers)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,17 @@ def _write(file: Path, layers: int, to: Path) -> None:
             f"{to.parent}: the cache cannot be written ({error}); "
             "make the folder writable or set BILEVEL_CACHE to one that is"
         ) from error
+
+
+@contextmanager
+def _opened_once(gguf: Any) -> Iterator[None]:
+    """transformers opens the file for config, tokenizer and weights, each time with all of its words."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _read(transformers: Any, file: Path, layers: int) -> tuple[Any, Any]:

