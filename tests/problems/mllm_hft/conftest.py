@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+from bilevel_problems.mllm_hft.models.gguf_folder import as_folder, packaged
 
 WORDS = [
     "describe",
@@ -28,6 +33,18 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BILEVEL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_cache(tmp_path_factory) -> Path:
+    """A cache with the first layer of SmolLM2: ten seconds, once for all workers of a session."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_CACHE", str(root / "smollm2"))
+        for _ in as_folder(packaged(), 1):
+            pass
+    return root / "smollm2"
 
 
 @pytest.fixture(scope="session")

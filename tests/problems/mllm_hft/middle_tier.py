@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +30,8 @@ class Measured:
     preparation: float
     run: float
     peak: int
+    setup: Any
+    state: Any
 
     def __str__(self) -> str:
         took = f"preparation {self.preparation:.1f} s, {self.steps} steps and both evaluations {self.run:.1f} s"
@@ -56,7 +57,8 @@ def measured(device: str, overrides: list[str]) -> Measured:
     list(engine.prepare(made))
     ready = time.perf_counter()
     evaluations, steps = list[dict[str, float]](), 0
-    for event in _events(made):
+    state = engine.start(made)
+    for event in engine.run(made, state):
         steps += isinstance(event, Stepped)
         if isinstance(event, Evaluated):
             evaluations.append(dict(event.metrics))
@@ -65,8 +67,4 @@ def measured(device: str, overrides: list[str]) -> Measured:
     end = time.perf_counter()
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     before, after = evaluations
-    return Measured(before, after, steps, ready - start, end - ready, peak)
-
-
-def _events(made: Any) -> Iterator[Any]:
-    return engine.run(made, engine.start(made))
+    return Measured(before, after, steps, ready - start, end - ready, peak, made, state)

@@ -1,9 +1,11 @@
-"""SmolLM2 out of its package: the same logits as transformers' own model, whole and cut."""
+"""SmolLM2 out of its package: the weights of its file, and the logits of transformers' own model of it."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from bilevel.errors import RequirementError
 from bilevel_problems.mllm_hft.models import gguf_folder
-from bilevel_problems.mllm_hft.models.gguf_folder import as_folder, packaged
+from bilevel_problems.mllm_hft.models.gguf_folder import _opened_once, as_folder, packaged
 from bilevel_problems.mllm_hft.models.instructions import before, conversations
 from bilevel_problems.mllm_hft.models.loading import quiet
 from bilevel_problems.mllm_hft.models.network import Network
@@ -24,6 +26,9 @@ pytest.importorskip("transformers", reason="reads the gguf file")
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 needs_smollm2 = pytest.mark.skipif(bool(smollm2_lacks()), reason=smollm2_lacks())
+whole = pytest.mark.skipif(
+    "SMOLLM2_WHOLE" not in os.environ, reason="all 30 layers, two minutes: set SMOLLM2_WHOLE=1"
+)
 
 
 def finish(generator: Any) -> Any:
@@ -35,10 +40,11 @@ def finish(generator: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def cut(cache) -> tuple[Any, Any]:
-    """A LLaVA with two layers, and its tokenizer."""
+def cut(smollm2_cache) -> tuple[Any, Any]:
+    """A LLaVA with one layer, and its tokenizer."""
+    (folder,) = (smollm2_cache / "gguf").iterdir()
     with quiet():
-        return llava_of(finish(as_folder(packaged(), 2)), feature=8, seed=0)
+        return llava_of(folder, feature=8, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +69,43 @@ def logits(llava: Any, ids: Tensor) -> Tensor:
 
 
 @needs_smollm2
+def test_weights_are_those_of_the_file(cut):
+    """Maps that gguf keeps in the order they have here, dequantized by gguf itself."""
+    import gguf
+
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(packaged()).tensors}
+
+    def of(name: str) -> Tensor:
+        kept = held[f"{name}.weight"]
+        return torch.from_numpy(gguf.quants.dequantize(kept.data, kept.tensor_type).copy())
+
+    llava = cut[0]
+    language, (layer,) = llava.model.language_model, llava.model.language_model.layers
+    assert torch.equal(layer.mlp.down_proj.weight, of("blk.0.ffn_down"))
+    assert not torch.equal(layer.mlp.down_proj.weight, of("blk.1.ffn_down"))
+    assert torch.equal(layer.self_attn.v_proj.weight, of("blk.0.attn_v"))
+    assert torch.equal(language.norm.weight, of("output_norm"))
+    words = of("token_embd")
+    assert torch.equal(language.embed_tokens.weight[:-1], words)
+    assert torch.equal(llava.lm_head.weight, language.embed_tokens.weight)
+    torch.testing.assert_close(language.embed_tokens.weight[-1], words.mean(0))  # the picture's
+
+
+@whole
+@needs_smollm2
 @torch.no_grad()
-def test_a_cut_model_is_the_first_layers_of_the_whole_one(cut, theirs):
+def test_a_cut_model_is_the_first_layers_of_the_whole_one(cache, theirs):
     model, ids = theirs
+    with quiet():
+        llava, _ = llava_of(finish(as_folder(packaged(), 2)), feature=8, seed=0)
     states = model(ids, output_hidden_states=True).hidden_states
     expected, other = (model.lm_head(model.model.norm(states[n])) for n in (2, 3))
-    got = logits(cut[0], ids)[..., :-1]  # the last word is the picture's
+    got = logits(llava, ids)[..., :-1]  # the last word is the picture's
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
     assert (got - other).abs().max() > 1  # and not three layers
 
 
+@whole
 @needs_smollm2
 def test_all_layers_give_the_same_logits_and_sensible_text(cache, theirs):
     model, ids = theirs
@@ -104,10 +137,38 @@ def test_it_speaks_by_its_own_template(cut):
     assert {"no", "No"} <= set(no)
 
 
-@needs_smollm2
-def test_more_layers_than_there_are_is_refused(cache):
-    with pytest.raises(RequirementError, match=r"layers = 31; .*gguf has 30"):
-        finish(as_folder(packaged(), 31))
+def test_more_layers_than_there_are_is_refused(tmp_path, monkeypatch):
+    """Before any weight is read: this file has none."""
+    gguf = pytest.importorskip("gguf", reason="writes the file")
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+    file = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    file.add_block_count(2)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    with pytest.raises(RequirementError, match=r"layers = 3; a.gguf has 2: give at most as many"):
+        finish(as_folder(tmp_path / "a.gguf", 3))
+    with pytest.raises(RequirementError, match=r"a.gguf.*cannot be read as a gguf file"):
+        finish(as_folder(tmp_path / "a.gguf", 2))
+
+
+def test_the_file_is_opened_once_and_gguf_is_left_as_it_was():
+    reader = lambda path: [path]  # noqa: E731
+    gguf = SimpleNamespace(GGUFReader=reader)
+    with _opened_once(gguf):
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+        assert gguf.GGUFReader("b") == ["b"]
+    assert gguf.GGUFReader is reader
+    assert reader("a") is not reader("a")
+
+    def fails() -> None:
+        with _opened_once(gguf):
+            raise RuntimeError("cut short")
+
+    with pytest.raises(RuntimeError, match="cut short"):
+        fails()
+    assert gguf.GGUFReader is reader
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
