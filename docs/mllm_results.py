@@ -2,8 +2,8 @@
 
 With `--run` first makes the runs that docs/mllm_hft.json does not hold yet, a process each, and
 writes every one as it ends, so that a stopped call goes on where it was; with `--path` compares
-estimators with the path that is run; with `--draw` draws arms of seed 0 side by side. Without them only the page is written again, from the files
-alone.
+estimators with the path that is run; with `--draw` draws arms of seed 0 side by side; `--smol` makes the
+runs of the middle tier instead. Without them only the page is written again, from the files alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bilevel.events import Stepped
 from docs.pages import put
 
 HERE = Path(__file__).parent
-PAGE, FILE, PATH = (HERE / name for name in ("mllm_hft.md", "mllm_hft.json", "mllm_hft_path.json"))
+PAGE, PATH = HERE / "mllm_hft.md", HERE / "mllm_hft_path.json"
 RECIPE = HERE.parent / "recipes" / "mllm_hft.yaml"
 NONE = "estimator={name: alternating}"
 ARMS: dict[str, tuple[str, ...]] = {
@@ -39,6 +39,24 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task_only, clean .3": ("problem.formulation=task_only", "problem.clean=0.3", NONE),
 }
 """Overrides of the recipe."""
+
+
+class Study(NamedTuple):
+    """Runs of a recipe, the file they are kept in, and where on the page they stand."""
+
+    recipe: Path
+    file: Path
+    arms: tuple[str, ...]
+    place: str
+
+
+MAIN = Study(RECIPE, HERE / "mllm_hft.json", tuple(ARMS), "measured")
+SMOL = Study(
+    HERE.parent / "recipes" / "mllm_hft_smol.yaml",
+    HERE / "mllm_hft_smol.json",
+    ("bilevel", "alternating"),
+    "smol",
+)
 AGAINST = ("alternating", "joint, clean .3", "task_only, clean .3")
 """Arms that the bilevel one is compared with seed by seed."""
 DRAWN = ("bilevel", "alternating", "task_only, clean .3")
@@ -54,7 +72,7 @@ MEASURES = {
     "captions/cut_short": ("captions cut short ↓", False),
     "task_loss": ("task loss ↓", False),
     "gap/auc_true_vs_hallucinated": ("AUC true / hallucinated caption ↑", True),
-    "gap/recall_at_1": ("R@1 of 400 pictures ↑", True),
+    "gap/recall_at_1": ("R@1 ↑", True),
 }
 """What is shown of a metric, and whether more is better."""
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -69,16 +87,21 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 Cell = dict[str, Any]
 
 
-def run(arm: str, seed: int) -> Cell:
-    """One run of the recipe in a process of its own: measures before and after, and seconds."""
+def run(arm: str, seed: int, recipe: Path = RECIPE) -> Cell:
+    """One run of a recipe in a process of its own: measures before and after, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["run", str(RECIPE), f"seed={seed}", *ARMS[arm], "--runs-dir", folder]
+        command = ["run", str(recipe), f"seed={seed}", *ARMS[arm], "--runs-dir", folder]
         code = "from bilevel.cli import main; main()"
         subprocess.run(
             [sys.executable, "-c", code, *command], check=True, stdout=subprocess.DEVNULL
         )
         (path,) = Path(folder).rglob("events.jsonl")
-        events = [json.loads(line) for line in path.read_text().splitlines()]
+        return cell(arm, seed, path)
+
+
+def cell(arm: str, seed: int, path: Path) -> Cell:
+    """What the table needs of the record of a run."""
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     before, after = (e["metrics"] for e in events if e["event"] == "evaluated")
     (end,) = [e for e in events if e["event"] == "finished"]
     kept = {name: value for name, value in after.items() if name.startswith("learned/")}
@@ -149,10 +172,12 @@ def draw(folder: Path) -> None:
         figure.savefig(folder / f"mllm_hft_{name}.png", dpi=80)
 
 
-def missing(cells: list[Cell], seeds: range) -> Iterator[tuple[str, int]]:
+def missing(
+    cells: list[Cell], seeds: range, arms: Sequence[str] = tuple(ARMS)
+) -> Iterator[tuple[str, int]]:
     """Seeds in turn, so that what is there at any time can be compared."""
     there = {(cell["arm"], cell["seed"]) for cell in cells}
-    return ((arm, seed) for seed in seeds for arm in ARMS if (arm, seed) not in there)
+    return ((arm, seed) for seed in seeds for arm in arms if (arm, seed) not in there)
 
 
 def spread(values: list[float]) -> str:
@@ -208,13 +233,13 @@ def weights(cells: list[Cell]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def page(text: str, cells: list[Cell]) -> str:
-    """The page with its measured part made anew."""
+def page(text: str, cells: list[Cell], place: str = MAIN.place) -> str:
+    """The page with the measured part of a study made anew."""
     told = "\n".join([table(cells), paired(cells), "Weights that were learned:\n", weights(cells)])
-    return put(text, "measured", told.rstrip("\n"))
+    return put(text, place, told.rstrip("\n"))
 
 
-def read(path: Path = FILE) -> list[Cell]:
+def read(path: Path = MAIN.file) -> list[Cell]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
@@ -228,21 +253,26 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--path", action="store_true", help="compare estimators with the path")
     parser.add_argument("--draw", action="store_true", help="draw arms of seed 0 side by side")
+    parser.add_argument("--smol", action="store_true", help="of the middle tier's recipe")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     given = parser.parse_args()
-    cells = read()
+    study = SMOL if given.smol else MAIN
     if given.run:
-        for arm, seed in missing(cells, range(given.seeds)):
+        for arm, seed in missing(read(study.file), range(given.seeds), study.arms):
             if arm in given.arms:
                 print(f"{arm}, seed {seed}", flush=True)
-                made = run(arm, seed)
-                write(FILE, [*read(), made])  # read again: another call may have written meanwhile
+                made = run(arm, seed, study.recipe)
+                write(
+                    study.file, [*read(study.file), made]
+                )  # read again: another call may have written meanwhile
     if given.path:
         write(PATH, agreements())
     if given.draw:
         draw(HERE)
-    text = page(PAGE.read_text(encoding="utf-8"), read())
+    text = PAGE.read_text(encoding="utf-8")
+    for place in (MAIN, SMOL):
+        text = page(text, read(place.file), place.place)
     text = put(text, "path", path_table(read(PATH)).rstrip("\n"))
     PAGE.write_text(text, encoding="utf-8")
 

@@ -55,7 +55,7 @@ def test_what_is_exported_says_the_same_in_plain_transformers(found, tmp_path):
     transformers = pytest.importorskip("transformers")
     problem, x = found.setup.problem, found.state.x
     g = torch.Generator().manual_seed(3)
-    y = {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in found.state.y.items()}
+    y = {n: v + 0.3 * torch.randn(v.shape, generator=g) for n, v in found.state.y.items()}
     loaded, pictures = problem._prepared.loaded, problem._prepared.evaluation.pictures
     asked = torch.tensor(prompt_ids("what is there ?", loaded.tokenizer, loaded.template))
     given = {"ids": asked, "length": LENGTH, **pictures.take(slice(0, 1))}
