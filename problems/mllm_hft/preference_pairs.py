@@ -130,7 +130,7 @@ def preference_batch(
 
 def reference_shapes(batch: dict[str, Any], words: int, device: str) -> dict[str, Any]:
     """The batch with a reference of the right shapes that says nothing."""
-    shapes = {side: batch[side]["ids"].shape for side in SIDES}
+    shapes = {side: batch[side]["places"].shape for side in SIDES}
     known = {side: torch.zeros(*shapes[side], words, device=device) for side in SIDES}
     noisy = torch.zeros(shapes["chosen"], device=device)
     return {**batch, "reference": {**known, "noisy": noisy}}
@@ -152,7 +152,7 @@ def with_reference(
         rows = tree.map_nested(lambda value, part=part: value[part], _rows(batch))
         with torch.no_grad():
             found = _logits(network, {}, tree.to(rows, device, dtype))
-        noisy = log_probabilities(found["noisy"].cpu(), rows["chosen"]["ids"])
+        noisy = log_probabilities(found["noisy"].cpu(), _said(rows["chosen"], "ids"))
         parts.append({**{side: found[side].cpu() for side in SIDES}, "noisy": noisy})
     known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {**batch, "reference": known}
@@ -160,7 +160,7 @@ def with_reference(
 
 def _rows(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch has a row a pair, and passes the model."""
-    row = ("ids", "mask", "prefix", "counted")
+    row = ("ids", "mask", "prefix", "counted", "places")
     sides = {side: {name: batch[side][name] for name in row} for side in SIDES}
     return {**sides, "pictures": batch["pictures"], "noisy": batch["noisy"]}
 
@@ -176,10 +176,11 @@ def preference(
         """Token by token log-probabilities of chosen, rejected and noisy, and both divergences."""
         logits = _logits(network, {**weights, **heads}, rows)
         policy = (
-            log_probabilities(logits[name], rows[side]["ids"]) for name, side, _ in _forwards(rows)
+            log_probabilities(logits[name], _said(rows[side], "ids"))
+            for name, side, _ in _forwards(rows)
         )
         kl = (
-            sequence_kl(rows["reference"][side], logits[side], rows[side]["counted"])
+            sequence_kl(rows["reference"][side], logits[side], _said(rows[side], "counted"))
             for side in SIDES
         )
         return *policy, *kl
@@ -188,10 +189,11 @@ def preference(
     found = in_chunks(told, trained, rows, micro_batch)
 
     def response(side: str, policy: Tensor, reference: Tensor) -> Response:
-        return Response(policy, reference, batch[side]["counted"], batch[side]["changed"])
+        marks = (_said(batch[side], name) for name in ("counted", "changed"))
+        return Response(policy, reference, *marks)
 
     sides = {
-        side: response(side, policy, log_probabilities(known[side], batch[side]["ids"]))
+        side: response(side, policy, log_probabilities(known[side], _said(batch[side], "ids")))
         for side, policy in zip(SIDES, found, strict=False)
     }
     noisy = response("chosen", found[2], known["noisy"])
@@ -205,9 +207,14 @@ def _forwards(batch: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Tenso
     yield "noisy", "chosen", {**seen, "features": batch["noisy"]}
 
 
+def _said(side: dict[str, Tensor], name: str) -> Tensor:
+    """What `side` holds of the places of its response, where alone there are logits."""
+    return side[name].gather(1, side["places"])
+
+
 def _logits(network: Network, weights: Params, batch: dict[str, Any]) -> dict[str, Tensor]:
     found = {}
     for name, side, pictures in _forwards(batch):
-        row = {key: batch[side][key] for key in ("ids", "mask", "prefix")}
+        row = {key: batch[side][key] for key in ("ids", "mask", "prefix", "places")}
         found[name] = call(network, weights, "logits", **row, **pictures)
     return found
