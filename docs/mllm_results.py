@@ -272,7 +272,8 @@ def main() -> None:
         draw(HERE)
     text = PAGE.read_text(encoding="utf-8")
     for place in (MAIN, SMOL):
-        text = page(text, read(place.file), place.place)
+        if cells := read(place.file):
+            text = page(text, cells, place.place)
     text = put(text, "path", path_table(read(PATH)).rstrip("\n"))
     PAGE.write_text(text, encoding="utf-8")
 

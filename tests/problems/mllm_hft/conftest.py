@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from bilevel_problems.mllm_hft.models.gguf_folder import as_folder, packaged
+from tests.problems.mllm_hft.packages import in_memory
 
 WORDS = [
     "describe",
@@ -42,6 +44,7 @@ def smollm2_cache(tmp_path_factory) -> Path:
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BILEVEL_CACHE", str(root / "smollm2"))
+        patch.setattr(numpy, "memmap", in_memory)
         for _ in as_folder(packaged(), 1):
             pass
     return root / "smollm2"

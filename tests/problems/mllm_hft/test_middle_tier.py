@@ -24,7 +24,7 @@ SMALL = [
     "problem.contrast_batch=2",
     "problem.upper_batch=2",
     "lower.steps=1",
-    "upper.steps=2",
+    "upper.steps=1",
 ]
 LENGTH = 6
 
@@ -38,15 +38,15 @@ def found(smollm2_cache) -> Measured:
         return measured("cpu", SMALL)
 
 
-def test_two_steps_move_the_model_and_the_weights_of_sources(found):
-    assert found.steps == 2
+def test_a_step_moves_the_model_and_the_weights_of_sources(found):
+    assert found.steps == 1
     assert found.before["task_loss"] != found.after["task_loss"]
     weights = {name: found.after[f"learned/weight_{name}"] for name in ("annotated", "machine")}
     assert weights["annotated"] != weights["machine"]
     assert sum(v for n, v in found.after.items() if "weight_" in n) == pytest.approx(4)
     assert 0 <= found.after["language_model/question_accuracy"] <= 1
     assert found.peak == 0
-    assert "2 steps and both evaluations" in str(found)
+    assert "1 steps and both evaluations" in str(found)
 
 
 @torch.no_grad()

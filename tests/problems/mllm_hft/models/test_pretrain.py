@@ -19,6 +19,7 @@ from bilevel_problems.mllm_hft.models.pretrain import (
     answer_words,
     dialogues,
     last_place,
+    learn_language,
     pretrain,
     question_accuracy,
     train,
@@ -97,6 +98,21 @@ def test_answers_weigh_most_and_padding_nothing():
     assert int(said.sum()) == 3
     assert (weights[~rows.mask] == 0).all()
     assert (weights[rows.mask & ~rows.counted] == 0.2).all()
+    bare = _weights(rows, answer_words(TOKENIZER, Template()), read=0.0)
+    assert torch.equal(bare, weights * rows.counted)
+
+
+@pytest.mark.parametrize("read", [0.2, 0.0])
+def test_what_weighs_nothing_does_not_reach_the_output_layer(read, monkeypatch, tmp_path):
+    """And a model that was trained with another weight is not taken out of the cache."""
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path))
+    made, text, seen = network(), training(steps=2), list[torch.Size]()
+    list(learn_language(made, language(made), text, "language", {}))
+    made.mllm.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    text = replace(text, read=read)
+    list(learn_language(made, language(made), text, "language", {}))
+    assert len(seen) == (0 if read else 2)
+    assert all(8 < shape[1] < 45 for shape in seen)  # texts, questions and answers are 70 and more
 
 
 def test_places_are_those_that_count_and_none_twice():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from bilevel_problems.mllm_hft.models.loading import quiet
 from bilevel_problems.mllm_hft.models.network import Network
 from bilevel_problems.mllm_hft.models.pretrain import answer_words
 from bilevel_problems.mllm_hft.models.smollm2 import llava_of, speech
-from tests.problems.mllm_hft.packages import smollm2_lacks
+from tests.problems.mllm_hft.packages import in_memory, smollm2_lacks
 
 pytest.importorskip("transformers", reason="reads the gguf file")
 
@@ -69,10 +70,11 @@ def logits(llava: Any, ids: Tensor) -> Tensor:
 
 
 @needs_smollm2
-def test_weights_are_those_of_the_file(cut):
+def test_weights_are_those_of_the_file(cut, monkeypatch):
     """Maps that gguf keeps in the order they have here, dequantized by gguf itself."""
     import gguf
 
+    monkeypatch.setattr(numpy, "memmap", in_memory)
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(packaged()).tensors}
 
     def of(name: str) -> Tensor:
