@@ -235,7 +235,9 @@ def weights(cells: list[Cell]) -> str:
 
 def page(text: str, cells: list[Cell], place: str = MAIN.place) -> str:
     """The page with the measured part of a study made anew."""
-    told = "\n".join([table(cells), paired(cells), "Weights that were learned:\n", weights(cells)])
+    compared = any(cell["arm"] in AGAINST for cell in cells)
+    parts = [table(cells), *([paired(cells)] if compared else [])]
+    told = "\n".join([*parts, "Weights that were learned:\n", weights(cells)])
     return put(text, place, told.rstrip("\n"))
 
 

@@ -32,6 +32,7 @@ def test_the_page_is_what_the_artefacts_give():
     assert {(c["arm"], c["seed"]) for c in cells} >= {
         (arm, seed) for arm in ("bilevel", "alternating") for seed in range(5)
     }
+    assert results.page(text, results.read(results.SMOL.file), results.SMOL.place) == text
     changed = [{**c, "after": {**c["after"], "task_loss": 9.0}} for c in cells]
     assert results.page(text, changed) != text  # negative control
 
