@@ -78,6 +78,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Held:
+    """The problem's own measures with x as it began and y trained as long: what x has no part in."""
+
+    step: int
+    metrics: Mapping[str, float]
+    seconds: float = 0.0
+    """Training y included."""
+
+
+@dataclass(frozen=True)
 class Tabulated:
     """What measures were computed from, a row a case (a question, a picture): plain data."""
 
@@ -125,4 +135,6 @@ class Finished:
     """What was wrong, of a run that diverged or failed."""
 
 
-Event = Progress | Started | Stepped | Evaluated | Tabulated | Drawn | Warned | Saved | Finished
+Event = (
+    Progress | Started | Stepped | Evaluated | Held | Tabulated | Drawn | Warned | Saved | Finished
+)

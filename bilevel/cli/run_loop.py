@@ -18,11 +18,12 @@ from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
-from bilevel.events import Evaluated, Event, Finished, Saved, Stepped
+from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Stepped
 from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import settings
 from bilevel.run import engine
 from bilevel.run.engine import Setup, State
+from bilevel.run.held import STAGE
 from bilevel.runfolder import checkpoint, record
 from bilevel.runfolder.folder import RunFolder
 from bilevel.sinks import Receiver
@@ -147,17 +148,22 @@ class RunLoop:
             self.is_delivered = True
             if isinstance(event, Finished):
                 self.signals.received = None
+            elif self.signals.received and isinstance(event, Progress) and event.stage == STAGE:
+                self._end(state, began)  # the last step is saved
+                return
             elif self._is_settled(event, state):
                 is_last = state.step == self.setup.upper.steps
                 if self.signals.received and not is_last:
                     self._save(state)
-                    spent = time.perf_counter() - began
-                    warned = dict(state.warned)
-                    self._deliver(Finished(state.step, self.signals.reason, spent, warned))
+                    self._end(state, began)
                     return
                 every = self.recipe.checkpoint.every
                 if is_last or (every and state.step and state.step % every == 0):
                     self._save(state)
+
+    def _end(self, state: State, began: float) -> None:
+        spent = time.perf_counter() - began
+        self._deliver(Finished(state.step, self.signals.reason, spent, dict(state.warned)))
 
     def _is_settled(self, event: Event, state: State) -> bool:
         """Whether all events of the present step have come, so that none is lost or repeated."""

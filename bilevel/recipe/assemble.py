@@ -22,4 +22,5 @@ def assemble(recipe: Recipe) -> Setup:
         device=device(recipe.runtime.device),
         dtype=DTYPES[recipe.runtime.dtype],
         evaluate_every=recipe.evaluate.every,
+        evaluate_held=recipe.evaluate.held,
     )

@@ -54,6 +54,9 @@ class Evaluate:
 
     every: NonNegativeInt = 0
     """Also every so many steps; 0 for never."""
+    held: bool = True
+    """At the end also with x as it began and y trained as long: what is above that is owed to x.
+    Costs the lower solves of the run again, and one evaluation."""
 
 
 @component

@@ -37,6 +37,8 @@ class History:
     steps: list[int] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in _COLUMNS})
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    held: dict[str, float] = field(default_factory=dict)
+    """The problem's measures with x as it began and y trained as long; empty where not taken."""
     error_sources: list[str] = field(default_factory=list)
     """What the bounds and estimates of the error rest on, as `Stats.error_bound_from` says; each once."""
     warnings: list[Mapping[str, Any]] = field(default_factory=list)
@@ -79,6 +81,8 @@ def read(folder: Path) -> History:
         elif kind == "evaluated":
             metrics = {name: record.number(v) for name, v in event["metrics"].items()}
             history.evaluations.append((event["step"], metrics))
+        elif kind == "held":
+            history.held = {name: record.number(v) for name, v in event["metrics"].items()}
         elif kind == "warned":
             history.warnings.append(event)
         elif kind == "finished":

@@ -39,6 +39,7 @@ def render(folder: RunFolder) -> str:
         facts=list(_facts(folder, history, resolved)),
         charts=charts(history),
         metric_charts=metric_charts(history),
+        metrics_head=_measures_head(history),
         metrics=list(_metrics(history)),
         warnings=list(_warnings(history)),
         figures=list(_figures(folder)),
@@ -109,14 +110,33 @@ def _inline(section: Any) -> str:
     return json.dumps(section) if isinstance(section, (bool, type(None))) else str(section)
 
 
-def _metrics(history: History) -> Iterator[tuple[str, str, str, str]]:
+def _measures_head(history: History) -> list[str]:
+    if history.held:
+        return ["before", "x held", "after", "change", "owed to x"]
+    return ["before", "after", "change"]
+
+
+def _metrics(history: History) -> Iterator[tuple[str, list[str]]]:
+    """(name, what stands below `_measures_head`) of each measure."""
     for name in history.metrics:
         curve = history.metric(name)
         if curve:
             (_, first), (_, last) = curve[0], curve[-1]
-            change = last - first if len(curve) > 1 else math.nan
-            shown = f"{change:+.4g}" if math.isfinite(change) else "–"
-            yield name, f"{first:.4g}", f"{last:.4g}", shown
+            change = _signed(last - first if len(curve) > 1 else math.nan)
+            row = [_short(first), _short(last), change]
+            if history.held:
+                held = history.held.get(name, math.nan)
+                row[1:1] = [_short(held)]
+                row.append(_signed(last - held))
+            yield name, row
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}" if math.isfinite(value) else "–"
 
 
 def _figures(folder: RunFolder) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 
 from bilevel.errors import RecipeError
-from bilevel.events import Drawn, Evaluated, Event, Finished, Stepped, Warned
+from bilevel.events import Drawn, Evaluated, Event, Finished, Held, Stepped, Warned
 from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.registry.build import resolve
@@ -32,6 +32,8 @@ class Result:
     """One event an upper step: losses before the step, ‖dΦ/dx‖, evidence and oracle calls."""
     evaluations: tuple[Evaluated, ...]
     """The problem's own measures, before, in between where asked for, and after."""
+    held: Mapping[str, float]
+    """Them with x as it began and y trained as long; empty unless `evaluate_held`."""
     warned: tuple[Warned, ...]
     figures: Mapping[str, Any]
     reason: str
@@ -80,6 +82,7 @@ class Iteration(Iterator[Event]):
         self.state: State | None = None
         self._history: list[Stepped] = []
         self._evaluations: list[Evaluated] = []
+        self._held: Mapping[str, float] = {}
         self._warned: list[Warned] = []
         self._figures: dict[str, Any] = {}
         self._reason = "unfinished"
@@ -96,6 +99,8 @@ class Iteration(Iterator[Event]):
             self._history.append(event)
         elif isinstance(event, Evaluated):
             self._evaluations.append(event)
+        elif isinstance(event, Held):
+            self._held = event.metrics
         elif isinstance(event, Warned):
             self._warned.append(event)
         elif isinstance(event, Drawn):
@@ -129,6 +134,7 @@ class Iteration(Iterator[Event]):
             self.y,
             tuple(self._history),
             tuple(self._evaluations),
+            self._held,
             tuple(self._warned),
             dict(self._figures),
             self._reason,
@@ -147,6 +153,7 @@ def iterate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     evaluate_every: int = 0,
+    evaluate_held: bool = False,
 ) -> Iteration:
     """The run that `minimize` drives, as an iterator of its events (`bilevel.events`).
 
@@ -167,6 +174,7 @@ def iterate(
             device=placement.device(device, "device") if isinstance(device, str) else device,
             dtype=placement.dtype(dtype) if isinstance(dtype, str) else dtype,
             evaluate_every=evaluate_every,
+            evaluate_held=evaluate_held,
         )
     )
 
@@ -182,6 +190,7 @@ def minimize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     evaluate_every: int = 0,
+    evaluate_held: bool = False,
     progress: bool | Literal["auto"] = "auto",
 ) -> Result:
     """Take upper steps along the hypergradient of Φ(x) = F(x, y*(x)), and return where they led.
@@ -200,6 +209,9 @@ def minimize(
         device: "auto" is the first CUDA device if there is one, else the CPU.
         dtype: of x, y and the batches.
         evaluate_every: also take the problem's own measures every so many steps.
+        evaluate_held: take them at the end also with x as it began and y trained as long
+            (`Result.held`): only what is above that is owed to x. `bilevel run` does unless its
+            recipe says otherwise. Costs the lower solves of the run again.
         progress: show it on stderr; "auto" does in a terminal and in a notebook.
 
     Warnings of the run are Python warnings (`UserWarning`), once a kind. Ctrl-C (a notebook's
@@ -223,6 +235,7 @@ def minimize(
         device=device,
         dtype=dtype,
         evaluate_every=evaluate_every,
+        evaluate_held=evaluate_held,
     )
     receiver = shown(progress)
     try:

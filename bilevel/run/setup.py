@@ -38,6 +38,8 @@ class Setup:
     dtype: torch.dtype = torch.float32
     evaluate_every: int = 0
     """Upper steps between evaluations; 0 evaluates before and after only."""
+    evaluate_held: bool = False
+    """Whether to evaluate at the end x as it began, with y trained as long (`bilevel.run.held`)."""
 
     def __post_init__(self) -> None:
         """Components may be given by name; a class in place of an instance is refused."""

@@ -18,7 +18,7 @@ from bilevel.runfolder import files
 FILE = "events.jsonl"
 REMEDY = "make room, then resume the run"
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_AFTER_THE_LAST_STEP = ("drawn", "finished")
+_AFTER_THE_LAST_STEP = ("drawn", "held", "finished")
 
 
 def line(event: Mapping[str, Any]) -> str:

@@ -15,12 +15,25 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Started, Stepped, Warned
+from bilevel.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Held,
+    Progress,
+    Saved,
+    Started,
+    Stepped,
+    Warned,
+)
 from bilevel.sinks.numbers import COUNTS, counts, duration, relative_error, small, spelled
 
 ROWS = 20
 """Rows of a run without a terminal, besides one for every `PATIENCE` seconds of silence."""
 PATIENCE = 30.0
+
+
+HELD = "x held: x as it began, y trained as long. Only what is beyond that is owed to x."
 
 
 class ConsoleReceiver:
@@ -29,6 +42,7 @@ class ConsoleReceiver:
     def __init__(self, console: Console, before: Mapping[str, float] | None = None) -> None:
         self._console = console
         self._before = before
+        self._held: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
         self._live = _Live(console) if console.is_terminal else None
         self._plain = None if console.is_terminal else _Plain(console)
@@ -46,6 +60,8 @@ class ConsoleReceiver:
         if isinstance(event, Evaluated):
             self._before = self._before or event.metrics
             self._after = event.metrics
+        if isinstance(event, Held):
+            self._held = event.metrics
         if isinstance(event, Stepped):
             self._first, self._last = self._first or event, event
         if isinstance(event, Warned):
@@ -72,7 +88,9 @@ class ConsoleReceiver:
 
     def _finish(self, event: Finished) -> None:
         if self._before and self._after:
-            self._console.print(_comparison(self._before, self._after))
+            self._console.print(_comparison(self._before, self._after, self._held))
+            if self._held:
+                self._console.print(Text(HELD, style="dim"))
         elif self._first and self._last:  # a problem without measures has its losses
             first = {} if self._resumed_at else _losses(self._first)
             self._console.print(_comparison(first, _losses(self._last)))
@@ -285,12 +303,14 @@ def _losses(step: Stepped) -> dict[str, float]:
     return {"upper loss F": step.upper_loss, "lower loss G": step.lower_loss}
 
 
-def _comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+def _comparison(
+    before: Mapping[str, float], after: Mapping[str, float], held: Mapping[str, float] | None = None
+) -> Table:
+    columns = {"before": before, **({"x held": held} if held else {}), "after": after}
+    table = Table("", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in columns:
+        table.add_column(title, justify="right")
     for name in after:
-        first = f"{before[name]:.4g}" if name in before else "-"
-        table.add_row(Text(name), first, f"{after[name]:.4g}")
+        known = (f"{found[name]:.4g}" if name in found else "-" for found in columns.values())
+        table.add_row(Text(name), *known)
     return table

@@ -64,6 +64,8 @@ SCALARS: dict[Learned, Scalars] = {
 LOG_LAMBDA_RANGE = (math.log(1e-3), math.log(10.0))
 MOST = {"kind_scores": 10.0, "source_scores": 100.0}
 """No kind weighs more than ten times another, and no source more than a hundred times."""
+RANGES = {"log_tau", "log_lambda", *MOST}
+"""Scalars that `project` holds in a range."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ what is lower is a choice: see `formulations`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -240,8 +240,10 @@ class HierarchicalFineTuning:
     def project_upper(self, x: Params) -> Params:
         return formulations.project(x)
 
-    def project_lower(self, y: Params) -> Params:
-        return formulations.project(y)
+    @property
+    def project_lower(self) -> Callable[[Params], Params] | None:
+        """None where no variable of y has a range, as it has only where τ is learned below."""
+        return formulations.project if formulations.RANGES & {*self.form.lower} else None
 
     def evaluate(
         self, x: Params, y: Params

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bilevel.errors import ProblemError
 from bilevel.estimators.dynamic_barrier import DynamicBarrier
 from bilevel.estimators.rising_penalty import RisingPenalty
 from bilevel.events import Stepped
@@ -18,7 +19,7 @@ from bilevel_problems.mllm_hft.losses import task_loss
 from bilevel_problems.mllm_hft.models.network import call
 from bilevel_problems.mllm_hft.sources.mixture import Mixture
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
-from tests.problems.mllm_hft.miniature import prepared, setup
+from tests.problems.mllm_hft.miniature import miniature, prepared, setup
 
 pytest.importorskip("transformers", reason="the model is transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
@@ -47,11 +48,27 @@ def test_simple_has_one_variable_at_both_levels(estimator):
         formulations.contrast(network, at, batch["contrast"])
     )
     made = replace(setup(problem), estimator=estimator)
+    engine.refuse_mismatch(made)
     state = engine.start(made)
     steps = [event for event in engine.run(made, state) if isinstance(event, Stepped)]
     assert [event.totals.gradients for event in steps] == [2, 4]
     moved = {name for name, value in state.y.items() if not torch.equal(value, y[name])}
     assert moved >= {name for name in y if ".lora_A" not in name}  # LoRA's B is 0 at first
+
+
+@pytest.mark.parametrize("formulation", formulations.FORMS)
+def test_y_is_projected_where_a_scalar_with_a_range_is_in_it(formulation):
+    """What is not there is refused nowhere: an estimator that moves y may take it."""
+    problem = miniature(formulation=formulation)
+    project = problem.project_lower
+    assert (project is not None) == (formulation == "joint")
+    assert ("project_lower" in setup(problem).levels) == (formulation == "joint")
+    if project:
+        tau = project({"log_tau": torch.tensor(9.0), "other": torch.tensor(9.0)})
+        assert float(tau["log_tau"]) == pytest.approx(formulations.LOG_TAU_RANGE[1], rel=1e-6)
+        assert float(tau["other"]) == 9.0
+        with pytest.raises(ProblemError, match="does not support project_lower"):
+            engine.refuse_mismatch(replace(setup(problem), estimator=DynamicBarrier()))
 
 
 def test_the_task_loss_is_that_of_all_logits_and_so_are_its_gradients():

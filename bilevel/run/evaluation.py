@@ -1,0 +1,69 @@
+"""What a problem measures of itself on the way of a run, and draws at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from bilevel.errors import ProblemError
+from bilevel.events import Drawn, Evaluated, Event, Progress, Tabulated, Warned
+from bilevel.run.setup import Setup, State
+
+
+def is_due(setup: Setup, state: State) -> bool:
+    """Whether the problem's own measures, if it has any, are taken at the present step."""
+    if "evaluate" not in setup.levels:
+        return False
+    every = setup.evaluate_every
+    return state.step in (0, setup.upper.steps) or bool(every and state.step % every == 0)
+
+
+def evaluate(setup: Setup, state: State) -> Iterator[Event]:
+    """The problem's own measures at the present point, if it has any."""
+    measure = setup.levels.get("evaluate")
+    if measure is None:
+        return
+    began = time.perf_counter()
+    metrics = measure(state.x, state.y)
+    if isinstance(metrics, Iterator):
+        metrics = yield from at_step(state.step, metrics)
+    found = measures(setup, metrics)
+    state.evaluated = state.step
+    yield Evaluated(state.step, found, time.perf_counter() - began)
+
+
+def measures(setup: Setup, metrics: Any) -> dict[str, float]:
+    """What a problem measured, which must be names and numbers."""
+    if isinstance(metrics, Mapping):
+        wrong = [n for n, v in metrics.items() if not (isinstance(n, str) and isinstance(v, Real))]
+        if not wrong:
+            return {name: v if type(v) is int else float(v) for name, v in metrics.items()}
+        got = f"{wrong[0]!r}: {type(metrics[wrong[0]]).__name__}"
+    else:
+        got = f"a {type(metrics).__name__}"
+    raise ProblemError(
+        f"{type(setup.problem).__name__}.evaluate must return a dict of name: number; got {got}. A "
+        "tensor of one entry is a number by .item()"
+    )
+
+
+def at_step(step: int, work: Iterator[Event]) -> Generator[Event, None, Any]:
+    """What a problem yields while it measures, with the step, which it is not told."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            return end.value
+        yield replace(event, step=step) if isinstance(event, (Tabulated, Warned)) else event
+
+
+def draw_figures(setup: Setup, state: State) -> Iterator[Event]:
+    draw = setup.levels.get("figures")
+    if draw is None:
+        return
+    yield Progress("figures", 0)
+    for name, figure in draw(state.x, state.y).items():
+        yield Drawn(state.step, name, figure)
