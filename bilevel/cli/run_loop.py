@@ -18,7 +18,7 @@ from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
-from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Stepped
+from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Stepped, Warned
 from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import settings
 from bilevel.run import engine
@@ -28,6 +28,9 @@ from bilevel.runfolder import checkpoint, record
 from bilevel.runfolder.folder import RunFolder
 from bilevel.sinks import Receiver
 from bilevel.sinks.console import ConsoleReceiver
+
+
+LEFT_OUT = "interrupted: not measured, so what is owed to x is not known. The run itself is done"
 
 
 @dataclass
@@ -149,21 +152,23 @@ class RunLoop:
             if isinstance(event, Finished):
                 self.signals.received = None
             elif self.signals.received and isinstance(event, Progress) and event.stage == STAGE:
-                self._end(state, began)  # the last step is saved
+                self._deliver(Warned(state.step, STAGE, LEFT_OUT))
+                self._end(state, began, "done")
+                self.signals.received = None
                 return
             elif self._is_settled(event, state):
                 is_last = state.step == self.setup.upper.steps
                 if self.signals.received and not is_last:
                     self._save(state)
-                    self._end(state, began)
+                    self._end(state, began, self.signals.reason)
                     return
                 every = self.recipe.checkpoint.every
                 if is_last or (every and state.step and state.step % every == 0):
                     self._save(state)
 
-    def _end(self, state: State, began: float) -> None:
+    def _end(self, state: State, began: float, reason: str) -> None:
         spent = time.perf_counter() - began
-        self._deliver(Finished(state.step, self.signals.reason, spent, dict(state.warned)))
+        self._deliver(Finished(state.step, reason, spent, dict(state.warned)))
 
     def _is_settled(self, event: Event, state: State) -> bool:
         """Whether all events of the present step have come, so that none is lost or repeated."""

@@ -189,7 +189,11 @@ def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
         run, _ = start(tmp_path, "quadratic", CASES["quadratic"], 0, **options)
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert timeless(run)[-1]["reason"] == "done"
+    """All of it but the control, which is not begun then."""
+    *_, warned, finished = timeless(run)
+    assert finished["reason"] == "done"
+    assert (warned["kind"], warned["step"]) == ("x held", 12)
+    assert "not measured" in warned["message"]
 
 
 ON_TERMINAL = """
