@@ -29,7 +29,6 @@ from bilevel.runfolder.folder import RunFolder
 from bilevel.sinks import Receiver
 from bilevel.sinks.console import ConsoleReceiver
 
-
 LEFT_OUT = "interrupted: not measured, so what is owed to x is not known. The run itself is done"
 
 

@@ -189,11 +189,7 @@ def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
         run, _ = start(tmp_path, "quadratic", CASES["quadratic"], 0, **options)
     finally:
         signal.signal(signal.SIGHUP, before)
-    """All of it but the control, which is not begun then."""
-    *_, warned, finished = timeless(run)
-    assert finished["reason"] == "done"
-    assert (warned["kind"], warned["step"]) == ("x held", 12)
-    assert "not measured" in warned["message"]
+    assert timeless(run)[-1]["reason"] == "done"
 
 
 ON_TERMINAL = """
@@ -256,8 +252,12 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def test_a_signal_at_the_last_step_lets_the_run_finish(tmp_path):
+    """All of it but the control, which is not begun then."""
     run, _ = start(tmp_path, "quadratic", CASES["quadratic"], 0, number=int(signal.SIGINT), step=12)
-    assert timeless(run)[-1]["reason"] == "done"
+    *_, warned, finished = timeless(run)
+    assert finished["reason"] == "done"
+    assert (warned["kind"], warned["step"]) == ("x held", 12)
+    assert "not measured" in warned["message"]
 
 
 @pytest.mark.parametrize(
