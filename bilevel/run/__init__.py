@@ -1,8 +1,9 @@
 """One run: what it is made of, where it is, and the generator of events that takes its steps.
 
 `setup` has Setup and State, `batches` what draws them, `upper` the upper level, `refusals` what
-cannot work together, `warnings` what a step is warned of, `engine` the loop. No file is written
-here and nothing is printed.
+cannot work together, `upper_step` one step, `warnings` what it is warned of, `evaluation` the problem's
+measures, `held` those with x as it began, `engine` the loop. No file is written here and nothing is
+printed.
 """
 
 from typing import TYPE_CHECKING
