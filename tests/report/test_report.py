@@ -13,6 +13,7 @@ pytest.importorskip("vl_convert")
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
+from bilevel.events import Held
 from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
 from bilevel.report.page import _seconds
@@ -88,6 +89,20 @@ def test_it_holds_the_numbers_of_the_record(run):
     values = values or specs[0]["data"]["values"]
     assert [row["step"] for row in values] == [1, 3, 4, 5, 6]  # step 2 was NaN
     assert html.count('<div id="chart') == len(specs)
+
+
+def test_what_is_owed_to_x_is_told_where_the_control_was_measured(run):
+    receiver = JSONLines().open(run.path, 6)
+    for event in (Held(6, {"accuracy": 0.875}), EVENTS[-1]):
+        receiver.receive(event)
+    receiver.close()
+    html = report.write(run).read_text()
+    titles = ["before", "x held", "after", "change", "owed to x"]
+    assert "".join(f"<th>{title}</th>" for title in titles) in html
+    cells = "".join(f"<td>{cell}</td>" for cell in ("0.5", "0.875", "1", "+0.5", "+0.125"))
+    assert f"<td>accuracy</td>{cells}" in html
+    unknown = "".join(f"<td>{cell}</td>" for cell in ("1", "–", "2", "+1", "–"))
+    assert f"<td>gap</td>{unknown}" in html
 
 
 def test_an_unfinished_run_has_a_report_too(run):

@@ -17,6 +17,7 @@ from bilevel.events import (
     Drawn,
     Evaluated,
     Finished,
+    Held,
     Progress,
     Saved,
     Started,
@@ -265,6 +266,16 @@ def test_a_resumed_run_compares_with_its_beginning():
     assert "resumed from step 4" in text
     assert re.search(r"accuracy +0.125 +1\n", text)
     assert not re.search(r"accuracy +0.125", shown(events))
+
+
+def test_the_control_stands_between_before_and_after_and_is_explained():
+    held = [*EVENTS[:-1], Held(6, {"accuracy": 0.875}), EVENTS[-1]]
+    text = shown(held)
+    assert re.search(r"before +x held +after\n", text)
+    assert re.search(r"accuracy +0.5 +0.875 +1\n", text)
+    assert re.search(r"gap +nan +- +2\n", text)
+    assert "x held: x as it began, y trained as long" in text
+    assert "x held" not in shown(EVENTS)
 
 
 def test_a_terminal_shows_a_bar_and_leaves_the_table():
