@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import tree
 from bilevel.errors import RequirementError
+from bilevel.events import Warned
 from bilevel.types import Params
 
 GIB = 2**30
@@ -103,6 +104,19 @@ def require_room(found: Footprint, device: torch.device, remedy: str) -> None:
             f"{device} has {spelled(room)}, and the run needs at least {spelled(needed)}: {found}; "
             f"{remedy}"
         )
+
+
+def second_order_room(found: Footprint, device: torch.device, remedy: str) -> list[Warned]:
+    """A warning where the gradient fits and its derivative beside it does not: not every method takes it."""
+    room, needed = capacity(device), found.of_second_order
+    if room is None or needed <= room:
+        return []
+    said = (
+        f"{device} has {spelled(room)}, and a method that differentiates ∇y G (implicit, one_step, "
+        f"unroll, …) needs at least {spelled(needed)}: {found}; {remedy}, or take a method without "
+        "second derivatives (alternating, penalty)"
+    )
+    return [Warned(0, "memory", said)]
 
 
 def capacity(device: torch.device) -> int | None:

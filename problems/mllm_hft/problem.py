@@ -33,7 +33,7 @@ from .evaluation.measures import Metrics
 from .formulations import FORMS, ContrastLoss, Form, Formulation, Learned
 from .losses import Choice
 from .lower_batches import lower_batches
-from .memory import require_room
+from .memory import require_room, second_order_room
 from .models.export import export
 from .models.network import Backbone, Heads, TextHead
 from .models.tiny import Tiny
@@ -44,6 +44,13 @@ from .preparation import Prepared, prepare, start
 from .queue import StartStates
 from .sources.protocol import Encoder, Source
 from .sources.shapes import Shapes
+
+ROOM = (
+    "let fewer rows pass at a time (problem.micro_batch=1, or auto), lower the batches "
+    "(problem.lower_batch, problem.contrast_batch), keep frozen weights in bfloat16 "
+    "(problem.model.weights=folder), or take a smaller model"
+)
+"""What makes a run smaller."""
 
 
 @component
@@ -159,25 +166,20 @@ class HierarchicalFineTuning:
         """
         self._made[:] = [(yield from prepare(self, torch.device(device)))]
 
-    def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress]:
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> list[Progress | Warned]:
         """Move the frozen model, and what losses compare with; says what the run will hold.
 
-        Raises `RequirementError` where the device cannot hold the weights and one lower gradient.
+        Raises `RequirementError` where the device cannot hold the weights and one lower gradient,
+        and warns where it cannot hold the derivative of that gradient.
         """
         prepared, device = self._prepared, torch.device(device)
         made = plan(self, prepared, device, dtype)
-        require_room(
-            made.step,
-            device,
-            "let fewer rows pass at a time (problem.micro_batch=1, or auto), lower the batches "
-            "(problem.lower_batch, problem.contrast_batch), keep frozen weights in bfloat16 "
-            "(problem.model.weights=folder), or take a smaller model",
-        )
+        require_room(made.step, device, ROOM)
         prepared.plan, prepared.device, prepared.dtype = made, device, dtype
         prepared.loaded.network.place(device, dtype)
         prepared.reference = tree.to(prepared.reference, device, dtype)
         prepared.constants = tree.to(prepared.constants, device, dtype)
-        return made.told()
+        return [*made.told(), *second_order_room(made.step, device, ROOM)]
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,22 @@ def test_what_cannot_fit_is_refused_with_the_remedy():
     assert capacity(torch.device("meta")) is None
 
 
+def test_a_derivative_that_cannot_fit_is_warned_of_with_the_remedy(monkeypatch):
+    """Not refused: a method of first order does without."""
+    found = Footprint(weights=4 * KIB, graph=2 * KIB, derivative=3 * KIB)
+    cpu = torch.device("cpu")
+    for room, warned in ((9 * KIB, False), (9 * KIB - 1, True), (6 * KIB, True), (None, False)):
+        monkeypatch.setattr(memory, "capacity", lambda device, room=room: room)
+        require_room(found, cpu, "lower it")
+        said = memory.second_order_room(found, cpu, "lower problem.micro_batch")
+        assert len(said) == warned
+    monkeypatch.setattr(memory, "capacity", lambda device: 8 * KIB)
+    (said,) = memory.second_order_room(found, cpu, "lower problem.micro_batch")
+    assert re.search(
+        "cpu has 8 KiB, .* at least 9 KiB: .*; lower problem.micro_batch", said.message
+    )
+
+
 def test_a_run_says_what_it_needs_and_refuses_before_it_moves(monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
@@ -274,7 +291,8 @@ def test_a_run_says_what_it_needs_and_refuses_before_it_moves(monkeypatch):
         problem.place("cpu", torch.float32)
     assert network.image_head.weight.dtype == torch.float64
     monkeypatch.setattr(memory, "capacity", lambda device: narrow.weights + narrow.graph)
-    problem.place("cpu", torch.float32)
+    *_, warned = problem.place("cpu", torch.float32)
+    assert (warned.kind, warned.step) == ("memory", 0)
     assert network.image_head.weight.dtype == torch.float32
 
 
