@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.padding import Padding
@@ -24,10 +24,10 @@ def list_all(console: Console, kind: str | None) -> None:
         raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
     asked = [each for each in kinds if kind in (None, each)]
     asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
-    tables = [(each, rows) for each in asked if (rows := _rows(each))]
     if kind is None:
-        _names_only(console, tables)
+        _names_only(console, {each: names for each in asked if (names := _names(each))})
         return
+    tables = [(each, rows) for each in asked if (rows := _rows(each))]
     width = max((len(name) for _, rows in tables for name, _ in rows), default=0)
     for index, (each, rows) in enumerate(tables):
         if index:
@@ -41,16 +41,24 @@ def list_all(console: Console, kind: str | None) -> None:
         console.print(Padding(table, (0, 0, 0, 2)))
 
 
-def _names_only(console: Console, tables: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
-    width = max(len(each) for each, _ in tables)
+def _names_only(console: Console, tables: Mapping[str, Sequence[str]]) -> None:
+    width = max(len(each) for each in tables)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold", min_width=width)
     table.add_column(style="cyan")
-    for each, rows in tables:
-        table.add_row(Text(each), Text(", ".join(name for name, _ in rows)))
+    for each, names in tables.items():
+        table.add_row(Text(each), Text(", ".join(names)))
     console.print(table)
     hint = "\nWhat each is: bilevel ls estimators. All about one: bilevel show implicit"
     console.print(Text(hint, style="dim"))
+
+
+def _names(kind: str) -> Sequence[str]:
+    if kind == "recipes":
+        return sorted(shipped())
+    if kind.endswith(_PRESETS):
+        return [preset.name for preset in presets.of(kind.removesuffix(_PRESETS)).values()]
+    return registry.names(kind)
 
 
 def _rows(kind: str) -> list[tuple[str, str]]:

@@ -11,11 +11,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,14 +131,32 @@ def foreign(group: str) -> tuple[str, ...]:
 
 def _points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
     found: dict[str, importlib.metadata.EntryPoint] = {}
-    for point in importlib.metadata.entry_points(group=PREFIX + group):
+    for point in _registered(group):
         found.setdefault(point.name, point)
     return found
 
 
+def _registered(group: str) -> Sequence[importlib.metadata.EntryPoint]:
+    """The entry points of a group. Each look reads a file of every package installed: one is enough."""
+    return _read(importlib.metadata.entry_points, PREFIX + group, tuple(map(_dated, sys.path)))
+
+
+@lru_cache(maxsize=64)
+def _read(read: Any, group: str, _: Any) -> Sequence[importlib.metadata.EntryPoint]:
+    return tuple(read(group=group))
+
+
+def _dated(folder: str) -> tuple[str, float]:
+    """A folder of packages, and when one was last added to it or removed."""
+    try:
+        return folder, os.stat(folder or ".").st_mtime
+    except OSError:
+        return folder, 0.0
+
+
 def _conflict(group: str, name: str) -> str | None:
     """What is wrong with a name that two packages register."""
-    points = importlib.metadata.entry_points(group=PREFIX + group)
+    points = _registered(group)
     values = dict.fromkeys(point.value for point in points if point.name == name)
     if len(values) < 2:
         return None

@@ -46,12 +46,12 @@ def summary_of(reference: str) -> str:
     One that goes on below, up to what is set off as a formula, is not cut in the middle.
     """
     try:
-        outline = outline_of(reference)
+        found = _found(reference)
     except RecipeError as error:  # which costs a listing this one line
         return f"broken: {error}"
-    if outline is None:
+    if found is None:
         return ""
-    lines = outline.doc.partition("\n\n")[0].splitlines()
+    lines = (ast.get_docstring(found[0]) or "").partition("\n\n")[0].splitlines()
     if not lines or len(lines) > 1 or lines[0].endswith((".", "!", "?")):
         return " ".join(lines)
     return _until_a_comma(lines[0])
@@ -68,26 +68,35 @@ def outline_of(reference: str) -> Outline | None:
 
     Raises `RecipeError` where the source cannot be read, as that of a broken plug-in.
     """
+    found = _found(reference)
+    if found is None:
+        return None
+    node, module = found
+    return Outline(
+        doc=ast.get_docstring(node) or "",
+        module_doc=ast.get_docstring(module) or "",
+        options=tuple(_options(node, module)),
+    )
+
+
+def _found(reference: str) -> tuple[ast.ClassDef, ast.Module] | None:
+    """The class that `module:Class` names, and its module."""
     module, _, name = reference.partition(":")
     path = source_of(module)
     if path is None:
         return None
     try:
-        return _outline(name, _parse(path))
+        return _class(name, _parse(path))
     except (OSError, SyntaxError, ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         said = error.msg if isinstance(error, SyntaxError) else error
         raise RecipeError(f"{path}{line}: {type(error).__name__}: {said}") from error
 
 
-def _outline(name: str, tree: ast.Module) -> Outline | None:
-    for node in tree.body:
+def _class(name: str, module: ast.Module) -> tuple[ast.ClassDef, ast.Module] | None:
+    for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return Outline(
-                doc=ast.get_docstring(node) or "",
-                module_doc=ast.get_docstring(tree) or "",
-                options=tuple(_options(node, tree)),
-            )
+            return node, module
     return None
 
 

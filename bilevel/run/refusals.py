@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-from bilevel import rng, tree
+from bilevel import registry, rng, tree
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import ProblemError
 from bilevel.events import Warned
@@ -161,5 +160,5 @@ def called(component: Any, group: str) -> str:
     """The name that a component's class is registered by; the class where it is not."""
     cls = type(component)
     here = f"{cls.__module__}:{cls.__qualname__}"
-    points = importlib.metadata.entry_points(group=f"bilevel.{group}")
-    return next((point.name for point in points if point.value == here), cls.__name__)
+    known = registry.references(group).items()
+    return next((name for name, value in known if value == here), cls.__name__)
