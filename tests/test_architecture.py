@@ -100,9 +100,12 @@ def test_sinks_see_events_alone():
         assert not rooms & {"run", "problem", "estimators", "linear", "lower", "calculus"}
 
 
-def imports_torch(code, *arguments):
+def imports_torch(code, *arguments, module="torch"):
     """Whether torch is there once a process has run this code; it must end well."""
-    told = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+    told = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print({module!r} in sys.modules, file=sys.stderr))\n"
+    )
     command = [sys.executable, "-c", told + code, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -121,6 +124,18 @@ def imports_torch(code, *arguments):
 )
 def test_torch_is_not_imported_at_package_level(code):
     assert not imports_torch(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "compiles"),
+    [
+        ("import bilevel; bilevel.minimize('quadratic', steps=1, progress=False)", False),
+        ("import torch; torch.compile(torch.sin, backend='eager')(torch.ones(1))", True),
+    ],
+)
+def test_torch_is_there_without_its_compiler(code, compiles):
+    """Which takes as long to import as torch itself, and no step needs it."""
+    assert imports_torch(code, module="torch._dynamo") is compiles
 
 
 @pytest.mark.parametrize("command", ["--help", "ls", "runs"])

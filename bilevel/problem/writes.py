@@ -116,6 +116,11 @@ class _Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler at the first operation, as long as importing torch itself."""
+        return False
+
     def __init__(self, level: str, owned: dict[int, str], given: set[int]) -> None:
         super().__init__()
         self._level, self._owned, self._given = level, owned, given
