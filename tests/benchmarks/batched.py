@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from bilevel import hypergradient, solve_lower
+from bilevel import hypergradient, solve_lower, tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.unroll import Unroll
 from bilevel.linear.cg import CG
@@ -18,11 +18,12 @@ from bilevel_problems.sinusoid import Sinusoid
 ESTIMATORS = {"unroll": Unroll(), "implicit": Implicit(solver=CG(iterations=5))}
 
 
-def ask(made, estimator):
+def ask(made, estimator, dtype=torch.float32):
     """A lower solve of 5 steps and a hypergradient."""
     streams = Streams(0)
     x, y = made.init(streams)
     shots, queries = next(made.episodes(streams["waves"]))
+    x, y, shots, queries = tree.to((x, y, shots, queries), torch.device("cpu"), dtype)
 
     def work():
         solved = solve_lower(

@@ -1,0 +1,119 @@
+"""MAML here beside plain torch by hand, interleaved: `python -m tests.benchmarks.maml`.
+
+The same hypergradient of `sinusoid`, through 5 steps of SGD from a start that all tasks share, in
+four ways: the library, batched by `over_tasks` with nothing but the two losses of one task; a loop
+over the tasks; `vmap` of `torch.func.grad`; and the network written out for a batch of tasks, which
+knows that it is linear layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from bilevel.estimators.unroll import Unroll
+from bilevel.problem.over_tasks import OverTasks
+from bilevel.rng import Streams
+from bilevel.types import Params
+from bilevel_problems.sinusoid import Sinusoid
+from tests.benchmarks.batched import ask
+
+STEPS, LR = 5, 0.02
+Way = Callable[[Params, Params, Params], Params]
+
+
+def error(y: Params, batch: Params) -> Tensor:
+    """Of one task; or, of as many as there are first axes, of each."""
+    h = batch["a"]
+    for i in range(3):
+        h = h @ y[f"weight{i}"].mT + y[f"bias{i}"].unsqueeze(-2)
+        h = h.tanh() if i < 2 else h
+    return (h - batch["b"]).square().mean((-2, -1))
+
+
+def by_loop(x: Params, shots: Params, queries: Params) -> Params:
+    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    found = []
+    for i in range(len(shots["a"])):
+        shot, query = ({n: v[i] for n, v in part.items()} for part in (shots, queries))
+        y = x
+        for _ in range(STEPS):
+            slopes = torch.autograd.grad(error(y, shot), list(y.values()), create_graph=True)
+            y = {n: v - LR * g for (n, v), g in zip(y.items(), slopes, strict=True)}
+        found.append(error(y, query))
+    slopes = torch.autograd.grad(torch.stack(found).mean(), list(x.values()))
+    return dict(zip(x, slopes, strict=True))
+
+
+def by_vmap(x: Params, shots: Params, queries: Params) -> Params:
+    def adapted(x: Params, shot: Params, query: Params) -> Tensor:
+        y = x
+        for _ in range(STEPS):
+            slopes = grad(error)(y, shot)
+            y = {n: v - LR * slopes[n] for n, v in y.items()}
+        return error(y, query)
+
+    return grad(lambda x: vmap(adapted, (None, 0, 0))(x, shots, queries).mean())(x)
+
+
+def by_hand(x: Params, shots: Params, queries: Params) -> Params:
+    """All tasks in one matrix product a layer."""
+    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    tasks = len(shots["a"])
+    y = {name: value.expand(tasks, *value.shape) for name, value in x.items()}
+    for _ in range(STEPS):
+        loss = error(y, shots).sum()
+        slopes = torch.autograd.grad(loss, list(y.values()), create_graph=True)
+        y = {n: v - LR * g for (n, v), g in zip(y.items(), slopes, strict=True)}
+    slopes = torch.autograd.grad(error(y, queries).mean(), list(x.values()))
+    return dict(zip(x, slopes, strict=True))
+
+
+WAYS: dict[str, Way] = {"loop": by_loop, "vmap": by_vmap, "by hand": by_hand}
+
+
+def works(num_tasks: int, dtype: torch.dtype) -> dict[str, Callable[[], Params]]:
+    """A call of each way at the same x, on the same tasks; the last is the library's."""
+    made = OverTasks(problem=Sinusoid(), num_tasks=num_tasks)
+    streams = Streams(0)
+    x, _ = made.init(streams)
+    shots, queries = next(made.episodes(streams["waves"]))
+    x, shots, queries = ({n: v.to(dtype) for n, v in part.items()} for part in (x, shots, queries))
+    here = ask(made, Unroll(), dtype)
+    return {
+        **{name: lambda way=way: way(x, shots, queries) for name, way in WAYS.items()},
+        "bilevel": lambda: here().hypergradient,
+    }
+
+
+def times(num_tasks: int, repetitions: int = 7) -> dict[str, float]:
+    """Median CPU seconds of each way, taken in turn."""
+    calls = works(num_tasks, torch.float32)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions + 1):
+        for name, call in calls.items():
+            began = time.process_time()
+            call()
+            found[name].append(time.process_time() - began)
+    return {name: statistics.median(each[1:]) for name, each in found.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = ("bilevel", *WAYS)
+    print("| tasks | " + " | ".join(names) + " | bilevel / by hand | loop / bilevel |")
+    print("|---|" + "---|" * (len(names) + 2))
+    for num_tasks in (8, 32, 128):
+        found = times(num_tasks)
+        cells = [f"{1000 * found[name]:.1f} ms" for name in names]
+        ratios = found["bilevel"] / found["by hand"], found["loop"] / found["bilevel"]
+        print("| " + " | ".join([str(num_tasks), *cells, *(f"{r:.1f}" for r in ratios)]) + " |")
+
+
+if __name__ == "__main__":
+    main()
