@@ -132,13 +132,12 @@ class PathGraph:
     of: Params
     """The x at which the steps were taken."""
     batches: tuple[Any, ...]
-    ends: tuple[Params, Params] | None
-    """x as leaves, and y_K with its graph back to them; None once taken."""
+    ends: tuple[Params, Params, Params] | None
+    """x and y_0 as leaves, and y_K with its graph back to them; None once taken."""
 
-    def take(self, path: Path, x: Params) -> tuple[Params, Params] | None:
-        """`ends`, once; None where the path has other steps or begins at a function of x."""
-        is_same = path.restart is None and path.batches is self.batches
-        if not is_same or x.keys() != self.of.keys():
+    def take(self, path: Path, x: Params) -> tuple[Params, Params, Params] | None:
+        """`ends`, once; None where the path has other steps."""
+        if path.batches is not self.batches or x.keys() != self.of.keys():
             return None
         if any(x[name] is not entry for name, entry in self.of.items()):
             return None

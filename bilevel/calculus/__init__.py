@@ -18,6 +18,7 @@ from bilevel.calculus.products import (
     require_y,
     scalar,
     through,
+    through_from,
     value,
     vjp,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "scalar",
     "second_order",
     "through",
+    "through_from",
     "value",
     "vjp",
 ]

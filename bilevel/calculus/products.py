@@ -303,13 +303,24 @@ def through(value_and_graph: Tensor, x: Params, losses: Losses, y: Params) -> Pa
     Raises:
         ProblemError: F does not depend on y.
     """
+    return through_from(value_and_graph, x, {}, losses, y)[0]
+
+
+def through_from(
+    value_and_graph: Tensor, x: Params, start: Params, losses: Losses, y: Params
+) -> tuple[Params, Params]:
+    """The gradients of F(x, y) in x and in `start`, both leaves of the graph that y carries.
+
+    Raises: as `through`.
+    """
     live = {name: entry for name, entry in y.items() if entry.requires_grad}
-    found = _grad(losses.lower, value_and_graph, x, live)
+    found = _grad(losses.lower, value_and_graph, x, start, live)
+    size = len(x) + len(start)
     if live:
-        require_y(losses.upper, found[len(x) :])
+        require_y(losses.upper, found[size:])
     at_x = found[: len(x)]
     _note(losses.lower, x, at_x)
-    return _filled(at_x, x)
+    return _filled(at_x, x), _filled(found[len(x) : size], start)
 
 
 def vjp(

@@ -131,17 +131,40 @@ class Unroll:
 
 
 def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
-    kept = path.graph and path.graph.take(path, x)
+    kept = _kept(path, x)
     if kept:
-        x, y = kept
+        x, from_x, start, y = kept
         losses.counts.reached.update(upper_entries(path.optimizer, x))
     else:
         x = tree.leaves(x)
-        y = replay(path, losses.lower, x)
+        y, from_x, start = replay(path, losses.lower, x), {}, {}
     with torch.enable_grad():
         value = calculus.value(losses.upper, x, y)
     losses.counts.gradients += 1
-    return value.detach(), calculus.through(value, x, losses, y)
+    h, at_start = calculus.through_from(value, x, start, losses, y)
+    if from_x:
+        h = tree.add(h, calculus.vjp(from_x, x, at_start, losses.lower, upper=True))
+    return value.detach(), h
+
+
+def _kept(path: Path, x: Params) -> tuple[Params, Params, Params, Params] | None:
+    """(x as leaves, y_0 as a function of them if it is one, y_0 as leaves, y_K) of a graph that was kept.
+
+    None where none was, or where it is of other steps or another start.
+    """
+    kept = path.graph and path.graph.take(path, x)
+    if not kept:
+        return None
+    leaves, start, y = kept
+    if path.restart is None:
+        return leaves, {}, {}, y
+    with torch.enable_grad():
+        from_x = path.restart(leaves)
+    if from_x.keys() != start.keys():
+        return None
+    if any(not torch.equal(from_x[name], entry) for name, entry in start.items()):
+        return None
+    return leaves, from_x, start, y
 
 
 def _recompute(

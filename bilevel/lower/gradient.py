@@ -136,7 +136,7 @@ class _Graphed:
     def __init__(self, x: Params, y: Params, state: Any) -> None:
         self._given, self._state = x, state
         self._x = tree.leaves(x)
-        self._y = tree.leaves(y)
+        self._y = self._start = tree.leaves(y)
         self._gradient: Params = {}
 
     def gradient(self, loss: Loss) -> tuple[Tensor, Params]:
@@ -155,7 +155,7 @@ class _Graphed:
         return tree.detach(self._y), tree.map_nested(Tensor.detach, self._state)
 
     def of(self, batches: tuple[Any, ...]) -> PathGraph:
-        return PathGraph(self._given, batches, (self._x, self._y))
+        return PathGraph(self._given, batches, (self._x, self._start, self._y))
 
 
 @torch.no_grad()

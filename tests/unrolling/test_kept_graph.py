@@ -15,8 +15,10 @@ from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.learned import Learned
 from bilevel.problem.levels import Levels, point_of
 from bilevel.recipe.assemble import assemble
+from bilevel.rng import Streams
 from bilevel.run import engine
 from bilevel.types import ALL_STEPS
+from bilevel_problems.quadratic import Quadratic
 from tests.cases import PROBLEMS, closed_form, offset
 
 CASE = closed_form(PROBLEMS[0], 0)
@@ -120,7 +122,7 @@ def from_x(solution):
 
 @pytest.mark.parametrize("change", [again, elsewhere, shorter, from_x])
 def test_a_graph_of_other_steps_is_not_taken(change):
-    """Used up, at another x, of fewer steps, from a start that depends on x: the steps are taken again."""
+    """Used up, at another x, of fewer steps, from another start: the steps are taken again."""
     solver = Gradient(steps=6, optimizer=SGD(lr=0.05))
     kept, x = change(solved(solver))
     plain = replace(kept, path=replace(kept.path, graph=None))
@@ -139,6 +141,73 @@ def test_taking_it_all_the_same_would_be_wrong():
     assert any(
         not torch.allclose(wrong.hypergradient[n], v) for n, v in right.hypergradient.items()
     )
+
+
+class FromX(type(CASE.problem)):
+    """The same problem, each lower solve of which begins at a function of x."""
+
+    def lower_start(self, x, y):
+        total = sum(entry.sum() for entry in x.values())
+        return {name: (0.1 * total).sin() + entry.detach() for name, entry in y.items()}
+
+
+class Doubled(FromX):
+    """Another function of x, of the same value."""
+
+    def lower_start(self, x, y):
+        once = super().lower_start(x, y)
+        return {name: 2 * entry - entry.detach() for name, entry in once.items()}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.05, momentum=0.9), Adam(lr=0.05)], ids=["momentum", "adam"]
+)
+def test_a_start_that_depends_on_x_is_differentiated_through(optimizer):
+    levels, solver = Levels(FromX()), Gradient(steps=5, optimizer=optimizer)
+    kept, plain = solved(solver, levels), solved(solver, levels, graph=False)
+    assert kept.path.restart is not None
+    (ours, spent), (theirs, again) = estimate(kept, levels), estimate(plain, levels)
+    for name, entry in theirs.hypergradient.items():
+        torch.testing.assert_close(ours.hypergradient[name], entry, rtol=1e-12, atol=1e-14)
+    assert (spent.gradients, again.gradients) == (1, 1 + 5)
+    assert spent.reached == again.reached
+    # negative controls: the start's share is no small part, and the function is the path's own
+    forgotten = replace(plain, path=replace(plain.path, restart=None))
+    kept = solved(solver, levels)
+    doubled = replace(kept, path=replace(kept.path, restart=Levels(Doubled()).restart(CASE.y)))
+    for other, is_far in ((forgotten, True), (doubled, True)):
+        h = estimate(other, levels)[0].hypergradient
+        assert is_far is any(
+            not torch.allclose(h[name], entry, rtol=1e-3)
+            for name, entry in theirs.hypergradient.items()
+        )
+
+
+def test_a_start_that_is_x_itself_is_taken():
+    """Model-agnostic meta-learning: y_0 = x."""
+
+    class Start(Quadratic):
+        def lower_start(self, x, y):
+            return {"y": x["x"]}
+
+    levels = Levels(Start(num_upper=4, num_lower=4))
+    x, y = levels.problem.init(Streams(0))
+    batch = next(levels.problem.lower_batches(Streams(0)["b"]))
+    x, y, batch = tree.to((x, y, batch), "cpu", torch.float64)
+    found = []
+    for graph in (True, False):
+        losses = levels.losses(batch, batch)
+        solution = levels.solve(
+            Gradient(steps=3, optimizer=SGD(lr=0.05)),
+            x,
+            y,
+            batches=itertools.repeat(batch),
+            record=ALL_STEPS,
+            graph=graph,
+        )
+        found.append(Unroll().estimate(losses, point_of(x, solution), {}).hypergradient["x"])
+        assert losses.counts.gradients == (1 if graph else 4)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 RUN = """
