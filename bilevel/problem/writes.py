@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +112,13 @@ def _out_of_place(operation: str) -> str:
     return f"{name.removesuffix('_')} for {name}"
 
 
+_HIDES = all(
+    hasattr(eval_frame, name)
+    for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+)
+"""Not public in torch: where a version has no such names, a mode is hidden as torch does it."""
+
+
 class _Watch(TorchDispatchMode):
     """Raises before an operation writes into memory that is owned by others."""
 
@@ -118,8 +126,8 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler at the first operation, as long as importing torch itself."""
-        return False
+        """Where it can be hidden from torch's compiler without importing that, which takes seconds: no."""
+        return not _HIDES
 
     def __init__(self, level: str, owned: dict[int, str], given: set[int]) -> None:
         super().__init__()
@@ -137,6 +145,13 @@ class _Watch(TorchDispatchMode):
                 if where is not None and (not reshapes or id(tensor) in self._given):
                     raise _refusal(self._level, where, str(func))
         return func(*args, **kwargs)
+
+
+if _HIDES:
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(
+        _Watch.__torch_dispatch__.__code__, eval_frame._FrameExecStrategy(skip, skip)
+    )
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
