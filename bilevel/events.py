@@ -77,6 +77,11 @@ class Evaluated:
     seconds: float = 0.0
 
 
+HELD = "x held"
+"""How the control of a run is called, wherever it is shown."""
+HELD_NOTE = f"{HELD}: x as it began, y trained as long. Only what is beyond that is owed to x."
+
+
 @dataclass(frozen=True)
 class Held:
     """The problem's own measures with x as it began and y trained as long: what x has no part in."""

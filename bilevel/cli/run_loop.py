@@ -18,12 +18,11 @@ from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
-from bilevel.events import Evaluated, Event, Finished, Progress, Saved, Stepped, Warned
+from bilevel.events import HELD, Evaluated, Event, Finished, Progress, Saved, Stepped, Warned
 from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import settings
 from bilevel.run import engine
 from bilevel.run.engine import Setup, State
-from bilevel.run.held import STAGE
 from bilevel.runfolder import checkpoint, record
 from bilevel.runfolder.folder import RunFolder
 from bilevel.sinks import Receiver
@@ -150,8 +149,8 @@ class RunLoop:
             self.is_delivered = True
             if isinstance(event, Finished):
                 self.signals.received = None
-            elif self.signals.received and isinstance(event, Progress) and event.stage == STAGE:
-                self._deliver(Warned(state.step, STAGE, LEFT_OUT))
+            elif self.signals.received and isinstance(event, Progress) and event.stage == HELD:
+                self._deliver(Warned(state.step, HELD, LEFT_OUT))
                 self._end(state, began, "done")
                 self.signals.received = None
                 return
@@ -184,9 +183,8 @@ class RunLoop:
         if not self.is_delivered or state.step <= last:
             return
         state.rewind()
-        with suppress(
-            Exception
-        ):  # what ended the run is told, not that its state could not be saved
+        # what ended the run is told, not that its state could not be saved
+        with suppress(Exception):
             self._save(state)
 
     def _save(self, state: State) -> None:

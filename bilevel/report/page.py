@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bilevel.errors import CheckpointError
+from bilevel.events import HELD, HELD_NOTE
 from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
 from bilevel.report.history import History, read
@@ -39,8 +40,8 @@ def render(folder: RunFolder) -> str:
         facts=list(_facts(folder, history, resolved)),
         charts=charts(history),
         metric_charts=metric_charts(history),
-        metrics_head=_measures_head(history),
         metrics=list(_metrics(history)),
+        held_note=HELD_NOTE if history.held else None,
         warnings=list(_warnings(history)),
         figures=list(_figures(folder)),
         resolved=resolved,
@@ -110,25 +111,22 @@ def _inline(section: Any) -> str:
     return json.dumps(section) if isinstance(section, (bool, type(None))) else str(section)
 
 
-def _measures_head(history: History) -> list[str]:
-    if history.held:
-        return ["before", "x held", "after", "change", "owed to x"]
-    return ["before", "after", "change"]
-
-
-def _metrics(history: History) -> Iterator[tuple[str, list[str]]]:
-    """(name, what stands below `_measures_head`) of each measure."""
+def _metrics(history: History) -> Iterator[tuple[str, dict[str, str]]]:
+    """(name, what its row shows below which title) of each measure."""
     for name in history.metrics:
         curve = history.metric(name)
         if curve:
             (_, first), (_, last) = curve[0], curve[-1]
-            change = _signed(last - first if len(curve) > 1 else math.nan)
-            row = [_short(first), _short(last), change]
-            if history.held:
-                held = history.held.get(name, math.nan)
-                row[1:1] = [_short(held)]
-                row.append(_signed(last - held))
-            yield name, row
+            held = history.held.get(name, math.nan)
+            row = {
+                "before": _short(first),
+                HELD: _short(held),
+                "after": _short(last),
+                "change": _signed(last - first if len(curve) > 1 else math.nan),
+                "owed to x": _signed(last - held),
+            }
+            left_out = () if history.held else (HELD, "owed to x")
+            yield name, {title: cell for title, cell in row.items() if title not in left_out}
 
 
 def _short(value: float) -> str:

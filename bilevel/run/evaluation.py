@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -27,16 +27,32 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
     if measure is None:
         return
     began = time.perf_counter()
-    metrics = measure(state.x, state.y)
-    if isinstance(metrics, Iterator):
-        metrics = yield from at_step(state.step, metrics)
-    found = measures(setup, metrics)
+
+    def at_step(event: Event) -> Event:
+        """With the step, which a problem is not told."""
+        is_dated = isinstance(event, (Tabulated, Warned))
+        return replace(event, step=state.step) if is_dated else event
+
+    found = yield from measured(setup, measure(state.x, state.y), at_step)
     state.evaluated = state.step
     yield Evaluated(state.step, found, time.perf_counter() - began)
 
 
-def measures(setup: Setup, metrics: Any) -> dict[str, float]:
-    """What a problem measured, which must be names and numbers."""
+def measured(
+    setup: Setup, metrics: Any, passed: Callable[[Event], Event | None]
+) -> Generator[Event, None, dict[str, float]]:
+    """What a problem's `evaluate` gave, as names and numbers, which it must be.
+
+    A generator's events are yielded as `passed` makes them, and left out where that is None.
+    """
+    while isinstance(metrics, Iterator):
+        try:
+            event = passed(next(metrics))
+        except StopIteration as end:
+            metrics = end.value
+        else:
+            if event is not None:
+                yield event
     if isinstance(metrics, Mapping):
         wrong = [n for n, v in metrics.items() if not (isinstance(n, str) and isinstance(v, Real))]
         if not wrong:
@@ -48,16 +64,6 @@ def measures(setup: Setup, metrics: Any) -> dict[str, float]:
         f"{type(setup.problem).__name__}.evaluate must return a dict of name: number; got {got}. A "
         "tensor of one entry is a number by .item()"
     )
-
-
-def at_step(step: int, work: Iterator[Event]) -> Generator[Event, None, Any]:
-    """What a problem yields while it measures, with the step, which it is not told."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            return end.value
-        yield replace(event, step=step) if isinstance(event, (Tabulated, Warned)) else event
 
 
 def draw_figures(setup: Setup, state: State) -> Iterator[Event]:

@@ -7,20 +7,17 @@ above this control is owed to x.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError
-from bilevel.events import Event, Held, Progress, Warned
-from bilevel.run.evaluation import measures
+from bilevel.events import HELD, Event, Held, Progress, Warned
+from bilevel.run.evaluation import measured
 from bilevel.run.setup import Setup, State, start
 from bilevel.run.upper_step import after_moving, estimate_at, solve_lower
 from bilevel.types import Params
-
-STAGE = "x held"
 
 
 def held(setup: Setup, step: int) -> Iterator[Event]:
@@ -35,23 +32,26 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
     began, state = time.perf_counter(), start(setup)
     if not state.x:
         return
-    x, solves = state.x, setup.upper.steps
+    solves, beginning = setup.upper.steps, _beginning(setup, state)
     for done in range(solves):
-        yield Progress(STAGE, done, solves)
+        yield Progress(HELD, done, solves)
         try:
-            before = _beginning(setup, state)
             _train(setup, state)
         except ConvergenceError as error:
             said = f"with x as it began, lower solve {done + 1} fails: {error}"
-            yield Warned(step, STAGE, f"{said}. What is owed to x is not known")
+            yield Warned(step, HELD, f"{said}. What is owed to x is not known")
             return
-        if before is not None and _is_same(before, _beginning(setup, state)):
+        last, beginning = beginning, _beginning(setup, state)
+        if last is not None and _is_same(last, beginning):
             break
-    yield Progress(STAGE, solves, solves)
-    metrics = measure(x, state.y)
-    if isinstance(metrics, Iterator):
-        metrics = yield from _progress(metrics)
-    yield Held(step, measures(setup, metrics), time.perf_counter() - began)
+    yield Progress(HELD, solves, solves)
+
+    def progress(event: Event) -> Event | None:
+        """Tables and warnings are of the run's own end alone."""
+        return event if isinstance(event, Progress) else None
+
+    found = yield from measured(setup, measure(state.x, state.y), progress)
+    yield Held(step, found, time.perf_counter() - began)
 
 
 def _beginning(setup: Setup, state: State) -> Params | None:
@@ -76,14 +76,3 @@ def _train(setup: Setup, state: State) -> None:
     state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
     for draws in (state.upper_batches, state.lower_batches):
         draws.renew()
-
-
-def _progress(work: Iterator[Event]) -> Generator[Event, None, Any]:
-    """The measures; tables and warnings are of the run's own end alone."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            return end.value
-        if isinstance(event, Progress):
-            yield event

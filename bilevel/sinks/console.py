@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.events import (
+    HELD,
+    HELD_NOTE,
     Evaluated,
     Event,
     Finished,
@@ -31,9 +33,6 @@ from bilevel.sinks.numbers import COUNTS, counts, duration, relative_error, smal
 ROWS = 20
 """Rows of a run without a terminal, besides one for every `PATIENCE` seconds of silence."""
 PATIENCE = 30.0
-
-
-HELD = "x held: x as it began, y trained as long. Only what is beyond that is owed to x."
 
 
 class ConsoleReceiver:
@@ -90,7 +89,7 @@ class ConsoleReceiver:
         if self._before and self._after:
             self._console.print(_comparison(self._before, self._after, self._held))
             if self._held:
-                self._console.print(Text(HELD, style="dim"))
+                self._console.print(Text(HELD_NOTE, style="dim"))
         elif self._first and self._last:  # a problem without measures has its losses
             first = {} if self._resumed_at else _losses(self._first)
             self._console.print(_comparison(first, _losses(self._last)))
@@ -306,7 +305,7 @@ def _losses(step: Stepped) -> dict[str, float]:
 def _comparison(
     before: Mapping[str, float], after: Mapping[str, float], held: Mapping[str, float] | None = None
 ) -> Table:
-    columns = {"before": before, **({"x held": held} if held else {}), "after": after}
+    columns = {"before": before, **({HELD: held} if held else {}), "after": after}
     table = Table("", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in columns:
         table.add_column(title, justify="right")

@@ -15,12 +15,11 @@ from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
-from bilevel.events import Evaluated, Held, Progress, Tabulated, Warned
+from bilevel.events import HELD, Evaluated, Held, Progress, Tabulated, Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
 from bilevel.run import engine
 from bilevel.run.engine import Setup
-from bilevel.run.held import STAGE
 from bilevel.run.upper import Upper
 
 
@@ -130,7 +129,7 @@ def test_the_run_is_the_same_with_it_and_without():
 
 def test_a_solve_that_begins_anew_each_time_is_taken_once():
     found = events(setup(Restarting()), (Held, Progress))
-    solves = [e for e in found if isinstance(e, Progress) and e.stage == STAGE]
+    solves = [e for e in found if isinstance(e, Progress) and e.stage == HELD]
     assert [event.done for event in solves] == [0, 4]
     (held,) = (event for event in found if isinstance(event, Held))
     assert held.metrics == {"x": 1.0, "y": 1 - 8 * 0.5**2}
@@ -154,7 +153,7 @@ def test_a_control_that_diverges_is_said_and_the_run_is_done():
     made = replace(made, upper=Upper(steps=200, optimizer=Leap()))
     found = events(made, (Held, Warned, engine.Finished))
     assert not any(isinstance(event, Held) for event in found)
-    (warned,) = (e for e in found if isinstance(e, Warned) and e.kind == STAGE)
+    (warned,) = (e for e in found if isinstance(e, Warned) and e.kind == HELD)
     assert "with x as it began, lower solve" in warned.message
     assert found[-1].reason == "done"
 
