@@ -12,7 +12,7 @@ from bilevel.cli.boundary import complain
 from bilevel.cli.run_loop import RunLoop
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.settings import refuse_other, settings
+from bilevel.recipe.settings import refuse_other
 from bilevel.runfolder import checkpoint
 
 
@@ -37,6 +37,7 @@ def resume(console: Console, reference: str, runs: Path, with_report: bool = Tru
         found = checkpoint.latest(folder.checkpoints)
         for reason in found.skipped if found else ():
             complain(f"passed over {reason}", kind="warning: ")
+        loop = RunLoop(console, recipe, setup, folder, with_report)
         if found:
-            refuse_other(found.settings, settings(recipe.content), found.path)
-        RunLoop(console, recipe, setup, folder, with_report).resume(found)
+            refuse_other(found.settings, loop.settings, found.path)
+        loop.resume(found)

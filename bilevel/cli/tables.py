@@ -25,12 +25,12 @@ def print_fitted(
     console: Console, table: Callable[[Collection[str]], RenderableType], spare: Sequence[str]
 ) -> None:
     """Print `table(left_out)` with as few of the columns in `spare` left out, the first first, as fit."""
-    left_out = spare[:0]
-    while natural_width(console, table(left_out)) > room(console) and len(left_out) < len(spare):
+    made, left_out = table(()), spare[:0]
+    while (width := natural_width(console, made)) > room(console) and len(left_out) < len(spare):
         left_out = spare[: len(left_out) + 1]
-    made = table(left_out)
+        made = table(left_out)
     before = console.width
-    console.width = max(before, natural_width(console, made))  # beyond which print makes nothing
+    console.width = max(before, width)  # beyond which print makes nothing
     console.print(made)
     console.width = before
     if left_out:

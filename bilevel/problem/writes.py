@@ -148,10 +148,8 @@ class _Watch(TorchDispatchMode):
 
 
 if _HIDES:
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(
-        _Watch.__torch_dispatch__.__code__, eval_frame._FrameExecStrategy(skip, skip)
-    )
+    _SKIPPED = eval_frame._FrameExecStrategy(*[eval_frame._FrameAction.SKIP] * 2)
+    eval_frame.set_code_exec_strategy(_Watch.__torch_dispatch__.__code__, _SKIPPED)
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -354,22 +354,13 @@ def test_the_end_says_how_often_each_warning_held():
     assert "warned:" not in shown(EVENTS)
 
 
-def said(events) -> str:
-    out = io.StringIO()
-    receiver = ConsoleReceiver(Console(file=out, width=80))
-    for event in events:
-        receiver.receive(event)
-    receiver.close()
-    return out.getvalue()
-
-
 def test_without_measures_the_losses_end_a_run():
     steps = [stepped(1, 4.0), stepped(6, 2.5), Finished(6, "done", 1.0)]
-    text = said([STARTED, *steps])
+    text = shown([STARTED, *steps])
     assert re.search(r"upper loss F +4 +2\.5\n", text)
     assert re.search(r"lower loss G +-0\.5 +-0\.5\n", text)
-    assert "upper loss F" not in said([STARTED, Evaluated(0, {"gap": 1.0}), *steps])
-    resumed = said([replace(STARTED, step=3), *steps])
+    assert "upper loss F" not in shown([STARTED, Evaluated(0, {"gap": 1.0}), *steps])
+    resumed = shown([replace(STARTED, step=3), *steps])
     assert re.search(r"upper loss F +- +2\.5\n", resumed)
     assert "done at step 6 after 1.0s since step 3" in resumed
     assert resumed.rstrip().endswith("since the start")
