@@ -12,7 +12,8 @@ from bilevel.cli.boundary import complain
 from bilevel.cli.run_loop import RunLoop
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.settings import refuse_other
+from bilevel.recipe.settings import added_since, differences, refuse_other, settings_of_run
+from bilevel.recipe.yaml_source import parse
 from bilevel.runfolder import checkpoint
 
 
@@ -25,12 +26,16 @@ def resume(console: Console, reference: str, runs: Path, with_report: bool = Tru
             f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
             f"its recipe again: bilevel run {folder.resolved} upper.steps=…"
         )
+    about = folder.environment()
     recipe = recipes.load(folder.resolved)
-    if recipe.hash != folder.environment()["hash"]:
+    written = parse(recipes.read(folder.resolved), str(folder.resolved)).data
+    added = added_since(recipe.content, written)
+    differ = differences(about.get("settings"), settings_of_run(recipe.content), added)
+    if differ:
         raise RecipeError(
-            f"{folder.path}: {folder.resolved.name}, or a file that it names, was changed since "
-            "the run began, so that it cannot go on as if never stopped. Put it back, or start "
-            f"a new run: bilevel run {folder.resolved}"
+            f"{folder.resolved}: it, or a file that it names, was changed since the run began: "
+            f"{differ}. So it cannot go on as if never stopped. Put it back, or start a new run: "
+            f"bilevel run {folder.resolved}"
         )
     setup = assemble(recipe)
     with folder.lock():
@@ -39,5 +44,5 @@ def resume(console: Console, reference: str, runs: Path, with_report: bool = Tru
             complain(f"passed over {reason}", kind="warning: ")
         loop = RunLoop(console, recipe, setup, folder, with_report)
         if found:
-            refuse_other(found.settings, loop.settings, found.path)
+            refuse_other(found.settings, loop.settings, found.path, added)
         loop.resume(found)

@@ -12,6 +12,7 @@ from bilevel import runfolder
 from bilevel.cli.names import locate
 from bilevel.cli.run_loop import RunLoop
 from bilevel.recipe.assemble import assemble
+from bilevel.recipe.settings import settings_of_run
 from bilevel.run import engine
 
 
@@ -42,7 +43,7 @@ def run(
         text=text,
         resolved=recipe.dump(),
         overrides=overrides,
-        environment=runfolder.environment(),
+        environment={"settings": settings_of_run(recipe.content), **runfolder.environment()},
     )
     with folder.lock():
         RunLoop(console, recipe, setup, folder, with_report).begin()

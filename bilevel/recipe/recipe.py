@@ -6,8 +6,6 @@ sinks, report. Components are given by name or as `path/to/file.py:Class`, relat
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from bilevel.components import component
 from bilevel.errors import RecipeError
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
-from bilevel.recipe.settings import canonical
+from bilevel.recipe.settings import digest
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
 from bilevel.registry.diagnostics import Complaints, Where
@@ -97,13 +95,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content; a file of the user's own enters with what is written in it.
-
-        Whether there is a report does not enter: with and without it is the same run.
-        """
-        content = {key: part for key, part in self.content.items() if key != "report"}
-        text = json.dumps(canonical(content), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of what the numbers of its run depend on; see `bilevel.recipe.settings.digest`."""
+        return digest(self.content)
 
     def dump(self) -> str:
         """The content as YAML; `loads` makes an equal recipe of it."""

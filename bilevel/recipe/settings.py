@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,20 @@ from bilevel.errors import RecipeError
 NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
 SHOWN = 5
 """Differences between two recipes that a message has room for."""
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings with the number of steps.
+
+    Equal for two recipes that give the same numbers, whatever they are called, measure, save or write.
+    """
+    made = settings_of_run(content)
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def settings_of_run(content: Mapping[str, Any]) -> dict[str, str]:
+    """The settings with the number of steps: all that the numbers of a whole run depend on."""
+    return settings(content) | {"upper.steps": json.dumps(content["upper"]["steps"])}
 
 
 def settings(content: Mapping[str, Any]) -> dict[str, str]:
@@ -26,20 +40,45 @@ def settings(content: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
-def refuse_other(made: Mapping[str, str] | None, here: Mapping[str, str], state: Path) -> None:
-    """Raise `RecipeError` where a state was `made` with settings other than `here`; None is not known."""
+def added_since(content: Mapping[str, Any], written: Mapping[str, Any]) -> set[str]:
+    """Settings that a resolved recipe lacks as it was `written`: options that are newer than it.
+
+    `content` has them at their defaults, which are what the release that wrote it did.
+    """
+    return settings_of_run(content).keys() - dict(_flat(written, "")).keys()
+
+
+def refuse_other(
+    made: Mapping[str, str] | None,
+    here: Mapping[str, str],
+    state: Path,
+    added: Collection[str] = (),
+) -> None:
+    """Raise `RecipeError` where a state was `made` with settings other than `here`; None is not known.
+
+    Those that were `added` since are compared only where the state has them too.
+    """
+    differ = differences(made, here, added)
+    if differ:
+        raise RecipeError(
+            f"{state}: is the state of another recipe: {differ}. Take the "
+            "recipe that it was made with, or start a new run with this one"
+        )
+
+
+def differences(
+    made: Mapping[str, str] | None, here: Mapping[str, str], added: Collection[str] = ()
+) -> str:
+    """How settings differ, the first few in words; "" where they do not, or `made` is not known."""
     made = here if made is None else made
+    here = {key: value for key, value in here.items() if key in made or key not in added}
     differ = [
         f"{key} is {made.get(key, 'not set')} there and {here.get(key, 'not set')} here"
         for key in dict.fromkeys([*here, *made])
         if made.get(key) != here.get(key)
     ]
-    if differ:
-        more = f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
-        raise RecipeError(
-            f"{state}: is the state of another recipe: {'; '.join(differ[:SHOWN])}{more}. Take the "
-            "recipe that it was made with, or start a new run with this one"
-        )
+    more = [f"and {len(differ) - SHOWN} more"] if len(differ) > SHOWN else []
+    return "; ".join(differ[:SHOWN] + more)
 
 
 def _flat(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -66,6 +66,8 @@ class RunFolder:
             raise CheckpointError(f"{path}: is cut off or altered: {error}; {_REMEDY}") from error
         if not isinstance(about, dict) or not isinstance(about.get("hash"), str):
             raise CheckpointError(f"{path}: holds no hash of the recipe: altered; {_REMEDY}")
+        if not isinstance(about.get("settings", {}), dict):
+            raise CheckpointError(f"{path}: its settings are not a mapping: altered; {_REMEDY}")
         return about
 
     def finished(self) -> dict[str, Any] | None:

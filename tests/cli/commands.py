@@ -24,8 +24,8 @@ def run(runs: Path, *overrides: str, recipe: str = "quadratic") -> Path:
     return folder
 
 
-def unfinished(runs: Path) -> Path:
-    folder = run(runs)
+def unfinished(runs: Path, *overrides: str) -> Path:
+    folder = run(runs, *overrides)
     path = folder / record.FILE
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     return folder

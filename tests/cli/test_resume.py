@@ -53,6 +53,7 @@ class Slow:
     def lower_batches(self, stream): return itertools.repeat(None)
 """
 
+MINE = "from bilevel_problems.quadratic import Quadratic as Mine\n"
 CASES = {
     "quadratic": ("upper.steps=12", "evaluate.every=4", "checkpoint.every=5", "report=false"),
     "sinusoid": (
@@ -401,12 +402,36 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
     run, _ = start(
         tmp_path, "quadratic", CASES["quadratic"], 130, number=int(signal.SIGINT), step=3
     )
-    before = (run / "events.jsonl").read_bytes()
-    with (tmp_path / "signalling.py").open("a") as file:
-        file.write("# changed\n")
-    result = invoke("resume", run, code=2)
-    assert "was changed since the run began" in result.stderr
-    assert (run / "events.jsonl").read_bytes() == before
+    before, resolved = (run / "events.jsonl").read_bytes(), run / "resolved.yaml"
+    text = resolved.read_text()
+    for level, was, now in (("lower", 20, 21), ("upper", 12, 13)):
+        assert f"  steps: {was}\n" in text
+        resolved.write_text(text.replace(f"  steps: {was}\n", f"  steps: {now}\n"))
+        said = invoke("resume", run, code=2).stderr
+        assert f"since the run began: {level}.steps is {was} there and {now} here" in said
+        assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_changed_file_of_the_recipe_is_not_resumed(runs, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    folder = unfinished(runs, f"problem={tmp_path}/mine.py:Mine")
+    (tmp_path / "mine.py").write_text(f"{MINE}# changed\n")
+    said = invoke("resume", folder, code=2).stderr
+    assert "since the run began: problem.name is" in said
+    (tmp_path / "mine.py").write_text(MINE)
+    invoke("resume", folder)  # negative control
+
+
+def test_a_run_older_than_an_option_is_resumed_with_the_default(runs):
+    folder = unfinished(runs)
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["settings"].pop("estimator.damping") == "0.0"
+    (folder / "environment.json").write_text(json.dumps(about))
+    said = invoke("resume", folder, code=2).stderr
+    assert "estimator.damping is not set there and 0.0 here" in said  # it is written in the recipe
+    resolved = folder / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("  damping: 0.0\n", ""))
+    invoke("resume", folder)
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):

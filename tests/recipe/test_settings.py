@@ -7,7 +7,15 @@ import pytest
 from bilevel import recipe as recipes
 from bilevel.cli.names import shipped
 from bilevel.errors import RecipeError
-from bilevel.recipe.settings import refuse_other, settings
+from bilevel.recipe.settings import (
+    added_since,
+    differences,
+    digest,
+    refuse_other,
+    settings,
+    settings_of_run,
+)
+from bilevel.recipe.yaml_source import parse
 
 
 def of(*overrides: str) -> dict[str, str]:
@@ -21,11 +29,41 @@ def test_settings_are_flat_texts():
     )
 
 
-@pytest.mark.parametrize(
-    "override", ["upper.steps=3", "evaluate.every=7", "checkpoint.keep=5", "sinks=[]", "name=a"]
-)
+WITHOUT_PART = ["evaluate.every=7", "checkpoint.keep=5", "sinks=[]", "name=a", "report=false"]
+
+
+@pytest.mark.parametrize("override", ["upper.steps=3", *WITHOUT_PART])
 def test_what_the_numbers_do_not_depend_on_is_not_compared(override):
     refuse_other(of(), of(override), Path("step"))
+
+
+@pytest.mark.parametrize("override", WITHOUT_PART)
+def test_what_the_numbers_do_not_depend_on_is_not_hashed(override):
+    recipe = recipes.load(shipped()["quadratic"], [override])
+    assert recipe.hash == recipes.load(shipped()["quadratic"]).hash
+
+
+@pytest.mark.parametrize("override", ["upper.steps=3", "seed=3", "lower.steps=21"])
+def test_what_the_numbers_depend_on_is_hashed(override):
+    recipe = recipes.load(shipped()["quadratic"], [override])
+    assert recipe.hash != recipes.load(shipped()["quadratic"]).hash
+
+
+def test_an_option_that_is_newer_than_a_run_is_at_its_default():
+    content = recipes.load(shipped()["quadratic"]).content
+    recipe = recipes.loads(recipes.load(shipped()["quadratic"]).dump())
+    older = recipe.dump().replace("  damping: 0.0\n", "")
+    assert older != recipe.dump()
+    added = added_since(content, parse(older, "resolved.yaml").data)
+    assert added == {"estimator.damping"}
+    here = settings_of_run(content)
+    then = {key: value for key, value in here.items() if key not in added}
+    assert differences(then, here, added) == ""
+    assert differences(then, here) == "estimator.damping is not set there and 0.0 here"
+    # one that was dropped from the file, though the run had it, is compared
+    had = then | {"estimator.damping": "0.5"}
+    assert differences(had, here, added) == "estimator.damping is 0.5 there and 0.0 here"
+    assert digest(content) == recipe.hash
 
 
 @pytest.mark.parametrize(
