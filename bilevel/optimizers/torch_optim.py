@@ -48,6 +48,11 @@ class TorchOptimizer:
         except TypeError as error:
             raise ValueError(f"torch.optim.{self.optimizer}: {error}") from error
 
+    @property
+    def lr_of_torch(self) -> float:
+        """The learning rate: the one given, or torch's default."""
+        return float(self._build({"y": torch.zeros(1)}).param_groups[0]["lr"])
+
     def init(self, y: Params) -> dict[str, Any]:
         return {}
 

@@ -22,6 +22,10 @@ class Draws(Protocol):
         """An upper step has ended, and the next begins."""
         ...
 
+    def next_round(self) -> None:
+        """Within a step: what is drawn now is for another hypergradient."""
+        ...
+
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
         ...
@@ -81,6 +85,9 @@ class Sampler:
     def renew(self) -> None:
         """Note where an upper step begins; each draw is a batch of its own."""
         self._begun = self._here()
+
+    def next_round(self) -> None:
+        """Each draw is a batch of its own."""
 
     def rewind(self) -> None:
         """Have `save` say where the present upper step began; nothing is drawn afterwards."""
@@ -171,6 +178,10 @@ class Paired:
         """The next draw is of the next pair."""
         self._present.clear()
         self._pairs.renew()
+
+    def next_round(self) -> None:
+        """The next draw is of the next pair, of the same upper step."""
+        self._present.clear()
 
     def rewind(self) -> None:
         """Have `save` say where the present upper step began; nothing is drawn afterwards."""

@@ -16,7 +16,14 @@ from bilevel.errors import ConvergenceError
 from bilevel.events import HELD, Event, Held, Progress, Warned
 from bilevel.run.evaluation import measured
 from bilevel.run.setup import Setup, State, start
-from bilevel.run.upper_step import after_moving, estimate_at, solve_lower
+from bilevel.run.upper_step import (
+    after_moving,
+    end_lower,
+    estimate_at,
+    renew,
+    solve_again,
+    solve_lower,
+)
 from bilevel.types import Params
 
 
@@ -32,12 +39,15 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
     began, state = time.perf_counter(), start(setup)
     if not state.x:
         return
-    solves, beginning = setup.upper.steps, _beginning(setup, state)
+    solves, beginning = step, _beginning(setup, state)
     for done in range(solves):
         yield Progress(HELD, done, solves)
         try:
             _train(setup, state)
         except ConvergenceError as error:
+            if setup.upper.nonfinite == "skip":
+                renew(state)
+                continue
             said = f"with x as it began, lower solve {done + 1} fails: {error}"
             yield Warned(step, HELD, f"{said}. What is owed to x is not known")
             return
@@ -66,13 +76,15 @@ def _is_same(a: Params, b: Params | None) -> bool:
 
 def _train(setup: Setup, state: State) -> None:
     """What one upper step does to y, with x held."""
-    solution = solve_lower(setup, state, recorded=False)
+    solution, got = solve_lower(setup, state, recorded=False), None
     if setup.estimator.needs.moves_lower:
         got = estimate_at(setup, state, solution, next(state.upper_batches))
-        state.estimator = got.state
         solution = after_moving(solution, got.moved) if got.moved else solution
+    for _ in range(setup.upper.accumulate - 1):
+        if "episodes" in setup.levels:
+            solution = solve_again(setup, state, solution, recorded=False)
+        elif not setup.estimator.needs.path:
+            next(state.lower_batches)  # which the run takes its next hypergradient on
     if not tree.is_finite(solution.y):
         raise ConvergenceError("it makes a variable that is not finite")
-    state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
-    for draws in (state.upper_batches, state.lower_batches):
-        draws.renew()
+    end_lower(state, solution, got)

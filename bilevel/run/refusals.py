@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from bilevel import registry, rng, tree
 from bilevel.calculus.precision import require_resolved
-from bilevel.errors import ProblemError
+from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.events import Warned
 from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
@@ -28,6 +29,7 @@ def refuse_mismatch(setup: Setup) -> None:
             f"upper.optimizer takes {', '.join(learned(setup.upper.optimizer))} from x, and only the "
             "steps of lower: gradient are differentiated in it; give a number"
         )
+    _refuse_upper(setup, estimator)
     if needs.path and not offers.path:
         raise ProblemError(
             f"estimator {estimator} differentiates through the lower steps, "
@@ -50,6 +52,35 @@ def refuse_mismatch(setup: Setup) -> None:
             )
     require_resolved(setup.estimator, [setup.dtype])
     _refuse_ignored_restrictions(setup)
+
+
+def _refuse_upper(setup: Setup, estimator: str) -> None:
+    """What `upper` asks for and the estimator, or the schedule, has no place for."""
+    upper, needs = setup.upper, setup.estimator.needs
+    given = {"schedule": upper.schedule, "clip": upper.clip}
+    asked = [name for name, part in given.items() if part is not None]
+    if needs.moves_upper and asked:
+        raise ProblemError(
+            f"estimator {estimator} chooses the step of x itself, so upper.{asked[0]} would do "
+            f"nothing; leave it out, or use estimator: {_instead(setup.levels)}"
+        )
+    if upper.accumulate > 1 and (needs.moves_lower or needs.moves_upper):
+        raise ProblemError(
+            f"estimator {estimator} moves y with every hypergradient, so upper.accumulate = "
+            f"{upper.accumulate} of them are not taken at one point; use larger batches, or "
+            f"estimator: {_instead(setup.levels)}"
+        )
+    if upper.schedule is not None:
+        try:
+            upper.scheduled(min(upper.steps, FORESEEN) - 1)
+        except ProblemError as error:
+            raise ProblemError(
+                f"upper.schedule: {error}; the run has upper.steps = {upper.steps}"
+            ) from error
+
+
+FORESEEN = 10_000
+"""Steps that a schedule is followed for before a run begins: 10 µs each."""
 
 
 def refuse_empty_upper(x: Params) -> None:
@@ -119,7 +150,9 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
-        refuse_impure(loss.on(batch), state.x, state.y)
+        # a batch that is not finite is what `skip` is for
+        with suppress(*[ConvergenceError] if setup.upper.nonfinite == "skip" else []):
+            refuse_impure(loss.on(batch), state.x, state.y)
     needs = setup.estimator.needs
     if not state.x and not needs.moves_lower and setup.estimator.claim != "direct":
         state.warned["one level"] = 0

@@ -79,6 +79,8 @@ class State:
     """At how many steps each kind of warning held; 0 for what was said before the first."""
     evaluated: int | None = None
     """The step at which the problem's own measures were taken last."""
+    recovery: dict[str, Any] = field(default_factory=dict)
+    """What `upper.nonfinite` goes back to, or counts (`bilevel.run.nonfinite`)."""
 
     def rewind(self) -> None:
         """Where a step has failed: have `save` describe the state before it, with batches to draw again."""
@@ -99,6 +101,7 @@ class State:
             "totals": asdict(self.totals),
             "warned": dict(self.warned),
             "evaluated": self.evaluated,
+            "recovery": self.recovery,
         }
 
 
@@ -185,6 +188,7 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
     state.step, state.warned = saved["step"], dict(saved["warned"])
     state.totals = Totals(**saved["totals"])
     state.evaluated = saved.get("evaluated", state.step)
+    state.recovery = _on(saved.get("recovery", {}), setup.device)
     return state
 
 

@@ -14,49 +14,40 @@ from bilevel.errors import ConvergenceError
 from bilevel.events import Event, Stepped
 from bilevel.problem import estimation
 from bilevel.problem.levels import point_of
+from bilevel.run import accumulation, nonfinite
 from bilevel.run.setup import Setup, State
 from bilevel.run.warnings import warn
-from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Stats
+from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
 
 
 def advance(setup: Setup, state: State) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not."""
-    began = time.perf_counter()
+    began, answer = time.perf_counter(), None
     try:
-        solution = solve_lower(setup, state)
-        upper_batch = next(state.upper_batches)
-        estimate = estimate_at(setup, state, solution, upper_batch)
+        taken = _taken(setup, state)
     except ConvergenceError as error:
-        raise ConvergenceError(f"step {state.step + 1}: {error}") from error
-    if estimate.moved:
-        solution = after_moving(solution, estimate.moved)
-    with torch.no_grad():
-        if estimate.step is None:
-            x, upper = setup.upper.optimizer.step(state.x, estimate.hypergradient, state.upper)
-        else:
-            x, upper = tree.axpy(-estimate.step, estimate.hypergradient, state.x), state.upper
-        project = setup.levels.get("project_upper")
-        x = project(x) if project else x
-    for level, after in (("upper", x), ("lower", solution.y)):
-        if not tree.is_finite(after):
-            raise ConvergenceError(
-                f"step {state.step + 1}: the {level} step made a variable that is not finite; "
-                f"lower {level}.optimizer.lr"
-            )
+        answer = nonfinite.ANSWERS[setup.upper.nonfinite](setup, state, _taken, error)
+        taken = answer.found
+    else:
+        nonfinite.note(setup, state)
+    state.step += 1
+    if taken is None:
+        renew(state)
+        yield from answer.settle(state) if answer else ()
+        yield nonfinite.left_out(state, time.perf_counter() - began)
+        return
+    solution, estimate, x, upper = taken
     value, norm = float(estimate.value), tree.norm(estimate.hypergradient)
     # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
-    state.x, state.y, state.upper, state.lower, state.estimator = (
-        tree.contiguous(part) for part in (x, solution.y, upper, solution.state, estimate.state)
-    )
-    state.step += 1
-    for draws in (state.upper_batches, state.lower_batches):
-        draws.renew()
+    state.x, state.upper = tree.contiguous(x), tree.contiguous(upper)
+    end_lower(state, solution, estimate)
     stats, lower = estimate.stats, solution.stats
     state.totals = state.totals.plus(
         gradients=stats.gradients + lower.gradients,
         hvps=stats.hvps + lower.hvps,
         cross_products=stats.cross_products,
     )
+    yield from answer.settle(state) if answer else ()
     yield from warn(setup, state, estimate, solution)
     yield Stepped(
         state.step,
@@ -68,6 +59,55 @@ def advance(setup: Setup, state: State) -> Iterator[Event]:
         state.totals,
         time.perf_counter() - began,
     )
+
+
+def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params, Any]:
+    """What a step from `state` leads to: the lower solution, the estimate, x and its optimizer's state.
+
+    Raises:
+        ConvergenceError: something in it is not finite.
+    """
+    try:
+        solution, estimate = rounds(setup, state)
+    except ConvergenceError as error:
+        raise ConvergenceError(f"step {state.step + 1}: {error}") from error
+    with torch.no_grad():
+        if estimate.step is None:
+            x, upper = setup.upper.step(state.x, estimate.hypergradient, state.upper, state.step)
+        else:
+            x, upper = tree.axpy(-estimate.step, estimate.hypergradient, state.x), state.upper
+        project = setup.levels.get("project_upper")
+        x = project(x) if project else x
+    for level, after in (("upper", x), ("lower", solution.y)):
+        if not tree.is_finite(after):
+            raise ConvergenceError(
+                f"step {state.step + 1}: the {level} step made a variable that is not finite; "
+                f"lower {level}.optimizer.lr"
+            )
+    return solution, estimate, x, upper
+
+
+def rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
+    """The lower solve of a step and the hypergradient after it: the mean over `upper.accumulate`.
+
+    There is one lower solve, and each hypergradient is on an upper and a lower batch of its own; one
+    that follows the lower steps keeps those. Where batches come in `episodes` a solve belongs to its
+    episode, and so each hypergradient has one.
+    """
+    solution = solve_lower(setup, state)
+    found = [estimate_at(setup, state, solution, next(state.upper_batches))]
+    if setup.upper.accumulate == 1:
+        return (after_moving(solution, found[0].moved) if found[0].moved else solution), found[0]
+    solves = [solution]
+    for _ in range(setup.upper.accumulate - 1):
+        state = replace(state, estimator=found[-1].state)
+        if "episodes" in setup.levels:
+            solution = solve_again(setup, state, solution)
+            solves.append(solution)
+        elif not setup.estimator.needs.path:
+            solution = replace(solution, batch=next(state.lower_batches))
+        found.append(estimate_at(setup, state, solution, next(state.upper_batches)))
+    return accumulation.together(solves), accumulation.mean(found)
 
 
 def solve_lower(setup: Setup, state: State, *, recorded: bool = True) -> LowerSolution:
@@ -86,6 +126,31 @@ def solve_lower(setup: Setup, state: State, *, recorded: bool = True) -> LowerSo
         record=needs.path if state.x and recorded else 0,
         graph=needs.graph and recorded,
     )
+
+
+def solve_again(
+    setup: Setup, state: State, last: LowerSolution, *, recorded: bool = True
+) -> LowerSolution:
+    """The lower solve of the next episode of a step, from where that of the last one ended."""
+    for draws in (state.upper_batches, state.lower_batches):
+        draws.next_round()
+    here = replace(state, y=last.y, lower=last.state)
+    return solve_lower(setup, here, recorded=recorded)
+
+
+def end_lower(state: State, solution: LowerSolution, estimate: Estimate | None = None) -> None:
+    """The half of a step's end that a run and its control (`bilevel.run.held`) share."""
+    # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
+    state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
+    if estimate is not None:
+        state.estimator = tree.contiguous(estimate.state)
+    renew(state)
+
+
+def renew(state: State) -> None:
+    """A step has ended: what is drawn now is for the next."""
+    for draws in (state.upper_batches, state.lower_batches):
+        draws.renew()
 
 
 def estimate_at(setup: Setup, state: State, solution: LowerSolution, upper_batch: Any) -> Estimate:

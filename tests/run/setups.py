@@ -48,3 +48,23 @@ def setup(problem=None, estimator=None, steps=6, **options):
         dtype=options.pop("dtype", torch.float64),
         **options,
     )
+
+
+def same(a, b):
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+    return a == b
+
+
+def frozen(saved):
+    """A deep copy, as a checkpoint on disk is."""
+    if isinstance(saved, torch.Tensor):
+        return saved.clone()
+    if isinstance(saved, dict):
+        return {key: frozen(value) for key, value in saved.items()}
+    return saved

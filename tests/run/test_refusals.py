@@ -21,8 +21,10 @@ from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.proximal import Proximal
+from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import Learned
+from bilevel.optimizers.schedule import Schedule
 from bilevel.problem.levels import Levels
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
@@ -51,6 +53,9 @@ def made(problem=None, estimator=None, lower=None):
     )
 
 
+ONE_CYCLE = Schedule(
+    name="OneCycleLR", options={"max_lr": 0.1, "total_steps": 7, "cycle_momentum": False}
+)
 REFUSED = {
     "no problem": (made(object()), "it lacks init, upper_loss", {"problem": Quadratic()}),
     "steps that cannot be replayed": (
@@ -72,6 +77,21 @@ REFUSED = {
         replace(made(), upper=Upper(optimizer=SGD(lr=Learned(upper="x")))),
         "give a number",
         {"upper": Upper()},
+    ),
+    "a schedule for an estimator with steps of its own": (
+        replace(made(estimator=MAID()), upper=Upper(clip=Clip(norm=1.0))),
+        "upper.clip would do nothing; leave it out, or use estimator: implicit",
+        {"estimator": Implicit()},
+    ),
+    "hypergradients at y that moves": (
+        replace(made(estimator=SingleLoop()), upper=Upper(accumulate=2)),
+        "use larger batches, or estimator: implicit",
+        {"estimator": Implicit()},
+    ),
+    "a schedule that ends before the run": (
+        replace(made(), upper=Upper(steps=9, schedule=ONE_CYCLE)),
+        r"has no rate for step 9: Tried to step 8 times.*upper.steps = 9",
+        {"upper": Upper(steps=8, schedule=ONE_CYCLE)},
     ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
     "no start to learn": (

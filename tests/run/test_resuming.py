@@ -19,7 +19,7 @@ from bilevel.rng import stream
 from bilevel.run.batches import RTOL, Sampler, glimpse
 from bilevel.run.engine import restore, run, start
 from bilevel_problems.hyper_cleaning import HyperCleaning
-from tests.run.setups import Noisy, setup
+from tests.run.setups import Noisy, frozen, same, setup
 
 
 class Strided(Noisy):
@@ -34,17 +34,6 @@ class Strided(Noisy):
 
     def lower_loss(self, x, y, batch):
         return self.upper_loss(x, y, batch) + (x["log_penalty"].exp().sum() * y["w"] ** 2).sum()
-
-
-def same(a, b):
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
-    return a == b
 
 
 RESUMABLE = {
@@ -74,19 +63,10 @@ def test_resuming_is_bit_identical(s):
         for event in run(s, first):
             if isinstance(event, Stepped) and event.step == stop:
                 break
-        again = restore(s, _frozen(first.save()))
+        again = restore(s, frozen(first.save()))
         rest = [e for e in run(s, again) if isinstance(e, Stepped)]
         assert same(again.save(), whole.save())
         assert [e.upper_loss for e in rest] == [e.upper_loss for e in log[stop:]]
-
-
-def _frozen(saved):
-    """A deep copy, as a checkpoint on disk is."""
-    if isinstance(saved, torch.Tensor):
-        return saved.clone()
-    if isinstance(saved, dict):
-        return {key: _frozen(value) for key, value in saved.items()}
-    return saved
 
 
 @pytest.mark.parametrize("lost", ["estimator", "lower", "upper", "lower_batches"])
@@ -99,7 +79,7 @@ def test_every_part_of_the_state_matters(lost):
     for event in run(s, first):
         if isinstance(event, Stepped) and event.step == 3:
             break
-    saved = _frozen(first.save())
+    saved = frozen(first.save())
     saved[lost] = start(s).save()[lost]
     again = restore(s, saved)
     list(run(s, again))
@@ -226,7 +206,7 @@ def test_an_iterator_with_a_position_resumes_by_it():
     whole, first = start(s), start(s)
     list(run(s, whole))
     next(itertools.islice(run(s, first), 2, None))
-    again = restore(s, _frozen(first.save()))
+    again = restore(s, frozen(first.save()))
     assert 0 < again.step < 6
     list(run(s, again))
     assert same(again.save(), whole.save())
