@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bilevel.cli.boundary import boundary, settings
-from bilevel.cli.names import complete_name, complete_recipe
+from bilevel.cli.completion import (
+    complete_estimators,
+    complete_kind,
+    complete_name,
+    complete_override,
+    complete_recipe,
+    complete_run,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +41,17 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. upper.steps=50 estimator=unroll."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides, e.g. upper.steps=50 estimator=unroll.",
+        autocompletion=complete_override,
+    ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run folder, or a name: its newest run.", autocompletion=complete_run
+    ),
 ]
 ReportOption = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html; bilevel report does so later.")
@@ -69,7 +83,12 @@ def common(
 @app.command("ls")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help="problems, estimators, recipes, …")
+        str | None,
+        typer.Argument(
+            metavar="[KIND]",
+            help="problems, estimators, recipes, …",
+            autocompletion=complete_kind,
+        ),
     ] = None,
 ) -> None:
     """List problems, estimators, solvers and recipes."""
@@ -110,6 +129,19 @@ def copy(
 
     with boundary():
         copy_recipe(_console(), recipe, destination)
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="problem, estimator or package.")],
+    name: Annotated[str, typer.Argument(help="As a module of Python is called: my_problem.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where to write.")] = Path(),
+) -> None:
+    """Write a problem, an estimator or a package to begin with: it runs and passes its test."""
+    with boundary():
+        from bilevel.cli.new import new as write_new
+
+        write_new(_console(), kind, name, to)
 
 
 @app.command()
@@ -166,6 +198,7 @@ def check(
             "--estimators",
             metavar="A,B",
             help="Which ones; `all` takes the presets too; every component if not given.",
+            autocompletion=complete_estimators,
         ),
     ] = None,
     path: Annotated[
@@ -191,7 +224,10 @@ def compare(
     estimators: Annotated[
         str | None,
         typer.Option(
-            "--estimators", metavar="A,B", help="Names, file.py:Class, labels of --labels, or all."
+            "--estimators",
+            metavar="A,B",
+            help="Names, file.py:Class, labels of --labels, or all.",
+            autocompletion=complete_estimators,
         ),
     ] = None,
     labels: Annotated[

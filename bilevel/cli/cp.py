@@ -8,9 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from bilevel import recipe as recipes
-from bilevel.cli.names import SUFFIXES, locate
+from bilevel.cli.names import SCHEMA_KEY, SUFFIXES, locate, schema_path
 from bilevel.errors import RecipeError
 from bilevel.runfolder import files
+
+_BESIDE = f"{SCHEMA_KEY}recipe.schema.json\n"
+"""What a shipped recipe says of the schema beside it; a copy lies elsewhere."""
 
 
 def copy(console: Console, reference: str, destination: Path) -> None:
@@ -23,5 +26,6 @@ def copy(console: Console, reference: str, destination: Path) -> None:
         raise RecipeError(f"{target}: is there already; remove it or name another file")
     if not os.path.isdir(target.parent):
         raise RecipeError(f"{target.parent}: there is no such folder")
-    files.write_text(target, recipes.read(source), remedy="make room, or name another place")
+    text = recipes.read(source).replace(_BESIDE, f"{SCHEMA_KEY}{schema_path()}\n")
+    files.write_text(target, text, remedy="make room, or name another place")
     console.print(f"{target}   run it: bilevel run {target}", highlight=False, soft_wrap=True)

@@ -10,6 +10,8 @@ from bilevel import registry
 from bilevel.errors import RecipeError
 
 SUFFIXES = (".yaml", ".yml")
+SCHEMA_KEY = "# yaml-language-server: $schema="
+"""Begins the comment by which editors find the schema of a recipe, and complete its keys."""
 
 
 def shipped() -> dict[str, Path]:
@@ -18,6 +20,13 @@ def shipped() -> dict[str, Path]:
     folders = list(spec.submodule_search_locations or []) if spec else []
     paths = [path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))]
     return {path.stem: path for path in paths}
+
+
+def schema_path() -> Path:
+    """The JSON schema of recipes that is installed beside them."""
+    spec = find_spec("bilevel_recipes")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return Path(*folders[:1]) / "recipe.schema.json"
 
 
 def locate(reference: str) -> Path:
@@ -40,20 +49,3 @@ def summary(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
         first = file.readline().strip()
     return first.lstrip("# ") if first.startswith("#") else ""
-
-
-def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
-    """Recipes whose name begins so."""
-    found = shipped().items()
-    return [(name, summary(path)) for name, path in found if name.startswith(incomplete)]
-
-
-def complete_name(incomplete: str) -> list[tuple[str, str]]:
-    """Components and recipes whose name begins so."""
-    found = [
-        (entry.name, entry.summary)
-        for group in registry.groups()
-        for entry in registry.entries(group)
-        if entry.name.startswith(incomplete)
-    ]
-    return [*found, *((f"{name}.yaml", text) for name, text in complete_recipe(incomplete))]

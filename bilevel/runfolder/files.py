@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
             _sync(written)
         temporary.replace(path)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     _sync(path.parent)
 
@@ -80,10 +80,11 @@ def _refuse(constant: str) -> NoReturn:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes were writing; for who is the one writer of the folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        _remove(path)
+        remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Take away a file or a folder; nothing where it is not there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from bilevel import rng, tree
+from bilevel.errors import UntrustedWarning
 from bilevel.functional import hypergradient
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
@@ -41,23 +43,28 @@ class Harness:
         return scene_at(self.setup, start(self.setup), self.x(number), rng.stream(0, "scene"))
 
     def ask(self, scene: Scene, state: Any, **options: Any) -> Estimate:
-        """Its answer at the lower solution; `wrap` is put around both losses."""
+        """Its answer at the lower solution; `wrap` is put around both losses.
+
+        Without the warnings that a user is owed: the answer is held against the truth.
+        """
         wrap = options.pop("wrap", lambda function: function)
         upper, lower = scene.losses.upper, scene.losses.lower
         estimator = options.pop("estimator", self.estimator)
         batches = itertools.repeat(upper.batch), itertools.repeat(lower.batch)
-        return hypergradient(
-            wrap(upper.function),
-            wrap(lower.function),
-            scene.x,
-            replace(scene.solved, y=options.pop("y", scene.tight)),
-            estimator=estimator,
-            upper_batch=upper.batch,
-            lower_batch=lower.batch,
-            state=state,
-            batches=batches if estimator.needs.fresh else None,
-            structure=self.setup.levels.structure,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustedWarning)
+            return hypergradient(
+                wrap(upper.function),
+                wrap(lower.function),
+                scene.x,
+                replace(scene.solved, y=options.pop("y", scene.tight)),
+                estimator=estimator,
+                upper_batch=upper.batch,
+                lower_batch=lower.batch,
+                state=state,
+                batches=batches if estimator.needs.fresh else None,
+                structure=self.setup.levels.structure,
+            )
 
     def init(self, scene: Scene) -> Any:
         return init(self.estimator, scene)

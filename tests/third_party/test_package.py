@@ -1,4 +1,4 @@
-"""A package of somebody else: found through its entry points, held to the same contract."""
+"""A package as `bilevel new` writes it: found through its entry points, held to the contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent / "package"
+from tests.cli.commands import invoke
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,12 @@ def installed(tmp_path_factory):
     """The package in a folder of its own: no environment is changed."""
     pytest.importorskip("setuptools", reason="setuptools builds the package, and is not installed")
     folder = tmp_path_factory.mktemp("third_party")
-    source = shutil.copytree(PACKAGE, folder / "source")
+    invoke("new", "package", "example", "--to", folder)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--target", str(folder / "site"), str(source)]
+    command += ["--no-build-isolation", "--target", str(folder / "site"), str(folder / "example")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
+    shutil.copytree(folder / "example" / "recipes", folder / "site" / "recipes")
     return folder / "site"
 
 
@@ -45,8 +46,8 @@ LS = "import sys; from bilevel.cli import main; sys.argv = ['bilevel', {}]; main
 
 def test_it_is_listed_and_only_while_it_is_there(installed):
     for group, name, text in (
-        ("estimators", "response", "dy*/dx"),
-        ("problems", "pricing", "Buyers choose y"),
+        ("estimators", "example_estimator", "(∂²xy G)ᵀ v"),
+        ("problems", "example", "the log of each penalty"),
     ):
         command = LS.format(f"'ls', '{group}'")
         (line,) = rows(python(command, installed), name)
@@ -62,8 +63,8 @@ CHECKS = """
 from bilevel.registry.build import build
 from bilevel.testing import check_estimator, check_problem
 
-check_estimator(build("estimators", "response"))
-check_problem(build("problems", "pricing"))
+check_estimator(build("estimators", "example_estimator"))
+check_problem(build("problems", "example"))
 """
 
 
@@ -72,24 +73,26 @@ def test_it_keeps_its_word(installed):
 
 
 def test_a_recipe_runs_it_and_check_calls_it_exact(installed, tmp_path):
-    recipe = tmp_path / "pricing.yaml"
-    recipe.write_text(
-        "version: 1\nname: pricing\nproblem: {name: pricing, goods: 4}\n"
-        "estimator: {name: response, iterations: 8}\nupper: {steps: 3}\n"
+    recipe = installed / "recipes" / "example.yaml"
+    shown = python(
+        LS.format(f"'check', '{recipe}', '--estimators', 'example_estimator,alternating'"),
+        installed,
+        folder=tmp_path,
     )
-    shown = python(LS.format(f"'check', '{recipe}'"), installed, folder=tmp_path)
-    assert rows(shown, "response")[0].split()[-1] == "exact"
+    assert rows(shown, "example_estimator")[0].split()[-1] == "exact"
     assert rows(shown, "alternating")[0].split()[-2:] == ["as", "claimed"]
-    python(LS.format(f"'run', '{recipe}', '--runs-dir', '{tmp_path}/runs'"), installed)
-    assert list((tmp_path / "runs" / "pricing").iterdir())
+    python(
+        LS.format(f"'run', '{recipe}', 'upper.steps=3', '--runs-dir', '{tmp_path}/runs'"), installed
+    )
+    assert list((tmp_path / "runs" / "example").iterdir())
 
 
 def test_a_mistake_in_it_is_found(installed, tmp_path):
     """Negative control: the same package with its sign turned."""
     broken = shutil.copytree(installed, tmp_path / "broken")
-    source = broken / "bilevel_example" / "response.py"
-    right = "-tree.dot(solve.solution, F_y)"
+    source = broken / "example" / "estimator.py"
+    right = "tree.sub(F_x, lower.vjp_xy(solve.solution))"
     assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, right[1:]))
+    source.write_text(source.read_text().replace(right, right.replace("sub(F_x", "axpy(1.0, F_x")))
     with pytest.raises(AssertionError, match="claim missed by"):
         python(CHECKS, broken)

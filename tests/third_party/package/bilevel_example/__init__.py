@@ -1,1 +1,0 @@
-"""Components for bilevel that live in a package of their own."""
