@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bilevel.types import LowerStats, Stats
+if TYPE_CHECKING:  # which import torch; reports and lists of runs do without
+    from bilevel.types import LowerStats, Stats
 
 
 @dataclass(frozen=True)

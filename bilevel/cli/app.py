@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from bilevel.cli.boundary import boundary, settings
 from bilevel.cli.completion import (
@@ -22,6 +23,17 @@ from bilevel.cli.completion import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+class OptionalWatch(TyperGroup):
+    """`--watch` may stand without a run, for which there is no way to ask otherwise."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--watch") + 1 if "--watch" in args else None
+        if at is not None and (at == len(args) or args[at].startswith("-")):
+            args = [*args[:at], "", *args[at:]]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     help="Bilevel optimization: hypergradients that come with their evidence.",
@@ -55,6 +67,14 @@ RunArgument = Annotated[
 ]
 ReportOption = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html; bilevel report does so later.")
+]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="KEY=VALUE",
+        help="Runs with this column, measure or setting; also != < <= > >=; all of several.",
+    ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
 
@@ -270,13 +290,26 @@ def compare(
 
 
 @app.command()
-def report(run: RunArgument, runs_dir: RunsOption = Path("runs")) -> None:
-    """Write the report of a run: one HTML file, offline."""
+def report(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN…",
+            help="A run folder, or a name: its newest run; with -o all of a name, or of a pattern.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="One page of all these runs."),
+    ] = None,
+    where: WhereOption = None,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Write the report of a run, or one page of many: HTML, offline."""
     with boundary():
-        from bilevel.report import write
-        from bilevel.runfolder.folder import find
+        from bilevel.cli.report import report as write_report
 
-        typer.echo(write(find(run, runs_dir)))
+        typer.echo(write_report(run or [], runs_dir, output, where or []))
 
 
 @app.command()
@@ -295,13 +328,77 @@ def export(
         export_run(_console(), run, runs_dir, to, merged)
 
 
-@app.command()
-def runs(runs_dir: RunsOption = Path("runs")) -> None:
-    """List runs and what became of them."""
+runs_app = typer.Typer(
+    help="List runs and what became of them.",
+    cls=OptionalWatch,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.callback()
+def runs(
+    context: typer.Context,
+    where: WhereOption = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            metavar="KEY",
+            help="By a column, measure or setting; -KEY: the largest first.",
+        ),
+    ] = None,
+    descending: Annotated[bool, typer.Option("--descending", help="The largest first.")] = False,
+    show: Annotated[
+        str | None,
+        typer.Option("--show", metavar="A,B", help="Measures and settings, as columns."),
+    ] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            "--watch",
+            metavar="[RUN]",
+            help="Follow a run until it ends; the newest that is running.",
+        ),
+    ] = None,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    if context.invoked_subcommand:
+        return
     with boundary():
         from bilevel.cli.runs import list_runs
 
-        list_runs(_console(), runs_dir)
+        if watch is not None:
+            from bilevel.cli.watch import watch as watch_run
+
+            watch_run(_console(), watch, runs_dir, where or [])
+            return
+        list_runs(
+            _console(),
+            runs_dir,
+            where or [],
+            sort,
+            descending,
+            [name.strip() for name in (show or "").split(",") if name.strip()],
+        )
+
+
+@runs_app.command("rm")
+def remove_runs(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN…", help="A run folder, or all of a name or of a pattern."),
+    ] = None,
+    where: WhereOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Without the question.")] = False,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Delete runs, with a question."""
+    with boundary():
+        from bilevel.cli.remove import remove
+
+        remove(_console(), run or [], runs_dir, where or [], without_question=yes)
 
 
 @app.command()

@@ -43,7 +43,11 @@ def run(
         text=text,
         resolved=recipe.dump(),
         overrides=overrides,
-        environment={"settings": settings_of_run(recipe.content), **runfolder.environment()},
+        environment={
+            "command": ["bilevel", "run", reference, *overrides],
+            "settings": settings_of_run(recipe.content),
+            **runfolder.environment(),
+        },
     )
     with folder.lock():
         RunLoop(console, recipe, setup, folder, with_report).begin()

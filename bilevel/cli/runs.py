@@ -1,16 +1,17 @@
-"""`runs`: one line a run; imports no torch."""
+"""`runs`: one line a run, chosen and sorted as asked; imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bilevel.cli.selection import Listed, Value, chosen, column, listed, ordered
 from bilevel.cli.tables import print_fitted
-from bilevel.runfolder.folder import Summary, summaries
+from bilevel.sinks.numbers import significant
 
 _STYLES = {"done": "green", "running": "cyan"}
 
@@ -20,36 +21,66 @@ _NOTE = (
 )
 
 
-_HEADS = ("run", "status", "steps", "estimator", "upper loss")
+_COLUMNS: Mapping[str, Callable[[Listed], Text | str]] = {
+    "run": lambda each: Text(each.path),
+    "status": lambda each: Text(
+        each.summary.status, style=_STYLES.get(each.summary.status, "yellow")
+    ),
+    "steps": lambda each: (
+        f"{each.summary.step}/{each.summary.steps}"
+        if each.summary.steps
+        else f"{each.summary.step or '-'}"
+    ),
+    "estimator": lambda each: Text(each.summary.estimator),
+    "upper loss": lambda each: (
+        "-" if each.summary.upper_loss is None else f"{each.summary.upper_loss:.4e}"
+    ),
+}
+_BESIDE = {"run", "name", "status", "step", "steps", "estimator", "upper_loss"}
+"""Keys that the columns show as it is."""
 
 
-def _cells(summary: Summary, runs: Path) -> tuple[Text | str, ...]:
-    steps = f"{summary.step}/{summary.steps}" if summary.steps else f"{summary.step or '-'}"
-    return (
-        Text(str(summary.folder.path.relative_to(runs))),
-        Text(summary.status, style=_STYLES.get(summary.status, "yellow")),
-        steps,
-        Text(summary.estimator),
-        "-" if summary.upper_loss is None else f"{summary.upper_loss:.4e}",
-    )
-
-
-def list_runs(console: Console, runs: Path) -> None:
-    """Print all runs below a folder, the newest last."""
-    found = summaries(runs)
+def list_runs(
+    console: Console,
+    runs: Path,
+    where: Sequence[str] = (),
+    sort: str | None = None,
+    descending: bool = False,
+    show: Sequence[str] = (),
+) -> None:
+    """Print the runs below a folder that meet every condition; the newest last, unless sorted."""
+    found = listed(runs)
     if not found:
         console.print(f"No runs in {runs}/. Begin one: bilevel run quadratic", markup=False)
         return
+    kept = chosen(found, where)
+    if not kept:
+        console.print(f"None of {len(found)} runs in {runs}/ is so.", markup=False)
+        return
+    key = (sort or "").removeprefix("-")
+    if sort:
+        kept = ordered(kept, sort, descending)
+    asked = [*show, *([key] if key and key not in (*_BESIDE, *show) else [])]
+    columns = dict(_COLUMNS)
+    for name in asked:
+        of = column(kept, name, "--show")
+        columns[name] = lambda each, of=of: _written(of(each))
 
     def table(left_out: Collection[str]) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for head in (head for head in _HEADS if head not in left_out):
-            side = "right" if head in ("steps", "upper loss") else "left"
+        shown = {head: cell for head, cell in columns.items() if head not in left_out}
+        for head in shown:
+            side = "left" if head in ("run", "status", "estimator") else "right"
             made.add_column(head, justify=side, no_wrap=True)
-        for summary in found:
-            cells = zip(_HEADS, _cells(summary, runs), strict=True)
-            made.add_row(*(cell for head, cell in cells if head not in left_out))
+        for each in kept:
+            made.add_row(*(cell(each) for cell in shown.values()))
         return made
 
     print_fitted(console, table, ("estimator", "upper loss", "steps"))
     console.print(_NOTE, style="dim", highlight=False)
+
+
+def _written(value: Value) -> Text | str:
+    if value is None:
+        return "-"
+    return Text(value) if isinstance(value, str) else significant(value)

@@ -35,9 +35,14 @@ def settings(content: Mapping[str, Any]) -> dict[str, str]:
 
     How many steps it has, what it writes and where is not among it.
     """
-    flat = dict(_flat(canonical({key: content[key] for key in NUMERIC}), ""))
+    flat = flattened({key: content[key] for key in NUMERIC})
     flat.pop("upper.steps", None)
     return flat
+
+
+def flattened(content: Mapping[str, Any]) -> dict[str, str]:
+    """Every value below its dotted key, as JSON; a `file.py:Class` with what is in the file."""
+    return dict(_flat(canonical(content), ""))
 
 
 def added_since(content: Mapping[str, Any], written: Mapping[str, Any]) -> set[str]:

@@ -1,11 +1,13 @@
-"""The report of a run: one HTML file that needs no network, made from the run folder alone.
+"""Pages of runs, each one HTML file that needs no network, made from run folders alone.
 
-`history` reads the record, `charts` draws, `page` puts both into the template. No problem, no
-estimator and no tensor is seen here.
+`history` reads a record, `charts` draws it, `page` is the page of one run. `arms` sorts many runs by what
+differs, `seeds` takes means over them, `curves` draws these, `several` is their page. `template` inlines
+scripts, `pictures` figures. No problem, no estimator and no tensor is seen here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from bilevel.errors import CheckpointError, RequirementError
 from bilevel.runfolder import files
 from bilevel.runfolder.folder import RunFolder
 
+REMEDY = "make room, or name a place that can be written to, then write it again"
 NEEDED = ("altair", "vl_convert", "jinja2")
 
 
@@ -27,14 +30,30 @@ def write(folder: RunFolder) -> Path:
     Raises `RequirementError` without the extra `report`, `RecipeError` where there is no record,
     `CheckpointError` where the report cannot be written; an earlier one is then as it was.
     """
-    if absent := missing():
-        raise RequirementError(f"a report needs {', '.join(absent)}: pip install 'bilevel[report]'")
+    _require()
     from bilevel.report.page import render
 
-    remedy = "make room, or make the folder writable, then run `bilevel report` again"
     try:
         page = render(folder)
     except OSError as error:
         raise CheckpointError(f"{folder.path}: cannot be read: {error}") from error
-    files.write_text(folder.report, page, remedy=remedy)
+    files.write_text(folder.report, page, remedy=REMEDY)
     return folder.report
+
+
+def write_many(folders: Sequence[RunFolder], to: Path, *, title: str, made_by: str) -> Path:
+    """Write the page of many runs to a file, replacing one that is there; returns its path.
+
+    A run that cannot be read costs its own row. Raises `RequirementError` without the extra
+    `report`, `CheckpointError` where the page cannot be written.
+    """
+    _require()
+    from bilevel.report.several import render
+
+    files.write_text(to, render(folders, title, made_by), remedy=REMEDY)
+    return to
+
+
+def _require() -> None:
+    if absent := missing():
+        raise RequirementError(f"a report needs {', '.join(absent)}: pip install 'bilevel[report]'")

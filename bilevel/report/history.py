@@ -14,6 +14,7 @@ from bilevel.runfolder import record
 POINTS = 1000
 """Most points a curve is drawn with."""
 
+CALLS = ("gradients", "hvps", "cross_products")
 _COLUMNS = {
     "upper_loss": ("upper_loss",),
     "lower_loss": ("lower_loss",),
@@ -22,9 +23,7 @@ _COLUMNS = {
     "condition": ("estimate", "condition"),
     "curvature": ("estimate", "curvature"),
     "error_bound": ("estimate", "error_bound"),
-    "gradients": ("totals", "gradients"),
-    "hvps": ("totals", "hvps"),
-    "cross_products": ("totals", "cross_products"),
+    **{kind: ("totals", kind) for kind in CALLS},
     "seconds": ("seconds",),
 }
 
@@ -44,10 +43,14 @@ class History:
     warnings: list[Mapping[str, Any]] = field(default_factory=list)
     finished: Mapping[str, Any] | None = None
 
+    def points(self, column: str) -> list[tuple[int, float]]:
+        """(step, value) of the finite values."""
+        pairs = zip(self.steps, self.columns[column], strict=True)
+        return [(step, value) for step, value in pairs if math.isfinite(value)]
+
     def curve(self, column: str) -> list[tuple[int, float]]:
         """(step, value) of the finite values, thinned evenly to at most `POINTS` and the last."""
-        pairs = zip(self.steps, self.columns[column], strict=True)
-        finite = [(step, value) for step, value in pairs if math.isfinite(value)]
+        finite = self.points(column)
         thinned = finite[:: max(1, math.ceil(len(finite) / POINTS))]
         return thinned if thinned[-1:] == finite[-1:] else [*thinned, finite[-1]]
 
@@ -60,6 +63,12 @@ class History:
     def metrics(self) -> list[str]:
         """The names of the problem's measures."""
         return list(dict.fromkeys(name for _, metrics in self.evaluations for name in metrics))
+
+    @property
+    def calls(self) -> dict[int, float]:
+        """All oracle calls so far, by step; none before the first."""
+        counts = zip(*(self.columns[kind] for kind in CALLS), strict=True)
+        return {0: 0.0} | dict(zip(self.steps, map(math.fsum, counts), strict=True))
 
     @property
     def seconds(self) -> float:

@@ -1,57 +1,72 @@
-"""The page of a report: summary, tables and charts, with scripts and pictures inlined."""
+"""The page of one run: result, warnings, figures, charts, setting and recipe."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import vl_convert
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from bilevel.errors import CheckpointError
 from bilevel.events import HELD, HELD_NOTE
+from bilevel.recipe.settings import NUMERIC
 from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
-from bilevel.report.history import History, read
+from bilevel.report.history import CALLS, History, read
+from bilevel.report.pictures import embedded
+from bilevel.report.template import fill
 from bilevel.runfolder.folder import RunFolder
-from bilevel.sinks.numbers import spelled
+from bilevel.sinks.numbers import signed, significant, spelled
 
 
 def render(folder: RunFolder) -> str:
     """The whole page as one text."""
     history = read(folder.path)
     resolved = folder.resolved.read_text(encoding="utf-8")
-    environment = Environment(
-        loader=PackageLoader("bilevel", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    drawn = [*charts(history), *metric_charts(history)]
-    return environment.get_template("report.html.j2").render(
+    about = folder.environment()
+    along, measured = charts(history), metric_charts(history)
+    figures = sorted(folder.figures.glob("*.png"))
+    names = [path.stem for path in figures]
+    return fill(
+        "report.html.j2",
+        [chart.spec for chart in (*along, *measured)],
         name=history.started["name"],
         run=folder.path.name,
         status=_status(history),
-        facts=list(_facts(folder, history, resolved)),
-        charts=charts(history),
-        metric_charts=metric_charts(history),
-        metrics=list(_metrics(history)),
+        failure=(history.finished or {}).get("message"),
+        repeat=command(folder, about),
+        measures=_measures(history),
         held_note=HELD_NOTE if history.held else None,
         warnings=list(_warnings(history)),
-        figures=list(_figures(folder)),
+        figures=list(zip(names, embedded(figures), strict=True)),
+        charts=along,
+        metric_charts=measured,
+        facts=list(_facts(content_of(folder, resolved), about, history)),
         resolved=resolved,
-        specs=Markup(_script([chart.spec for chart in drawn])),
-        vega=Markup(
-            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
-                "</script", "<\\/script"
-            )
-        ),
     )
+
+
+def command(folder: RunFolder, about: Mapping[str, Any]) -> str:
+    """The command that made a run; of a record that does not have it, one that repeats the run."""
+    made = about.get("command")
+    if isinstance(made, list) and made:
+        return shlex.join(map(str, made))
+    return shlex.join(["bilevel", "run", str(folder.resolved)])
+
+
+def content_of(folder: RunFolder, resolved: str) -> dict[str, Any]:
+    """What a resolved recipe holds, read without building it.
+
+    Raises `CheckpointError` where something that every recipe has is not there.
+    """
+    content = parse(resolved, str(folder.resolved)).data
+    absent = set(NUMERIC) - content.keys()
+    if not absent and "steps" not in (content["upper"] or {}):
+        absent = {"upper.steps"}
+    if absent:
+        raise CheckpointError(f"{folder.resolved}: lacks {min(absent)}: it was cut off or altered")
+    return content
 
 
 def _status(history: History) -> str:
@@ -60,29 +75,27 @@ def _status(history: History) -> str:
     return f"{reason}, {done:,} of {steps:,} upper steps"
 
 
-def _warnings(history: History) -> Iterator[tuple[int, str, str]]:
-    """(step, message, at how many steps it held, where the run's end says so)."""
+def _warnings(history: History) -> Iterator[tuple[str, str, str]]:
+    """(when it was said, message, at how many steps it held, where the run's end says so)."""
     ended = history.finished or {}
     counts = ended.get("warned", {})  # a record of an older version has none
     for warning in history.warnings:
         count = counts.get(warning["kind"], 0)
         often = f"At {count:,} of {ended['step']:,} steps." if count else ""
-        yield warning["step"], warning["message"], often
+        yield f"Step {warning['step']:,}", warning["message"], often
 
 
-def _facts(folder: RunFolder, history: History, resolved: str) -> Iterator[tuple[str, str]]:
-    content = parse(resolved, str(folder.resolved)).data
-    if absent := {"problem", "lower", "upper", "estimator", "seed"} - content.keys():
-        raise CheckpointError(f"{folder.resolved}: lacks {min(absent)}: it was cut off or altered")
-    about, started = folder.environment(), history.started
+def _facts(
+    content: Mapping[str, Any], about: Mapping[str, Any], history: History
+) -> Iterator[tuple[str, str]]:
+    started = history.started
     yield "Problem", _inline(content["problem"])
     yield "Variables", f"{started['num_upper']:,} upper, {started['num_lower']:,} lower"
     yield "Lower level", _inline(content["lower"])
     yield "Upper level", _inline(content["upper"])
     yield "Estimator", _inline(content["estimator"])
     if history.steps:
-        kinds = ("gradients", "hvps", "cross_products")
-        yield "Oracle calls", spelled(*(history.columns[name][-1] for name in kinds))
+        yield "Oracle calls", spelled(*(history.columns[name][-1] for name in CALLS))
         each = history.seconds / len(history.steps)
         yield "Time in steps", f"{_seconds(history.seconds)}, {_seconds(each)} a step"
     yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"
@@ -111,37 +124,27 @@ def _inline(section: Any) -> str:
     return json.dumps(section) if isinstance(section, (bool, type(None))) else str(section)
 
 
-def _metrics(history: History) -> Iterator[tuple[str, dict[str, str]]]:
-    """(name, what its row shows below which title) of each measure."""
-    for name in history.metrics:
-        curve = history.metric(name)
-        if curve:
-            (_, first), (_, last) = curve[0], curve[-1]
-            held = history.held.get(name, math.nan)
-            row = {
-                "before": _short(first),
-                HELD: _short(held),
-                "after": _short(last),
-                "change": _signed(last - first if len(curve) > 1 else math.nan),
-                "owed to x": _signed(last - held),
-            }
-            left_out = () if history.held else (HELD, "owed to x")
-            yield name, {title: cell for title, cell in row.items() if title not in left_out}
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "–"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4g}" if math.isfinite(value) else "–"
-
-
-def _figures(folder: RunFolder) -> Iterator[tuple[str, str]]:
-    for path in sorted(folder.figures.glob("*.png")):
-        yield path.stem, base64.b64encode(path.read_bytes()).decode()
-
-
-def _script(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+def _measures(history: History) -> tuple[list[str], list[tuple[str, list[str]]]] | None:
+    """(heads, rows) of the table of measures; of a problem without any, of its losses."""
+    curves = {name: history.metric(name) for name in history.metrics}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        losses = {"upper loss F": "upper_loss", "lower loss G": "lower_loss"}
+        curves = {name: history.curve(column) for name, column in losses.items()}
+        curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return None
+    rows = []
+    for name, curve in curves.items():
+        (_, first), (_, last) = curve[0], curve[-1]
+        held = history.held.get(name, math.nan)
+        row = {
+            "before": significant(first),
+            HELD: significant(held),
+            "after": significant(last),
+            "change": signed(last - first if len(curve) > 1 else math.nan),
+            "owed to x": signed(last - held),
+        }
+        left_out = () if history.held else (HELD, "owed to x")
+        rows.append((name, {title: cell for title, cell in row.items() if title not in left_out}))
+    return ["", *rows[0][1]], [(name, [*row.values()]) for name, row in rows]

@@ -10,7 +10,8 @@ from bilevel.runfolder.folder import (
     create,
     environment,
     find,
+    find_all,
     summaries,
 )
 
-__all__ = ["RunFolder", "Summary", "create", "environment", "find", "summaries"]
+__all__ = ["RunFolder", "Summary", "create", "environment", "find", "find_all", "summaries"]

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,33 @@ def find(reference: str, runs: Path) -> RunFolder:
     )
 
 
+def find_all(reference: str, runs: Path) -> list[RunFolder]:
+    """Every run that `reference` stands for, the newest last: a run, all of a name, or a pattern of these.
+
+    Patterns are those of the shell, of `name` or `name/run`. Raises `RecipeError` where there is none.
+    """
+    for path in (Path(reference), runs / reference):
+        if _is_run(path):
+            return [RunFolder(path)]
+        if below := _folders(path):
+            return [RunFolder(run) for run in sorted(below, key=_age)]
+    found = []
+    if any(sign in reference for sign in "*?["):
+        name, _, stem = reference.strip("/").partition("/")
+        found = [
+            summary.folder
+            for summary in summaries(runs)
+            if fnmatchcase(summary.name, name)
+            and fnmatchcase(summary.folder.path.name, stem or "*")
+        ]
+    if not found:
+        raise RecipeError(
+            f"{reference}: is not a run: neither a folder with {RESOLVED} nor a name, or a pattern of "
+            f"names, of runs below {runs}/; `bilevel runs` lists them"
+        )
+    return found
+
+
 def _age(run: Path) -> tuple[str, int]:
     """Orders runs by when they began; names tell seconds only, so the file's own time decides."""
     try:
@@ -180,7 +208,7 @@ def summaries(runs: Path) -> list[Summary]:
         names = sorted(runs.iterdir()) if os.path.lexists(runs) else []
     except OSError as error:
         raise CheckpointError(f"{runs}: cannot be read: {error.strerror}") from error
-    found = [_summary(RunFolder(path)) for name in names for path in _folders(name)]
+    found = [summary_of(RunFolder(path)) for name in names for path in _folders(name)]
     return sorted(found, key=lambda summary: _age(summary.folder.path))
 
 
@@ -200,7 +228,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _summary(folder: RunFolder) -> Summary:
+def summary_of(folder: RunFolder) -> Summary:
     try:
         return _read_summary(folder)
     except CheckpointError:  # one damaged record does not hide the other runs

@@ -47,6 +47,32 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def read_from(folder: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from a position of the file on, as events, and the position after them.
+
+    A record that has become shorter (of a run that was resumed) is read again from its beginning.
+    Raises `CheckpointError` as `read` does.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return [], 0
+    try:
+        with path.open("rb") as file:
+            position = position if file.seek(0, os.SEEK_END) >= position else 0
+            file.seek(position)
+            text = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    events = []
+    whole = text[: text.rfind(b"\n") + 1]
+    for line_ in whole.splitlines():
+        event = _parse(line_)
+        if event is None:
+            _refuse(path, path.read_bytes().split(b"\n").index(line_) + 1)
+        events.append(event)
+    return events, position + len(whole)
+
+
 def last(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
     """The last event (of a kind) in a run folder, sought from the end of the file.
 

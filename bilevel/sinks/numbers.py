@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from bilevel.types import KNOWN_CONSTANTS
+import math
 
 COUNTS = "grad/HVP/cross"
 """The head over `counts`: gradients, HVPs and cross products."""
+
+ROUNDING = 1e-12
+"""An interval that is narrower, relative to the mean, is one of rounding."""
 
 
 def relation(source: str | None) -> str:
@@ -14,6 +17,8 @@ def relation(source: str | None) -> str:
     "≤" where it is a bound of the whole error; "~" where it is an estimate, which the error may
     exceed: its constants are estimated, or something, such as the error of y, is left out.
     """
+    from bilevel.types import KNOWN_CONSTANTS  # which imports torch
+
     return "≤" if source == KNOWN_CONSTANTS else "~"
 
 
@@ -58,3 +63,49 @@ def duration(seconds: float) -> str:
         return f"{minutes}m{rest:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours < 100 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """To so many digits without zeros that say nothing: 0.1234, 12,346, 1.2e-07; – for NaN.
+
+    A power of ten is written below 1e-4 and from 1e7 on.
+    """
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else f"{value:+}".replace("inf", "∞")
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e7:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{_bare(mantissa)}e{exponent}"
+    return _bare(f"{value:,.{max(0, digits - 1 - _magnitude(value))}f}")
+
+
+def signed(value: float) -> str:
+    """As `significant`, with a plus where it is above 0."""
+    return f"+{significant(value)}" if value > 0 and math.isfinite(value) else significant(value)
+
+
+def interval(mean: float, half: float | None) -> str:
+    """`0.734 ± 0.012`: both to the second digit of what is behind ±; the mean alone without it."""
+    if half is None or not math.isfinite(mean) or not math.isfinite(half):
+        return significant(mean)
+    if half <= ROUNDING * abs(mean):
+        return f"{significant(mean)} ± 0"
+    decimals = 1 - _magnitude(half)
+    size = max(abs(mean), half)
+    if decimals > 5 - _magnitude(size):  # so narrow that the digits of the mean would be many
+        return f"{significant(mean, 6)} ± {significant(half, 2)}"
+    if not 1e-4 <= size < 1e7:
+        digits = max(2, decimals + _magnitude(size) + 1)
+        return f"{significant(mean, digits)} ± {significant(half, 2)}"
+    decimals = max(0, decimals)
+    return f"{mean:,.{decimals}f} ± {half:,.{decimals}f}"
+
+
+def _magnitude(value: float) -> int:
+    """The power of ten of the first digit."""
+    return math.floor(math.log10(abs(value)))
+
+
+def _bare(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text

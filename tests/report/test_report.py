@@ -67,6 +67,12 @@ def fetched(html: str) -> list[str]:
     return [reference for reference in parser.found if not reference.startswith("data:")]
 
 
+def row(name: str, *cells: str) -> str:
+    """A row of a table of numbers."""
+    written = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<th scope="row" class="text">{name}</th>{written}'
+
+
 def test_it_is_one_file_that_fetches_nothing(run):
     html = report.write(run).read_text()
     assert fetched(html) == []
@@ -77,7 +83,7 @@ def test_it_is_one_file_that_fetches_nothing(run):
 def test_it_holds_the_numbers_of_the_record(run):
     html = report.write(run).read_text()
     assert "done, 6 of 6 upper steps" in html
-    assert re.search(r"<td>accuracy</td><td>0.5</td><td>1</td><td>\+0.5</td>", html)
+    assert row("accuracy", "0.5", "1", "+0.5") in html
     assert "1,234,567 lower" in html
     assert "Step 2: negative" in html
     assert "data:image/png;base64,iVBORw0KGgo" in html
@@ -98,11 +104,9 @@ def test_what_is_owed_to_x_is_told_where_the_control_was_measured(run):
     receiver.close()
     html = report.write(run).read_text()
     titles = ["before", "x held", "after", "change", "owed to x"]
-    assert "".join(f"<th>{title}</th>" for title in titles) in html
-    cells = "".join(f"<td>{cell}</td>" for cell in ("0.5", "0.875", "1", "+0.5", "+0.125"))
-    assert f"<td>accuracy</td>{cells}" in html
-    unknown = "".join(f"<td>{cell}</td>" for cell in ("1", "–", "2", "+1", "–"))
-    assert f"<td>gap</td>{unknown}" in html
+    assert "".join(f'<th scope="col">{title}</th>' for title in titles) in html
+    assert row("accuracy", "0.5", "0.875", "1", "+0.5", "+0.125") in html
+    assert row("gap", "1", "–", "2", "+1", "–") in html
 
 
 def test_an_unfinished_run_has_a_report_too(run):
