@@ -98,18 +98,21 @@ def chosen(found: Sequence[Listed], conditions: Iterable[str]) -> list[Listed]:
 
     Raises `RecipeError` for a condition that is none, or a key that no run has.
     """
-    for condition in conditions:
-        match = _CONDITION.fullmatch(condition)
-        if not match:
-            raise RecipeError(
-                f"--where {condition!r}: must be like KEY=VALUE, KEY!=VALUE, KEY<NUMBER or KEY>=NUMBER"
-            )
-        key, sign, wanted = (part.strip() for part in match.groups())
-        of = column(found, key, "--where")
-        if sign in _ORDERS and _number(wanted) is None:
-            raise RecipeError(f"--where {condition!r}: {sign} compares numbers; got {wanted!r}")
-        found = [each for each in found if _holds(of(each), sign, wanted)]
-    return list(found)
+    tests = [_test(found, condition) for condition in conditions]
+    return [each for each in found if all(test(each) for test in tests)]
+
+
+def _test(found: Sequence[Listed], condition: str) -> Callable[[Listed], bool]:
+    match = _CONDITION.fullmatch(condition)
+    if not match:
+        raise RecipeError(
+            f"--where {condition!r}: must be like KEY=VALUE, KEY!=VALUE, KEY<NUMBER or KEY>=NUMBER"
+        )
+    key, sign, wanted = (part.strip() for part in match.groups())
+    if sign in _ORDERS and _number(wanted) is None:
+        raise RecipeError(f"--where {condition!r}: {sign} compares numbers; got {wanted!r}")
+    of = column(found, key, "--where")
+    return lambda each: _holds(of(each), sign, wanted)
 
 
 def ordered(found: Sequence[Listed], key: str, descending: bool = False) -> list[Listed]:

@@ -30,7 +30,7 @@ def watch(console: Console, reference: str, runs: Path, where: Sequence[str]) ->
     """
     folder = find(reference, runs) if reference else _newest(runs, where)
     console.print(Text(f"{folder.path}/", style="dim"), soft_wrap=True)
-    seen = _Seen()
+    seen = _Watched()
     if console.is_terminal:
         with Live(console=console, transient=True, auto_refresh=False) as live:
             for event in _followed(folder):
@@ -66,7 +66,7 @@ def _followed(folder: RunFolder) -> Iterator[dict[str, Any]]:
         time.sleep(EVERY)
 
 
-class _Seen:
+class _Watched:
     """What is known of a run from its events so far."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Seen:
         return "  ".join(parts)
 
 
-def _conclude(console: Console, seen: _Seen) -> None:
+def _conclude(console: Console, seen: _Watched) -> None:
     end = seen.finished["reason"] if seen.finished else "stopped without a word of its end"
     console.print(f"{end} at step {seen.step:,} of {seen.steps:,}", highlight=False)
     if seen.finished and seen.finished.get("message"):

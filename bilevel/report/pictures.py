@@ -17,9 +17,9 @@ def embedded(paths: Sequence[Path], room: int = ROOM) -> list[str | None]:
     """A data URI for each PNG; None for one that cannot be read or made small enough."""
     files = [_read(path) for path in paths]
     if sum(4 * len(file) // 3 for file in files if file) <= room:
-        return [file and _uri(file, "png") for file in files]
+        return [_uri(file, "png") if file else None for file in files]
     share = 3 * room // 4 // len(files)
-    return [file and _smaller(file, share) for file in files]
+    return [_smaller(file, share) if file else None for file in files]
 
 
 def _read(path: Path) -> bytes | None:

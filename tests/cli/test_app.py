@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 import bilevel.cli.app as app_module
+from bilevel import report
 from bilevel.cli.app import app
 from tests.cli.commands import invoke, run
 
@@ -31,9 +32,10 @@ COMMANDS = {
         "--budget",
         "--runs-dir",
     ],
-    "report": ["RUN", "--runs-dir"],
+    "report": ["RUN?", "--output", "--where", "--runs-dir"],
     "export": ["RUN", "--to", "--merged", "--runs-dir"],
-    "runs": ["--runs-dir"],
+    "runs": ["--where", "--sort", "--descending", "--show", "--watch", "--runs-dir"],
+    "runs rm": ["RUN?", "--where", "--yes", "--runs-dir"],
     "schema": [],
     "doctor": [],
 }
@@ -48,7 +50,7 @@ def test_commands_and_options_are_frozen():
             for param in command.params
             if param.name != "help" and not getattr(param, "hidden", False)
         ]
-        for name, command in group.commands.items()
+        for name, command in _commands(group)
     }
     assert got == COMMANDS
     top = [param.opts[0] for param in group.params if param.name not in ("help",)]
@@ -61,10 +63,17 @@ def test_the_version_is_said():
 
 def test_a_file_bears_its_commands_name():
     files = {path.stem for path in Path(app_module.__file__).parent.glob("*.py")}
-    assert set(COMMANDS) - files == {"report"}  # a line of `app`, what it calls is bilevel.report
+    assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
-    shared |= {"user_code", "completion"}
+    shared |= {"user_code", "completion", "remove", "selection", "watch"}
     assert files - set(COMMANDS) == shared
+
+
+def _commands(group):
+    for name, command in group.commands.items():
+        yield name, command
+        for part, below in getattr(command, "commands", {}).items():
+            yield f"{name} {part}", below
 
 
 def _argument(param) -> str:
@@ -99,7 +108,12 @@ def test_completion_imports_no_torch():
 
 def test_listing_a_run_imports_no_torch(runs):
     folder = run(runs)
-    assert folder.name in _assert_light(["runs", "--runs-dir", str(runs)], {})
+    place = ["--runs-dir", str(runs)]
+    asked = ["--where", "estimator=implicit", "--sort", "hypergradient_norm", "--show", "seed"]
+    assert folder.name in _assert_light(["runs", *place, *asked], {})
+    if not report.missing():
+        to = str(runs / "many.html")
+        assert _assert_light(["report", "quadratic", *place, "-o", to], {}) == f"{to}\n"
 
 
 def test_validating_does_import_torch():  # negative control of the three above
