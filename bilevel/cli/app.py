@@ -296,6 +296,7 @@ def report(
         typer.Argument(
             metavar="RUN…",
             help="A run folder, or a name: its newest run; with -o all of a name, or of a pattern.",
+            autocompletion=complete_run,
         ),
     ] = None,
     output: Annotated[
@@ -388,7 +389,11 @@ def runs(
 def remove_runs(
     run: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RUN…", help="A run folder, or all of a name or of a pattern."),
+        typer.Argument(
+            metavar="RUN…",
+            help="A run folder, or all of a name or of a pattern.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     where: WhereOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Without the question.")] = False,
