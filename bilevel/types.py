@@ -77,6 +77,13 @@ def first_ignored(restrictions: Collection[str], supported: Collection[str]) -> 
 
 
 @dataclass(frozen=True)
+class Several:
+    """Batches that a loss is the mean over, in the place of one batch."""
+
+    batches: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Loss:
     """One of the two objectives with its batch bound: `loss(x, y)` is a scalar tensor."""
 
@@ -89,8 +96,26 @@ class Loss:
     structure: Structure = Structure()
 
     def __call__(self, x: Params, y: Params) -> Tensor:
+        if isinstance(self.batch, Several):
+            values = [self.on(batch)(x, y) for batch in self.batch.batches]
+            return sum(values[1:], values[0]) / len(values)
         self.counts.losses += 1
         return self.function(x, y, self.batch)
+
+    @property
+    def one_batch(self) -> Any:
+        """Its batch, for what takes a batch and is no loss.
+
+        Raises:
+            ProblemError: it is the mean over several.
+        """
+        if isinstance(self.batch, Several):
+            raise ProblemError(
+                f"{self.level}.accumulate takes the mean of losses over {len(self.batch.batches)} "
+                "batches, and lower_map, lower_constraints, lower_diagonal and Gauss-Newton products "
+                "are of one batch: set lower.accumulate to 1, and make the batches larger"
+            )
+        return self.batch
 
     def on(self, batch: Any) -> Loss:
         """The same objective on another batch; oracle calls are still counted together."""
@@ -477,6 +502,8 @@ class LowerStats:
     """How far y is outside the lower constraints, where the solver heeds any."""
     stopped: Stopped | None = None
     """Why it ended; None where nothing was solved."""
+    skipped: int = 0
+    """Steps that were left out because G or its gradient was not finite."""
 
     @property
     def infeasible(self) -> bool:

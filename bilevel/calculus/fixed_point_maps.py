@@ -103,7 +103,7 @@ def evaluate(loss: Loss, x: Params, y: Params) -> Params:
             "use lower: gradient, which minimises lower_loss"
         )
     loss.counts.gradients += 1
-    after = loss.structure.map(x, y, loss.batch)
+    after = loss.structure.map(x, y, loss.one_batch)
     require_like(after, y, "lower_map")
     return after
 
@@ -122,8 +122,8 @@ def reached(loss: Loss, at: Point) -> set[str]:
     with torch.enable_grad():
         found = [
             *(kinds.prox(x, at.y, 1.0).values() if kinds.prox else ()),
-            *(kinds.map(x, at.y, loss.batch).values() if kinds.map else ()),
-            *(kinds.constraints(x, at.y, loss.batch).values() if kinds.constraints else ()),
+            *(kinds.map(x, at.y, loss.one_batch).values() if kinds.map else ()),
+            *(kinds.constraints(x, at.y, loss.one_batch).values() if kinds.constraints else ()),
         ]
         live = [part.sum() for part in found if part.requires_grad]
         if not live:

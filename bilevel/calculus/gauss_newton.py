@@ -64,11 +64,11 @@ def gauss_newton(loss: Loss, at: Point) -> Matvec:
     x, y = tree.detach(at.x), tree.leaves(at.y)
     names, entries = list(y), list(y.values())
     with torch.enable_grad(), second_order(loss):
-        z = made.outputs(x, y, loss.batch)
+        z = made.outputs(x, y, loss.one_batch)
         dual = torch.zeros_like(z, requires_grad=True)
         pulled = grad(loss, [z], entries, grad_outputs=[dual], create_graph=True)
         inputs = [*tree.leaves(at.y).values(), z.detach().requires_grad_()]
-        output = made.loss(x, dict(zip(names, inputs, strict=False)), inputs[-1], loss.batch)
+        output = made.loss(x, dict(zip(names, inputs, strict=False)), inputs[-1], loss.one_batch)
         slopes = grad(loss, [output], inputs, create_graph=True)
     loss.counts.gradients += 1
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.unsupported import grad, second_order
 from bilevel.errors import ConvergenceError, ProblemError
-from bilevel.types import Loss, Losses, Params, Point
+from bilevel.types import Loss, Losses, Params, Point, Several
 
 
 def value(loss: Loss, x: Params, y: Params) -> Tensor:
@@ -136,7 +136,9 @@ def _note(loss: Loss, x: Params, found: Iterable[Tensor | None]) -> None:
 
 
 def gradient_y(loss: Loss, x: Params, y: Params) -> tuple[Tensor, Params]:
-    """(value, ∇y) of a loss, detached. 1 gradient."""
+    """(value, ∇y) of a loss, detached. 1 gradient; one a batch, with the graph of one at a time, of several."""
+    if isinstance(loss.batch, Several):
+        return _mean([gradient_y(loss.on(batch), x, y) for batch in loss.batch.batches])
     y = tree.leaves(y)
     with torch.enable_grad():
         output = value(loss, tree.detach(x), y)
@@ -144,6 +146,13 @@ def gradient_y(loss: Loss, x: Params, y: Params) -> tuple[Tensor, Params]:
     loss.counts.gradients += 1
     require_y(loss, found)
     return output.detach(), _filled(found, y)
+
+
+def _mean(found: list[tuple[Tensor, Params]]) -> tuple[Tensor, Params]:
+    (value, total), *others = found
+    for other, gradient in others:
+        value, total = value + other, tree.add(total, gradient)
+    return value / len(found), tree.scale(1 / len(found), total)
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,10 @@ class Unroll:
         if path is None and self.along is not None:
             if not self.along.optimizer.differentiable:
                 raise ProblemError("unroll.along: this optimizer's steps cannot be differentiated")
-            require_in_range(self.along.optimizer, at.x, at.y)
+            rule = self.along.rule
+            require_in_range(rule, at.x, at.y)
             batches = (losses.lower.batch,) * self.along.steps
-            path = Path(self.along.optimizer, at.y, self.along.init(at.y), batches)
+            path = Path(rule, at.y, self.along.begin(rule.init(at.y)), batches)
         if path is None:
             raise ProblemError(
                 "unroll has no lower steps to differentiate: pass the `path` of "

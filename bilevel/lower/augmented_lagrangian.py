@@ -154,7 +154,7 @@ def _constraints(loss: Loss, x: Params, y: Params) -> Params:
             "none; add them, or use lower: lbfgs"
         )
     with torch.no_grad():
-        at = loss.structure.constraints(x, y, loss.batch)
+        at = loss.structure.constraints(x, y, loss.one_batch)
     blamed = first_not_finite({"x": x, "y": y, "lower_constraints": at})
     if blamed:
         raise ConvergenceError(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilevel import calculus, tree
 from bilevel.components import Slot, component
+from bilevel.errors import ConvergenceError
 from bilevel.lower.divergence import Growth
 from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
+from bilevel.optimizers.adjusted import Adjusted
+from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import bound, learned, require_in_range
+from bilevel.optimizers.schedule import Schedule
 from bilevel.types import (
     Loss,
     LowerSolution,
@@ -27,6 +31,7 @@ from bilevel.types import (
     Params,
     Path,
     PathGraph,
+    Several,
 )
 
 
@@ -34,13 +39,15 @@ from bilevel.types import (
 class Gradient:
     """At most `steps` steps of an optimizer, a new batch each; stops early at ‖∇y G‖ ≤ tolerance.
 
-    Costs one lower gradient a step; with `steps` 0 y stays where it is, unevaluated. The optimizer's
-    state goes on from one upper step to the next unless the problem restarts y (`lower_start`).
-    Options of the optimizer that are `Learned` are those at x.
+    Costs `accumulate` lower gradients a step; with `steps` 0 y stays where it is, unevaluated. The
+    optimizer's state, and where it is in its schedule, go on from one upper step to the next unless
+    the problem restarts y (`lower_start`). Options of the optimizer that are `Learned` are those at x.
+    Unrolling differentiates the steps as they are taken: clipped, scheduled, of mean gradients.
 
     Raises:
         ConvergenceError: G or ∇y G is not finite; or both have grown, ‖∇y G‖ a thousandfold.
-        ProblemError: x has no entry for a learned option, or one out of its range.
+        ProblemError: x has no entry for a learned option, or one out of its range; or the schedule
+            has no rate for a step.
     """
 
     steps: NonNegativeInt = 20
@@ -49,6 +56,24 @@ class Gradient:
     relative_tolerance: PositiveFloat | None = None
     """‖∇y G‖ relative to curvature times ‖y‖ (`bilevel.lower.tolerance`), where there is no
     `tolerance`: 1 gradient a solve more, for the curvature at its start."""
+    schedule: Schedule | None = None
+    """The learning rate of each lower step; that of the optimizer throughout where there is none."""
+    schedule_over: Literal["run", "solve"] = "run"
+    """Whether the steps of a schedule are counted through the run, or again from each upper step on."""
+    clip: Clip | None = None
+    """What of ∇y G reaches the optimizer. ‖∇y G‖ is reported, and stops the solve, as it was."""
+    accumulate: PositiveInt = 1
+    """Batches that a step takes the mean of G over."""
+    nonfinite: Literal["halt", "skip"] = "halt"
+    """What a G or ∇y G that is not finite does: end the run, or leave that lower step out."""
+
+    @property
+    def rule(self) -> Optimizer:
+        """The optimizer with what is done to its gradient and its rate."""
+        if self.clip is None and self.schedule is None:
+            return self.optimizer
+        # the protocol has a class variable where the answer is that of what is wrapped
+        return cast("Optimizer", Adjusted(self.optimizer, self.clip, self.schedule))
 
     @property
     def offers(self) -> Offers:
@@ -63,8 +88,21 @@ class Gradient:
         return self.relative_tolerance is not None and not self.tolerance
 
     def init(self, y: Params) -> Any:
-        state = self.optimizer.init(y)
+        state = self.begin(self.rule.init(y))
         return {"optimizer": state, "scale": {}} if self._is_relative else state
+
+    def begin(self, state: Any) -> Any:
+        """The state of `rule` as the steps of a solve begin."""
+        if self.schedule is None:
+            return state
+        rule = Adjusted(self.optimizer, self.clip, self.schedule)
+        return rule.ahead(state, self.steps, again=self.schedule_over == "solve")
+
+    def draw(self, batches: Iterator[Any]) -> Any:
+        """The batch of one step."""
+        if self.accumulate == 1:
+            return next(batches)
+        return Several(tuple(next(batches) for _ in range(self.accumulate)))
 
     def solve(
         self,
@@ -77,57 +115,74 @@ class Gradient:
         record: float = 0,
         graph: bool = False,
     ) -> LowerSolution:
-        is_relative, spent = self._is_relative, 0
+        is_relative, spent, rule = self._is_relative, 0, self.rule
         kept, state = (state["scale"], state["optimizer"]) if is_relative else ({}, state)
+        state = self.begin(state)
         # the curvature at another x and y, of another batch: looked for again
         absolute = None if is_relative else self.tolerance
         stop = Stop(absolute, self.relative_tolerance, {**kept, "curvature": 0.0}, y)
-        stops = self.tolerance > 0 or is_relative
-        # with early stopping the last steps are known only afterwards, so all are kept
-        first = 0 if stops else max(0, self.steps - record)
+        stops, skips = self.tolerance > 0 or is_relative, self.nonfinite == "skip"
+        # where steps may end early or be left out the last are known only afterwards: all are kept
+        first = 0 if stops or skips else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
         graphed: _Graphed | None = None
         # without a step there still is a batch for the derivatives at y
-        batch, converged = None if self.steps else next(batches), None
-        growth = Growth()
+        batch, converged = None if self.steps else self.draw(batches), None
+        growth, failed, skipped = Growth(), None, 0
         with torch.no_grad():
-            require_in_range(self.optimizer, x, y)
-            optimizer = bound(self.optimizer, x, y)
+            require_in_range(rule, x, y)
+            optimizer = bound(rule, x, y)
         for k in range(self.steps):
-            batch = next(batches)
+            drawn = self.draw(batches)
             if graph and record and k == first:
                 graphed = _Graphed(x, y, state)
-            with at_start(k):
-                here = loss.on(batch)
-                last_value, g = (
-                    graphed.gradient(here) if graphed else calculus.gradient_y(here, x, y)
-                )
-            value, norm = float(last_value), tree.norm(g)
-            if not math.isfinite(norm):
-                require_finite(loss, x, y, g, k)
+            here = loss.on(drawn)
+            try:
+                last_value, g, last_norm = _look(here, x, y, k, graphed)
+            except ConvergenceError as error:
+                if not skips:
+                    raise
+                failed, skipped = error, skipped + 1
+                continue
+            value, norm, batch = float(last_value), last_norm, drawn
             growth.note(value, norm)
-            if k == 0 and is_relative:
-                spent = stop.begin(loss.on(batch), x, y, g)
+            if steps == 0 and is_relative:
+                spent = stop.begin(here, x, y, g)
             if stops and stop.is_met(norm, y):
                 converged = True
                 break
             if record and k >= first:
-                start = (y, state) if k == first else start
+                start = start if used else (y, state)
                 used.append(batch)
             if graphed:
-                y, state = graphed.step(self.optimizer, loss.structure.project)
+                y, state = graphed.step(rule, loss.structure.project)
             else:
                 y, state = step(optimizer, y, g, state, loss.structure.project)
-            steps, converged = k + 1, False if stops else None
+            steps, converged = steps + 1, False if stops else None
+        if failed and skipped == self.steps:
+            raise failed
         growth.refuse_divergence()
-        path = Path(self.optimizer, *start, tuple(used), dropped=steps - len(used))
+        path = Path(rule, *start, tuple(used), dropped=steps - len(used))
         if graphed:
             path = replace(path, graph=graphed.of(path.batches))
-        taken, stopped = steps + bool(converged) + spent, "tolerance" if converged else "iterations"
-        stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped)
+        taken = (steps + bool(converged) + skipped + spent) * self.accumulate
+        stopped = "tolerance" if converged else "iterations"
+        stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped, skipped=skipped)
         if is_relative:
             state = {"optimizer": state, "scale": stop.state(y)}
         return LowerSolution(y, state, stats, batch, path if record else None)
+
+
+def _look(
+    loss: Loss, x: Params, y: Params, k: int, graphed: _Graphed | None
+) -> tuple[Tensor, Params, float]:
+    """(G, ∇y G, its norm) before step k + 1. Raises `ConvergenceError` where one is not finite."""
+    with at_start(k):
+        value, g = graphed.gradient(loss) if graphed else calculus.gradient_y(loss, x, y)
+    norm = tree.norm(g)
+    if not math.isfinite(norm):
+        require_finite(loss, x, y, g, k)
+    return value, g, norm
 
 
 class _Graphed:

@@ -96,8 +96,8 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def learned(optimizer: Optimizer) -> dict[str, Learned]:
-    """The options of an optimizer that are upper variables."""
-    options = getattr(optimizer, "__dict__", {})
+    """The options of an optimizer, or of the one that it wraps, that are upper variables."""
+    options = getattr(getattr(optimizer, "wrapped", optimizer), "__dict__", {})
     return {name: option for name, option in options.items() if isinstance(option, Learned)}
 
 
@@ -115,6 +115,10 @@ def bound(optimizer: Optimizer, x: Params, y: Params) -> Optimizer:
     if not options:
         return optimizer
     made = copy.copy(optimizer)
+    wrapped = getattr(optimizer, "wrapped", None)
+    if wrapped is not None:
+        object.__setattr__(made, "wrapped", bound(wrapped, x, y))
+        return made
     for name, option in options.items():
         object.__setattr__(made, name, option.at(x, y))
     return made
@@ -122,15 +126,16 @@ def bound(optimizer: Optimizer, x: Params, y: Params) -> Optimizer:
 
 def require_in_range(optimizer: Optimizer, x: Params, y: Params) -> None:
     """Raise `ProblemError` for a learned option at x that the optimizer would not take as a number."""
+    rule: Any = getattr(optimizer, "wrapped", optimizer)
     for name, option in learned(optimizer).items():
         for value in option.at(x, y).values():
             for extreme in (value.min(), value.max()) if value.numel() else ():
                 number: Any = float(extreme)
                 try:
-                    replace(optimizer, **{name: number})  # pyright: ignore[reportArgumentType]
+                    replace(rule, **{name: number})
                 except ValueError as error:
                     raise ProblemError(
-                        f"{type(optimizer).__name__}: {name} = {option} is {number:.3g}, "
+                        f"{type(rule).__name__}: {name} = {option} is {number:.3g}, "
                         f"which it does not take; {REMEDY.get(option.transform, _SMALLER)}"
                     ) from error
 

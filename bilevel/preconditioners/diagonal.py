@@ -41,7 +41,7 @@ class Diagonal:
                 "pass Diagonal(function=...), or use preconditioner: hutchinson, which estimates it"
             )
         with torch.no_grad():
-            d = tree.detach(known(at.x, at.y, lower.batch))
+            d = tree.detach(known(at.x, at.y, lower.one_batch))
         got = {name: tuple(entry.shape) for name, entry in d.items()}
         expected = {name: tuple(entry.shape) for name, entry in at.y.items()}
         if got != expected or not all(bool((entry > 0).all()) for entry in d.values()):

@@ -10,6 +10,8 @@ from bilevel import registry, rng, tree
 from bilevel.calculus.precision import require_resolved
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.events import Warned
+from bilevel.lower.gradient import Gradient
+from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
@@ -70,13 +72,28 @@ def _refuse_upper(setup: Setup, estimator: str) -> None:
             f"{upper.accumulate} of them are not taken at one point; use larger batches, or "
             f"estimator: {_instead(setup.levels)}"
         )
-    if upper.schedule is not None:
-        try:
-            upper.scheduled(min(upper.steps, FORESEEN) - 1)
-        except ProblemError as error:
-            raise ProblemError(
-                f"upper.schedule: {error}; the run has upper.steps = {upper.steps}"
-            ) from error
+    if getattr(setup.lower, "accumulate", 1) > 1 and "episodes" in setup.levels:
+        raise ProblemError(
+            "a lower solve is on the batch of its episode, so lower.accumulate would take the mean of "
+            "one batch; use upper.accumulate, the mean over several episodes"
+        )
+    _foresee(setup)
+
+
+def _foresee(setup: Setup) -> None:
+    """Raise `ProblemError` where a schedule ends before the run does."""
+    upper, lower, name = setup.upper, setup.lower, "upper.schedule"
+    try:
+        upper.scheduled(min(upper.steps, FORESEEN) - 1)
+        name = "lower.schedule"
+        if isinstance(lower, Gradient) and lower.schedule is not None:
+            restarts = "lower_start" in setup.levels or lower.schedule_over == "solve"
+            last = lower.steps if restarts else lower.steps * upper.steps
+            Adjusted(lower.optimizer, None, lower.schedule).foresee(min(last, FORESEEN))
+    except ProblemError as error:
+        raise ProblemError(
+            f"{name}: {error}; the run has {upper.steps} upper steps, see upper.steps and lower.steps"
+        ) from error
 
 
 FORESEEN = 10_000
@@ -145,13 +162,14 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         return
     problem, stream = setup.problem, rng.stream(setup.seed, "inspection")
     counts = Counts()
+    policies = setup.upper.nonfinite, getattr(setup.lower, "nonfinite", "halt")
     for loss, make in (
         (Loss(problem.upper_loss, None, counts, "upper"), problem.upper_batches),
         (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
     ):
         batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
         # a batch that is not finite is what `skip` is for
-        with suppress(*[ConvergenceError] if setup.upper.nonfinite == "skip" else []):
+        with suppress(*[ConvergenceError] if "skip" in policies else []):
             refuse_impure(loss.on(batch), state.x, state.y)
     needs = setup.estimator.needs
     if not state.x and not needs.moves_lower and setup.estimator.claim != "direct":

@@ -12,7 +12,13 @@ from bilevel.types import Estimate, LowerSolution
 
 def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -> Iterator[Warned]:
     """What is wrong with an estimate: said the first time, counted every time."""
-    for kind, message in found(Step(setup.estimator, estimate, lower)).items():
+    kinds = found(Step(setup.estimator, estimate, lower))
+    if skipped := lower.stats.skipped:
+        kinds["lower steps"] = (
+            f"{skipped} of the lower steps were left out, since G or its gradient was not finite "
+            "(lower.nonfinite: skip)"
+        )
+    for kind, message in kinds.items():
         if kind not in state.warned:
             yield Warned(state.step, kind, message)
         state.warned[kind] = state.warned.get(kind, 0) + 1

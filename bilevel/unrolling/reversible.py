@@ -26,6 +26,7 @@ from torch import Tensor
 from bilevel import calculus, tree
 from bilevel.calculus.products import Linearization
 from bilevel.errors import ProblemError
+from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import Learned, learned
 from bilevel.types import Loss, Losses, Params, Path, Point
@@ -75,7 +76,9 @@ def sgd(path: Path, loss: Loss) -> Momentum:
         ProblemError: they cannot.
     """
     optimizer, why = path.optimizer, ""
-    if not isinstance(optimizer, SGD):
+    if isinstance(optimizer, Adjusted):
+        why = "they are clipped or follow a schedule, and a step is undone at one rate, of all of ∇y G"
+    elif not isinstance(optimizer, SGD):
         why = f"{type(optimizer).__name__} is not SGD"
     elif learned(optimizer):
         why = f"{', '.join(learned(optimizer))} is learned, and a step is undone by whole numbers"

@@ -224,7 +224,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "calculus/fixed_point_maps.py",
         "found = [*(kinds.prox(x, at.y, 2.0).values() if kinds.prox else ()), *(kinds.map(x, at.y, "
-        "loss.batch).values() if kinds.map else ()), *(kinds.constraints(x, at.y, loss.batch)."
+        "loss.one_batch).values() if kinds.map else ()), *(kinds.constraints(x, at.y, loss.one_batch)."
         "values() if kinds.constraints else ())]",
     ): "which entries of x a proximal map has in it, whatever its step",
     (

@@ -90,8 +90,13 @@ REFUSED = {
     ),
     "a schedule that ends before the run": (
         replace(made(), upper=Upper(steps=9, schedule=ONE_CYCLE)),
-        r"has no rate for step 9: Tried to step 8 times.*upper.steps = 9",
+        r"upper.schedule: .* no rate for step 9: Tried to step 8 times.*has 9 upper steps",
         {"upper": Upper(steps=8, schedule=ONE_CYCLE)},
+    ),
+    "several batches of one episode": (
+        made(With("episodes"), lower=Gradient(accumulate=2)),
+        "use upper.accumulate",
+        {"lower": Gradient()},
     ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
     "no start to learn": (
