@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bilevel.cli.boundary import Stopped, complain
 from bilevel.cli.names import locate
 from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
+from bilevel.cli.tables import print_fitted
 from bilevel.comparing import figure, plan, table
 from bilevel.comparing.files import write
 from bilevel.comparing.launch import Done, launch
@@ -182,25 +183,57 @@ def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budge
     )
     console.print()
     console.print(text, markup=False, highlight=False)
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    shown.add_column("#", justify="right", no_wrap=True, vertical="bottom")
-    shown.add_column("estimator", overflow="fold", vertical="bottom")
     rows = [_cells(row) for row in found]
     # room is short: what was not measured is left out, and warm where it tells nothing
     kept = [n for n in range(len(_HEADS)) if any(row[n + 2] != "-" for row in rows)]
     if not any(row.has_state for row in found):
         kept = [n for n in kept if n != _HEADS.index("err\nwarm")]
-    for n in kept:
-        shown.add_column(_HEADS[n], justify="right", no_wrap=True, vertical="bottom")
-    for row in rows:
-        shown.add_row(*row[:2], *(row[n + 2] for n in kept))
-    console.print(shown)
+
+    def shown(left_out: Collection[str]) -> Table:
+        made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        made.add_column("#", justify="right", no_wrap=True, vertical="bottom")
+        made.add_column("estimator", no_wrap=True, vertical="bottom")
+        wide = [n for n in kept if _HEADS[n] not in left_out]
+        for n in wide:
+            made.add_column(_HEADS[n], justify="right", no_wrap=True, vertical="bottom")
+        for row in rows:
+            made.add_row(*row[:2], *(row[n + 2] for n in wide))
+        return made
+
+    print_fitted(console, shown, ("cos", "MB", "err\nwarm", "err\nat end", "err\nin run"))
     console.print()
+    _print_spread(console, found)
     has_state = any(row.has_state for row in found)
     console.print(_LEGEND.format(warm=_WARM if has_state else ""), style="dim", highlight=False)
     for row in found:
         for reason in row.failures:
             console.print(Text.assemble((row.label, "bold"), f", {reason}"))
+
+
+def _print_spread(console: Console, found: Sequence[Row]) -> None:
+    """How far the seeds lie apart; nothing of a comparison at one seed."""
+    rows = [row for row in found if row.spread]
+    if not rows:
+        return
+
+    def shown(left_out: Collection[str]) -> Table:
+        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        made.add_column("estimator", no_wrap=True)
+        wide = [head for head in _SPREAD if head not in left_out]
+        for head in wide:
+            made.add_column(head, justify="right", no_wrap=True)
+        for row in rows:
+            made.add_row(row.label, *(_ends(row, *_SPREAD[head]) for head in wide))
+        return made
+
+    console.print("From the lowest to the highest seed:", highlight=False)
+    print_fitted(console, shown, ("err at y*", "F at end"))
+    console.print()
+
+
+def _ends(row: Row, key: str, scale: float, form: str) -> str:
+    found = row.spread.get(key)
+    return " to ".join(small(scale * end, form) for end in found) if found else "-"
 
 
 def _cells(row: Row) -> list[str | Text]:
@@ -231,6 +264,12 @@ _HEADS = (
     "grad/HVP\n/cross",
     "F\nat end",
 )
+_SPREAD = {
+    "err at y*": ("error", 1.0, ".1e"),
+    "ms": ("seconds", 1e3, ".3g"),
+    "F at end": ("upper_loss", 1.0, ".4g"),
+}
+"""Column: what of a row's spread, times what, in which form."""
 _LEGEND = (
     "err: ‖h − dΦ/dx‖ / ‖dΦ/dx‖, median along the recipe's run; at end: its last point; {warm}"
     "in run: after its own lower solves. F at end: F(x, y*) once gradients + HVPs + cross products "

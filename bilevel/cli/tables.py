@@ -34,5 +34,5 @@ def print_fitted(
     console.print(made)
     console.width = before
     if left_out:
-        names = ", ".join(left_out)
+        names = ", ".join(name.replace("\n", " ") for name in left_out)
         console.print(f"left out, for want of width: {names}", style="dim", highlight=False)

@@ -1,13 +1,12 @@
-"""One estimator at one seed, measured in this process: `python -m bilevel.comparing.cell SPEC`.
+"""One estimator at one seed, measured in this process.
 
-SPEC is a JSON file {"kind", "recipe", "folder", "budget", "result"}; a process of kind "scene"
+What to measure is {"kind", "recipe", "folder", "budget", "result"}; a process of kind "scene"
 prepares what the cells of its seed are measured on. The result is written all or not at all.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -214,7 +213,3 @@ def _upper_loss(setup: Setup, x: Params, trained: Truth) -> tuple[float, bool]:
     here = scene_at(setup, state, x, torch.Generator())
     with torch.no_grad():
         return float(here.losses.upper(x, here.tight)), here.stationary
-
-
-if __name__ == "__main__":
-    main(read(Path(sys.argv[1])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -39,6 +39,8 @@ class Row:
     has_state: bool = False
     """Whether `warm` is not its `error` at the same points, by more than a tenth."""
     is_front: bool = False
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The lowest and the highest of what a seed's median is: error, in_run, seconds, upper_loss."""
 
     @property
     def calls(self) -> float | None:
@@ -120,7 +122,18 @@ def _row(label: str, found: Sequence[tuple[int, Mapping[str, Any]]], tolerance: 
         tolerance=tolerance,
         failures=_failures(found),
         has_state=any(_differs(point, tolerance) for point in points),
+        spread=_spread(
+            error=[_median(point["error"] for point in run) for run in along],
+            in_run=[_median(point["error_in_run"] for point in run) for run in along],
+            seconds=[part["seconds"] for part in cost],
+            upper_loss=[part["upper_loss"] for part in runs],
+        ),
     )
+
+
+def _spread(**values: Sequence[float | None]) -> dict[str, tuple[float, float]]:
+    known = {key: [one for one in each if one is not None] for key, each in values.items()}
+    return {key: (min(each), max(each)) for key, each in known.items() if len(each) > 1}
 
 
 def _failures(found: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[str, ...]:

@@ -21,35 +21,10 @@ from bilevel.comparing.memory import peak
 from bilevel.errors import ProblemError, RecipeError, RequirementError
 from bilevel.estimators import betty
 from bilevel.registry import presets
+from tests.comparing.cells import GREEDY, SHORT, variant
 
-SHORT = ["upper.steps=4", "evaluate.every=0"]
 TIGHT = {"name": "implicit", "solver": {"name": "cg", "iterations": 100, "tolerance": 1e-12}}
 CPU = torch.device("cpu")
-
-GREEDY = """
-import torch
-from bilevel.estimators.implicit import Implicit
-class Greedy:
-    claim, needs = None, Implicit().needs
-    def __init__(self, megabytes: int = 200): self.megabytes = megabytes
-    def init(self, at): return Implicit().init(at)
-    def estimate(self, losses, at, state):
-        torch.ones(self.megabytes * 250_000, dtype=torch.float32)
-        return Implicit().estimate(losses, at, state)
-"""
-
-
-@pytest.fixture(scope="module")
-def quadratic():
-    return recipes.load(shipped()["quadratic"], SHORT)
-
-
-@pytest.fixture(scope="module")
-def points(quadratic, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("points")
-    (folder / "own.yaml").write_text(quadratic.dump())
-    scene.make(folder / "own.yaml", folder / "scene")
-    return folder / "scene"
 
 
 def measure(points: Path, recipe, where: Path, budget: int | None = None) -> dict:
@@ -64,11 +39,6 @@ def measure(points: Path, recipe, where: Path, budget: int | None = None) -> dic
     }
     cell.main(spec)
     return files.read(where / "cell.json")
-
-
-def variant(recipe, **given):
-    made = plan.make(recipe, labels=list(given), given=given)
-    return {c.label: c.recipe for c in made.cells}
 
 
 def test_the_points_lie_along_the_run_and_hold_the_truth(quadratic, points):
@@ -262,6 +232,9 @@ def test_medians_are_over_seeds_and_failures_are_named():
     (row,) = table.rows(results, 0.0)
     assert row.error == 0.2
     assert row.failures == ("seed 3: it broke",)
+    assert row.spread["error"] == (0.1, 0.5)
+    (alone,) = table.rows(results[:1], 0.0)
+    assert alone.spread == {}  # one seed has none
 
 
 def test_the_figure_is_png_and_svg(tmp_path):
