@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bilevel
@@ -10,19 +12,26 @@ import bilevel
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for docs.mathml
+
 project = "bilevel"
 author = "The bilevel developers"
 copyright = author
 release = bilevel.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docs.mathml"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"bilevel {release}"
 html_show_sphinx = False
 html_show_sourcelink = False
 html_copy_source = False
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
+myst_enable_extensions = ["dollarmath"]
+myst_update_mathjax = False  # there is none
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

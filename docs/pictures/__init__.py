@@ -1,0 +1,14 @@
+"""Pictures of the site, each from numbers of the library itself: `python -m docs.pictures [NAME]…`.
+
+Of each the numbers are kept as JSON and the drawing as SVG. A test computes the numbers again (of
+the dear ones a part) and draws what is kept, so that no picture outlives what it shows.
+"""
+
+from docs.pictures import at_a_glance, steps
+from docs.pictures.keep import Picture
+
+PICTURES = {
+    "at_a_glance": Picture(at_a_glance.TITLE, at_a_glance.compute, at_a_glance.draw),
+    "steps": Picture(steps.TITLE, steps.compute, steps.draw),
+}
+"""By the name of their files."""
