@@ -79,6 +79,14 @@ WhereOption = Annotated[
 RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
 
 
+JSONOption = Annotated[
+    bool, typer.Option("--json", help="For machines: JSON alone on standard output, errors too.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="The result and errors, and nothing else.")
+]
+
+
 def _version(is_asked: bool) -> None:
     if is_asked:
         from importlib.metadata import version
@@ -110,12 +118,13 @@ def list_(
             autocompletion=complete_kind,
         ),
     ] = None,
+    json: JSONOption = False,
 ) -> None:
     """List problems, estimators, solvers and recipes."""
     from bilevel.cli.ls import list_all
 
-    with boundary():
-        list_all(_console(), kind)
+    with boundary(json) as answer:
+        list_all(_console(json), kind, answer)
 
 
 @app.command()
@@ -165,12 +174,17 @@ def new(
 
 
 @app.command()
-def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def validate(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+    json: JSONOption = False,
+) -> None:
     """Check a recipe and show all that is wrong with it."""
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.validate import validate as validate_recipe
 
-        validate_recipe(_console(), recipe, overrides or [])
+        validate_recipe(_console(json or quiet), recipe, overrides or [], answer)
 
 
 @app.command()
@@ -182,30 +196,40 @@ def run(
         bool, typer.Option("--dry-run", help="Check everything, show the recipe, write nothing.")
     ] = False,
     no_report: ReportOption = False,
+    quiet: QuietOption = False,
+    json: JSONOption = False,
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.run import run as run_recipe
 
         run_recipe(
-            _console(),
+            _console(json),
             recipe,
             overrides or [],
             runs_dir,
             dry=dry_run,
             with_report=not no_report,
+            quiet=quiet,
+            answer=answer,
         )
 
 
 @app.command()
 def resume(
-    run: RunArgument, runs_dir: RunsOption = Path("runs"), no_report: ReportOption = False
+    run: RunArgument,
+    runs_dir: RunsOption = Path("runs"),
+    no_report: ReportOption = False,
+    quiet: QuietOption = False,
+    json: JSONOption = False,
 ) -> None:
     """Resume a run as if it had never been stopped."""
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.resume import resume as resume_run
 
-        resume_run(_console(), run, runs_dir, with_report=not no_report)
+        resume_run(
+            _console(json), run, runs_dir, with_report=not no_report, quiet=quiet, answer=answer
+        )
 
 
 @app.command()
@@ -228,13 +252,17 @@ def check(
             help="Compare with differences of the lower steps that are really run, by upper variable.",
         ),
     ] = False,
+    quiet: QuietOption = False,
+    json: JSONOption = False,
 ) -> None:
     """Compare estimators with the true hypergradient."""
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.check import check as check_recipe
         from bilevel.cli.check import check_path
 
-        (check_path if path else check_recipe)(_console(), recipe, overrides or [], estimators)
+        (check_path if path else check_recipe)(
+            _console(json), recipe, overrides or [], estimators, quiet=quiet, answer=answer
+        )
 
 
 @app.command()
@@ -269,16 +297,18 @@ def compare(
         ),
     ] = None,
     runs_dir: RunsOption = Path("runs"),
+    quiet: QuietOption = False,
+    json: JSONOption = False,
 ) -> None:
     """Compare estimators: error, cost, memory, result."""
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.compare import compare as compare_estimators
         from bilevel.errors import RecipeError
 
         if with_ is not None:
             raise RecipeError(f"--with is now --labels; write --labels {with_}")
         compare_estimators(
-            _console(),
+            _console(json),
             recipe,
             overrides or [],
             estimators=estimators,
@@ -286,6 +316,8 @@ def compare(
             seeds=seeds,
             budget=budget,
             runs=runs_dir,
+            quiet=quiet,
+            answer=answer,
         )
 
 
@@ -364,24 +396,29 @@ def runs(
         ),
     ] = None,
     runs_dir: RunsOption = Path("runs"),
+    json: JSONOption = False,
 ) -> None:
     if context.invoked_subcommand:
         return
-    with boundary():
+    with boundary(json) as answer:
         from bilevel.cli.runs import list_runs
+        from bilevel.errors import RecipeError
 
         if watch is not None:
             from bilevel.cli.watch import watch as watch_run
 
+            if json:
+                raise RecipeError("--watch is for people; `bilevel run --json` says each event")
             watch_run(_console(), watch, runs_dir, where or [])
             return
         list_runs(
-            _console(),
+            _console(json),
             runs_dir,
             where or [],
             sort,
             descending,
             [name.strip() for name in (show or "").split(",") if name.strip()],
+            answer,
         )
 
 
@@ -424,12 +461,12 @@ def doctor() -> None:
         examine(_console())
 
 
-def _console() -> Console:
-    """A console on standard output, 80 columns wide where the width is not known."""
+def _console(is_silent: bool = False) -> Console:
+    """A console on standard output, 80 columns wide where the width is not known, or one without output."""
     import os
     import sys
 
     from rich.console import Console
 
     wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if wide else 80, emoji=False)
+    return Console(width=None if wide else 80, emoji=False, quiet=is_silent)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bilevel import registry
+from bilevel.cli.answer import JSONAnswer, answering
 from bilevel.errors import BilevelError, RequirementError
 
 
@@ -30,12 +31,19 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def boundary() -> Iterator[None]:
-    """Turn what goes wrong on purpose into a message on stderr and an exit code."""
+def boundary(as_json: bool = False) -> Iterator[JSONAnswer | None]:
+    """Turn what goes wrong on purpose into a message on stderr and an exit code.
+
+    With `as_json` there is an `JSONAnswer` to fill, printed at the end.
+    """
+    if as_json:
+        with answering() as answer, boundary():
+            yield answer
+        return
     import typer
 
     try:
-        yield
+        yield None
     except BilevelError as error:
         if settings.debug:
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from bilevel import recipe as recipes
 from bilevel import registry, testing
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import complain, requiring
 from bilevel.cli.names import locate
 from bilevel.cli.tables import print_fitted
@@ -44,9 +46,17 @@ _STYLES = {
 
 
 def check(
-    console: Console, reference: str, overrides: Sequence[str], estimators: str | None
+    console: Console,
+    reference: str,
+    overrides: Sequence[str],
+    estimators: str | None,
+    *,
+    quiet: bool = False,
+    answer: JSONAnswer | None = None,
 ) -> None:
     """Print a row for each estimator.
+
+    An `answer` has {"recipe", "hash", "rows"}, the rows as `bilevel.testing.CheckRow` has them.
 
     Raises `CheckError` if one is wrong, or if one that was asked for, or the recipe's own, is refused.
     """
@@ -54,10 +64,13 @@ def check(
     asked = [name.strip() for name in estimators.split(",")] if estimators else None
     chosen, missing = _estimators(recipe, asked)
     setup = assemble(recipe)
-    rows = _received(console, setup, testing.check(setup, chosen), CheckRow, [*chosen])
+    shown = _progress(console, quiet)
+    rows = _received(shown, setup, testing.check(setup, chosen), CheckRow, [*chosen])
     known = rows[0].reference
     rows += [_untested(name, known, reason) for name, reason in missing.items()]
-    _print(console, recipe, rows)
+    if answer:
+        answer.data = _document(recipe, rows)
+    _print(console, recipe, rows, quiet)
     wrong = [row.name for row in rows if row.verdict == "wrong"]
     if wrong:
         raise CheckError(f"{', '.join(wrong)}: not the hypergradient that is claimed")
@@ -70,11 +83,18 @@ def check(
 
 
 def check_path(
-    console: Console, reference: str, overrides: Sequence[str], estimators: str | None
+    console: Console,
+    reference: str,
+    overrides: Sequence[str],
+    estimators: str | None,
+    *,
+    quiet: bool = False,
+    answer: JSONAnswer | None = None,
 ) -> None:
     """Print how each estimator agrees with the path that is run, a column an upper variable.
 
-    The recipe's own estimator alone where none is named. Raises `CheckError` if one that was named,
+    The recipe's own estimator alone where none is named. An `answer` is that of `check`, with rows as
+    `bilevel.testing.PathRow` has them. Raises `CheckError` if one that was named,
     or the recipe's own, cannot work.
     """
     recipe = recipes.load(locate(reference), overrides)
@@ -82,13 +102,29 @@ def check_path(
     asked = [name.strip() for name in estimators.split(",")] if estimators else [own]
     chosen, missing = _estimators(recipe, None if asked == ["all"] else asked)
     setup = assemble(recipe)
-    rows = _received(console, setup, testing.path_agreement(setup, chosen), PathRow, [*chosen])
-    _print_path(console, recipe, rows)
+    shown = _progress(console, quiet)
+    rows = _received(shown, setup, testing.path_agreement(setup, chosen), PathRow, [*chosen])
+    if answer:
+        answer.data = _document(recipe, rows)
+    _print_path(console, recipe, rows, quiet)
     failed = [row.name for row in rows if row.whole is None and asked != ["all"]]
     if failed:
         raise CheckError(f"{', '.join(failed)}: cannot work on this problem")
     if missing:
         raise RequirementError(f"{', '.join(missing)}: not tested; {'; '.join(missing.values())}")
+
+
+def _document(recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "hash": recipe.hash,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _progress(console: Console, quiet: bool) -> Console:
+    """Where progress is shown: nowhere, if not asked for."""
+    return Console(quiet=True) if quiet else console
 
 
 def _received(
@@ -115,7 +151,9 @@ def _received(
     return rows
 
 
-def _print_path(console: Console, recipe: Recipe, rows: Sequence[PathRow]) -> None:
+def _print_path(
+    console: Console, recipe: Recipe, rows: Sequence[PathRow], quiet: bool = False
+) -> None:
     text = f"{recipe.name}: agreement with central differences of the lower path that is run"
     console.print(text, markup=False, highlight=False)
     entries = list(dict.fromkeys(entry for row in rows for entry in row.agreements))
@@ -129,6 +167,8 @@ def _print_path(console: Console, recipe: Recipe, rows: Sequence[PathRow]) -> No
         table.add_row(Text(row.name), *(_agreement(cell) for cell in (*cells, row.whole)))
     console.print()
     console.print(table)
+    if quiet:
+        return
     console.print()
     console.print(_PATH_LEGEND, style="dim", highlight=False)
     if left:
@@ -186,7 +226,7 @@ def _estimators(
     return chosen, missing
 
 
-def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
+def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow], quiet: bool = False) -> None:
     references = list(dict.fromkeys(row.reference for row in rows))
     text = f"{recipe.name}: dΦ/dx near the initial x, reference: {', '.join(references)}"
     console.print(text, markup=False, highlight=False)
@@ -204,6 +244,8 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow]) -> None:
 
     console.print()
     print_fitted(console, table, ("HVPs", "cosine", "differentiates"))
+    if quiet:
+        return
     console.print()
     console.print(_LEGEND, style="dim", highlight=False)
     settled = [row.name for row in rows if _is_settled_only(row)]

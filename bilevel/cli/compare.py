@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel import recipe as recipes
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
 from bilevel.cli.names import locate
 from bilevel.cli.output import going_on
@@ -41,8 +42,13 @@ def compare(
     seeds: str | None,
     budget: int | None,
     runs: Path,
+    quiet: bool = False,
+    answer: JSONAnswer | None = None,
 ) -> None:
-    """Measure what was not measured yet, then show the table and write what was found."""
+    """Measure what was not measured yet, then show the table and write what was found.
+
+    An `answer` is compare.json, with its place as "file".
+    """
     recipe = recipes.load(locate(reference), overrides)
     labels, known = None, plan.read_labels(given) if given else {}
     if estimators is not None:
@@ -66,8 +72,8 @@ def compare(
             f"{folder}: cannot be made: {error.strerror}; name another with --runs-dir"
         ) from error
     with RunFolder(folder).lock(), going_on(f"the comparison in {folder}"):
-        done = _measure(console, made, folder)
-        found = _conclude(console, made, folder, done)
+        done = _measure(Console(quiet=True) if quiet else console, made, folder)
+        found = _conclude(console, made, folder, done, answer)
     if any(row.failures for row in found):
         raise Stopped(FAILED)
 
@@ -113,7 +119,9 @@ def _tell(console: Console, step: Done, number: int, total: int, ahead: float) -
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) -> list[Row]:
+def _conclude(
+    console: Console, made: Plan, folder: Path, done: Sequence[Done], answer: JSONAnswer | None
+) -> list[Row]:
     points = [
         point for step in done if step.cell is None for point in step.result.get("points", ())
     ]
@@ -135,6 +143,8 @@ def _conclude(console: Console, made: Plan, folder: Path, done: Sequence[Done]) 
         "environment": environment(),
     }
     write(folder / "compare.json", document)
+    if answer:
+        answer.data = document | {"file": str(folder / "compare.json")}
     _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]))
     note = shrinking(points)
     if note:

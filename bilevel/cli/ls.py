@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel import registry
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import shipped, summary
 from bilevel.errors import RecipeError
 from bilevel.registry import presets
@@ -17,12 +18,25 @@ from bilevel.registry import presets
 _PRESETS = ", presets"
 
 
-def list_all(console: Console, kind: str | None) -> None:
-    """Print one kind of thing with a line on each, or the names of every kind."""
+def list_all(console: Console, kind: str | None, answer: JSONAnswer | None = None) -> None:
+    """Print one kind of thing with a line on each, or the names of every kind.
+
+    An `answer` has {"kinds": {kind: [{"name", "summary", "preset"}]}}.
+    """
     kinds = (*registry.groups(), "recipes")
     if kind is not None and kind not in kinds:
         raise RecipeError(registry.unknown(kind, kinds, "kind of component"))
     asked = [each for each in kinds if kind in (None, each)]
+    if answer:
+        answer.data["kinds"] = {
+            each: [
+                {"name": name, "summary": text, "preset": part != each}
+                for part in (each, f"{each}{_PRESETS}")
+                for name, text in _rows(part)
+            ]
+            for each in asked
+        }
+        return
     asked = [part for each in asked for part in (each, f"{each}{_PRESETS}")]
     if kind is None:
         _names_only(console, {each: names for each in asked if (names := _names(each))})

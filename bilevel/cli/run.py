@@ -9,8 +9,10 @@ from rich.console import Console
 
 from bilevel import recipe as recipes
 from bilevel import runfolder
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
 from bilevel.cli.run_loop import RunLoop
+from bilevel.cli.shown import conclude, showing
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.settings import settings_of_run
 from bilevel.run import engine
@@ -24,13 +26,22 @@ def run(
     *,
     dry: bool = False,
     with_report: bool = True,
+    quiet: bool = False,
+    answer: JSONAnswer | None = None,
 ) -> None:
-    """Run a recipe in a new folder below `runs`."""
+    """Run a recipe in a new folder below `runs`.
+
+    For an `answer` each event is a line; it has what `shown.conclude` says.
+    """
+    if answer:
+        answer.data = {"event": "result", "runs": []}
     path = locate(reference)
     recipe = recipes.load(path, overrides)
     setup = assemble(recipe)
     engine.refuse_mismatch(setup)
     if dry:
+        if answer:
+            answer.data |= {"recipe": recipe.content, "hash": recipe.hash}
         console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
         note = f"# hash {recipe.hash[:12]}, device {setup.device}; nothing was run"
         console.print(note, markup=False, highlight=False)
@@ -49,5 +60,8 @@ def run(
             **runfolder.environment(),
         },
     )
-    with folder.lock():
-        RunLoop(console, recipe, setup, folder, with_report).begin()
+    try:
+        with folder.lock():
+            RunLoop(console, recipe, setup, folder, with_report, showing(quiet, answer)).begin()
+    finally:
+        conclude(answer, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.text import Text
 from bilevel import report
 from bilevel.cli.boundary import Stopped, complain, requiring
 from bilevel.cli.output import going_on
+from bilevel.cli.shown import Shown
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
 from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
@@ -41,6 +42,8 @@ class RunLoop:
     folder: RunFolder
     with_report: bool = True
     """False where the command line says so, whatever the recipe says."""
+    shown: Callable[[Console, dict[str, float] | None], Shown] = ConsoleReceiver
+    """What a person, or a machine, sees of it."""
     signals: Signals = field(default_factory=Signals)
     receivers: list[Receiver] = field(default_factory=list)
     saved: Path | None = None
@@ -95,7 +98,7 @@ class RunLoop:
                 raise
 
     def _prepare(self, before: dict[str, float] | None) -> list[Event]:
-        shown = ConsoleReceiver(self.console, before)
+        shown = self.shown(self.console, before)
         self.signals.tell = shown.stopping
         self.receivers.append(shown)
         self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)

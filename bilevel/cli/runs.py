@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.selection import Listed, Value, chosen, column, listed, ordered
 from bilevel.cli.tables import print_fitted
 from bilevel.sinks.numbers import significant
@@ -47,9 +49,18 @@ def list_runs(
     sort: str | None = None,
     descending: bool = False,
     show: Sequence[str] = (),
+    answer: JSONAnswer | None = None,
 ) -> None:
-    """Print the runs below a folder that meet every condition; the newest last, unless sorted."""
+    """Print the runs below a folder that meet every condition; the newest last, unless sorted.
+
+    An `answer` has {"runs": [{"run", "name", "status", …, "measures", "settings"}]}.
+    """
     found = listed(runs)
+    if answer:
+        kept = chosen(found, where)
+        kept = ordered(kept, sort, descending) if sort else kept
+        answer.data["runs"] = [_plain(each) for each in kept]
+        return
     if not found:
         console.print(f"No runs in {runs}/. Begin one: bilevel run quadratic", markup=False)
         return
@@ -78,6 +89,10 @@ def list_runs(
 
     print_fitted(console, table, ("estimator", "upper loss", "steps"))
     console.print(_NOTE, style="dim", highlight=False)
+
+
+def _plain(each: Listed) -> dict[str, Any]:
+    return each.columns | {"measures": each.measures, "settings": each.settings}
 
 
 def _written(value: Value) -> Text | str:

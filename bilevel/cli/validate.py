@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
 from bilevel import recipe as recipes
+from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
+from bilevel.errors import RecipeError
 
 
-def validate(console: Console, reference: str, overrides: Sequence[str]) -> None:
-    """Load a recipe; says that it is valid, or raises with all that is wrong in it."""
-    path = locate(reference)
-    recipe = recipes.load(path, overrides)
+def validate(
+    console: Console, reference: str, overrides: Sequence[str], answer: JSONAnswer | None = None
+) -> None:
+    """Load a recipe; says that it is valid, or raises with all that is wrong in it.
+
+    An `answer` has {"valid", "file", "hash", "problems": [a line on each]}.
+    """
+    found: dict[str, Any] = {"valid": False, "file": None, "hash": None, "problems": []}
+    if answer:
+        answer.data = found
+    try:
+        path = locate(reference)
+        found["file"] = str(path)
+        recipe = recipes.load(path, overrides)
+    except RecipeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        found["problems"] = lines[1:] or lines
+        raise
+    found |= {"valid": True, "hash": recipe.hash}
     text = f"{path}: valid (hash {recipe.hash[:12]})"
     console.print(text, markup=False, highlight=False, soft_wrap=True)

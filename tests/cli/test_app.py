@@ -14,15 +14,16 @@ from bilevel import report
 from bilevel.cli.app import app
 from tests.cli.commands import invoke, run
 
+ANSWERS = ["--quiet", "--json"]
 COMMANDS = {
-    "ls": ["KIND?"],
+    "ls": ["KIND?", "--json"],
     "show": ["NAME", "--resolved"],
     "cp": ["RECIPE", "DESTINATION"],
     "new": ["KIND", "NAME", "--to"],
-    "validate": ["RECIPE", "OVERRIDES?"],
-    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run", "--no-report"],
-    "resume": ["RUN", "--runs-dir", "--no-report"],
-    "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path"],
+    "validate": ["RECIPE", "OVERRIDES?", *ANSWERS],
+    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run", "--no-report", *ANSWERS],
+    "resume": ["RUN", "--runs-dir", "--no-report", *ANSWERS],
+    "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path", *ANSWERS],
     "compare": [
         "RECIPE",
         "OVERRIDES?",
@@ -31,10 +32,11 @@ COMMANDS = {
         "--seeds",
         "--budget",
         "--runs-dir",
+        *ANSWERS,
     ],
     "report": ["RUN?", "--output", "--where", "--runs-dir"],
     "export": ["RUN", "--to", "--merged", "--runs-dir"],
-    "runs": ["--where", "--sort", "--descending", "--show", "--watch", "--runs-dir"],
+    "runs": ["--where", "--sort", "--descending", "--show", "--watch", "--runs-dir", "--json"],
     "runs rm": ["RUN?", "--where", "--yes", "--runs-dir"],
     "schema": [],
     "doctor": [],
@@ -65,7 +67,7 @@ def test_a_file_bears_its_commands_name():
     files = {path.stem for path in Path(app_module.__file__).parent.glob("*.py")}
     assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
-    shared |= {"user_code", "completion", "remove", "selection", "watch"}
+    shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
     assert files - set(COMMANDS) == shared
 
 
