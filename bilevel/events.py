@@ -130,7 +130,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended: "done", "interrupted", "terminated", "hung up", "diverged" or "failed"."""
+    """The run ended: "done", "stopped early", "interrupted", "terminated", "hung up", "diverged" or
+    "failed"."""
 
     step: int
     reason: str
@@ -138,8 +139,12 @@ class Finished:
     warned: Mapping[str, int] = field(default_factory=dict)
     """At how many steps each kind of warning held, those before a resume included."""
     message: str = ""
-    """What was wrong, of a run that diverged or failed."""
+    """Why it stopped early; what was wrong, of a run that diverged or failed."""
 
+
+EARLY = "stopped early"
+COMPLETE = ("done", EARLY)
+"""Reasons of a run that has come to its end: there is nothing to go on with."""
 
 Event = (
     Progress | Started | Stepped | Evaluated | Held | Tabulated | Drawn | Warned | Saved | Finished

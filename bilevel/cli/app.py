@@ -352,13 +352,16 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="One whole model, not adapters on top of its base.")
     ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint that checkpoint.best has kept.")
+    ] = False,
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Write what a run learned in a form that other programs read."""
     with boundary():
         from bilevel.cli.export import export as export_run
 
-        export_run(_console(), run, runs_dir, to, merged)
+        export_run(_console(), run, runs_dir, to, merged, best)
 
 
 runs_app = typer.Typer(

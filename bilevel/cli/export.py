@@ -21,8 +21,10 @@ from bilevel.runfolder import checkpoint
 from bilevel.sinks.console import ConsoleReceiver
 
 
-def export(console: Console, reference: str, runs: Path, to: Path, merged: bool) -> None:
-    """Write what a run learned, as of its newest whole checkpoint, by the problem's `export`.
+def export(
+    console: Console, reference: str, runs: Path, to: Path, merged: bool, best: bool = False
+) -> None:
+    """Write what a run learned, as of its newest whole checkpoint or the `best`, by the problem's `export`.
 
     Raises `RecipeError` for a problem without one, and `CheckpointError` for a run without a
     checkpoint or a folder that is not empty. Where it fails `to` is not there afterwards.
@@ -37,7 +39,12 @@ def export(console: Console, reference: str, runs: Path, to: Path, merged: bool)
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to}: is not an empty folder; name a new one with --to")
-    found = checkpoint.latest(folder.checkpoints)
+    found = checkpoint.latest(folder.best if best else folder.checkpoints)
+    if found is None and best:
+        raise CheckpointError(
+            f"{folder.path}: keeps no best checkpoint: its recipe has no checkpoint.best, e.g. "
+            "{measure: accuracy, mode: max}; leave --best out for the newest"
+        )
     if found is None:
         raise CheckpointError(f"{folder.path}: has no checkpoint yet; resume it first")
     for reason in found.skipped:

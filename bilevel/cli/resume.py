@@ -14,6 +14,7 @@ from bilevel.cli.boundary import complain
 from bilevel.cli.run_loop import RunLoop
 from bilevel.cli.shown import Shown, conclude, showing
 from bilevel.errors import RecipeError
+from bilevel.events import COMPLETE, EARLY
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import added_since, differences, refuse_other, settings_of_run
@@ -38,10 +39,12 @@ def resume(
         answer.data = {"event": "result", "runs": []}
     folder = runfolder.find(reference, runs)
     finished = folder.finished()
-    if finished and finished["reason"] == "done":
+    if finished and finished["reason"] in COMPLETE:
+        early = finished["reason"] == EARLY
         raise RecipeError(
-            f"{folder.path}: this run is done ({finished['step']} steps). For more steps, run "
-            f"its recipe again: bilevel run {folder.resolved} upper.steps=…"
+            f"{folder.path}: this run {'has stopped early' if early else 'is done'} "
+            f"({finished['step']} steps). For more steps, run its recipe again: bilevel run "
+            f"{folder.resolved} {'evaluate.stop=null' if early else 'upper.steps=…'}"
         )
     about = folder.environment()
     recipe = recipes.load(folder.resolved)

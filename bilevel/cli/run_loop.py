@@ -154,11 +154,13 @@ class RunLoop:
                 self.signals.received = None
             elif self.signals.received and isinstance(event, Progress) and event.stage == HELD:
                 self._deliver(Warned(state.step, HELD, LEFT_OUT))
-                self._end(state, began, "done")
+                self._end(state, began, *engine.ending(self.setup, state))
                 self.signals.received = None
                 return
             elif self._is_settled(event, state):
-                is_last = state.step == self.setup.upper.steps
+                if isinstance(event, Evaluated) and engine.is_best(state):
+                    self._save_best(state)
+                is_last = engine.is_over(self.setup, state)
                 if self.signals.received and not is_last:
                     self._save(state)
                     self._end(state, began, self.signals.reason)
@@ -167,9 +169,9 @@ class RunLoop:
                 if is_last or (every and state.step and state.step % every == 0):
                     self._save(state)
 
-    def _end(self, state: State, began: float, reason: str) -> None:
+    def _end(self, state: State, began: float, reason: str, why: str = "") -> None:
         spent = time.perf_counter() - began
-        self._deliver(Finished(state.step, reason, spent, dict(state.warned)))
+        self._deliver(Finished(state.step, reason, spent, dict(state.warned), why))
 
     def _is_settled(self, event: Event, state: State) -> bool:
         """Whether all events of the present step have come, so that none is lost or repeated."""
@@ -200,6 +202,13 @@ class RunLoop:
             settings=self.settings,
         )
         self._deliver(Saved(state.step, self.saved))
+
+    def _save_best(self, state: State) -> None:
+        """In a folder of its own, so that the newest that are kept do not push it out."""
+        path = checkpoint.save(
+            self.folder.best, state.save(), step=state.step, keep=1, settings=self.settings
+        )
+        self._deliver(Saved(state.step, path))
 
     def _deliver(self, event: Event) -> None:
         for receiver in self.receivers:

@@ -15,7 +15,7 @@ from bilevel.cli.selection import Listed, Value, chosen, column, listed, ordered
 from bilevel.cli.tables import print_fitted
 from bilevel.sinks.numbers import significant
 
-_STYLES = {"done": "green", "running": "cyan"}
+_STYLES = {"done": "green", "stopped early": "green", "running": "cyan"}
 
 _NOTE = (
     "upper loss: F at the y of the run itself, before its last step. Methods that move y away from "

@@ -203,7 +203,8 @@ def _run(setup: Setup, budget: int, trained: Truth) -> dict[str, Any]:
 
 
 def _with_steps(setup: Setup, steps: int) -> Setup:
-    return replace(setup, upper=replace(setup.upper, steps=max(1, steps)), evaluate_every=0)
+    upper = replace(setup.upper, steps=max(1, steps))
+    return replace(setup, upper=upper, evaluate_every=0, stop=None)
 
 
 def _upper_loss(setup: Setup, x: Params, trained: Truth) -> tuple[float, bool]:

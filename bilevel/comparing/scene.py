@@ -79,7 +79,7 @@ def _train(setup: Setup) -> Iterator[tuple[int, State]]:
     refuse_empty_upper(state.x)
     wanted = {round(steps * k / (POINTS - 1)) for k in range(POINTS)}
     yield 0, state
-    for event in engine.run(replace(setup, evaluate_every=0), state):
+    for event in engine.run(replace(setup, evaluate_every=0, stop=None), state):
         if isinstance(event, Stepped) and event.step in wanted:
             yield event.step, state
         if isinstance(event, Stepped) and event.step == steps:

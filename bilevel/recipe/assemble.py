@@ -23,4 +23,6 @@ def assemble(recipe: Recipe) -> Setup:
         dtype=DTYPES[recipe.runtime.dtype],
         evaluate_every=recipe.evaluate.every,
         evaluate_held=recipe.evaluate.held,
+        stop=recipe.evaluate.stop,
+        best=recipe.checkpoint.best,
     )

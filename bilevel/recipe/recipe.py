@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validator
 
 from bilevel import registry
 from bilevel.components import component
@@ -23,6 +23,7 @@ from bilevel.recipe.settings import digest
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
 from bilevel.registry.diagnostics import Complaints, Where
+from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
 from bilevel.sinks import Sink
 from bilevel.types import Estimator, LowerSolver
@@ -55,6 +56,14 @@ class Evaluate:
     held: bool = True
     """At the end also with x as it began and y trained as long: what is above that is owed to x.
     Costs the lower solves of the run again, and one evaluation."""
+    stop: EarlyStop | None = None
+    """When a measure that gains nothing ends the run; needs `every`."""
+
+    @model_validator(mode="after")
+    def _stop_needs_measures(self) -> Self:
+        if self.stop is not None and not self.every:
+            raise ValueError("stop looks at the measures of every so many steps; set every")
+        return self
 
 
 @component
@@ -65,6 +74,8 @@ class Checkpoint:
     """Also every so many steps; 0 for never."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    best: Best | None = None
+    """Beside them stays the one at which a measure was best, in `checkpoints/best`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 
@@ -31,6 +31,7 @@ from bilevel.registry.fields import (
     readable,
 )
 
+C = TypeVar("C")
 LONGEST_NAME = 1000
 """Characters of a name, one with the path of a file included."""
 
@@ -76,6 +77,20 @@ def resolve(group: str, given: Any, where: str) -> Any:
             "name and options"
         )
     return given
+
+
+def made(cls: type[C], given: Any, where: str) -> C:
+    """What a caller means by options of `cls`: an instance as it is, one made of a mapping.
+
+    Raises `RecipeError` with everything that is wrong, each at its place below `where`.
+    """
+    if isinstance(given, cls):
+        return given
+    complaints = Complaints()
+    built = Builder(complaints).options(cls, given, (where,))
+    complaints.finish()
+    assert built is not None
+    return built.value
 
 
 DOES = {

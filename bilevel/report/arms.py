@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bilevel.errors import BilevelError
+from bilevel.events import COMPLETE
 from bilevel.recipe.settings import settings_of_run
 from bilevel.report.history import History, read
 from bilevel.report.page import content_of
@@ -168,7 +169,7 @@ def _short(key: str) -> str:
 
 
 def _completeness(run: Run) -> tuple[bool, int, str]:
-    return run.status == "done", (run.history.steps or [0])[-1], run.folder.path.name
+    return run.status in COMPLETE, (run.history.steps or [0])[-1], run.folder.path.name
 
 
 def _read(folder: RunFolder) -> Run:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bilevel.errors import CheckpointError
-from bilevel.events import HELD, HELD_NOTE
+from bilevel.events import COMPLETE, EARLY, HELD, HELD_NOTE
 from bilevel.recipe.settings import NUMERIC
 from bilevel.recipe.yaml_source import parse
 from bilevel.report.charts import charts, metric_charts
@@ -23,6 +23,7 @@ from bilevel.sinks.numbers import signed, significant, spelled
 def render(folder: RunFolder) -> str:
     """The whole page as one text."""
     history = read(folder.path)
+    ended = history.finished or {}
     resolved = folder.resolved.read_text(encoding="utf-8")
     about = folder.environment()
     along, measured = charts(history), metric_charts(history)
@@ -34,7 +35,7 @@ def render(folder: RunFolder) -> str:
         name=history.started["name"],
         run=folder.path.name,
         status=_status(history),
-        failure=(history.finished or {}).get("message"),
+        failure=None if ended.get("reason") in COMPLETE else ended.get("message"),
         repeat=command(folder, about),
         measures=_measures(history),
         held_note=HELD_NOTE if history.held else None,
@@ -72,7 +73,8 @@ def content_of(folder: RunFolder, resolved: str) -> dict[str, Any]:
 def _status(history: History) -> str:
     done, steps = (history.steps or [0])[-1], history.started["steps"]
     reason = history.finished["reason"] if history.finished else "not finished"
-    return f"{reason}, {done:,} of {steps:,} upper steps"
+    why = f": {history.finished['message']}" if history.finished and reason == EARLY else ""
+    return f"{reason}, {done:,} of {steps:,} upper steps{why}"
 
 
 def _warnings(history: History) -> Iterator[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from inspect import signature
 
 from bilevel import tree
 from bilevel.events import Event, Finished, Started
+from bilevel.run.early_stop import ending, is_best, is_over
 from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
@@ -21,8 +22,11 @@ from bilevel.run.upper_step import advance
 __all__ = [
     "Setup",
     "State",
+    "ending",
     "evaluate",
+    "is_best",
     "is_due",
+    "is_over",
     "prepare",
     "refuse_mismatch",
     "restore",
@@ -66,11 +70,12 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     yield from caution(setup, state)
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
-    while state.step < steps:
+    while not is_over(setup, state):
         yield from advance(setup, state)
         if is_due(setup, state):
             yield from evaluate(setup, state)
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:
         yield from held(setup, state.step)
-    yield Finished(state.step, "done", time.perf_counter() - began, dict(state.warned))
+    reason, why = ending(setup, state)
+    yield Finished(state.step, reason, time.perf_counter() - began, dict(state.warned), why)

@@ -10,6 +10,7 @@ from typing import Any
 
 from bilevel.errors import ProblemError
 from bilevel.events import Drawn, Evaluated, Event, Progress, Tabulated, Warned
+from bilevel.run.early_stop import watch
 from bilevel.run.setup import Setup, State
 
 
@@ -34,6 +35,7 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
         return replace(event, step=state.step) if is_dated else event
 
     found = yield from measured(setup, measure(state.x, state.y), at_step)
+    watch(setup, state, found)
     state.evaluated = state.step
     yield Evaluated(state.step, found, time.perf_counter() - began)
 

@@ -9,13 +9,15 @@ from typing import Any, Literal, cast
 
 import torch
 
+from bilevel import tree
 from bilevel.errors import RecipeError
 from bilevel.events import Drawn, Evaluated, Event, Finished, Held, Stepped, Warned
 from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
-from bilevel.registry.build import resolve
+from bilevel.registry.build import made, resolve
 from bilevel.run import engine, placement
 from bilevel.run.setup import Setup, State
+from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
 from bilevel.sinks.progress import progress as shown
 from bilevel.types import Estimator, LowerSolver, Named, Optimizer
@@ -37,7 +39,9 @@ class Result:
     warned: tuple[Warned, ...]
     figures: Mapping[str, Any]
     reason: str
-    """"done" or "interrupted"."""
+    """"done", "stopped early" or "interrupted"."""
+    best: BestPoint | None
+    """Where the measure that `best` names was best; None unless it was asked for."""
     setup: Setup = field(repr=False)
 
     @property
@@ -74,6 +78,16 @@ class Result:
         return f"<{'; '.join(parts)}>"
 
 
+@dataclass(frozen=True)
+class BestPoint:
+    """The state of a run at which a measure was best."""
+
+    step: int
+    metrics: Mapping[str, float]
+    x: Any
+    y: Any
+
+
 class Iteration(Iterator[Event]):
     """The events of a run, one after the other; x, y and the history are read in between."""
 
@@ -85,6 +99,7 @@ class Iteration(Iterator[Event]):
         self._held: Mapping[str, float] = {}
         self._warned: list[Warned] = []
         self._figures: dict[str, Any] = {}
+        self._best: BestPoint | None = None
         self._reason = "unfinished"
         self._events = self._run()
 
@@ -99,6 +114,9 @@ class Iteration(Iterator[Event]):
             self._history.append(event)
         elif isinstance(event, Evaluated):
             self._evaluations.append(event)
+            if self.state and engine.is_best(self.state):
+                x, y = (tree.map_nested(torch.clone, params) for params in (self.x, self.y))
+                self._best = BestPoint(event.step, event.metrics, x, y)
         elif isinstance(event, Held):
             self._held = event.metrics
         elif isinstance(event, Warned):
@@ -138,6 +156,7 @@ class Iteration(Iterator[Event]):
             tuple(self._warned),
             dict(self._figures),
             self._reason,
+            self._best,
             self.setup,
         )
 
@@ -154,6 +173,8 @@ def iterate(
     dtype: str | torch.dtype = "float32",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
+    stop: EarlyStop | Mapping[str, Any] | None = None,
+    best: Best | Mapping[str, Any] | None = None,
 ) -> Iteration:
     """The run that `minimize` drives, as an iterator of its events (`bilevel.events`).
 
@@ -175,6 +196,8 @@ def iterate(
             dtype=placement.dtype(dtype) if isinstance(dtype, str) else dtype,
             evaluate_every=evaluate_every,
             evaluate_held=evaluate_held,
+            stop=None if stop is None else made(EarlyStop, stop, "stop"),
+            best=None if best is None else made(Best, best, "best"),
         )
     )
 
@@ -191,6 +214,8 @@ def minimize(
     dtype: str | torch.dtype = "float32",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
+    stop: EarlyStop | Mapping[str, Any] | None = None,
+    best: Best | Mapping[str, Any] | None = None,
     progress: bool | Literal["auto"] = "auto",
 ) -> Result:
     """Take upper steps along the hypergradient of Φ(x) = F(x, y*(x)), and return where they led.
@@ -202,7 +227,8 @@ def minimize(
             dataclasses of tensors) and come back so. This and the components below may also be given by
             name, or as a mapping of `name` and options, as in a recipe.
         lower: the lower solver; 20 steps of SGD by default.
-        upper: an optimizer of x, Adam with lr 0.01 by default; or an `Upper`.
+        upper: an optimizer of x, Adam with lr 0.01 by default; or an `Upper`, or a mapping of its
+            options, as in a recipe: schedule, clip, accumulate, nonfinite.
         estimator: of the hypergradient; `Implicit` with CG by default.
         steps: upper steps; 100 by default, or those of an `Upper`.
         seed: of every random stream.
@@ -212,6 +238,9 @@ def minimize(
         evaluate_held: take them at the end also with x as it began and y trained as long
             (`Result.held`): only what is above that is owed to x. `bilevel run` does unless its
             recipe says otherwise. Costs the lower solves of the run again.
+        stop: a measure, looked at every `evaluate_every` steps, that ends the run where it gains
+            nothing: an `EarlyStop` or a mapping of its options.
+        best: a measure at whose best x and y are kept (`Result.best`): a `Best` or a mapping.
         progress: show it on stderr; "auto" does in a terminal and in a notebook.
 
     Warnings of the run are Python warnings (`UserWarning`), once a kind. Ctrl-C (a notebook's
@@ -236,6 +265,8 @@ def minimize(
         dtype=dtype,
         evaluate_every=evaluate_every,
         evaluate_held=evaluate_held,
+        stop=stop,
+        best=best,
     )
     receiver = shown(progress)
     try:
@@ -260,8 +291,8 @@ def minimize(
 def _upper(given: Any, steps: int | None) -> Upper:
     if given is None:
         upper = Upper()
-    elif isinstance(given, Upper):
-        upper = given
+    elif isinstance(given, Upper) or (isinstance(given, Mapping) and "name" not in given):
+        upper = made(Upper, given, "upper")
     else:
         upper = Upper(optimizer=resolve("optimizers", given, "upper"))
     if steps is None:

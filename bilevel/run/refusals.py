@@ -15,6 +15,7 @@ from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
+from bilevel.run.early_stop import watched
 from bilevel.run.setup import Setup, State
 from bilevel.types import Counts, Estimator, Loss, Params
 from bilevel.unrolling.path import refuse_learned
@@ -32,6 +33,12 @@ def refuse_mismatch(setup: Setup) -> None:
             "steps of lower: gradient are differentiated in it; give a number"
         )
     _refuse_upper(setup, estimator)
+    for name, _ in watched(setup):
+        if "evaluate" not in levels:
+            raise ProblemError(
+                f"{name} looks at the problem's own measures, and {type(setup.problem).__name__} has "
+                f"no evaluate; add one, or take {name} out"
+            )
     if needs.path and not offers.path:
         raise ProblemError(
             f"estimator {estimator} differentiates through the lower steps, "

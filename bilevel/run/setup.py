@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.errors import BilevelError, CheckpointError, ProblemError
+from bilevel.errors import BilevelError, CheckpointError, ProblemError, RecipeError
 from bilevel.events import Totals
 from bilevel.problem.levels import Levels
 from bilevel.problem.nested_variables import NestedVariables
@@ -20,6 +20,7 @@ from bilevel.problem.tied import Ties
 from bilevel.registry.build import resolve
 from bilevel.rng import Streams
 from bilevel.run.batches import Draws, Sampler, paired
+from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
 from bilevel.types import Estimator, LowerSolver, Params
 
@@ -40,6 +41,10 @@ class Setup:
     """Upper steps between evaluations; 0 evaluates before and after only."""
     evaluate_held: bool = False
     """Whether to evaluate at the end x as it began, with y trained as long (`bilevel.run.held`)."""
+    stop: EarlyStop | None = None
+    """When to end before all steps are taken."""
+    best: Best | None = None
+    """Which measure says that a state is the best so far."""
 
     def __post_init__(self) -> None:
         """Components may be given by name; a class in place of an instance is refused."""
@@ -49,6 +54,11 @@ class Setup:
             ("estimator", "estimators"),
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
+
+        if self.stop is not None and not self.evaluate_every:
+            raise RecipeError(
+                "stop looks at the measures of every so many steps; set evaluate_every"
+            )
 
     def flatten(self, x: Any, y: Any) -> None:
         """Put the problem in flat dicts in the place of one whose variables are nested as x and y."""
@@ -81,6 +91,8 @@ class State:
     """The step at which the problem's own measures were taken last."""
     recovery: dict[str, Any] = field(default_factory=dict)
     """What `upper.nonfinite` goes back to, or counts (`bilevel.run.nonfinite`)."""
+    watched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The best of each measure that is watched, when, and how often not since (`run.early_stop`)."""
 
     def rewind(self) -> None:
         """Where a step has failed: have `save` describe the state before it, with batches to draw again."""
@@ -102,6 +114,7 @@ class State:
             "warned": dict(self.warned),
             "evaluated": self.evaluated,
             "recovery": self.recovery,
+            "watched": {name: dict(seen) for name, seen in self.watched.items()},
         }
 
 
@@ -189,6 +202,7 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
     state.totals = Totals(**saved["totals"])
     state.evaluated = saved.get("evaluated", state.step)
     state.recovery = _on(saved.get("recovery", {}), setup.device)
+    state.watched = {name: dict(seen) for name, seen in saved.get("watched", {}).items()}
     return state
 
 
@@ -227,6 +241,14 @@ def _require_saved(saved: Any, steps: int) -> None:
     require(saved, _SAVED, "")
     for level in ("x", "y"):
         require(saved[level], dict.fromkeys(saved[level], torch.Tensor), f"{level}.")
+    # not of a state that is older than they are
+    require(saved.get("recovery", {}), dict, "recovery.")
+    for key, value in saved.get("recovery", {}).items():
+        kinds = {"row": int, "x": dict.fromkeys(saved["x"], torch.Tensor)}
+        require(value, kinds.get(key, int), f"recovery.{key}.")
+    require(saved.get("watched", {}), dict, "watched.")
+    for name, seen in saved.get("watched", {}).items():
+        require(seen, {"value": float, "step": int, "waited": int}, f"watched.{name}.")
     require(saved["warned"], dict.fromkeys(saved["warned"], int), "warned.")
     if saved["step"] > steps:
         raise CheckpointError(

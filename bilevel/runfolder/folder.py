@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """Where the checkpoint stays at which a measure was best (`checkpoint.best`)."""
+        return self.checkpoints / "best"
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.events import (
+    EARLY,
     HELD,
     HELD_NOTE,
     Evaluated,
@@ -100,6 +101,8 @@ class ConsoleReceiver:
             done += f" · {spelled(*astuple(self._last.totals))}"
             done += " since the start" if self._resumed_at else ""
         self._console.print(done, highlight=False)
+        if event.reason == EARLY:
+            self._console.print(event.message, highlight=False)
         for kind, count in event.warned.items():
             if count:
                 steps = f" at {count:,} of {event.step:,} steps"

@@ -35,7 +35,7 @@ COMMANDS = {
         *ANSWERS,
     ],
     "report": ["RUN?", "--output", "--where", "--runs-dir"],
-    "export": ["RUN", "--to", "--merged", "--runs-dir"],
+    "export": ["RUN", "--to", "--merged", "--best", "--runs-dir"],
     "runs": ["--where", "--sort", "--descending", "--show", "--watch", "--runs-dir", "--json"],
     "runs rm": ["RUN?", "--where", "--yes", "--runs-dir"],
     "schema": [],
