@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.errors import CheckpointError, ProblemError, RecipeError
+from bilevel.errors import CheckpointError, RecipeError
 from bilevel.events import Evaluated, Finished, Held, Stepped
 from bilevel.lower import Gradient
 from bilevel.optimizers import SGD, Clip
@@ -15,7 +15,7 @@ from bilevel.recipe import loads
 from bilevel.recipe.assemble import assemble
 from bilevel.run import Best, EarlyStop, Setup, Upper
 from bilevel.run.early_stop import is_best
-from bilevel.run.engine import refuse_mismatch, restore, run, start
+from bilevel.run.engine import restore, run, start
 from tests.run.setups import Noisy, frozen, same, setup
 
 
@@ -191,12 +191,6 @@ def test_a_measure_that_is_not_there_is_told_at_the_first_evaluation():
     s = told(RISING, best=Best(measure="accuracy", mode="max"))
     with pytest.raises(RecipeError, match=r"checkpoint.best.measure.*Told.*Known: told"):
         ended(s)
-
-
-def test_a_problem_without_measures_is_refused():
-    s = replace(setup(Noisy()), best=Best(measure="told", mode="max"))
-    with pytest.raises(ProblemError, match=r"checkpoint.best looks at .* Noisy has no evaluate"):
-        refuse_mismatch(s)
 
 
 def test_from_a_recipe():

@@ -28,8 +28,10 @@ from bilevel.optimizers.schedule import Schedule
 from bilevel.problem.levels import Levels
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
+from bilevel.run.targets import Best
 from bilevel.run.upper import Upper
 from bilevel_problems.quadratic import Quadratic
+from tests.run.setups import Noisy
 
 
 class With:
@@ -97,6 +99,11 @@ REFUSED = {
         made(With("episodes"), lower=Gradient(accumulate=2)),
         "use upper.accumulate",
         {"lower": Gradient()},
+    ),
+    "the best of what is not measured": (
+        replace(made(Noisy()), best=Best(measure="accuracy", mode="max")),
+        "has no evaluate; add one, or take checkpoint.best out",
+        {"best": None},
     ),
     "no pairs": (made(estimator=Shine()), "use lower: lbfgs", {"lower": LBFGS()}),
     "no start to learn": (
