@@ -5,10 +5,12 @@ the dear ones a part) and draws what is kept, so that no picture outlives what i
 """
 
 from docs.pictures import at_a_glance, steps
+from docs.pictures.families import CHARTS
 from docs.pictures.keep import Picture
 
 PICTURES = {
     "at_a_glance": Picture(at_a_glance.TITLE, at_a_glance.compute, at_a_glance.draw),
     "steps": Picture(steps.TITLE, steps.compute, steps.draw),
+    **{f"family_{name}": chart.picture() for name, chart in CHARTS.items()},
 }
 """By the name of their files."""

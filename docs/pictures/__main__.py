@@ -1,9 +1,15 @@
-"""`python -m docs.pictures [NAME]…` computes and draws the pictures, all without a name."""
+"""`python -m docs.pictures [--draw] [NAME]…` computes and draws pictures, without a name all.
+
+`--draw` draws what is kept, and computes nothing.
+"""
 
 import sys
 
 from docs.pictures import PICTURES, keep
 
-for name in sys.argv[1:] or PICTURES:
-    keep.write(name, PICTURES[name])
+names = [name for name in sys.argv[1:] if name != "--draw"]
+for name in names or PICTURES:
+    if "--draw" not in sys.argv:
+        keep.compute(name, PICTURES[name])
+    keep.draw(name, PICTURES[name])
     print(name, (keep.HERE / f"{name}.svg").stat().st_size, "bytes")

@@ -45,9 +45,12 @@ def picture_of(name: str, picture: Picture) -> str:
     return svg(picture.draw(data_of(name)), picture.title)
 
 
-def write(name: str, picture: Picture) -> None:
+def compute(name: str, picture: Picture) -> None:
     text = json.dumps(_short(picture.compute()), ensure_ascii=False, separators=(",", ":"))
     (HERE / f"{name}.json").write_text(text + "\n", "utf-8")
+
+
+def draw(name: str, picture: Picture) -> None:
     (HERE / f"{name}.svg").write_text(picture_of(name, picture), "utf-8")
 
 
