@@ -83,7 +83,7 @@ def baselines(share: float = 1.0) -> Curves:
     }
 
 
-def aggregation() -> Curves:
+def aggregation(counts: tuple[int, ...] = (5, 10, 20, 40, 80), steps: int = 800) -> Curves:
     """The counter-example of docs/estimators/aggregation.md."""
 
     def F(x: Params, y: Params, batch: None) -> torch.Tensor:
@@ -102,7 +102,6 @@ def aggregation() -> Curves:
         zero, one = (float(at.hypergradient["x"]) for at in (at_0, at_1))
         return _calls(at_0.stats), abs(zero / (zero - one) - 1)
 
-    counts = (5, 10, 20, 40, 80)
     found: Curves = {
         "aggregation: K steps": [
             settles(Aggregation(steps=k, alpha=1.0, upper_lr=0.9, lower_lr=0.9)) for k in counts
@@ -113,7 +112,7 @@ def aggregation() -> Curves:
         "averaged_multipliers: a run": [],
     }
     x, y, state, spent = torch.tensor(0.0).double(), {"y": torch.zeros(2).double()}, None, 0.0
-    for step in range(1, 801):
+    for step in range(1, steps + 1):
         got = hypergradient(F, G, {"x": x}, y, estimator=AveragedMultipliers(), state=state)
         assert got.moved
         x, y, state = x - 0.1 * got.hypergradient["x"], got.moved.y, got.state

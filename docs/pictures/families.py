@@ -19,6 +19,7 @@ CHARTS = {
     "aggregation": Chart(
         title="Where G has many minima: how far x rests from the solution",
         computed=along_runs.aggregation,
+        part=lambda: along_runs.aggregation((5, 10), 100),
         x=CALLS + "; of an estimate, or of the run",
         y="|x − x*|",
     ),
