@@ -252,6 +252,10 @@ def check(
             help="Compare with differences of the lower steps that are really run, by upper variable.",
         ),
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="An HTML page of what was found."),
+    ] = None,
     quiet: QuietOption = False,
     json: JSONOption = False,
 ) -> None:
@@ -261,7 +265,13 @@ def check(
         from bilevel.cli.check import check_path
 
         (check_path if path else check_recipe)(
-            _console(json), recipe, overrides or [], estimators, quiet=quiet, answer=answer
+            _console(json),
+            recipe,
+            overrides or [],
+            estimators,
+            quiet=quiet,
+            answer=answer,
+            page=output,
         )
 
 

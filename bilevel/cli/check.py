@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from rich.console import Console
@@ -23,6 +25,7 @@ from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
 from bilevel.registry import presets
 from bilevel.registry.build import build
+from bilevel.report import write_check
 from bilevel.run.setup import Setup
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.numbers import small
@@ -53,10 +56,11 @@ def check(
     *,
     quiet: bool = False,
     answer: JSONAnswer | None = None,
+    page: Path | None = None,
 ) -> None:
     """Print a row for each estimator.
 
-    An `answer` has {"recipe", "hash", "rows"}, the rows as `bilevel.testing.CheckRow` has them.
+    An `answer` has {"recipe", "hash", "rows", "content", "command"}, the rows as `bilevel.testing.CheckRow` has them.
 
     Raises `CheckError` if one is wrong, or if one that was asked for, or the recipe's own, is refused.
     """
@@ -68,9 +72,12 @@ def check(
     rows = _received(shown, setup, testing.check(setup, chosen), CheckRow, [*chosen])
     known = rows[0].reference
     rows += [_untested(name, known, reason) for name, reason in missing.items()]
+    document = _document(recipe, rows, _command(reference, overrides, estimators))
     if answer:
-        answer.data = _document(recipe, rows)
+        answer.data = document
     _print(console, recipe, rows, quiet)
+    if page:
+        console.print(Text(f"{write_check(document, page)}"), soft_wrap=True)
     wrong = [row.name for row in rows if row.verdict == "wrong"]
     if wrong:
         raise CheckError(f"{', '.join(wrong)}: not the hypergradient that is claimed")
@@ -90,6 +97,7 @@ def check_path(
     *,
     quiet: bool = False,
     answer: JSONAnswer | None = None,
+    page: Path | None = None,
 ) -> None:
     """Print how each estimator agrees with the path that is run, a column an upper variable.
 
@@ -104,9 +112,13 @@ def check_path(
     setup = assemble(recipe)
     shown = _progress(console, quiet)
     rows = _received(shown, setup, testing.path_agreement(setup, chosen), PathRow, [*chosen])
+    command = _command(reference, overrides, estimators, "--path")
+    document = _document(recipe, rows, command)
     if answer:
-        answer.data = _document(recipe, rows)
+        answer.data = document
     _print_path(console, recipe, rows, quiet)
+    if page:
+        console.print(Text(f"{write_check(document, page)}"), soft_wrap=True)
     failed = [row.name for row in rows if row.whole is None and asked != ["all"]]
     if failed:
         raise CheckError(f"{', '.join(failed)}: cannot work on this problem")
@@ -114,12 +126,22 @@ def check_path(
         raise RequirementError(f"{', '.join(missing)}: not tested; {'; '.join(missing.values())}")
 
 
-def _document(recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+def _document(recipe: Recipe, rows: Sequence[Row], command: str) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "hash": recipe.hash,
         "rows": [asdict(row) for row in rows],
+        "content": recipe.content,
+        "command": command,
     }
+
+
+def _command(
+    reference: str, overrides: Sequence[str], estimators: str | None, *options: str
+) -> str:
+    """As it is typed, to be copied from the page."""
+    chosen = ["--estimators", estimators] if estimators else []
+    return shlex.join(["bilevel", "check", reference, *overrides, *chosen, *options])
 
 
 def _progress(console: Console, quiet: bool) -> Console:

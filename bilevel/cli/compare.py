@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel import recipe as recipes
+from bilevel import report
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
 from bilevel.cli.names import locate
@@ -73,7 +75,8 @@ def compare(
         ) from error
     with RunFolder(folder).lock(), going_on(f"the comparison in {folder}"):
         done = _measure(Console(quiet=True) if quiet else console, made, folder)
-        found = _conclude(console, made, folder, done, answer)
+        command = _command(reference, overrides, estimators, given, seeds, budget)
+        found = _conclude(console, made, folder, done, command, answer)
     if any(row.failures for row in found):
         raise Stopped(FAILED)
 
@@ -120,7 +123,12 @@ def _tell(console: Console, step: Done, number: int, total: int, ahead: float) -
 
 
 def _conclude(
-    console: Console, made: Plan, folder: Path, done: Sequence[Done], answer: JSONAnswer | None
+    console: Console,
+    made: Plan,
+    folder: Path,
+    done: Sequence[Done],
+    command: str,
+    answer: JSONAnswer | None,
 ) -> list[Row]:
     points = [
         point for step in done if step.cell is None for point in step.result.get("points", ())
@@ -129,6 +137,7 @@ def _conclude(
     cells = [(step.cell, step.result) for step in done if step.cell is not None]
     found = table.rows([(cell.label, cell.seed, result) for cell, result in cells], tolerance)
     names = sorted({point["reference"] or "none" for point in points})
+    note = shrinking(points)
     document = {
         "recipe": made.recipe.content,
         "hash": made.recipe.hash,
@@ -141,12 +150,13 @@ def _conclude(
             for cell, result in cells
         ],
         "environment": environment(),
+        "notes": [note] if note else [],
+        "command": command,
     }
     write(folder / "compare.json", document)
     if answer:
         answer.data = document | {"file": str(folder / "compare.json")}
     _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]))
-    note = shrinking(points)
     if note:
         console.print(note, highlight=False)
     if not figure.is_possible():
@@ -154,7 +164,33 @@ def _conclude(
     else:
         figure.draw(found, folder, f"{made.recipe.name}: error against cost")
     console.print(Text(f"{folder / 'compare.json'}"), soft_wrap=True)
+    _write_page(console, folder)
     return found
+
+
+def _write_page(console: Console, folder: Path) -> None:
+    if absent := report.missing():
+        lacking = ", ".join(absent)
+        complain(f"no page: it needs {lacking}: pip install 'bilevel[report]'", kind="note: ")
+        return
+    try:
+        console.print(Text(f"{report.write_comparison(folder)}"), soft_wrap=True)
+    except CheckpointError as error:
+        complain(f"no page: {error}", kind="warning: ")
+
+
+def _command(
+    reference: str,
+    overrides: Sequence[str],
+    estimators: str | None,
+    given: Path | None,
+    seeds: str | None,
+    budget: int | None,
+) -> str:
+    """As it is typed, to be copied from the page."""
+    options = {"--estimators": estimators, "--labels": given, "--seeds": seeds, "--budget": budget}
+    words = [word for name, value in options.items() if value for word in (name, str(value))]
+    return shlex.join(["bilevel", "compare", reference, *overrides, *words])
 
 
 def _estimator(recipe: recipes.Recipe | None) -> dict[str, object]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from bilevel.cli.selection import chosen, folders, listed
 from bilevel.errors import RecipeError
-from bilevel.report import write, write_many
+from bilevel.report import write, write_comparison, write_many
 from bilevel.runfolder.folder import find
 
 
 def report(references: Sequence[str], runs: Path, to: Path | None, where: Sequence[str]) -> Path:
     """Write a page and return its path.
 
-    Without `to` it is that of one run, the newest of a name. With it, every name and pattern stands
+    Without `to` it is that of one run, the newest of a name, or of a comparison. With it, every name and pattern stands
     for all its runs, and nothing for all there are. Raises `RecipeError` where none is left.
     """
     if to is None:
@@ -23,6 +23,9 @@ def report(references: Sequence[str], runs: Path, to: Path | None, where: Sequen
             raise RecipeError(
                 "a page of many runs is a file of its own: name it with -o report.html"
             )
+        for folder in (Path(references[0]), runs / references[0]):
+            if (folder / "compare.json").is_file():
+                return write_comparison(folder)
         return write(find(references[0], runs))
     found = chosen(listed(runs, references), where)
     if not found:

@@ -1,15 +1,16 @@
 """Pages of runs, each one HTML file that needs no network, made from run folders alone.
 
 `history` reads a record, `charts` draws it, `page` is the page of one run. `arms` sorts many runs by what
-differs, `seeds` takes means over them, `curves` draws these, `several` is their page. `template` inlines
-scripts, `pictures` figures. No problem, no estimator and no tensor is seen here.
+differs, `seeds` takes means over them, `curves` draws these, `several` is their page. `estimators` has the pages
+of `compare` and `check`. `template` inlines scripts, `pictures` figures. No problem, no estimator and no tensor is seen here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from bilevel.errors import CheckpointError, RequirementError
 from bilevel.runfolder import files
@@ -51,6 +52,35 @@ def write_many(folders: Sequence[RunFolder], to: Path, *, title: str, made_by: s
     from bilevel.report.several import render
 
     files.write_text(to, render(folders, title, made_by), remedy=REMEDY)
+    return to
+
+
+def write_comparison(folder: Path) -> Path:
+    """Write compare.html into the folder of a comparison, from its compare.json and its figure.
+
+    Raises `RequirementError` without the extra `report`, `CheckpointError` where compare.json is
+    damaged or the page cannot be written.
+    """
+    _require()
+    from bilevel.report.estimators import compare_page
+
+    source, to = folder / "compare.json", folder / "compare.html"
+    try:
+        page = compare_page(files.parse(source.read_bytes()), folder / "error-cost.png")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: cannot be read: {error!r}; run the comparison again, what is done is kept"
+        ) from error
+    files.write_text(to, page, remedy=REMEDY)
+    return to
+
+
+def write_check(document: Mapping[str, Any], to: Path) -> Path:
+    """Write the page of what `check` found to a file; raises as `write_many` does."""
+    _require()
+    from bilevel.report.estimators import check_page
+
+    files.write_text(to, check_page(document), remedy=REMEDY)
     return to
 
 

@@ -134,6 +134,7 @@ def test_check():
     assert [(row["name"], row["verdict"]) for row in rows] == [("implicit", "exact")]
     assert rows[0]["stats"]["hvps"] == 10
     refused = document(*words, "implicit,kkt", code=4)
+    assert refused["command"] == "bilevel check quadratic upper.steps=2 --estimators implicit,kkt"
     assert [row["verdict"] for row in refused["rows"]] == ["exact", "refused"]
     (row,) = document("check", "quadratic", "--path", "--estimators", "unroll")["rows"]
     assert row["whole"]["cosine"] == pytest.approx(1.0)

@@ -23,7 +23,7 @@ COMMANDS = {
     "validate": ["RECIPE", "OVERRIDES?", *ANSWERS],
     "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run", "--no-report", *ANSWERS],
     "resume": ["RUN", "--runs-dir", "--no-report", *ANSWERS],
-    "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path", *ANSWERS],
+    "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path", "--output", *ANSWERS],
     "compare": [
         "RECIPE",
         "OVERRIDES?",

@@ -3,9 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from bilevel import report
 from bilevel.errors import RequirementError
 from bilevel.estimators import betty
 from tests.cli.commands import invoke
+from tests.report.records import table
 
 
 def test_check_shows_a_row_for_each_estimator():
@@ -88,3 +92,15 @@ def test_check_of_the_path_has_a_column_for_each_upper_variable():
     assert max(map(len, text.splitlines())) <= 80
     refused = invoke("check", "ridge", "--path", code=2)
     assert "keeps no path" in refused.output
+
+
+def test_a_check_has_a_page(tmp_path: Path):
+    if report.missing():
+        pytest.skip("without the extra report")
+    to = tmp_path / "check.html"
+    result = invoke("check", "quadratic", "--estimators", "implicit,kkt", "-o", to, code=4)
+    assert str(to) in result.output
+    page = to.read_text()
+    assert "bilevel check quadratic --estimators implicit,kkt" in page
+    rows = table(page, "Result")
+    assert (rows["implicit"][-1], rows["kkt"][-1]) == ("exact", "refused")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bilevel import report
 from bilevel.cli.app import app
 from bilevel.comparing import cell, files, launch
 
@@ -81,6 +82,12 @@ def test_a_table_a_file_and_a_figure(tmp_path, started):
         (label, seed) for label in ("implicit", "cg2", "none") for seed in (0, 1)
     }
     assert (folder / "error-cost.svg").is_file() or "no figure" in result.stderr
+    if not report.missing():
+        page = folder / "compare.html"
+        assert str(page) in result.output
+        assert "--estimators cg2,none --labels" in page.read_text()
+        again = RUNNER.invoke(app, ["report", folder.name, "--runs-dir", str(tmp_path)])
+        assert again.output == f"{page}\n"
 
 
 def test_a_failed_cell_is_shown_and_the_others_stand(tmp_path, started, monkeypatch):

@@ -88,12 +88,14 @@ def table(html: str, name: str) -> dict[str, list[str]]:
                 self.inside = True
             if self.inside and tag == "tr":
                 self.rows.append([])
-            self.in_cell = self.inside and tag in ("th", "td")
-            if self.in_cell:
+            if self.inside and tag in ("th", "td"):
+                self.in_cell = True
                 self.rows[-1].append("")
+            elif self.in_cell and tag == "br":
+                self.rows[-1][-1] += " "
 
         def handle_endtag(self, tag):
-            self.in_cell = False
+            self.in_cell = self.in_cell and tag not in ("th", "td")
             self.inside = self.inside and tag != "table"
 
         def handle_data(self, data):
