@@ -27,6 +27,7 @@ from bilevel.comparing.launch import Done, launch
 from bilevel.comparing.plan import Plan
 from bilevel.comparing.table import Row
 from bilevel.errors import CheckpointError
+from bilevel.recipe.seeds import parse_seeds
 from bilevel.runfolder.folder import RunFolder, environment
 from bilevel.sinks.numbers import counts, duration, small
 
@@ -61,7 +62,7 @@ def compare(
         recipe,
         labels=labels,
         given=known,
-        seeds=plan.parse_seeds(seeds) if seeds is not None else (recipe.seed,),
+        seeds=recipe.seeds if seeds is None else parse_seeds(seeds),
         budget=budget,
     )
     for label, reason in made.left_out.items():

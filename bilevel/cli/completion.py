@@ -27,7 +27,7 @@ _CLASSES = {
     "checkpoint": "bilevel.recipe.recipe:Checkpoint",
 }
 _DEFAULTS = {"lower": "gradient", "estimator": "implicit"}
-_PLAIN = ("version", "name", "seed", "report")
+_PLAIN = ("version", "name", "seed", "seeds", "report")
 _LITERAL = re.compile(r"Literal(\[[^]]*\])")
 
 

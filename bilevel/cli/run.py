@@ -8,13 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from bilevel import recipe as recipes
-from bilevel import runfolder
+from bilevel.cli import ensemble
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
-from bilevel.cli.run_loop import RunLoop
-from bilevel.cli.shown import conclude, showing
+from bilevel.cli.one_run import Given, begin_in
+from bilevel.cli.shown import showing
 from bilevel.recipe.assemble import assemble
-from bilevel.recipe.settings import settings_of_run
 from bilevel.run import engine
 
 
@@ -29,7 +28,7 @@ def run(
     quiet: bool = False,
     answer: JSONAnswer | None = None,
 ) -> None:
-    """Run a recipe in a new folder below `runs`.
+    """Run a recipe in a new folder below `runs`; one with `seeds` in a folder a seed.
 
     For an `answer` each event is a line; it has what `shown.conclude` says.
     """
@@ -39,6 +38,10 @@ def run(
     recipe = recipes.load(path, overrides)
     setup = assemble(recipe)
     engine.refuse_mismatch(setup)
+    given = Given(recipes.read(path), overrides, ("bilevel", "run", reference))
+    if recipe.is_ensemble and not dry:
+        ensemble.begin(console, recipe, given, runs, with_report, quiet, answer)
+        return
     if dry:
         if answer:
             answer.data |= {"recipe": recipe.content, "hash": recipe.hash}
@@ -46,22 +49,5 @@ def run(
         note = f"# hash {recipe.hash[:12]}, device {setup.device}; nothing was run"
         console.print(note, markup=False, highlight=False)
         return
-    text = recipes.read(path)
-    folder = runfolder.create(
-        runs,
-        recipe.name,
-        recipe.hash,
-        text=text,
-        resolved=recipe.dump(),
-        overrides=overrides,
-        environment={
-            "command": ["bilevel", "run", reference, *overrides],
-            "settings": settings_of_run(recipe.content),
-            **runfolder.environment(),
-        },
-    )
-    try:
-        with folder.lock():
-            RunLoop(console, recipe, setup, folder, with_report, showing(quiet, answer)).begin()
-    finally:
-        conclude(answer, folder)
+    folder = given.create(runs, recipe)
+    begin_in(console, recipe, setup, folder, with_report, showing(quiet, answer), answer)

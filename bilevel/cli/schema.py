@@ -32,6 +32,13 @@ from bilevel.run.upper import Upper
 _GROUPS = {"problem": "problems", "lower": "lower", "estimator": "estimators"}
 _OPTIONS = {"upper": Upper, "runtime": Runtime, "evaluate": Evaluate, "checkpoint": Checkpoint}
 
+_SEEDS = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\s*\d+(\.\.\d+)?\s*(,\s*\d+(\.\.\d+)?\s*)*$"},
+    ]
+}
+
 
 def recipe_schema() -> str:
     """The schema as JSON text. Components that cannot be imported here are named only."""
@@ -39,6 +46,10 @@ def recipe_schema() -> str:
         "version": {"const": VERSION},
         "name": {"type": "string"},
         "seed": {"type": "integer", "minimum": 0},
+        "seeds": {
+            "description": "A run a seed: 0..4 (both ends), or a list; in the place of `seed`.",
+            "anyOf": [_SEEDS, {"type": "array", "items": _SEEDS, "minItems": 1}],
+        },
         **{key: {"$ref": f"#/$defs/{group}"} for key, group in _GROUPS.items()},
         **{key: _component(cls, None) for key, cls in _OPTIONS.items()},
         "sinks": {
@@ -56,6 +67,7 @@ def recipe_schema() -> str:
         "properties": {key: properties[key] for key in SECTIONS},
         "required": ["problem"],
         "additionalProperties": False,
+        "not": {"required": ["seed", "seeds"]},
         "$defs": {group: _group(group) for group in registry.groups()},
     }
     return json.dumps(schema, indent=2, ensure_ascii=False)

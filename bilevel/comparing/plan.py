@@ -151,7 +151,7 @@ def _refuse_if_all_are(cells: Sequence[Cell], own: str) -> None:
 
 
 def _variant(recipe: Recipe, specification: Any, seed: int, label: str) -> Recipe:
-    content = {**recipe.content, "estimator": specification, "seed": seed}
+    content = {**recipe.at(seed).content, "estimator": specification}
     try:
         return recipes.loads(yaml_source.to_yaml(content), title=f"estimator {label!r}")
     except RecipeError as error:
@@ -161,25 +161,6 @@ def _variant(recipe: Recipe, specification: Any, seed: int, label: str) -> Recip
 def _without_lines(message: str) -> str:
     """Complaints without the lines of a text that the user never saw."""
     return re.sub(r"(estimator '[^']*'):\d+:", r"\1:", message)
-
-
-MOST_SEEDS = 1000
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """`3`, `0,2,5`, `0..4` (both ends) or a mixture, without repetition."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part.strip())
-        if not match:
-            raise RecipeError(f"--seeds {text!r}: must be like 3, 0,2,5 or 0..4; got {part!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise RecipeError(f"--seeds {text!r}: {part.strip()} is empty; the smaller end first")
-        if len(found) + last - first >= MOST_SEEDS:
-            raise RecipeError(f"--seeds {text!r}: more than {MOST_SEEDS:,} of them")
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
 
 
 def read_labels(path: Path) -> dict[str, Any]:

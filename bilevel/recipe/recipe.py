@@ -1,6 +1,6 @@
 """A recipe: what a run is made of, read from YAML, checked as a whole, frozen and hashed.
 
-Sections: version, name, seed, problem, lower, upper, estimator, runtime, evaluate, checkpoint,
+Sections: version, name, seed or seeds, problem, lower, upper, estimator, runtime, evaluate, checkpoint,
 sinks, report. Components are given by name or as `path/to/file.py:Class`, relative to the recipe.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +19,7 @@ from bilevel.components import component
 from bilevel.errors import RecipeError
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
+from bilevel.recipe.seeds import seeds_of, settled
 from bilevel.recipe.settings import digest
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
@@ -102,7 +103,26 @@ class Recipe:
 
     @property
     def seed(self) -> int:
-        return self.content["seed"]
+        """The seed of its run; of an ensemble, that of the first."""
+        return self.seeds[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of an ensemble, or its one seed."""
+        return tuple(self.content["seeds"]) if self.is_ensemble else (self.content["seed"],)
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it stands for a run a seed."""
+        return "seeds" in self.content
+
+    def at(self, seed: int) -> Recipe:
+        """The recipe of one run, with this seed."""
+        content = {
+            "seed" if key == "seeds" else key: seed if key in ("seed", "seeds") else part
+            for key, part in self.content.items()
+        }
+        return replace(self, content=content)
 
     @property
     def hash(self) -> str:
@@ -134,7 +154,7 @@ def loads(
     text: str, overrides: Iterable[str] = (), *, title: str = "recipe", base: Path | None = None
 ) -> Recipe:
     """Check the recipe in a text; files it names are relative to `base`."""
-    source = override(parse(text, title), overrides)
+    source = settled(override(parse(text, title), overrides))
     return _Reading(source, base or Path()).recipe()
 
 
@@ -149,10 +169,11 @@ class _Reading:
     def recipe(self) -> Recipe:
         for key in self._source.data.keys() - set(SECTIONS):
             self._complaints.add_unknown_key((key,), list(SECTIONS))
+        seed = "seeds" if "seeds" in self._source.data else "seed"
         built = {
             "version": self._version(),
             "name": self._name(),
-            "seed": self._seed(),
+            seed: self._seeds() if seed == "seeds" else self._seed(),
             "problem": self._component("problem", "problems", Problem),
             "lower": self._component("lower", "lower", LowerSolver),
             "upper": self._options("upper", Upper),
@@ -167,7 +188,7 @@ class _Reading:
         good = {key: part for key, part in built.items() if part is not None}
         assert len(good) == len(built)
         parts = {key: part.value for key, part in good.items()}
-        for key in ("version", "name", "seed"):
+        for key in ("version", "name", seed):
             del parts[key]
         return Recipe(content={key: part.content for key, part in good.items()}, **parts)
 
@@ -196,6 +217,18 @@ class _Reading:
             self._complaints.add(("seed",), "must be an integer ≥ 0", got)
             return None
         return Built(got, got)
+
+    def _seeds(self) -> Built | None:
+        if "seed" in self._source.data:
+            self._complaints.add(("seeds",), "`seed` and `seeds` are both given; leave one out")
+            return None
+        got = self._get("seeds")
+        try:
+            seeds = seeds_of(got)
+        except ValueError as error:
+            self._complaints.add(("seeds",), str(error), got)
+            return None
+        return Built(seeds, list(seeds))
 
     def _report(self) -> Built | None:
         got = self._get("report", DEFAULTS["report"])
@@ -250,6 +283,7 @@ SECTIONS = (
     "version",
     "name",
     "seed",
+    "seeds",
     "problem",
     "lower",
     "upper",

@@ -12,6 +12,7 @@ from bilevel import registry
 from bilevel.errors import RecipeError
 
 NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
+"""Those of a run; an ensemble has `seeds` in the place of `seed`."""
 SHOWN = 5
 """Differences between two recipes that a message has room for."""
 
@@ -35,7 +36,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, str]:
 
     How many steps it has, what it writes and where is not among it.
     """
-    flat = flattened({key: content[key] for key in NUMERIC})
+    flat = flattened({key: content[key] for key in (*NUMERIC, "seeds") if key in content})
     flat.pop("upper.steps", None)
     return flat
 

@@ -35,6 +35,11 @@ class Source:
     data: dict[str, Any]
     origins: dict[Where, Origin]
 
+    def is_overridden(self, where: Where) -> bool:
+        """Whether an override gave the value, and not the file."""
+        origin = self.origins.get(where)
+        return origin is not None and origin.order >= _AFTER_THE_FILE
+
 
 def parse(text: str, title: str) -> Source:
     """Read a YAML mapping; `title` (the file's name) begins every complaint about it."""

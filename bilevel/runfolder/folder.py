@@ -27,6 +27,9 @@ from bilevel.errors import CheckpointError, RecipeError
 from bilevel.runfolder import files, record
 
 RECIPE, RESOLVED, ENVIRONMENT, LOCK = "recipe.yaml", "resolved.yaml", "environment.json", ".lock"
+ENSEMBLE = "ensemble.yaml"
+"""In the place of resolved.yaml in the folder of an ensemble, beside which those of its runs lie."""
+_TIME = re.compile(r"\d{8}-\d{6}")
 _ESTIMATOR = re.compile(r"^estimator:\n  name: (.+)$", re.MULTILINE)
 _WITHOUT_RECORD = re.compile(r"^sinks:(?!.*\bjsonl\b)", re.MULTILINE | re.DOTALL)
 _SAVED = re.compile(r"step-(\d{8,18})")
@@ -133,19 +136,22 @@ def create(
     resolved: str,
     overrides: Sequence[str],
     environment: Mapping[str, Any],
+    stem: str | None = None,
+    kind: str = RESOLVED,
 ) -> RunFolder:
     """A new folder below `runs` with the recipe as written and resolved, and the environment.
 
-    It is made whole or not at all: raises `CheckpointError` where it cannot be.
+    It is made whole or not at all: raises `CheckpointError` where it cannot be. `stem` is its name in
+    the place of the time, and `kind` that of the resolved recipe, by which it is known as what it is.
     """
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{digest[:6]}"
+    stem = stem or f"{datetime.now():%Y%m%d-%H%M%S}-{digest[:6]}"
     about = {"hash": digest, "overrides": list(overrides), **environment}
     try:
         path = _make_new(runs / name, stem)
         try:
-            # resolved.yaml, by which a folder is known as a run, comes last
+            # by which a folder is known as a run comes last
             content = {RECIPE: text, ENVIRONMENT: json.dumps(about, indent=2) + "\n"}
-            for file, written in (content | {RESOLVED: resolved}).items():
+            for file, written in (content | {kind: resolved}).items():
                 with files.replacing(path / file) as temporary:
                     temporary.write_text(written, encoding="utf-8")
         except BaseException:
@@ -202,9 +208,12 @@ def find_all(reference: str, runs: Path) -> list[RunFolder]:
 def _age(run: Path) -> tuple[str, int]:
     """Orders runs by when they began; names tell seconds only, so the file's own time decides."""
     try:
-        return run.name[:15], (run / RESOLVED).stat().st_mtime_ns
+        written = (run / RESOLVED).stat().st_mtime_ns
     except OSError:
-        return run.name[:15], 0
+        written = 0
+    if _TIME.match(run.name):
+        return run.name[:15], written
+    return f"{datetime.fromtimestamp(written / 1e9):%Y%m%d-%H%M%S}", written  # a trial of a sweep
 
 
 def summaries(runs: Path) -> list[Summary]:

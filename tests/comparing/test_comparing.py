@@ -20,6 +20,7 @@ from bilevel.comparing import cell, figure, files, launch, plan, scene, table
 from bilevel.comparing.memory import peak
 from bilevel.errors import ProblemError, RecipeError, RequirementError
 from bilevel.estimators import betty
+from bilevel.recipe.seeds import parse_seeds
 from bilevel.registry import presets
 from tests.comparing.cells import GREEDY, SHORT, variant
 
@@ -299,13 +300,13 @@ def test_labels_hide_neither_each_other_nor_a_point():
 
 
 def test_seeds():
-    assert plan.parse_seeds("0..3") == (0, 1, 2, 3)
-    assert plan.parse_seeds("5, 1..2,2") == (5, 1, 2)
+    assert parse_seeds("0..3") == (0, 1, 2, 3)
+    assert parse_seeds("5, 1..2,2") == (5, 1, 2)
     with pytest.raises(RecipeError, match="more than 1,000 of them"):
-        plan.parse_seeds("0..99999999999")
+        parse_seeds("0..99999999999")
     for wrong in ("", "a", "3..1", "-1", "1...2"):
         with pytest.raises(RecipeError, match="--seeds"):
-            plan.parse_seeds(wrong)
+            parse_seeds(wrong)
 
 
 def test_a_plan_has_the_own_estimator_first_with_its_options(quadratic):
