@@ -336,7 +336,7 @@ def report(
     run: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN…",
+            metavar="RUN",
             help="A run folder, or a name: its newest run; with -o all of a name, or of a pattern.",
             autocompletion=complete_run,
         ),
@@ -440,7 +440,7 @@ def remove_runs(
     run: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN…",
+            metavar="RUN",
             help="A run folder, or all of a name or of a pattern.",
             autocompletion=complete_run,
         ),

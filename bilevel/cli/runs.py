@@ -87,7 +87,10 @@ def list_runs(
             made.add_row(*(cell(each) for cell in shown.values()))
         return made
 
-    print_fitted(console, table, ("estimator", "upper loss", "steps"))
+    # what was asked for is kept longest
+    print_fitted(
+        console, table, ("estimator", "upper loss", "steps", *(["status"] if asked else []))
+    )
     console.print(_NOTE, style="dim", highlight=False)
 
 

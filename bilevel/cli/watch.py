@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,17 @@ def watch(console: Console, reference: str, runs: Path, where: Sequence[str]) ->
     seen = _Watched()
     if console.is_terminal:
         with Live(console=console, transient=True, auto_refresh=False) as live:
-            for event in _followed(folder):
-                seen.takes(event)
+            for events in _followed(folder):
+                for event in events:
+                    seen.takes(event)
                 live.update(Text(seen.line(console.width)), refresh=True)
     else:
         shown = -1
-        for event in _followed(folder):
+        for event in chain.from_iterable(_followed(folder)):
             seen.takes(event)
-            tenth = 20 * seen.step // max(1, seen.steps)
-            if event["event"] == "stepped" and tenth != shown:
-                shown = tenth
+            part = 20 * seen.step // max(1, seen.steps)
+            if event["event"] == "stepped" and part != shown:
+                shown = part
                 console.print(seen.line(80), markup=False, highlight=False, soft_wrap=True)
     _conclude(console, seen)
 
@@ -54,13 +56,13 @@ def _newest(runs: Path, where: Sequence[str]) -> RunFolder:
     return running[-1].summary.folder
 
 
-def _followed(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The events of a run as they are written, until it has ended or no process is at it."""
+def _followed(folder: RunFolder) -> Iterator[list[dict[str, Any]]]:
+    """The events of a run as they are written, those so far at once, until its end or that of its process."""
     position = 0
     while True:
         is_alive = folder.is_locked()
         events, position = record.read_from(folder.path, position)
-        yield from events
+        yield events
         if any(event["event"] == "finished" for event in events[-1:]) or not is_alive:
             return
         time.sleep(EVERY)

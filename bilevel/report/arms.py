@@ -93,14 +93,20 @@ def differing(recipes: Sequence[Settings]) -> list[str]:
     return [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
 
 
+def sorted_out(recipes: Sequence[Settings]) -> tuple[list[str], list[str]]:
+    """The keys that differ: those that tell recipes apart, and those that follow from a component's name."""
+    differ = differing(recipes)
+    follow = [key for key in differ if _follows(key, differ, recipes)]
+    return [key for key in differ if key not in follow], follow
+
+
 def named(recipes: Sequence[Settings]) -> list[str]:
     """A name for each recipe, by what differs: "estimator=unroll lr=0.1".
 
     Options that follow from a component's name (an estimator's defaults) are not told. Where names
     would be longer than `LONGEST` letters, only as much is told as tells the recipes apart.
     """
-    differ = differing(recipes)
-    told = [key for key in differ if not _follows(key, differ, recipes)]
+    told, _ = sorted_out(recipes)
     names = _written(recipes, told)
     if max(map(len, names), default=0) > LONGEST:
         names = _written(recipes, _telling(recipes, told))

@@ -121,7 +121,7 @@ def _chart(
     ]
     told += [{"field": "n", "type": "quantitative", "title": "seeds"}]
     band = {
-        "mark": {"type": "area", "opacity": 0.2},
+        "mark": {"type": "area", "opacity": 0.2 if len(names) <= 4 else 0.1},
         "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color},
     }
     line = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel.events import HELD
 from bilevel.report import seeds
-from bilevel.report.arms import Arm, Run, Selection, differing, select, shown
+from bilevel.report.arms import Arm, Run, Selection, Settings, named, select, shown, sorted_out
 from bilevel.report.curves import MOST_ARMS, pairs, strokes
 from bilevel.report.page import command
 from bilevel.report.pictures import embedded
@@ -19,6 +19,8 @@ from bilevel.sinks.numbers import interval, significant
 
 MOST_FIGURES = 60
 """Pictures of a page; beyond that each would be a stamp."""
+WIDEST = 8
+"""Settings that a table has room for side by side."""
 Table = tuple[list[str], list[tuple[str, list[str]]]]
 """(heads, rows with their name): the first head is that of the names."""
 
@@ -42,6 +44,7 @@ def render(folders: Sequence[RunFolder], title: str, made_by: str) -> str:
         has_control=any(run.history.held for run in runs),
         effort=_effort(found.arms),
         settings=_settings(found.arms),
+        options=_options(found.arms),
         warnings=list(_warnings(found.arms)),
         legend=[
             (arm.name, color, " ".join(map(str, dash)), _ends(arm))
@@ -138,18 +141,36 @@ def _end_of(run: Run, column: str) -> float:
 
 
 def _settings(arms: Sequence[Arm]) -> Table | None:
-    """A row an arm and a column a setting, or the other way round, whichever is narrower."""
-    keys = differing([arm.settings for arm in arms])
+    """What tells the arms apart: a row an arm, a column a setting, or the other way round if narrower."""
+    keys, _ = sorted_out([arm.settings for arm in arms])
     if not keys:
         return None
-    short = [arm.name for arm in arms]
+    columns = [(arm.name, arm.settings) for arm in arms]
+    if len(keys) > max(len(arms), WIDEST):
+        return _by_setting(keys, columns)
+    rows = [(name, [_value(settings, key) for key in keys]) for name, settings in columns]
+    return ["arm", *keys], rows
 
-    def cell(arm: Arm, key: str) -> str:
-        return shown(arm.settings[key], True) if key in arm.settings else "–"
 
-    if len(keys) > len(arms):
-        return ["setting", *short], [(key, [cell(arm, key) for arm in arms]) for key in keys]
-    return ["arm", *keys], [(arm.name, [cell(arm, key) for key in keys]) for arm in arms]
+def _options(arms: Sequence[Arm]) -> Table | None:
+    """What follows from the names of components that differ: a column for each combination of them."""
+    told, keys = sorted_out([arm.settings for arm in arms])
+    if not keys:
+        return None
+    chosen = {tuple(arm.settings.get(key) for key in keys): arm for arm in arms}
+    names = [key for key in told if key.endswith(".name")]
+    heads = named([{key: arm.settings[key] for key in names} for arm in chosen.values()])
+    settings = [arm.settings for arm in chosen.values()]
+    return _by_setting(keys, list(zip(heads, settings, strict=True)))
+
+
+def _by_setting(keys: Sequence[str], columns: Sequence[tuple[str, Settings]]) -> Table:
+    rows = [(key, [_value(settings, key) for _, settings in columns]) for key in keys]
+    return ["setting", *(name for name, _ in columns)], rows
+
+
+def _value(settings: Settings, key: str) -> str:
+    return shown(settings[key], True) if key in settings else "–"
 
 
 def _warnings(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str]]:

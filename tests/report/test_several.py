@@ -97,12 +97,37 @@ def test_what_it_took(folders):
     assert rows["estimator=unroll"][1:3] == ["2", "50"]
 
 
-def test_what_differs_is_a_table(folders):
-    rows = table(page(folders), "What differs")
+def test_what_differs_is_a_table_and_what_follows_from_it_another(folders):
+    html = page(folders)
+    assert table(html, "What differs") == {
+        "arm": ["estimator.name"],
+        "estimator=implicit": ["implicit"],
+        "estimator=unroll": ["unroll"],
+    }
+    rows = table(html, "Options")
     assert rows["setting"] == ["estimator=implicit", "estimator=unroll"]
-    assert rows["estimator.name"] == ["implicit", "unroll"]
     assert rows["estimator.damping"] == ["0.0", "–"]
+    assert rows["estimator.memory"] == ["–", "store"]
     assert not [key for key in rows if not key.startswith("estimator.") and key != "setting"]
+
+
+def test_options_have_a_column_for_each_name_not_for_each_arm(folders, tmp_path):
+    settings = {"upper.optimizer.lr": 0.5}
+    folders.append(write(tmp_path, "toy/lr", [1.0], estimator="unroll", settings=settings))
+    html = page(folders)
+    assert table(html, "Options")["setting"] == ["estimator=implicit", "estimator=unroll"]
+    assert table(html, "What differs")["lr=0.5 estimator=unroll"] == ["0.5", "unroll"]
+
+
+def test_many_settings_stand_below_each_other(tmp_path):
+    keys = ["upper.optimizer.lr", "upper.optimizer.eps", "upper.steps", "lower.steps", "seed"]
+    keys += ["problem.num_upper", "problem.num_lower", "problem.rho", "lower.optimizer.lr"]
+    keys += ["lower.tolerance"]
+    folders = [write(tmp_path, f"toy/{n}", [1.0], settings=dict.fromkeys(keys, n)) for n in (1, 2)]
+    rows = table(page(folders), "What differs")
+    assert len(rows["setting"]) == 2
+    assert rows["problem.rho"] == ["1", "2"]
+    assert "seed" not in rows
 
 
 def test_a_setting_alone_is_a_column(tmp_path):
