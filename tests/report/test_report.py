@@ -1,6 +1,7 @@
 """The report: one offline file that holds the numbers of the record."""
 
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("vl_convert")
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
-from bilevel.events import Held
+from bilevel.events import Finished, Held
 from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
 from bilevel.report.page import _seconds
@@ -107,6 +108,53 @@ def test_what_is_owed_to_x_is_told_where_the_control_was_measured(run):
     assert "".join(f'<th scope="col">{title}</th>' for title in titles) in html
     assert row("accuracy", "0.5", "0.875", "1", "+0.5", "+0.125") in html
     assert row("gap", "1", "–", "2", "+1", "–") in html
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("diverged", '<p class="failure">F is NaN</p>'),
+        ("failed", '<p class="failure">F is NaN</p>'),
+        ("stopped early", "stopped early, 6 of 6 upper steps: F is NaN"),
+    ],
+)
+def test_why_a_run_ended_is_said_and_a_failure_stands_out(reason, shown, run):
+    receiver = JSONLines().open(run.path, 6)
+    receiver.receive(Finished(6, reason, 1.0, message="F is NaN"))
+    receiver.close()
+    html = report.write(run).read_text()
+    assert shown in html
+    assert html.count("F is NaN") == 1
+    assert ('class="failure"' in html) is (reason != "stopped early")
+
+
+def test_warnings_come_after_the_result_and_before_the_curves(run):
+    html = report.write(run).read_text()
+    places = [html.index(part) for part in (">Result<", "Step 2: negative", ">The run<")]
+    assert places == sorted(places)
+
+
+def test_the_command_is_that_which_made_the_run_or_one_that_repeats_it(run):
+    assert f"<code>bilevel run {run.resolved}</code>" in report.write(run).read_text()
+    path = run.path / "environment.json"
+    about = json.loads(path.read_text()) | {"command": ["bilevel", "run", "toy", "a=[1, 2]"]}
+    path.write_text(json.dumps(about))
+    assert "<code>bilevel run toy &#39;a=[1, 2]&#39;</code>" in report.write(run).read_text()
+
+
+def test_figures_that_are_large_are_made_smaller(run):
+    image = pytest.importorskip("PIL.Image")
+    noise = image.frombytes("RGB", (1500, 1200), random.Random(0).randbytes(3 * 1500 * 1200))
+    for n in range(3):
+        noise.save(run.figures / f"noise{n}.png")
+    (run.figures / "torn.png").write_bytes(b"\x89PNG" + bytes(2_000_000))
+    path = report.write(run)
+    assert sum(figure.stat().st_size for figure in run.figures.iterdir()) > 10_000_000
+    assert path.stat().st_size < 3_000_000
+    html = path.read_text()
+    assert html.count("data:image/webp;base64,") == 3
+    assert "left out for its size: figures/torn.png" in html
+    assert "data:image/png;base64,iVBORw0KGgo" in html  # the small one as it is
 
 
 def test_an_unfinished_run_has_a_report_too(run):
