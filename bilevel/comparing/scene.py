@@ -53,7 +53,7 @@ def make(recipe: Path, folder: Path) -> dict[str, Any]:
     for step, state in _train(setup):
         checkpoint.save(folder / "states", state.save(), step=step, keep=POINTS)
         budget = state.totals.calls
-    precise = replace(assemble(recipes.load(recipe)), dtype=torch.float64)
+    precise = replace(assemble(recipes.load(recipe)), dtype=torch.float64, autocast=None)
     _exhaust(precise)
     found = []
     for path in sorted((folder / "states").iterdir()):

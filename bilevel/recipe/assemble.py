@@ -21,6 +21,7 @@ def assemble(recipe: Recipe) -> Setup:
         seed=recipe.seed,
         device=device(recipe.runtime.device),
         dtype=DTYPES[recipe.runtime.dtype],
+        autocast=DTYPES[recipe.runtime.autocast] if recipe.runtime.autocast else None,
         evaluate_every=recipe.evaluate.every,
         evaluate_held=recipe.evaluate.held,
         stop=recipe.evaluate.stop,

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt, model_validator
 
 from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RecipeError
+from bilevel.problem.autocast import NEEDS_FLOAT32
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
 from bilevel.recipe.seeds import seeds_of, settled
@@ -39,6 +40,15 @@ def _device(text: str) -> str:
     return text
 
 
+def _autocast(value: Any) -> Any:
+    if value == "float16":
+        raise ValueError(
+            "float16 overflows at 65,504 and needs losses that are scaled, and with them every product "
+            "of second derivatives; take bfloat16, which has the range of float32"
+        )
+    return value
+
+
 @component
 class Runtime:
     """Where a run is computed and in what precision."""
@@ -46,6 +56,14 @@ class Runtime:
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto is the first CUDA device if there is one, else the CPU."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    autocast: Annotated[Literal["bfloat16"] | None, BeforeValidator(_autocast)] = None
+    """What the products in both losses are taken in, under `torch.autocast`; all else stays in dtype."""
+
+    @model_validator(mode="after")
+    def _autocast_needs_float32(self) -> Self:
+        if self.autocast is not None and self.dtype != "float32":
+            raise ValueError(NEEDS_FLOAT32)
+        return self
 
 
 @component

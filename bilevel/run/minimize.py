@@ -171,6 +171,7 @@ def iterate(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
+    autocast: Literal["bfloat16"] | None = None,
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -194,6 +195,7 @@ def iterate(
             seed=seed,
             device=placement.device(device, "device") if isinstance(device, str) else device,
             dtype=placement.dtype(dtype) if isinstance(dtype, str) else dtype,
+            autocast=placement.autocast(autocast),
             evaluate_every=evaluate_every,
             evaluate_held=evaluate_held,
             stop=None if stop is None else made(EarlyStop, stop, "stop"),
@@ -212,6 +214,7 @@ def minimize(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
+    autocast: Literal["bfloat16"] | None = None,
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -234,6 +237,8 @@ def minimize(
         seed: of every random stream.
         device: "auto" is the first CUDA device if there is one, else the CPU.
         dtype: of x, y and the batches.
+        autocast: "bfloat16" takes the products in both losses in it (`torch.autocast`); x, y and all
+            sums stay in float32.
         evaluate_every: also take the problem's own measures every so many steps.
         evaluate_held: take them at the end also with x as it began and y trained as long
             (`Result.held`): only what is above that is owed to x. `bilevel run` does unless its
@@ -263,6 +268,7 @@ def minimize(
         seed=seed,
         device=device,
         dtype=dtype,
+        autocast=autocast,
         evaluate_every=evaluate_every,
         evaluate_held=evaluate_held,
         stop=stop,

@@ -40,3 +40,12 @@ def dtype(asked: str) -> torch.dtype:
     if asked not in DTYPES:
         raise RecipeError(f"dtype = {asked!r}; must be one of {', '.join(DTYPES)}")
     return DTYPES[asked]
+
+
+def autocast(asked: str | None) -> torch.dtype | None:
+    """The dtype for products. Raises `RecipeError` for one that losses are not evaluated in."""
+    if asked not in (None, "bfloat16"):
+        raise RecipeError(
+            f"autocast = {asked!r}; must be 'bfloat16' or None: float16 would need scaled losses"
+        )
+    return asked and torch.bfloat16

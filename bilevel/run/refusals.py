@@ -59,7 +59,7 @@ def refuse_mismatch(setup: Setup) -> None:
                 f"{type(setup.problem).__name__} has none; add it, or use "
                 f"estimator: {_instead(levels)}"
             )
-    require_resolved(setup.estimator, [setup.dtype])
+    require_resolved(setup.estimator, [setup.autocast or setup.dtype])
     _refuse_ignored_restrictions(setup)
 
 

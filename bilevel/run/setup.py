@@ -12,6 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.errors import BilevelError, CheckpointError, ProblemError, RecipeError
 from bilevel.events import Totals
+from bilevel.problem.autocast import NEEDS_FLOAT32, under_autocast
 from bilevel.problem.levels import Levels
 from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
@@ -37,6 +38,8 @@ class Setup:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    """In what the losses are evaluated below float32 (`bilevel.problem.autocast`)."""
     evaluate_every: int = 0
     """Upper steps between evaluations; 0 evaluates before and after only."""
     evaluate_held: bool = False
@@ -55,6 +58,10 @@ class Setup:
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
 
+        if self.autocast is not None and self.dtype != torch.float32:
+            raise RecipeError(NEEDS_FLOAT32)
+        problem = under_autocast(self.problem, self.device, self.autocast)
+        object.__setattr__(self, "problem", problem)
         if self.stop is not None and not self.evaluate_every:
             raise RecipeError(
                 "stop looks at the measures of every so many steps; set evaluate_every"

@@ -65,7 +65,7 @@ def path_agreement(
     Raises:
         ProblemError: the lower solver's steps cannot be taken again, or x is empty.
     """
-    setup = replace(setup, dtype=torch.float64)
+    setup = replace(setup, dtype=torch.float64, autocast=None)
     yield from prepare(setup)
     if not setup.lower.offers.path:
         raise ProblemError(

@@ -70,7 +70,7 @@ def check(
     Raises:
         ProblemError: the problem itself cannot be differentiated.
     """
-    setup = replace(setup, dtype=dtype)
+    setup = replace(setup, dtype=dtype, autocast=None)
     yield from prepare(setup)
     check_scenes = CheckScenes(setup, perturb)
     reference = check_scenes.own.reference
