@@ -16,7 +16,7 @@ from typing import Any
 
 from bilevel import registry
 from bilevel.errors import BilevelError, RecipeError
-from bilevel.recipe.settings import flattened
+from bilevel.recipe.settings import NUMERIC, flattened, shown
 from bilevel.recipe.yaml_source import parse
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RunFolder, Summary, summaries, summary_of
@@ -73,8 +73,20 @@ class Listed:
             return {}
 
     @cached_property
+    def made_with(self) -> dict[str, Value]:
+        """What its numbers depend on, flat, as it was recorded; a run of an older version has its recipe's."""
+        try:
+            found = self.summary.folder.environment().get("settings")
+        except BilevelError:
+            return {}
+        if not isinstance(found, dict):
+            numeric = self.settings.items()
+            return {key: value for key, value in numeric if key.partition(".")[0] in NUMERIC}
+        return {key: _plain(str(value)) for key, value in found.items()}
+
+    @cached_property
     def settings(self) -> dict[str, Value]:
-        """The recipe's, flat, as numbers where they are."""
+        """All of the recipe's, flat, as numbers where they are: to be parsed, which takes 20 ms."""
         try:
             text = self.summary.folder.resolved.read_text(encoding="utf-8")
             content = parse(text, str(self.summary.folder.resolved)).data
@@ -141,18 +153,22 @@ def column(found: Sequence[Listed], key: str, option: str) -> Callable[[Listed],
     same = [name for name in measures if _spelled(name) == _spelled(key)]
     if same:
         return lambda each: next((each.measures[n] for n in same if n in each.measures), None)
-    settings = dict.fromkeys(name for each in found for name in each.settings)
-    for name in (key, f"{key}.name"):
-        if name in settings:
-            return lambda each: each.settings.get(name)
     begun = [name for name in measures if _spelled(name).startswith(_spelled(key))]
-    ends = [name for name in settings if name.removesuffix(".name").endswith(f".{key}")]
-    near = begun or ends
-    if len(near) > 1:
-        raise RecipeError(f"{option} {key}: stands for {', '.join(near)}; write one of them")
-    if near:
-        (name,) = near
-        return lambda each: (each.measures if begun else each.settings).get(name)
+    for part in (
+        "made_with",
+        "settings",
+    ):  # the whole recipe where it is not among what is recorded
+        settings = dict.fromkeys(name for each in found for name in getattr(each, part))
+        for name in (key, f"{key}.name"):
+            if name in settings:
+                return lambda each: getattr(each, part).get(name)
+        ends = [name for name in settings if name.removesuffix(".name").endswith(f".{key}")]
+        near = begun or ends
+        if len(near) > 1:
+            raise RecipeError(f"{option} {key}: stands for {', '.join(near)}; write one of them")
+        if near:
+            (name,) = near
+            return lambda each: (each.measures if begun else getattr(each, part)).get(name)
     known = [*found[0].columns, *map(_spelled, measures)]
     if difflib.get_close_matches(key, settings):
         known += settings
@@ -170,11 +186,12 @@ def _of_step(stepped: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _plain(value: str) -> Value:
-    """A flat setting as a number where it is one, as its text where it is a text."""
-    plain = json.loads(value)
-    if type(plain) in (int, float):
-        return float(plain)
-    return plain if isinstance(plain, str) else value
+    """A flat setting as a number where it is one, else as a recipe has it."""
+    try:
+        plain = json.loads(value)
+    except ValueError:  # of a record that was altered
+        return value
+    return float(plain) if type(plain) in (int, float) else shown(value)
 
 
 def _holds(value: Value, sign: str, wanted: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bilevel.errors import RecipeError
 
 NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
 """Those of a run; an ensemble has `seeds` in the place of `seed`."""
+_DIGEST = re.compile(r"^(.+:\w+):([0-9a-f]{64})$")
 SHOWN = 5
 """Differences between two recipes that a message has room for."""
 
@@ -85,6 +87,17 @@ def differences(
     ]
     more = [f"and {len(differ) - SHOWN} more"] if len(differ) > SHOWN else []
     return "; ".join(differ[:SHOWN] + more)
+
+
+def shown(value: str, with_digest: bool = False) -> str:
+    """A value of flat settings as a recipe has it; what is in a file as the first letters of its hash."""
+    plain = json.loads(value)
+    if not isinstance(plain, str):
+        return value
+    match = _DIGEST.match(plain)
+    if not match:
+        return plain
+    return f"{match[1]} ({match[2][:6]})" if with_digest else match[1]
 
 
 def _flat(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bilevel.errors import BilevelError
 from bilevel.events import COMPLETE
-from bilevel.recipe.settings import settings_of_run
+from bilevel.recipe.settings import settings_of_run, shown
 from bilevel.report.history import History, read
 from bilevel.report.page import content_of
 from bilevel.runfolder.folder import RunFolder
@@ -18,7 +17,6 @@ Settings = Mapping[str, str]
 """Flat: `lower.optimizer.lr` is "0.1"."""
 LONGEST = 40
 """Letters of a name of an arm that a table and a legend have room for."""
-_DIGEST = re.compile(r"^(.+:\w+):([0-9a-f]{64})$")
 
 
 @dataclass(frozen=True)
@@ -140,17 +138,6 @@ def _telling(recipes: Sequence[Settings], told: Sequence[str]) -> list[str]:
     while classes(chosen) < classes(told):
         chosen.append(max(told, key=lambda key: classes([*chosen, key])))
     return [key for key in told if key in chosen]
-
-
-def shown(value: str, with_digest: bool = False) -> str:
-    """A value of a setting as a recipe has it; a file's content as the first letters of its hash."""
-    plain = json.loads(value)
-    if not isinstance(plain, str):
-        return value
-    match = _DIGEST.match(plain)
-    if not match:
-        return plain
-    return f"{match[1]} ({match[2][:6]})" if with_digest else match[1]
 
 
 def _follows(key: str, differ: Sequence[str], recipes: Sequence[Settings]) -> bool:

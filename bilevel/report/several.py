@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bilevel.events import HELD
+from bilevel.recipe.settings import shown
 from bilevel.report import seeds
-from bilevel.report.arms import Arm, Run, Selection, Settings, named, select, shown, sorted_out
+from bilevel.report.arms import Arm, Run, Selection, Settings, named, select, sorted_out
 from bilevel.report.curves import MOST_ARMS, pairs, strokes
 from bilevel.report.page import command
 from bilevel.report.pictures import embedded

@@ -91,6 +91,23 @@ def test_sorting(runs, key, descending, order):
     assert names(ordered(listed(runs), key, descending)) == order
 
 
+def test_settings_are_those_that_a_run_was_made_with(tmp_path, monkeypatch):
+    made = {"seed": "4", "problem.name": '"my.py:Mine:' + "a" * 64 + '"', "upper.steps": "2"}
+    write(tmp_path, "toy/a", [1.0], about={"settings": made})
+    write(tmp_path, "toy/b", [1.0], seed=3)
+    assert names(chosen(listed(tmp_path), ["problem=my.py:Mine"])) == "a"
+    assert names(chosen(listed(tmp_path), ["seed=4"])) == "a"
+    # what the numbers do not depend on is in the recipe alone
+    assert names(chosen(listed(tmp_path), ["checkpoint.keep>0"])) == "ab"
+    (found, _) = listed(tmp_path)
+    monkeypatch.setattr(
+        "bilevel.cli.selection.parse", None
+    )  # and parsed only where it is asked for
+    assert column([found], "seed", "--sort")(found) == 4.0
+    with pytest.raises(TypeError):
+        column([found], "checkpoint.keep", "--sort")
+
+
 def test_numbers_are_sorted_as_numbers(tmp_path):
     for seed in (10, 9, 100):
         write(tmp_path, f"toy/{seed}", [1.0], seed=seed)
