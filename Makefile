@@ -28,6 +28,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
+	$(BIN)/python -m docs.site_check docs/_build/html
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs tests

@@ -16,14 +16,23 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 
+def mathml(latex: str, *, block: bool) -> str:
+    """One formula.
+
+    Raises:
+        MathError: docutils does not know a command in it.
+    """
+    found = tex2mathml(latex, as_block=block)
+    # a norm's opening bar would stretch beside a fraction, its closing one, with its power, would not
+    return re.sub(r"<mo([^>]*)>‖</mo>", r'<mo\1 stretchy="false">‖</mo>', found)
+
+
 def _convert(node: nodes.Element, *, block: bool) -> str:
     try:
-        found = tex2mathml(node.astext(), as_block=block)
+        return mathml(node.astext(), block=block)
     except MathError as error:
         logging.getLogger(__name__).warning("%s", error, location=node)
         return ""
-    # a norm's opening bar would stretch beside a fraction, its closing one, with its power, would not
-    return re.sub(r"<mo([^>]*)>‖</mo>", r'<mo\1 stretchy="false">‖</mo>', found)
 
 
 def _inline(translator: Any, node: nodes.Element) -> None:

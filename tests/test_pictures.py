@@ -1,13 +1,18 @@
 """The pictures of the site show what the library computes today."""
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from docs.pictures import PICTURES, keep
+from bilevel import registry
+from bilevel.registry import presets
+from bilevel.registry.build import build
+from docs.pages import put
+from docs.pictures import PICTURES, choice, keep
 
 ROOT = Path(__file__).parent.parent
 NAMES = list(PICTURES)
@@ -54,3 +59,35 @@ def test_numbers_that_moved_are_found():
     assert list(keep.differences({"c": 1.0}, kept)) == ["/c: not kept"]
     assert list(keep.differences({"a": [1.0] * 4}, kept))
     assert list(keep.differences({"b": "y"}, kept))
+
+
+def test_the_list_of_choices_is_that_of_the_picture():
+    page = keep.HERE.parent / "choosing.md"
+    text = page.read_text("utf-8")
+    assert put(text, "the list", choice.listing()) == text, "run python -m docs.pictures choice"
+
+
+@pytest.mark.parametrize("question", [*choice.QUESTIONS, choice.LAST], ids=lambda q: q.page)
+def test_a_choice_leads_to_what_there_is(question):
+    known = {*registry.names("estimators"), *presets.of("estimators")}
+    assert set(question.names) <= known
+    text = (keep.HERE.parent / "estimators" / f"{question.page}.md").read_text("utf-8")
+    assert [name for name in question.names if name not in text] == []
+
+
+def needs(name):
+    return build("estimators", name).needs
+
+
+def test_choices_keep_to_what_estimators_say_they_need():
+    leaf = {question.page: question.names for question in choice.QUESTIONS}
+    restrictions = {"project_lower", "prox_lower", "lower_constraints", "lower_map"}
+    for name in leaf["constrained"]:
+        assert needs(name).supports & restrictions
+    assert not needs("implicit").supports & restrictions  # which the question before it keeps away
+    for name in (*leaf["penalty"], *leaf["zeroth_order"]):
+        assert not needs(name).second_order
+    assert needs("implicit").second_order
+    for name in (*leaf["simple_bilevel"], *leaf["stochastic"]):
+        assert needs(name).moves_lower
+    assert needs(*leaf["unroll"]).path == math.inf

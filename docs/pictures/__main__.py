@@ -5,7 +5,8 @@
 
 import sys
 
-from docs.pictures import PICTURES, keep
+from docs.pages import put
+from docs.pictures import PICTURES, choice, keep
 
 names = [name for name in sys.argv[1:] if name != "--draw"]
 for name in names or PICTURES:
@@ -13,3 +14,5 @@ for name in names or PICTURES:
         keep.compute(name, PICTURES[name])
     keep.draw(name, PICTURES[name])
     print(name, (keep.HERE / f"{name}.svg").stat().st_size, "bytes")
+page = keep.HERE.parent / "choosing.md"
+page.write_text(put(page.read_text("utf-8"), "the list", choice.listing()), "utf-8")
