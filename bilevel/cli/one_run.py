@@ -17,7 +17,7 @@ from bilevel.cli.shown import Shown, conclude
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
-from bilevel.recipe.settings import added_since, differences, refuse_other, settings_of_run
+from bilevel.recipe.settings import added_since, code, differences, refuse_other, settings_of_run
 from bilevel.recipe.yaml_source import parse
 from bilevel.run.setup import Setup
 from bilevel.runfolder import RunFolder, checkpoint
@@ -49,6 +49,7 @@ class Given:
             environment={
                 "command": [*self.command, *self.overrides],
                 "settings": settings_of_run(recipe.content),
+                "code": code(recipe.content),
                 **runfolder.environment(),
             },
             **options,

@@ -11,6 +11,7 @@ from bilevel import recipe as recipes
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
 from bilevel.errors import RecipeError
+from bilevel.recipe.settings import code
 
 
 def validate(
@@ -18,9 +19,9 @@ def validate(
 ) -> None:
     """Load a recipe; says that it is valid, or raises with all that is wrong in it.
 
-    An `answer` has {"valid", "file", "hash", "problems": [a line on each]}.
+    An `answer` has {"valid", "file", "hash", "code": [files of the user's own], "problems": [a line on each]}.
     """
-    found: dict[str, Any] = {"valid": False, "file": None, "hash": None, "problems": []}
+    found: dict[str, Any] = {"valid": False, "file": None, "hash": None, "code": [], "problems": []}
     if answer:
         answer.data = found
     try:
@@ -31,6 +32,8 @@ def validate(
         lines = [line.strip() for line in str(error).splitlines()]
         found["problems"] = lines[1:] or lines
         raise
-    found |= {"valid": True, "hash": recipe.hash}
+    found |= {"valid": True, "hash": recipe.hash, "code": [*code(recipe.content)]}
     text = f"{path}: valid (hash {recipe.hash[:12]})"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for file in found["code"]:
+        console.print(f"  runs code of {file}", markup=False, highlight=False, soft_wrap=True)

@@ -112,6 +112,16 @@ def _flat(value: Any, where: str) -> Iterator[tuple[str, str]]:
         yield from _flat(part, f"{where}.{key}" if where else str(key))
 
 
+def code(content: Any) -> dict[str, str]:
+    """The files of the user's own that a recipe runs, with the SHA-256 of what is written in each."""
+    found: dict[str, str] = {}
+    for text in (json.loads(value) for _, value in _flat(content, "")):
+        match = registry.FILE.match(text) if isinstance(text, str) else None
+        if match and Path(match["file"]).is_file():
+            found[match["file"]] = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
+    return found
+
+
 def canonical(value: Any) -> Any:
     """Content with the paths of files replaced by what is in them, the same on every machine."""
     if isinstance(value, Mapping):

@@ -136,6 +136,8 @@ def _trace(eager: Pull, one: Path, loss: Loss, x: Params, adjoint: Adjoint) -> _
             _inputs(one, x, adjoint)
         )
     except RuntimeError as error:
+        if "Generator" in str(error):  # for which torch 2.11 has no place in a trace
+            raise _draws(loss, "a torch.Generator") from error
         raise ProblemError(
             f"memory: traced: a lower step cannot be traced ({str(error).splitlines()[0]}); "
             "where the loss, the projection or the optimizer turns a tensor into a Python number "
@@ -155,11 +157,14 @@ def _refuse_random(graph: GraphModule, loss: Loss) -> None:
     """A generator would be frozen as an object, and go on from one replay to the next."""
     for node in _operations(graph.graph):
         if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise ProblemError(
-                f"memory: traced: {loss.level}_loss draws random numbers ({node.target}), which a "
-                "trace cannot draw again from the start; make them part of the batch, or set "
-                "memory: recompute"
-            )
+            raise _draws(loss, node.target)
+
+
+def _draws(loss: Loss, by: Any) -> ProblemError:
+    return ProblemError(
+        f"memory: traced: {loss.level}_loss draws random numbers ({by}), which a trace cannot draw "
+        "again from the start; make them part of the batch, or set memory: recompute"
+    )
 
 
 def _operations(graph: fx.Graph) -> list[Any]:

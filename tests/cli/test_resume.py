@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bilevel import runfolder
 from bilevel.runfolder import checkpoint, record
 from tests.cli.commands import invoke, run, unfinished
+from tests.cli.ends import assert_same_end, timeless
 
 SIGNALLING = """
 import itertools, os, torch
@@ -116,25 +116,6 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run, _ = start(folder, request.param, CASES[request.param], 0)
     return request.param, CASES[request.param], run
-
-
-def timeless(run: Path) -> list[Any]:
-    def strip(value):
-        if isinstance(value, dict):
-            return {key: strip(item) for key, item in value.items() if key != "seconds"}
-        return value
-
-    return [strip(json.loads(line)) for line in (run / "events.jsonl").read_text().splitlines()]
-
-
-def assert_same_end(run: Path, whole: Path) -> None:
-    found, expected = (checkpoint.latest(folder / "checkpoints") for folder in (run, whole))
-    assert found is not None
-    assert expected is not None
-    assert found.step == expected.step == 12
-    for name in (checkpoint.TENSORS, checkpoint.STATE):
-        assert (found.path / name).read_bytes() == (expected.path / name).read_bytes(), name
-    assert timeless(run) == timeless(whole)
 
 
 @pytest.mark.parametrize("step", [4, 5])

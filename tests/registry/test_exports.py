@@ -14,9 +14,9 @@ from bilevel.registry.exports import exports
 
 GROUPS = {"problem": "problems"}
 NOT_REGISTERED = {
-    "optimizers": {"Learned"},
+    "optimizers": {"Clip", "Learned", "Schedule"},
     "problem": {"FromModules", "Levels", "Problem"},
-    "run": {"Setup", "Upper"},
+    "run": {"Best", "EarlyStop", "Setup", "Upper"},
     "sinks": {"Receiver", "Sink"},
 }
 FOLDERS = ["directions", "estimators", "linear", "lower", "optimizers", "preconditioners"]

@@ -155,7 +155,7 @@ def test_listing_imports_no_component(tmp_path: Path):
 def test_the_outline_reads_options_from_source():
     found = source_docs.outline_of("bilevel.run.upper:Upper")
     assert found is not None
-    steps, optimizer = found.options
+    steps, optimizer, *_ = found.options
     assert (steps.name, steps.type, steps.default) == ("steps", "PositiveInt", "100")
     assert (optimizer.type, optimizer.slot) == ("Optimizer", "optimizers")
     assert source_docs.outline_of("bilevel.run.upper:Absent") is None

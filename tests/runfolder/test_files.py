@@ -115,7 +115,7 @@ WRITERS = {
         lambda folder: comparing_files.write(folder / "cell.json", EVENT),
         "--runs-dir",
     ),
-    "a report": ("report.html", lambda folder: report.write(RunFolder(folder)), "bilevel report"),
+    "a report": ("report.html", lambda folder: report.write(RunFolder(folder)), "write it again"),
 }
 
 

@@ -310,8 +310,10 @@ def test_one_tensor_under_two_names():
 
 
 def test_what_is_kept_is_bounded_and_keeps_no_loss_alive():
-    for _ in range(traced.LIMIT + 3):
-        ask(Net(), "traced", steps=1)
+    nets = [Net() for _ in range(traced.LIMIT + 3)]  # at once, since an id is used again
+    for net in nets:
+        ask(net, "traced", steps=1)
+    del nets, net
     gc.collect()
     assert len(traced._traces) == traced.LIMIT
     assert not any(owner() for kept in traced._traces.values() for owner in kept.owners)
