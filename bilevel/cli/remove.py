@@ -51,7 +51,8 @@ def remove(
 def _refuse(folder: RunFolder, runs: Path) -> None:
     """Raise `RecipeError` for what may not be deleted: only runs/<name>/<run>, and no link on the way."""
     path = folder.path
-    is_below = path.parent.parent.resolve() == runs.resolve() and ".." not in path.parts
+    is_below = path.parent.parent.resolve() == runs.resolve()
+    is_below = is_below and ".." not in (path.name, path.parent.name)
     if not is_below or os.path.islink(path) or os.path.islink(path.parent):
         raise RecipeError(
             f"{path}: is not a run folder in {runs}/, or is a link to elsewhere: not deleted. "

@@ -31,7 +31,10 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if not n:
         return Mean(math.nan, None, 0)
-    middle = math.fsum(values) / n
+    try:
+        middle = math.fsum(values) / n
+    except OverflowError:  # of losses that diverged
+        middle = math.fsum(value / n for value in values)
     if n == 1:
         return Mean(middle, None, 1)
     spread = math.hypot(*(value - middle for value in values)) / math.sqrt(n - 1)

@@ -69,6 +69,14 @@ def test_no_name_escapes_the_folder_of_runs(runs, tmp_path, monkeypatch):
     assert len(left(runs)) == 3
 
 
+def test_the_folder_of_runs_may_lie_anywhere(runs, monkeypatch):
+    monkeypatch.chdir(runs / "toy")
+    remove("..", "ridge/c", "--yes")
+    remove("../../runs", "toy/a/../b", "--yes", code=2)
+    remove("../../runs", "toy/b", "--yes")
+    assert left(runs) == ["toy/a"]
+
+
 def test_no_link_is_followed(runs, tmp_path):
     outside = write(tmp_path / "elsewhere", "toy/z", [1.0]).path
     (runs / "toy/link").symlink_to(outside)

@@ -105,3 +105,18 @@ def test_a_record_that_became_shorter_is_read_again(folder):
     events, position = record.read_from(folder.path, position)
     assert [event["event"] for event in events] == ["saved"]
     assert record.read_from(folder.path.parent, 3) == ([], 0)
+
+
+def test_ctrl_c_leaves_quietly_and_the_run_goes_on(folder, tmp_path, monkeypatch):
+    path = folder.path / record.FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", interrupt)
+    with folder.lock():
+        result = invoke("runs", "--watch", "--runs-dir", tmp_path, code=130)
+        assert folder.is_locked()
+    assert "toy 2/3" in result.output
+    assert result.stderr == ""

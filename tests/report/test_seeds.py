@@ -57,3 +57,10 @@ def test_thinned_curves_keep_their_last_point():
     assert [x for x, _ in seeds.thinned(points, 3)] == [0.0, 334.0, 668.0, 1000.0]
     assert seeds.thinned(points[:2], 3) == points[:2]
     assert seeds.thinned([], 3) == []
+
+
+def test_no_number_is_too_large():
+    found = seeds.mean([1.5e308, 1.7e308])
+    assert found.mean == pytest.approx(1.6e308)
+    assert found.half is not None
+    assert math.isinf(found.half) or found.half > 1e307

@@ -224,3 +224,17 @@ def test_a_long_page_stays_below_three_megabytes(tmp_path):
     ]
     path = report.write_many(folders, tmp_path / "many.html", title="toy", made_by="bilevel")
     assert path.stat().st_size < 3_000_000
+
+
+def test_losses_without_measure_are_drawn_and_told(tmp_path):
+    """Of runs that diverge: the largest numbers there are, zero, and what is not finite."""
+    huge = [1e308, 1.7e308, float("inf"), float("nan")]
+    folders = [write(tmp_path, f"toy/{n}", huge, seed=n, end="diverged") for n in range(3)]
+    folders.append(write(tmp_path, "toy/0s", [0.0, -1e308], estimator="unroll"))
+    html = page(folders)
+    rows = table(html, "Results")
+    assert rows["estimator=implicit"] == ["3, 3 diverged", "1.7e+308 ± 0", "8.5e+307 ± 0"]
+    assert rows["estimator=unroll"] == ["1", "-1e+308", "-5e+307"]
+    drawn = values(html, "Upper loss F", 0)
+    assert [(row["arm"], row["x"]) for row in drawn] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert drawn[1]["mean"] == 1.7e308
