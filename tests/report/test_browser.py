@@ -34,6 +34,11 @@ addEventListener("load", () => setTimeout(() => {
       .filter(each => !(each.textContent || each.labels?.length)).length,
     unreachable: [...document.querySelectorAll("button, input, summary, .scroll, a[href]")]
       .filter(each => each.tabIndex < 0).length,
+    sorted: ["accuracy", "arm"].flatMap(head => [1, 2].map(() => {
+      const chosen = [...document.querySelectorAll("button.sort")].find(each => each.textContent === head);
+      chosen?.click();
+      return [...(chosen?.closest("table").tBodies[0].rows ?? [])].map(row => row.cells[0].textContent);
+    })),
     dark: getComputedStyle(document.body).backgroundColor};
   console.log("SEEN " + JSON.stringify(seen));
 }, 1500));
@@ -53,9 +58,19 @@ def pages(tmp_path_factory) -> dict[str, str]:
     runs.append(write(folder, "toy/u", [2.0, 1.5], estimator="unroll"))
     runs[0].figures.mkdir()
     (runs[0].figures / "gap.png").write_bytes(PIXEL)
+    sortable = [
+        write(folder, f"other/{lr}", [1.0], settings={"upper.optimizer.lr": lr}, measures=measures)
+        for lr, measures in (
+            (1, {"accuracy": (0.1, 2000.0)}),
+            (2, {"accuracy": (0.1, -0.5)}),
+            (3, None),
+            (4, {"accuracy": (0.1, 30.0)}),
+        )
+    ]
     return {
         "one": one_page(runs[0]),
         "many": many_page(runs, "toy", "bilevel report toy -o toy.html " + "x" * 200),
+        "sortable": many_page(sortable, "other", "bilevel report other -o other.html"),
         "compare": compare_page(compared(), folder / "none.png"),
         "check": check_page(checked()),
     }
@@ -98,8 +113,14 @@ def browse(tmp_path_factory):
     return look
 
 
-def test_nothing_fails_nothing_is_requested_and_all_fits(pages, browse):
-    seen, console, requested = browse(pages)
+@pytest.fixture(scope="module")
+def found(pages, browse):
+    """All pages, looked at once."""
+    return browse(pages)
+
+
+def test_nothing_fails_nothing_is_requested_and_all_fits(pages, found):
+    seen, console, requested = found
     assert {(each["name"], each["width"]) for each in seen} == {
         (name, width) for name in pages for width in WIDTHS
     }
@@ -118,8 +139,20 @@ def test_a_page_with_all_these_faults_is_found(browse):  # negative control
     assert any("127.0.0.1:9" in url for url in requested)
 
 
-def test_it_is_dark_where_the_screen_is(pages, browse):
-    for option, is_dark in (((), False), (("--force-dark-mode",), True)):
-        seen, _, _ = browse({"check": pages["check"]}, *option)
-        shades = {sum(map(int, re.findall(r"\d+", each["dark"])[:3])) for each in seen}
-        assert all((shade < 200) is is_dark for shade in shades), shades
+def test_tables_are_sorted_by_their_heads(found):
+    """Up, then down; what is not there comes last, either way."""
+    (one, two) = (each["sorted"] for each in found[0] if each["name"] == "sortable")
+    assert one == two
+    assert ["".join(name[-1] for name in order) for order in one] == [
+        *("2413", "1423"),  # by accuracy
+        *("1234", "4321"),  # by arm
+    ]
+
+
+def test_it_is_dark_where_the_screen_is(pages, found, browse):
+    dark, _, _ = browse({"check": pages["check"]}, "--force-dark-mode")
+
+    def brightest(seen) -> int:
+        return max(sum(map(int, re.findall(r"\d+", each["dark"])[:3])) for each in seen)
+
+    assert brightest(dark) < 100 < 700 < brightest(found[0])
