@@ -25,6 +25,7 @@ FLOORS = [
     ["run"],
     ["recipe", "testing"],
     ["comparing", "report"],
+    ["sweeping"],
     ["cli"],
 ]
 """From the ground up: a room imports from floors below its own, and from no neighbour."""

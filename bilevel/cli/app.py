@@ -332,6 +332,79 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUES",
+            help="What varies: key=1e-3..1e-1,log, key=5..50,int, key=a,b,c; and overrides.",
+            autocompletion=complete_override,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            "--trials", metavar="N", min=1, help="In all; a grid's size, or 20, if not given."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="0..4", help="Of each trial; the recipe's if not given."),
+    ] = None,
+    measure: Annotated[
+        str, typer.Option("--measure", metavar="NAME", help="upper_loss, or one of the problem's.")
+    ] = "upper_loss",
+    maximize: Annotated[bool, typer.Option("--maximize", help="Larger is better.")] = False,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler", help="grid, random or tpe; grid if every key has a list, else tpe."
+        ),
+    ] = None,
+    pruner: Annotated[
+        str, typer.Option("--pruner", help="none, or median: stop what is worse than the median.")
+    ] = "none",
+    sampler_seed: Annotated[
+        int, typer.Option("--sampler-seed", metavar="N", min=0, help="Of the sampler.")
+    ] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", metavar="N", min=0, help="Trials at a time; 0: within this process."
+        ),
+    ] = 1,
+    on_error: Annotated[
+        str, typer.Option("--on-error", help="continue, or stop: begin no trial after one failed.")
+    ] = "continue",
+    runs_dir: RunsOption = Path("runs"),
+    quiet: QuietOption = False,
+    json: JSONOption = False,
+) -> None:
+    """Try many settings: grid, random or Optuna's TPE; the best is ready to run."""
+    with boundary(json) as answer:
+        from bilevel.cli.sweep import sweep as sweep_settings
+
+        sweep_settings(
+            _console(json),
+            recipe,
+            settings or [],
+            trials=trials,
+            seeds=seeds,
+            measure=measure,
+            maximize=maximize,
+            sampler=sampler,
+            pruner=pruner,
+            sampler_seed=sampler_seed,
+            workers=workers,
+            on_error=on_error,
+            runs=runs_dir,
+            quiet=quiet,
+            answer=answer,
+        )
+
+
+@app.command()
 def report(
     run: Annotated[
         list[str] | None,

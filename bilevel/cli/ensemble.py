@@ -19,7 +19,7 @@ from rich.text import Text
 from bilevel import report
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
-from bilevel.cli.one_run import Given, begin_in, resume_in, unchanged
+from bilevel.cli.one_run import Given, Showing, begin_in, resume_in, unchanged
 from bilevel.cli.output import going_on
 from bilevel.cli.shown import showing
 from bilevel.cli.signals import Signals
@@ -105,7 +105,9 @@ def _drive(
             if not quiet:
                 console.print(head)
             try:
-                run_seed(console, recipe, given, whole, seed, with_report, quiet, answer)
+                run_seed(
+                    console, recipe, given, whole, seed, with_report, showing(quiet, answer), answer
+                )
             except Stopped as stopped:
                 done = len(_done(whole, recipe.seeds))
                 raise Stopped(
@@ -128,23 +130,25 @@ def run_seed(
     whole: RunFolder,
     seed: int,
     with_report: bool,
-    quiet: bool = False,
+    shown: Showing,
     answer: JSONAnswer | None = None,
-) -> None:
-    """Begin the run of a seed, or go on with it; nothing is done where it is done."""
-    folder, shown = run_of(whole, seed), showing(quiet, answer)
+    signals: Signals | None = None,
+) -> RunFolder:
+    """Begin the run of a seed beside `whole`, or go on with it; nothing is done where it is done."""
+    folder = run_of(whole, seed)
     if not folder.resolved.is_file():
         shutil.rmtree(folder.path, ignore_errors=True)  # of a process killed as it made it
         one = recipe.at(seed)
-        kept = [each for each in given.overrides if not each.startswith("seeds=")]
+        kept = [each for each in given.overrides if not each.startswith(("seeds=", "seed="))]
         given = Given(given.text, [*kept, f"seed={seed}"], given.command)
         parent = folder.path.parent
         given.create(parent.parent, one, name=parent.name, stem=folder.path.name)
-        begin_in(console, one, assemble(one), folder, with_report, shown, answer)
+        begin_in(console, one, assemble(one), folder, with_report, shown, answer, signals)
     elif not is_done(folder):
-        resume_in(console, folder, with_report, shown, answer)
-    elif not quiet:
+        resume_in(console, folder, with_report, shown, answer, signals)
+    else:
         console.print(Text(f"{folder.path}/ is done", style="dim"), soft_wrap=True)
+    return folder
 
 
 def is_done(folder: RunFolder) -> bool:

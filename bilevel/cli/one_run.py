@@ -14,6 +14,7 @@ from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import complain
 from bilevel.cli.run_loop import RunLoop
 from bilevel.cli.shown import Shown, conclude
+from bilevel.cli.signals import Signals
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
@@ -64,11 +65,14 @@ def begin_in(
     with_report: bool,
     shown: Showing,
     answer: JSONAnswer | None = None,
+    signals: Signals | None = None,
 ) -> None:
     """Run a recipe in a folder that was made for it."""
     try:
         with folder.lock():
-            RunLoop(console, recipe, setup, folder, with_report, shown).begin()
+            RunLoop(
+                console, recipe, setup, folder, with_report, shown, signals or Signals()
+            ).begin()
     finally:
         conclude(answer, folder)
 
@@ -79,13 +83,15 @@ def resume_in(
     with_report: bool,
     shown: Showing,
     answer: JSONAnswer | None = None,
+    signals: Signals | None = None,
 ) -> None:
     """Go on with the run in a folder, which must not have been changed since it began."""
     recipe, added = unchanged(folder, folder.resolved)
     setup = assemble(recipe)
     try:
         with folder.lock():
-            _go_on(console, recipe, setup, folder, added, with_report, shown)
+            loop = RunLoop(console, recipe, setup, folder, with_report, shown, signals or Signals())
+            _go_on(loop, added)
     finally:
         conclude(answer, folder)
 
@@ -109,19 +115,10 @@ def unchanged(folder: RunFolder, path: Path) -> tuple[Recipe, Collection[str]]:
     return recipe, added
 
 
-def _go_on(
-    console: Console,
-    recipe: Recipe,
-    setup: Setup,
-    folder: RunFolder,
-    added: Collection[str],
-    with_report: bool,
-    shown: Showing,
-) -> None:
-    found = checkpoint.latest(folder.checkpoints)
+def _go_on(loop: RunLoop, added: Collection[str]) -> None:
+    found = checkpoint.latest(loop.folder.checkpoints)
     for reason in found.skipped if found else ():
         complain(f"passed over {reason}", kind="warning: ")
-    loop = RunLoop(console, recipe, setup, folder, with_report, shown)
     if found:
         refuse_other(found.settings, loop.settings, found.path, added)
     loop.resume(found)

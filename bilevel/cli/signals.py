@@ -25,6 +25,7 @@ class Signals:
         self.is_patient = False
         self.tell: Callable[[], None] | None = None
         """Called when a signal is noted."""
+        self._asked = ""
         self._before: dict[signal.Signals, object] = {}
 
     @property
@@ -35,9 +36,13 @@ class Signals:
 
     @property
     def reason(self) -> str:
-        """How `Finished` calls the signal received."""
+        """How `Finished` calls the signal received, or what was asked."""
         assert self.received is not None
-        return REASONS[self.received.name]
+        return self._asked or REASONS[self.received.name]
+
+    def ask(self, reason: str) -> None:
+        """Have the run end after this step, its state saved, as SIGTERM would, for another reason."""
+        self.received, self._asked = signal.SIGTERM, reason
 
     def __enter__(self) -> Signals:
         for number in (signal.Signals[name] for name in REASONS if hasattr(signal, name)):

@@ -10,10 +10,6 @@ measured is what a process of its own would show, without the seconds of its sta
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.comparing import cell as cells
-from bilevel.comparing import scene
+from bilevel.comparing import processes, scene
 from bilevel.comparing.files import REMEDY, read, write
 from bilevel.comparing.plan import Cell, Plan
 from bilevel.errors import CheckpointError
@@ -29,8 +25,6 @@ from bilevel.recipe.recipe import Recipe
 from bilevel.runfolder.files import write_text
 from bilevel.runfolder.folder import environment
 
-_SECONDS = ("torch.fx.experimental.symbolic_shapes",)
-"""What torch imports at a first product, which takes half a second; nothing where it is not there."""
 _MATTERS = ("python", "platform", "packages", "threads", "gpus")
 
 
@@ -122,35 +116,14 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     code = process.exitcode
     if result.is_file():
         return read(result)
-    return {"status": "failed", "reason": _death(0 if code is None else code, said)}
+    return {"status": "failed", "reason": processes.death(0 if code is None else code, said)}
 
 
 @functools.cache
 def _context() -> Any:
-    """How processes are started: forked from a warm server where forking is safe."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([cells.__name__, *_SECONDS])
-    return context
+    return processes.context(cells.__name__)
 
 
 def _measure(spec: dict[str, Any], said: str) -> None:
-    """What a process does: nothing reaches its terminal, and no signal of it the process."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C reaches the command alone, which then ends this process
-    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, standard in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, standard)
+    processes.detach(said)
     cells.main(spec)
-
-
-def _death(code: int, said: Path) -> str:
-    if code < 0:
-        return f"the process was killed by {signal.Signals(-code).name}" + (
-            " (out of memory?)" if -code == signal.SIGKILL else ""
-        )
-    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
-    return f"the process ended with code {code} and no result{last}"

@@ -34,6 +34,21 @@ COMMANDS = {
         "--runs-dir",
         *ANSWERS,
     ],
+    "sweep": [
+        "RECIPE",
+        "SETTINGS?",
+        "--trials",
+        "--seeds",
+        "--measure",
+        "--maximize",
+        "--sampler",
+        "--pruner",
+        "--sampler-seed",
+        "--workers",
+        "--on-error",
+        "--runs-dir",
+        *ANSWERS,
+    ],
     "report": ["RUN?", "--output", "--where", "--runs-dir"],
     "export": ["RUN", "--to", "--merged", "--best", "--runs-dir"],
     "runs": ["--where", "--sort", "--descending", "--show", "--watch", "--runs-dir", "--json"],
@@ -68,7 +83,7 @@ def test_a_file_bears_its_commands_name():
     assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
-    shared |= {"ensemble", "one_run"}
+    shared |= {"ensemble", "one_run", "sweep_trial"}
     assert files - set(COMMANDS) == shared
 
 
