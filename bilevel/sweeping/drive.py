@@ -19,7 +19,7 @@ from bilevel.errors import CheckpointError
 from bilevel.runfolder.files import parse, write_text
 from bilevel.runfolder.folder import RunFolder
 from bilevel.sweeping.request import REMEDY, Request
-from bilevel.sweeping.study import distributions
+from bilevel.sweeping.study import distributions, tell
 
 if TYPE_CHECKING:
     import optuna
@@ -163,7 +163,7 @@ class Driver:
             if result.get(key) is not None:
                 store.set_trial_user_attr(trial._trial_id, key, result[key])
         value = result["value"] if result["status"] == "done" else None
-        self.study.tell(number, value, state=_state(result["status"]))
+        tell(self.study, number, value, _state(result["status"]))
 
     def _stop(self) -> None:
         """What still runs saves its state; it stays unfinished in the journal, and is taken up later."""

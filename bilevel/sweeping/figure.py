@@ -79,8 +79,10 @@ def _trials(axes: Any, request: Request, found: Sequence[Row]) -> None:
     done = sorted((row for row in found if row.status == "done"), key=lambda row: row.number)
     pruned = [row for row in found if row.status == "pruned" and row.value is not None]
     numbers, values = [row.number for row in done], [row.value for row in done]
-    halves = [row.half or 0.0 for row in done]
-    axes.errorbar(numbers, values, yerr=halves, fmt="o", color=_DONE, ms=4, lw=1, label="a trial")
+    each = [(row.number, value) for row in done for value in row.seeds if len(row.seeds) > 1]
+    if each:
+        axes.scatter(*zip(*each, strict=True), s=8, color=_DONE, alpha=0.4, label="its seeds")
+    axes.scatter(numbers, values, s=24, color=_DONE, label="a trial")
     if pruned:
         at = [row.number for row in pruned], [row.value for row in pruned]
         axes.scatter(*at, marker="x", s=18, color=_PRUNED, label="pruned, where it stood")
@@ -94,6 +96,8 @@ def _trials(axes: Any, request: Request, found: Sequence[Row]) -> None:
 def _setting(
     axes: Any, each: Dimension, found: Sequence[Row], name: str, share: float | None
 ) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for status, marker, color in (("pruned", "x", _PRUNED), ("done", "o", _DONE)):
         chosen = [row for row in found if row.status == status and row.value is not None]
         if isinstance(each, Range):
@@ -103,6 +107,15 @@ def _setting(
         axes.scatter(at, [row.value for row in chosen], marker=marker, s=18, color=color)
     if isinstance(each, Range):
         axes.set_xscale("log" if each.is_log else "linear")
+        margin = (each.high / each.low) ** 0.05 if each.is_log else 0.05 * (each.high - each.low)
+        low, high = (
+            (each.low / margin, each.high * margin)
+            if each.is_log
+            else (each.low - margin, each.high + margin)
+        )
+        axes.set_xlim(low, high)
+        if each.is_log and each.high >= 10 * each.low:
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         labels = [value if len(value) < 18 else f"{value[:16]}…" for value in each.values]
         axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 2 else 0)

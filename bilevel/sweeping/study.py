@@ -62,7 +62,7 @@ def study(request: Request, folder: Path) -> optuna.Study:
             trial.report(value, step)
         if past.state.is_finished():
             values = past.values if past.state == optuna.trial.TrialState.COMPLETE else None
-            replay.tell(trial, values, state=past.state)
+            tell(replay, trial.number, values, past.state)
     return optuna.create_study(
         study_name=NAME,
         storage=store,
@@ -71,6 +71,18 @@ def study(request: Request, folder: Path) -> optuna.Study:
         pruner=pruner_of(request.pruner),
         load_if_exists=True,
     )
+
+
+def tell(found: optuna.Study, number: int, value: Any, state: Any) -> None:
+    """Keep how a trial ended. A grid that is at its end stops a loop of Optuna's own, and there is none here.
+
+    https://github.com/optuna/optuna/issues/4121
+    """
+    try:
+        found.tell(number, value, state=state)
+    except RuntimeError:
+        if found.get_trials(deepcopy=False)[number].state != state:
+            raise
 
 
 def sampler(request: Request) -> optuna.samplers.BaseSampler:

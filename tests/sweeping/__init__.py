@@ -1,0 +1,1 @@
+"""Sweeps: what is varied, what Optuna makes of it, what is left."""
