@@ -35,7 +35,7 @@ from bilevel.sweeping import figure, result, space, study
 from bilevel.sweeping import request as requests
 from bilevel.sweeping.drive import Driver, Ended, Start
 from bilevel.sweeping.request import Request
-from bilevel.sweeping.result import Row
+from bilevel.sweeping.result import Trial
 
 FAILED = 6
 """Exit code where some trials failed."""
@@ -191,7 +191,7 @@ def _drive(console: Console, driver: Driver) -> None:
             ) from None
 
 
-def _rows(driver: Driver) -> list[Row]:
+def _rows(driver: Driver) -> list[Trial]:
     return result.rows(driver.study, driver.request.maximize)
 
 
@@ -206,7 +206,7 @@ def _tell(console: Console, driver: Driver, ended: Ended) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _values(asked: Request, row: Row) -> str:
+def _values(asked: Request, row: Trial) -> str:
     names = result.short([each.key for each in asked.space])
     return " ".join(f"{names[key]}={_shown(value)}" for key, value in row.values.items())
 
@@ -230,7 +230,7 @@ def _live(console: Console, driver: Driver) -> Group:
     return Group(head, _table(driver.request, chosen, ()))
 
 
-def _table(asked: Request, found: Sequence[Row], left_out: Collection[str]) -> Table:
+def _table(asked: Request, found: Sequence[Trial], left_out: Collection[str]) -> Table:
     names = result.short([each.key for each in asked.space])
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     made.add_column("trial", justify="right", no_wrap=True)
@@ -257,7 +257,7 @@ def _table(asked: Request, found: Sequence[Row], left_out: Collection[str]) -> T
 
 def _conclude(
     console: Console, driver: Driver, answer: JSONAnswer | None, workers: int
-) -> list[Row]:
+) -> list[Trial]:
     asked, folder, found = driver.request, driver.folder, _rows(driver)
     shares = study.importance(driver.study)
     best = result.keep(asked, folder, found, shares)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.sweeping.request import Request
-from bilevel.sweeping.result import Row, short
+from bilevel.sweeping.result import Trial, short
 from bilevel.sweeping.space import Dimension, Range
 
 MOST = 5
@@ -24,7 +24,7 @@ def is_possible() -> bool:
 
 
 def draw(
-    request: Request, found: Sequence[Row], importance: Mapping[str, float], folder: Path
+    request: Request, found: Sequence[Trial], importance: Mapping[str, float], folder: Path
 ) -> list[Path]:
     """Write sweep.png and sweep.svg; returns their paths, none without a trial that is done."""
     figure = compose(request, found, importance)
@@ -36,7 +36,7 @@ def draw(
     return [png, svg]
 
 
-def compose(request: Request, found: Sequence[Row], importance: Mapping[str, float]) -> Any:
+def compose(request: Request, found: Sequence[Trial], importance: Mapping[str, float]) -> Any:
     """The `matplotlib.figure.Figure`, or None without a trial that is done."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,13 +69,13 @@ def compose(request: Request, found: Sequence[Row], importance: Mapping[str, flo
     return figure
 
 
-def _spans(done: Sequence[Row]) -> bool:
+def _spans(done: Sequence[Trial]) -> bool:
     """Whether the values are above 0 and a hundredfold apart, so that their logarithm is drawn."""
     values = [row.value for row in done if row.value is not None]
     return min(values) > 0 and max(values) / min(values) > 100
 
 
-def _trials(axes: Any, request: Request, found: Sequence[Row]) -> None:
+def _trials(axes: Any, request: Request, found: Sequence[Trial]) -> None:
     done = sorted((row for row in found if row.status == "done"), key=lambda row: row.number)
     pruned = [row for row in found if row.status == "pruned" and row.value is not None]
     numbers, values = [row.number for row in done], [row.value for row in done]
@@ -94,7 +94,7 @@ def _trials(axes: Any, request: Request, found: Sequence[Row]) -> None:
 
 
 def _setting(
-    axes: Any, each: Dimension, found: Sequence[Row], name: str, share: float | None
+    axes: Any, each: Dimension, found: Sequence[Trial], name: str, share: float | None
 ) -> None:
     from matplotlib.ticker import NullFormatter
 

@@ -23,7 +23,7 @@ TABLE, CSV, BEST = "sweep.json", "trials.csv", "best.yaml"
 
 
 @dataclass(frozen=True)
-class Row:
+class Trial:
     """A trial."""
 
     number: int
@@ -43,24 +43,24 @@ class Row:
         return "–" if self.value is None else interval(self.value, self.half)
 
 
-def rows(study: optuna.Study, maximize: bool) -> list[Row]:
+def rows(study: optuna.Study, maximize: bool) -> list[Trial]:
     """The trials: done, the best first, of equal ones the earlier; then pruned, running and failed."""
     found = [_row(trial) for trial in study.get_trials(deepcopy=False)]
     order = ("done", "pruned", "running", "failed")
 
-    def rank(row: Row) -> tuple[int, float, int]:
+    def rank(row: Trial) -> tuple[int, float, int]:
         value = math.inf if row.value is None else -row.value if maximize else row.value
         return order.index(row.status), value, row.number
 
     return sorted(found, key=rank)
 
 
-def _row(trial: optuna.trial.FrozenTrial) -> Row:
+def _row(trial: optuna.trial.FrozenTrial) -> Trial:
     names = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
     status = names.get(trial.state.name, "running")
     about, so_far = trial.user_attrs, trial.intermediate_values
     value = trial.value if status == "done" else so_far[max(so_far)] if so_far else None
-    return Row(
+    return Trial(
         trial.number,
         status,
         value,
@@ -73,7 +73,7 @@ def _row(trial: optuna.trial.FrozenTrial) -> Row:
 
 
 def keep(
-    request: Request, folder: Path, found: Sequence[Row], importance: Mapping[str, float]
+    request: Request, folder: Path, found: Sequence[Trial], importance: Mapping[str, float]
 ) -> Path | None:
     """Write sweep.json, trials.csv and best.yaml; returns the last one's path, None without a trial."""
     document = {
@@ -97,7 +97,7 @@ def keep(
     return folder / BEST
 
 
-def _csv(request: Request, found: Sequence[Row]) -> str:
+def _csv(request: Request, found: Sequence[Trial]) -> str:
     out = io.StringIO()
     keys = [each.key for each in request.space]
     writer = csv.writer(out, lineterminator="\n")
