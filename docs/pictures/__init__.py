@@ -4,7 +4,7 @@ Of each the numbers are kept as JSON and the drawing as SVG. A test computes the
 the dear ones a part) and draws what is kept, so that no picture outlives what it shows.
 """
 
-from docs.pictures import at_a_glance, choice, gallery, quadrants, steps
+from docs.pictures import at_a_glance, choice, gallery, quadrants, steps, tables
 from docs.pictures.families import CHARTS
 from docs.pictures.keep import Picture
 
@@ -12,6 +12,7 @@ PICTURES = {
     "at_a_glance": Picture(at_a_glance.TITLE, at_a_glance.compute, at_a_glance.draw),
     "steps": Picture(steps.TITLE, steps.compute, steps.draw),
     "choice": Picture(choice.TITLE, choice.compute, choice.draw),
+    "benchmarks": Picture(tables.TITLE, tables.compute, tables.draw),
     "quadrants": Picture(quadrants.TITLE, quadrants.compute, quadrants.draw),
     **{f"family_{name}": chart.picture() for name, chart in CHARTS.items()},
     **{f"gallery_{name}": picture for name, picture in gallery.PICTURES.items()},

@@ -18,8 +18,8 @@ from bilevel.estimators import (
     ZerothOrder,
 )
 from bilevel.linear import CG, GMRES, MINRES, Dense, Identity, Neumann, NormalCG, Nystrom
-from bilevel.lower import LBFGS, Gradient
-from bilevel.optimizers import SGD
+from bilevel.lower import LBFGS, Gradient, Newton, Proximal
+from bilevel.optimizers import SGD, Adam
 from bilevel.rng import Streams
 from bilevel.types import Estimator, Structure
 from bilevel_problems.box_qp import BoxQP
@@ -193,4 +193,27 @@ def constrained() -> Curves:
         "implicit, blind to the box": [
             error(Implicit(solver=CG(iterations=k, tolerance=0)), None) for k in ks
         ],
+    }
+
+
+def lower() -> Curves:
+    """Distance to y* of the solvers of the lower level, from one start, condition number 100."""
+    of = Quadratic(condition=100)
+    exact = of.lower_solution(x)
+
+    def after(solver: Any) -> Point:
+        solved = solve_lower(of.lower_loss, x, y, solver=solver, batch=of.constants)
+        off = tree.norm(tree.sub(solved.y, exact)) / tree.norm(exact)
+        return float(solved.stats.gradients + solved.stats.hvps), off
+
+    few, many = (1, 2, 4, 8, 16, 32, 64, 128, 256), (4, 8, 16, 32, 64, 128, 256)
+    return {
+        "gradient, sgd": [after(Gradient(steps=k, optimizer=SGD(lr=1.0))) for k in many],
+        "the same, momentum 0.8": [
+            after(Gradient(steps=k, optimizer=SGD(lr=1.0, momentum=0.8))) for k in many
+        ],
+        "gradient, adam": [after(Gradient(steps=k, optimizer=Adam(lr=0.3))) for k in many],
+        "proximal": [after(Proximal(steps=k)) for k in few],
+        "lbfgs": [after(LBFGS(steps=k)) for k in few[:7]],
+        "newton": [after(Newton(steps=1))],
     }

@@ -69,6 +69,14 @@ CHARTS = {
         y_range=(1e-4, 3),
         points=("identity, dense",),
     ),
+    "lower": Chart(
+        title="Distance to the lower solution against cost",
+        computed=at_the_solution.lower,
+        x="gradients + HVPs",
+        y="‖y − y*‖ / ‖y*‖",
+        y_range=(1e-15, 3),
+        points=("newton",),
+    ),
     "meta_learning": Chart(
         title="Direction of first-order methods beside MAML's",
         computed=elsewhere.meta_learning,
