@@ -72,6 +72,7 @@ CHARTS = {
     "lower": Chart(
         title="Distance to the lower solution against cost",
         computed=at_the_solution.lower,
+        part=lambda: at_the_solution.lower(8),
         x="gradients + HVPs",
         y="‖y − y*‖ / ‖y*‖",
         y_range=(1e-15, 3),
