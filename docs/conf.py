@@ -44,12 +44,12 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|pathlib|pydantic|annotated_types)\..*"),
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
-    (r"py:.*", r"Start|Params|Direction|tuple\[.*"),
+    (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast"),
     # the type of a documented field that holds another component: Annotated[…, Slot("group")]
     (r"py:class", r"bilevel\.(types\.Annotated|components\.Slot)|preconditioners"),
     (
         r"py:.*",
-        r"bilevel\.((types|components)\.C|recipe\.recipe\._device)",
+        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast))",
     ),  # a type variable, a validator
 ]
 
