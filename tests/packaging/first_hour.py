@@ -95,7 +95,7 @@ def own_problem(terminal: Terminal, folder: Path) -> None:
     terminal.type("run", "mine.yaml", "upper.steps=10", shows=("done at step 10",))
     source = folder / "mine.py"
     source.write_text(source.read_text().replace('batch["A"] @', 'batch["B"] @'))
-    terminal.type("run", "mine.yaml", code=1, shows=("KeyError", "mine.py"))
+    terminal.type("run", "mine.yaml", code=7, shows=("KeyError", "mine.py"))
     source.write_text(source.read_text().replace('batch["B"] @', 'batch["A"] @'))
 
 
