@@ -103,7 +103,7 @@ def many_runs(terminal: Terminal, folder: Path) -> None:
     estimators = ("--estimators", "implicit,unroll")
     terminal.type("compare", "quadratic", "upper.steps=4", *estimators, shows=("unroll",))
     sweep = ("sweep", "mine.yaml", "upper.optimizer.lr=1e-2..1,log", "upper.steps=5")
-    terminal.type(*sweep, "--trials", "3", "--measure", "error", shows=("best",))
+    terminal.type(*sweep, "--trials", "3", "--measure", "error", shows=("best.yaml",))
     terminal.type("run", "quadratic", "upper.steps=5", "seeds=0..1", shows=("seed",))
     terminal.type("report", "quadratic", "mine", "-o", "all.html", shows=("all.html",))
     assert (folder / "all.html").is_file()
