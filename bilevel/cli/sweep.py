@@ -22,7 +22,7 @@ from bilevel.cli.names import locate
 from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.sweep_trial import LOSSES
-from bilevel.cli.tables import print_fitted
+from bilevel.cli.tables import natural_width, print_fitted
 from bilevel.cli.user_code import explaining
 from bilevel.errors import RecipeError, unknown
 from bilevel.events import Evaluated
@@ -227,7 +227,16 @@ def _live(console: Console, driver: Driver) -> Group:
     chosen = [row for row in found if row.status == "running"] + [
         row for row in found if row.status == "done"
     ][:5]
-    return Group(head, _table(driver.request, chosen, ()))
+    asked, spare = driver.request, _spare(driver.request)
+    made = (_table(asked, chosen, spare[:n]) for n in range(len(spare) + 1))
+    fits = (table for table in made if natural_width(console, table) <= console.width)
+    return Group(head, next(fits, _table(asked, chosen, spare)))
+
+
+def _spare(asked: Request) -> list[str]:
+    """Columns that are left out where a terminal is narrow, the first first."""
+    names = result.short([each.key for each in asked.space])
+    return ["time", "status", *reversed(names.values())]
 
 
 def _table(asked: Request, found: Sequence[Trial], left_out: Collection[str]) -> Table:
@@ -278,9 +287,7 @@ def _conclude(
     console.print()
     head = f"{asked.recipe.name}, {said or 'no trial is over'}; {way} {asked.measure} first{seeds}"
     console.print(head, markup=False, highlight=False)
-    names = [result.short([e.key for e in asked.space])[e.key] for e in asked.space]
-    spare = ["time", "status", *reversed(names)]
-    print_fitted(console, lambda left_out: _table(asked, found[:SHOWN], left_out), spare)
+    print_fitted(console, lambda left_out: _table(asked, found[:SHOWN], left_out), _spare(asked))
     if len(found) > SHOWN:
         text = f"and {len(found) - SHOWN} more: {folder / result.CSV}"
         console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -4,12 +4,17 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from bilevel import recipe as recipes
 from bilevel.cli import ensemble, sweep_trial
+from bilevel.cli import sweep as command
+from bilevel.cli.names import shipped
 from bilevel.runfolder import RunFolder, record
+from bilevel.sweeping import request, space, study
 from tests.cli.commands import SHORT, invoke
 
 pytest.importorskip("optuna")
@@ -112,6 +117,34 @@ def test_what_cannot_be_is_one_line_before_anything_runs(words, said, runs):
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not runs.exists()
+
+
+def test_without_optuna_it_says_what_to_install(runs, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = sweep(runs, f"{LR}=1..2", code=3)
+    assert result.stderr == "error: a sweep needs optuna: pip install 'bilevel[sweep]'\n"
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_what_is_shown_while_it_runs_fits_the_terminal(width, runs):
+    sweep(runs, f"{LR}=0.1,0.5", "lower.steps=5,20", "upper.steps=1")
+    made = SimpleNamespace(trials=9, request=asked(runs))
+    made.study = study.study(made.request, runs / "quadratic-sweep")
+    console = Console(width=width, force_terminal=True, color_system=None, record=True)
+    with console.capture() as shown:
+        console.print(command._live(console, made))  # pyright: ignore[reportArgumentType]
+    lines = shown.get().splitlines()
+    assert lines[0].strip() == "4/9 trials: 4 done"
+    assert lines[1].split()[:2] == ["trial", "upper_loss"]
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= width
+    assert ("time" in lines[1]) == (width == 80)
+
+
+def asked(runs: Path) -> request.Request:
+    varied, fixed = space.parse([f"{LR}=0.1,0.5", "lower.steps=5,20"])
+    recipe = recipes.load(shipped()["quadratic"], fixed)
+    return request.Request(recipe, tuple(varied), "upper_loss", False, "grid", "none", 0)
 
 
 def test_another_sweep_is_refused_and_more_trials_are_not(runs):
