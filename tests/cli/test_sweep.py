@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ from bilevel import recipe as recipes
 from bilevel.cli import ensemble, sweep_trial
 from bilevel.cli import sweep as command
 from bilevel.cli.names import shipped
+from bilevel.events import Evaluated
 from bilevel.runfolder import RunFolder, record
-from bilevel.sweeping import request, space, study
+from bilevel.sweeping import figure, request, space, study
 from tests.cli.commands import SHORT, invoke
 
 pytest.importorskip("optuna")
@@ -38,7 +40,16 @@ def loss(folder: Path) -> float:
     return event["upper_loss"]
 
 
-def test_a_grid_its_trials_and_the_recipe_that_wins(runs):
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch) -> Callable[..., list[Path]]:
+    """Figures take longer than the runs; the test that looks at one draws it."""
+    draw = figure.draw
+    monkeypatch.setattr(figure, "draw", lambda *_: [])
+    return draw
+
+
+def test_a_grid_its_trials_and_the_recipe_that_wins(runs, drawn, monkeypatch):
+    monkeypatch.setattr(figure, "draw", drawn)
     result = sweep(runs, f"{LR}=0.01,0.1,0.5", "--seeds", "0..1")
     place = runs / "quadratic-sweep"
     truth = {}
@@ -174,7 +185,7 @@ def test_trials_that_diverge_are_kept_with_their_reason(runs):
 
 def test_what_is_worse_than_the_median_is_pruned_at_its_step(runs):
     rates = ",".join(["0.5"] * 1 + [f"0.{n}" for n in (41, 42, 43, 44)] + ["1e-4", "1e-5"])
-    sweep(runs, f"{LR}={rates}", "upper.steps=3", "--pruner", "median", "--seeds", "0..1")
+    sweep(runs, f"{LR}={rates}", "upper.steps=3", "--pruner", "median")
     trials = found(runs)["trials"]
     by_state = {each["values"][LR]: each for each in trials}
     states = {lr: each["status"] for lr, each in by_state.items()}
@@ -248,6 +259,19 @@ def test_ctrl_c_saves_the_trial_and_the_same_command_goes_on(runs, breaks, tmp_p
         for place in (runs / "whole", runs)
     )
     assert one == two
+
+
+def test_of_several_seeds_the_mean_so_far_is_told(tmp_path):
+    made = study.study(asked(tmp_path), tmp_path)
+    trial = made.ask()
+    spec = {"measure": "accuracy", "id": trial._trial_id}
+    watcher = sweep_trial.Watcher(spec, (1.0, 2.0), 10, made, inner=SimpleNamespace(receive=id))
+    for event in (Evaluated(0, {"accuracy": 9.0}), Evaluated(4, {"accuracy": 6.0})):
+        watcher.receive(event)
+        watcher.receive(event)  # told again as it is resumed
+    (told,) = made.get_trials(deepcopy=False)
+    assert told.intermediate_values == {2 * 10 + 4: 3.0}
+    assert not watcher.is_pruned
 
 
 def test_what_a_step_does_not_say_is_not_a_value(tmp_path):

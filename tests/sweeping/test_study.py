@@ -120,7 +120,7 @@ def test_a_failure_is_kept_and_stops_where_that_is_asked(tmp_path):
 def test_importance_is_that_of_the_setting_that_matters(tmp_path):
     words = ["upper.optimizer.lr=0.01..1", "estimator.damping=0..1"]
     made = asked("random", words)
-    found = driver(made, tmp_path, 30, value=lambda v: math.log(v["upper.optimizer.lr"]) ** 2)
+    found = driver(made, tmp_path, 16, value=lambda v: math.log(v["upper.optimizer.lr"]) ** 2)
     assert study.importance(found.study) == {}
     list(found.run())
     shares = study.importance(found.study)
