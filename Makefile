@@ -15,7 +15,7 @@ test: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[mllm,report,sweep,test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[mllm,report,sweep,test,tensorboard,wandb]'
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python betty-ml==0.2.1 || \
 		echo 'no betty-ml here: the tests that compare with it will say that they are skipped'
 	touch $@

@@ -69,6 +69,12 @@ class CheckpointError(BilevelError, RuntimeError):
     exit_code = 1
 
 
+class TrackerError(BilevelError, RuntimeError):
+    """A tracker, which has a copy of the record, fails. In the middle of a run it is left out from there on."""
+
+    exit_code = 1
+
+
 class UntrustedWarning(UserWarning):
     """A hypergradient whose own evidence speaks against it; `Estimate.reasons` says the same.
 

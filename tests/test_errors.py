@@ -12,6 +12,7 @@ BUILTINS = {
     "ConvergenceError": ArithmeticError,
     "CheckpointError": RuntimeError,
     "UserCodeError": RuntimeError,
+    "TrackerError": RuntimeError,
 }
 
 

@@ -18,7 +18,13 @@ from bilevel.cli.output import going_on
 from bilevel.cli.shown import Shown
 from bilevel.cli.signals import Signals
 from bilevel.cli.user_code import explaining
-from bilevel.errors import BilevelError, CheckpointError, ConvergenceError, UserCodeError
+from bilevel.errors import (
+    BilevelError,
+    CheckpointError,
+    ConvergenceError,
+    TrackerError,
+    UserCodeError,
+)
 from bilevel.events import HELD, Evaluated, Event, Finished, Progress, Saved, Stepped, Warned
 from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import settings
@@ -102,6 +108,9 @@ class RunLoop:
         self.signals.tell = shown.stopping
         self.receivers.append(shown)
         self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
+        for sink in self.recipe.sinks:
+            if require := getattr(sink, "require", None):
+                require()
         early = []
         for event in engine.prepare(self.setup):
             shown.receive(event)
@@ -117,7 +126,7 @@ class RunLoop:
                     self.receivers.append(sink.open(self.folder.path, step))
                 for event in early:
                     for receiver in self.receivers[shown:]:
-                        receiver.receive(event)
+                        self._tell(receiver, event)
                 self.signals.is_patient = True
                 self._loop(state)
             self._close()
@@ -211,8 +220,26 @@ class RunLoop:
         self._deliver(Saved(state.step, path))
 
     def _deliver(self, event: Event) -> None:
-        for receiver in self.receivers:
+        for receiver in tuple(self.receivers):
+            self._tell(receiver, event)
+
+    def _tell(self, receiver: Receiver, event: Event) -> None:
+        try:
             receiver.receive(event)
+        except TrackerError as error:
+            self._leave_out(receiver, event, str(error))
+
+    def _leave_out(self, receiver: Receiver, event: Event, reason: str) -> None:
+        """Go on without a tracker, which has a copy only of what the record has."""
+        self.receivers.remove(receiver)
+        with suppress(Exception):
+            receiver.close()
+        if isinstance(
+            event, (Finished, Progress)
+        ):  # the one ends the record, the other has no step
+            complain(reason, kind="warning: ")
+        else:
+            self._deliver(Warned(event.step, reason.partition(":")[0], reason))
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
@@ -228,7 +255,7 @@ class RunLoop:
         """Close each receiver, also where the one before it could not be."""
         with ExitStack() as closing:
             for receiver in self.receivers:
-                closing.callback(receiver.close)
+                closing.callback(_close, receiver)
 
     def _discard(self) -> None:
         shutil.rmtree(self.folder.path, ignore_errors=True)
@@ -264,3 +291,10 @@ class RunLoop:
             complain(f"no report: {error}", kind="warning: ")
         else:
             self.console.print(Text(f"{path}"), soft_wrap=True)
+
+
+def _close(receiver: Receiver) -> None:
+    try:
+        receiver.close()
+    except TrackerError as error:
+        complain(str(error), kind="warning: ")
