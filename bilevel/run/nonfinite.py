@@ -33,7 +33,8 @@ class Answer:
         """Said the first time, counted every time; once the step is done or left out."""
         state.recovery = self.recovery
         count = state.warned[self.kind] = state.warned.get(self.kind, 0) + 1
-        return iter([Warned(state.step, self.kind, self.message)] if count == 1 else [])
+        message = self.message.removeprefix(f"step {state.step}: ")  # which the event says
+        return iter([Warned(state.step, self.kind, message)] if count == 1 else [])
 
 
 def _halt(setup: Setup, state: State, take: Take, error: ConvergenceError) -> NoReturn:
