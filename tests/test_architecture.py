@@ -83,7 +83,7 @@ def test_linear_solvers_know_no_losses():
         assert found <= {"tree", "types", "errors", "rng", "components", "linear", "registry"}
 
 
-SHOWING = ("sinks/console.py", "sinks/progress.py")
+SHOWING = ("sinks/console.py", "sinks/panel.py", "sinks/progress.py")
 
 
 def test_only_the_command_line_and_what_shows_a_run_import_rich():

@@ -1,17 +1,14 @@
-"""What a person sees of a run: a live line in a terminal, plain lines anywhere else."""
+"""What a person sees of a run: a live panel in a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
-from rich.progress import Progress as Bar
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +26,9 @@ from bilevel.events import (
     Stepped,
     Warned,
 )
-from bilevel.sinks.numbers import COUNTS, counts, duration, relative_error, small, spelled
+from bilevel.sinks.evidence import CALLS, EVIDENCE, Clock, Column
+from bilevel.sinks.numbers import duration, spelled
+from bilevel.sinks.panel import Panel
 
 ROWS = 20
 """Rows of a run without a terminal, besides one for every `PATIENCE` seconds of silence."""
@@ -44,7 +43,7 @@ class ConsoleReceiver:
         self._before = before
         self._held: Mapping[str, float] | None = None
         self._after: Mapping[str, float] | None = None
-        self._live = _Live(console) if console.is_terminal else None
+        self._live = Panel(console) if console.is_terminal else None
         self._plain = None if console.is_terminal else _Plain(console)
         self._first: Stepped | None = None
         self._last: Stepped | None = None
@@ -83,6 +82,8 @@ class ConsoleReceiver:
             self._live.close()
 
     def _warn(self, event: Warned) -> None:
+        if self._live:
+            self._live.receive(event)
         text = Text.assemble((f"warning (step {event.step}): ", "yellow"), event.message)
         self._console.print(text)
 
@@ -109,67 +110,6 @@ class ConsoleReceiver:
                 self._console.print(Text.assemble((f"warned: {kind}", "yellow"), steps))
 
 
-class _Live:
-    """Two lines that are redrawn: stage or step, bar, losses, ETA; below, the evidence and calls."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Bar(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[count]}", markup=False),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=console,
-        )
-        self._evidence = Text()
-        self._panel = Live(Group(self._bar, self._evidence), console=console, transient=True)
-        self._task: TaskID | None = None
-        self._clock = _Clock()
-        self._description = ""
-
-    def receive(self, event: Event) -> None:
-        if isinstance(event, Progress):
-            count = f"{event.done:,}/{event.total:,}" if event.total else f"{event.done:,}"
-            self._show(event.stage, event.done, event.total, count, event.note)
-        elif isinstance(event, Started):
-            self._clock = _Clock(event)
-            self._show("step", event.step, event.steps, f"{event.step}/{event.steps}", "")
-        elif isinstance(event, Stepped):
-            left = self._clock.left(event.step)
-            note = (
-                f"F {event.upper_loss:.3e}  G {event.lower_loss:.3e}  "
-                f"‖dΦ/dx‖ {event.hypergradient_norm:.1e}  {left}"
-            )
-            count = f"{event.step}/{self._clock.steps}"
-            known = [column for column in EVIDENCE if column.of(event) is not None]
-            parts = [f"{column.head} {column.of(event)}" for column in known]
-            self._evidence.plain = "  ".join(["", *parts, f"{COUNTS} {_calls(event)}"])
-            self._show("step", event.step, self._clock.steps, count, note)
-
-    def _show(self, what: str, done: int, total: int | None, count: str, note: str) -> None:
-        if self._description != "stopping":
-            self._description = what
-        if self._task is None:
-            self._panel.start()
-            self._task = self._bar.add_task("", total=total, count="", note="")
-        self._bar.update(
-            self._task,
-            description=self._description,
-            completed=done,
-            total=total,
-            count=count,
-            note=note,
-        )
-
-    def stopping(self) -> None:
-        self._description = "stopping"
-        if self._task is not None:
-            self._bar.update(self._task, description="stopping")
-
-    def close(self) -> None:
-        self._panel.stop()
-
-
 class _Plain:
     """Some twenty rows a run, none wider than 80 columns.
 
@@ -178,14 +118,14 @@ class _Plain:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._clock = _Clock()
+        self._clock = Clock()
         self._stages: set[tuple[str, bool]] = set()
         self._shown: Sequence[Column] | None = None
         self._said = time.monotonic()
 
     def receive(self, event: Event) -> None:
         if isinstance(event, Started):
-            self._clock = _Clock(event)
+            self._clock = Clock(event)
         elif isinstance(event, Progress):
             self._stage(event)
         elif isinstance(event, Stepped):
@@ -234,61 +174,6 @@ class _Plain:
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A head, its width, and what stands below it; None where the step has nothing to say."""
-
-    head: str
-    width: int
-    of: Callable[[Stepped], str | None]
-
-
-def _residual(event: Stepped) -> str | None:
-    value = event.estimate.residual
-    return None if value is None else small(value)
-
-
-def _condition(event: Stepped) -> str | None:
-    """Of an indefinite matrix it means nothing: the curvature that tells so stands in its place."""
-    stats = event.estimate
-    if stats.curvature is not None and stats.curvature <= 0:
-        return "curv≤0"
-    return None if stats.condition is None else small(stats.condition, ".0e")
-
-
-def _error(event: Stepped) -> str | None:
-    stats = event.estimate
-    return relative_error(stats.error_bound, stats.error_bound_from, event.hypergradient_norm)
-
-
-def _calls(event: Stepped) -> str:
-    return counts(*astuple(event.totals))
-
-
-EVIDENCE = (
-    Column("adj.res", 7, _residual),
-    Column("cond≥", 6, _condition),
-    Column("rel.err", 8, _error),
-)
-CALLS = Column(COUNTS, len(COUNTS), _calls)
-
-
-class _Clock:
-    """Time left, from the second step on: the first one also warms everything up."""
-
-    def __init__(self, event: Started | None = None) -> None:
-        self.first = event.step if event else 0
-        self.steps = event.steps if event else 0
-        self._began: float | None = None
-
-    def left(self, step: int) -> str:
-        if self._began is None:
-            self._began = time.monotonic()
-        taken = step - self.first - 1
-        spent = time.monotonic() - self._began
-        return duration(spent / taken * (self.steps - step)) if taken else ""
 
 
 def _headline(event: Started) -> Text:
