@@ -15,6 +15,8 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
+_BARE = re.compile(r"(\\[dt]?frac)\s*(\w)\s*(\w)")
+
 
 def mathml(latex: str, *, block: bool) -> str:
     """One formula.
@@ -22,7 +24,8 @@ def mathml(latex: str, *, block: bool) -> str:
     Raises:
         MathError: docutils does not know a command in it.
     """
-    found = tex2mathml(latex, as_block=block)
+    # docutils reads `\tfrac12 y` as 12 over y
+    found = tex2mathml(_BARE.sub(r"\1{\2}{\3}", latex), as_block=block)
     # a norm's opening bar would stretch beside a fraction, its closing one, with its power, would not
     return re.sub(r"<mo([^>]*)>‖</mo>", r'<mo\1 stretchy="false">‖</mo>', found)
 

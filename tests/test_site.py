@@ -52,6 +52,22 @@ def test_a_norm_beside_a_fraction_has_two_bars_of_a_height():
     assert "<mfrac>" in found
 
 
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (r"\tfrac12 y", r"\tfrac{1}{2} y"),
+        (r"\frac1n \sum_i a_i", r"\frac{1}{n} \sum_i a_i"),
+        (r"2 \frac 12", r"2 \frac{1}{2}"),
+    ],
+)
+def test_a_fraction_without_braces_is_one_over_two(short, long):
+    pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
+    from docs.mathml import mathml
+
+    assert mathml(short, block=True) == mathml(long, block=True)
+    assert "<mn>12</mn>" not in mathml(short, block=True)
+
+
 def test_a_command_that_is_not_known_is_an_error():
     pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
     from docutils.utils.math import MathError
