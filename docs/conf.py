@@ -49,8 +49,8 @@ nitpick_ignore_regex = [
     (r"py:class", r"bilevel\.(types\.Annotated|components\.Slot)|preconditioners"),
     (
         r"py:.*",
-        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast))",
-    ),  # a type variable, a validator
+        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast)|sinks\.mlflow\._without_password)",
+    ),  # a type variable, validators
 ]
 
 _ANNOTATED = re.compile(r"Annotated\[([^\[\]]+), \w+\([^()]*\)\]")
