@@ -15,10 +15,10 @@ from tests.cli.commands import invoke
 def written(tmp_path, monkeypatch):
     """A folder in which `new` has written a problem and an estimator, as if its modules were found."""
     invoke("new", "problem", "prices", "--to", tmp_path)
-    invoke("new", "estimator", "mine", "--to", tmp_path)
+    invoke("new", "estimator", "own_solve", "--to", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in ("prices", "mine"):
+    for name in ("prices", "own_solve"):
         sys.modules.pop(name, None)
 
 
@@ -35,7 +35,7 @@ def named_tests(path: Path) -> dict[str, object]:
     return {name: part for name, part in vars(module(path)).items() if name.startswith("test_")}
 
 
-@pytest.mark.parametrize(("name", "number"), [("prices", 2), ("mine", 2)])
+@pytest.mark.parametrize(("name", "number"), [("prices", 2), ("own_solve", 2)])
 def test_its_tests_pass_as_they_are(written, name, number):
     found = named_tests(written / f"test_{name}.py")
     assert len(found) == number
@@ -47,7 +47,7 @@ def test_its_tests_pass_as_they_are(written, name, number):
     ("name", "right", "wrong", "failing"),
     [
         ("prices", 'batch["A"] @ y["w"]', 'batch["A"] @ y["w"].detach()', "contract"),
-        ("mine", "tree.sub(F_x", "tree.axpy(1.0, F_x", "claim"),
+        ("own_solve", "tree.sub(F_x", "tree.axpy(1.0, F_x", "claim"),
     ],
 )
 def test_its_tests_can_fail(written, name, right, wrong, failing):
@@ -60,7 +60,7 @@ def test_its_tests_can_fail(written, name, right, wrong, failing):
         test()
 
 
-@pytest.mark.parametrize("name", ["prices", "mine"])
+@pytest.mark.parametrize("name", ["prices", "own_solve"])
 def test_its_recipe_runs(written, name):
     shown = invoke(
         "run",
@@ -105,10 +105,10 @@ def test_a_bad_name_is_refused(words, said, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "there"), [("problem", "test_a.py"), ("package", "a")])
 def test_what_is_there_is_not_written_over(kind, there, tmp_path):
-    (tmp_path / there).write_text("mine")
+    (tmp_path / there).write_text("own_solve")
     assert f"{there}: is there already" in invoke("new", kind, "a", "--to", tmp_path, code=2).stderr
     assert [path.name for path in tmp_path.iterdir()] == [there]
-    assert (tmp_path / there).read_text() == "mine"
+    assert (tmp_path / there).read_text() == "own_solve"
 
 
 @pytest.mark.parametrize("kind", ["problem", "package"])
