@@ -73,6 +73,7 @@ class Panel:
         if not self._live.is_started:
             return
         self._stage = self._warning = None  # the warning stands above, in full
+        self._left = ""
         self._is_stopping = False
         self._live.transient = self._step is None
         self._live.stop()

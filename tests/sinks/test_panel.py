@@ -89,6 +89,7 @@ def test_a_run_leaves_its_last_state_and_a_stage_leaves_nothing():
     panel.close()
     panel.close()
     last = drawn(panel, 60)
+    assert "ETA" not in last, "nothing is to come"
     assert "3/6" in out.getvalue()
     assert "3/6" in last
     assert "held" not in last
@@ -99,6 +100,7 @@ def test_a_run_leaves_its_last_state_and_a_stage_leaves_nothing():
 def test_a_stop_is_said_in_the_panel():
     panel = panel_of(EVENTS)
     try:
+        assert "ETA" in drawn(panel, 60)
         assert "stopping" not in drawn(panel, 60)
         panel.stopping()
         assert drawn(panel, 60).startswith("stopping")
