@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -54,11 +55,9 @@ class MLflow:
 
     def open(self, folder: Path, step: int | None) -> tracking.TrackerReceiver:
         self.require()
-        from mlflow.tracking import MlflowClient
-
         runs = folder.resolve().parent.parent
         uri = self.tracking_uri or f"sqlite:///{(runs / 'mlflow.db').as_posix()}"
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = _mlflow("tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
         artifacts = None if self.tracking_uri else (runs / "mlruns").as_uri()
         name = self.experiment or tracking.project_name(folder)
         run = _resumed(client, folder) or _created(client, folder, name, artifacts)
@@ -77,13 +76,17 @@ def _resumed(client: Any, folder: Path) -> str | None:
     return run
 
 
+def _mlflow(part: str) -> Any:
+    """A part of MLflow, which a type checker need not find: `make` installs no MLflow."""
+    return import_module(f"mlflow.{part}")
+
+
 def _created(client: Any, folder: Path, experiment: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(experiment)
     number = found.experiment_id if found else client.create_experiment(experiment, artifacts)
     run = client.create_run(number, run_name=tracking.run_name(folder)).info.run_id
     files.write_text(folder / ID, run + "\n", remedy="make room, then resume the run")
-    from mlflow.entities import Param
-
+    Param = _mlflow("entities").Param
     settings = tracking.flat(tracking.settings(folder)).items()
     params = [Param(key, str(value)[:LONGEST]) for key, value in settings]
     for begin in range(0, len(params), 100):  # as many as one call takes
@@ -101,8 +104,7 @@ class MLflowRun:
         self._sent = time.monotonic()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
+        Metric = _mlflow("entities").Metric
         now = int(time.time() * 1000)
         named = {_name(name): value for name, value in values.items()}
         self._held += [Metric(n, v, now, step) for n, v in named.items() if self._last_of(n) < step]
