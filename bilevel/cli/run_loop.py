@@ -55,6 +55,7 @@ class RunLoop:
     saved: Path | None = None
     settings: dict[str, str] = field(init=False)
     """Those of the recipe, with its files as they were when the run began."""
+    is_resumed: bool = False
     is_delivered: bool = True
     """Whether every sink has what the engine said last."""
 
@@ -88,6 +89,7 @@ class RunLoop:
                 raise
 
     def resume(self, found: checkpoint.FoundCheckpoint | None) -> None:
+        self.is_resumed = True
         with self._without_console(), self.signals:
             before = self._first_measures()
             with self._closing_on_error(), explaining(), self._requiring():
@@ -122,8 +124,7 @@ class RunLoop:
         try:
             with self._closing_on_error():
                 shown = len(self.receivers)
-                for sink in self.recipe.sinks:
-                    self.receivers.append(sink.open(self.folder.path, step))
+                self._open_sinks(step)
                 for event in early:
                     for receiver in self.receivers[shown:]:
                         self._tell(receiver, event)
@@ -135,6 +136,16 @@ class RunLoop:
             raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
         if self.signals.received:
             raise Stopped(self.signals.code, self._how_to_resume())
+
+    def _open_sinks(self, step: int | None) -> None:
+        """A tracker that cannot be opened ends a new run, but keeps none from being resumed."""
+        for sink in self.recipe.sinks:
+            try:
+                self.receivers.append(sink.open(self.folder.path, step))
+            except TrackerError as error:
+                if not self.is_resumed:
+                    raise TrackerError(f"{error}; mend it, or take it out of `sinks`") from error
+                complain(f"{error}; the run goes on without it", kind="warning: ")
 
     def _loop(self, state: State) -> None:
         """Every end is an event: that of an error is told with its reason, then raised."""

@@ -53,6 +53,7 @@ class MLflow:
         for module in ("mlflow", "sqlalchemy", "alembic"):
             tracking.require(module, "mlflow")
 
+    @tracking.opening("mlflow")
     def open(self, folder: Path, step: int | None) -> tracking.TrackerReceiver:
         self.require()
         runs = folder.resolve().parent.parent

@@ -24,6 +24,7 @@ class TensorBoard:
         """Raises `RequirementError` where the package is missing."""
         tracking.require("tensorboard", "tensorboard")
 
+    @tracking.opening("tensorboard")
     def open(self, folder: Path, step: int | None) -> tracking.TrackerReceiver:
         self.require()
         from torch.utils.tensorboard import SummaryWriter

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from ruamel.yaml import YAML
 
-from bilevel.errors import CheckpointError, RequirementError, TrackerError
+from bilevel.errors import BilevelError, CheckpointError, RequirementError, TrackerError
 from bilevel.events import Drawn, Event, Finished, Progress, Saved, Started, Tabulated, Warned
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RESOLVED
@@ -108,6 +108,18 @@ class TrackerReceiver:
 def _key(event: Mapping[str, Any]) -> tuple[str, Any]:
     """What an event is told once for: a kind of warning, the measures of a step."""
     return event["event"], event["kind"] if event["event"] == "warned" else event["step"]
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Whatever a tracker raises while it is opened is a `TrackerError`; errors of this package are as they are."""
+    try:
+        yield
+    except BilevelError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise TrackerError(f"{name}: cannot be opened: {type(error).__name__}: {reason}") from error
 
 
 _LEFT_OUT = "it is left out from here on, and the run goes on. events.jsonl has all"

@@ -36,6 +36,7 @@ class WandB:
         """Raises `RequirementError` where the package is missing."""
         tracking.require("wandb", "wandb")
 
+    @tracking.opening("wandb")
     def open(self, folder: Path, step: int | None) -> tracking.TrackerReceiver:
         self.require()
         import wandb
