@@ -65,9 +65,14 @@ def test_a_process_ends_with_the_command(quadratic, points, tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # which a shell has ignored in what it runs in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        launched(quadratic, points, tmp_path, "Waits")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launched(quadratic, points, tmp_path, "Waits")
+    finally:
+        signal.signal(signal.SIGINT, before)
     process, session = map(int, alive.read_text().split())
     assert process == session  # so that Ctrl-C does not reach it by itself
     with pytest.raises(ProcessLookupError):
