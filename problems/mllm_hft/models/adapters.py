@@ -110,6 +110,8 @@ def load_adapter(mllm: Any, folder: Path, how: Adapter, language: str) -> Any:
 
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
+        if not (folder / "adapter_model.safetensors").is_file():  # else peft reads a pickle
+            raise FileNotFoundError("there is no adapter_model.safetensors")
         saved = load_peft_weights(str(folder), device="cpu")
     except Exception as error:
         raise RequirementError(

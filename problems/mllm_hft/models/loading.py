@@ -154,6 +154,7 @@ def _model(transformers: Any, path: str, base: str, dtype: Any) -> tuple[Any, li
             attn_implementation=ATTENTION,
             dtype=dtype,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
             # Else transformers loads the folder's adapter by itself, and says nothing of what it lacks.
             adapter_kwargs={"subfolder": "none"},
         )

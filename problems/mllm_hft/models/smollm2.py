@@ -110,7 +110,7 @@ def llava_of(folder: Path, feature: int, seed: int) -> tuple[Any, Any]:
     transformers = require("transformers", "transformers")
     raw = transformers.AutoTokenizer.from_pretrained(folder)
     raw.add_special_tokens({"additional_special_tokens": [PICTURE]})
-    given = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+    given = {"attn_implementation": ATTENTION, "dtype": torch.float32, "use_safetensors": True}
     causal = transformers.AutoModelForCausalLM.from_pretrained(folder, **given)
     causal.resize_token_embeddings(len(raw), mean_resizing=False)
     words = causal.get_input_embeddings().weight

@@ -105,6 +105,40 @@ def test_a_download_cut_short_is_refused(llava):
         loaded(llava)
 
 
+class Planted:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return self.mark.touch, ()
+
+
+@pytest.mark.parametrize(
+    ("whole", "pickled"),
+    [
+        ("model.safetensors", "pytorch_model.bin"),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+    ],
+)
+def test_pickled_weights_are_refused_and_not_read(whole, pickled, llava, tmp_path):
+    if whole.startswith("adapter"):
+        with_adapter(llava, whole=True)
+    mark = tmp_path / "mark"
+    weights = load_file(llava / whole)
+    (llava / whole).unlink()
+    torch.save(weights, llava / pickled)  # which torch's restricted reader would take
+    with pytest.raises(RequirementError, match=r"safetensors"):
+        loaded(llava)
+    torch.save(Planted(mark), llava / pickled)
+    with pytest.raises(RequirementError, match=r"safetensors"):
+        loaded(llava)
+    assert not mark.exists()
+    torch.load(llava / pickled, weights_only=False)
+    assert mark.exists()  # negative control: it is planted well
+
+
 def test_a_shard_that_is_missing_is_refused(llava):
     import transformers
 
