@@ -16,17 +16,19 @@ SCHEMA_KEY = "# yaml-language-server: $schema="
 
 def shipped() -> dict[str, Path]:
     """The recipes that are installed with the package, by name."""
-    spec = find_spec("bilevel_recipes")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))]
+    paths = [path for folder in _folders() for path in sorted(Path(folder).rglob("*.yaml"))]
     return {path.stem: path for path in paths}
 
 
 def schema_path() -> Path:
     """The JSON schema of recipes that is installed beside them."""
+    return Path(*_folders()[:1]) / "recipe.schema.json"
+
+
+def _folders() -> list[str]:
+    """Where the shipped recipes lie."""
     spec = find_spec("bilevel_recipes")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return Path(*folders[:1]) / "recipe.schema.json"
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def locate(reference: str) -> Path:

@@ -116,9 +116,9 @@ def code(content: Any) -> dict[str, str]:
     """The files of the user's own that a recipe runs, with the SHA-256 of what is written in each."""
     found: dict[str, str] = {}
     for text in (json.loads(value) for _, value in _flat(content, "")):
-        match = registry.FILE.match(text) if isinstance(text, str) else None
-        if match and Path(match["file"]).is_file():
-            found[match["file"]] = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
+        if named := _named_file(text):
+            path, _, digest = named
+            found[str(path)] = digest
     return found
 
 
@@ -128,8 +128,15 @@ def canonical(value: Any) -> Any:
         return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, list):
         return [canonical(item) for item in value]
-    match = registry.FILE.match(value) if isinstance(value, str) else None
-    if match and Path(match["file"]).is_file():
-        digest = hashlib.sha256(Path(match["file"]).read_bytes()).hexdigest()
-        return f"{Path(match['file']).name}:{match['name']}:{digest}"
+    if named := _named_file(value):
+        path, name, digest = named
+        return f"{path.name}:{name}:{digest}"
     return value
+
+
+def _named_file(value: Any) -> tuple[Path, str, str] | None:
+    """(file, class, SHA-256 of what is written in the file) of a `file.py:Class` that is there."""
+    match = registry.FILE.match(value) if isinstance(value, str) else None
+    if not match or not (path := Path(match["file"])).is_file():
+        return None
+    return path, match["name"], hashlib.sha256(path.read_bytes()).hexdigest()
