@@ -7,7 +7,9 @@ raised while a component is made becomes pydantic's `ValidationError`, itself a 
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 RENAMED = {
     "error": ("target_error",),
@@ -80,6 +82,20 @@ class UntrustedWarning(UserWarning):
 
     Off with `warnings.filterwarnings("ignore", category=UntrustedWarning)`.
     """
+
+
+def told(error: BaseException) -> str:
+    """`KeyError: 'w' (mine.py:13 in estimate)`: an error that nobody foresaw, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f" ({Path(last.filename).name}:{last.lineno} in {last.name})" for last in frames[-1:]]
+    return f"{type(error).__name__}: {error}{''.join(where)}"
+
+
+def require_kind(value: object, kind: type, what: str) -> None:
+    """Raise `CheckError` unless `what`, of which a component is the author, is a `kind`."""
+    if not isinstance(value, kind):
+        expected = f"{kind.__module__}.{kind.__qualname__}"
+        raise CheckError(f"{what} must be a {expected}; got a {type(value).__name__}")
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import ProblemError
+from bilevel.errors import CheckError, ProblemError
 from bilevel.types import Params
 
 
@@ -360,6 +360,34 @@ def is_nested(value: Any) -> bool:
     if isinstance(value, (Mapping, list, tuple)):
         return True
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def require_like(value: object, like: Params, what: str) -> None:
+    """Raise `CheckError` unless `value` is a dict of tensors with the names, shapes and dtypes of `like`.
+
+    `what` begins the message: "Mine.step must return y".
+    """
+    if (
+        isinstance(value, dict)
+        and value.keys() == like.keys()
+        and all(
+            isinstance(entry, Tensor)
+            and entry.shape == like[name].shape
+            and entry.dtype == like[name].dtype
+            for name, entry in value.items()
+        )
+    ):
+        return
+    raise CheckError(f"{what} as {formed(like)}; got {formed(value)}")
+
+
+def formed(value: object) -> str:
+    """`{'w': (3, 2) float32}`, or the type of what is no dict of tensors."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {formed(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"a {type(value).__name__}"
 
 
 def require(value: object, name: str) -> None:

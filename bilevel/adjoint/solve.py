@@ -10,11 +10,14 @@ from typing import Any, cast
 from bilevel import tree
 from bilevel.adjoint.starts import DEPTH, Start, begin, with_cached_product
 from bilevel.adjoint.stopping import HoldsError
+from bilevel.errors import CheckError
 from bilevel.linear.cg import PairSelection
+from bilevel.linear.guards import solved
 from bilevel.preconditioners.recycled import Recycled
 from bilevel.types import (
     LearningPreconditioner,
     LinearSolver,
+    Matvec,
     Params,
     Point,
     Preconditioner,
@@ -88,7 +91,7 @@ class AdjointSolver:
         """
         chosen, kept, inverse = self.preconditioner, state["preconditioner"], None
         if chosen:
-            inverse, kept = chosen.prepare(system, kept)
+            inverse, kept = _prepared(chosen, system, kept)
         rule = HoldsError(self.target_error, h_of, state["stopping"]) if self.target_error else None
         learner = cast("LearningPreconditioner", chosen) if self._learns else None
         pairs = PairSelection(learner.room(system.b)) if learner else None
@@ -142,7 +145,36 @@ class AdjointSolver:
         if product is not None:
             matvec = with_cached_product(matvec, start, product)
             del product  # the solver's from now on, which drops it after the first step
-        return self.solver.solve(matvec, system.b, start, **options)
+        return solved(self.solver, matvec, system.b, start, **options)
+
+
+def _prepared(
+    preconditioner: Preconditioner, system: System, state: Any
+) -> tuple[Matvec | None, Any]:
+    """M⁻¹ of a preconditioner, which may be somebody's own, or None; and its state.
+
+    Raises `CheckError` where it returns anything else, or M⁻¹ r has another form than r.
+    """
+    found = preconditioner.prepare(system, state)
+    name = f"{type(preconditioner).__name__}.prepare"
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise CheckError(
+            f"{name} must return (r ↦ M⁻¹ r, or None; its state); got a {type(found).__name__}"
+        )
+    inverse, state = found
+    if inverse is None:
+        return None, state
+    if not callable(inverse):
+        raise CheckError(
+            f"{name} must return r ↦ M⁻¹ r, or None, and its state; got a {type(inverse).__name__}"
+        )
+
+    def checked(r: Params) -> Params:
+        z = inverse(r)
+        tree.require_like(z, r, f"what {name} returned must give M⁻¹ r with the form of r,")
+        return z
+
+    return checked, state
 
 
 def _judged(solve: Solve, rule: HoldsError, target_error: float) -> Stats:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bilevel.cli.boundary import boundary, settings
+from bilevel.cli.boundary import boundary
 from bilevel.cli.completion import (
     complete_estimators,
     complete_kind,
@@ -20,6 +20,7 @@ from bilevel.cli.completion import (
     complete_recipe,
     complete_run,
 )
+from bilevel.cli.options import settings
 
 if TYPE_CHECKING:
     from rich.console import Console

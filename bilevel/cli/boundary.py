@@ -5,21 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from bilevel import registry
 from bilevel.cli.answer import JSONAnswer, answering
-from bilevel.errors import BilevelError, RequirementError
-
-
-@dataclass
-class Settings:
-    """Options given before the command."""
-
-    debug: bool = False
-
-
-settings = Settings()
+from bilevel.cli.options import settings
+from bilevel.errors import BilevelError, RequirementError, UserCodeError
 
 
 class Stopped(BaseException):
@@ -55,6 +45,18 @@ def boundary(as_json: bool = False) -> Iterator[JSONAnswer | None]:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except (Exception, SystemExit) as error:
+        if (said := None if settings.debug else _explained(error)) is None:
+            raise
+        complain(said)
+        raise typer.Exit(UserCodeError.exit_code) from None
+
+
+def _explained(error: BaseException) -> str | None:
+    """What is said of an error in somebody's own code that nothing nearer has told of: a property, say."""
+    from bilevel.cli.user_code import explained  # with torch
+
+    return explained(error)
 
 
 @contextmanager

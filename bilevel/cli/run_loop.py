@@ -14,12 +14,14 @@ from rich.text import Text
 
 from bilevel import report
 from bilevel.cli.boundary import Stopped, complain, requiring
+from bilevel.cli.options import settings as given
 from bilevel.cli.output import going_on
 from bilevel.cli.shown import Shown
 from bilevel.cli.signals import Signals
-from bilevel.cli.user_code import explaining
+from bilevel.cli.user_code import explained, explaining
 from bilevel.errors import (
     BilevelError,
+    CheckError,
     CheckpointError,
     ConvergenceError,
     TrackerError,
@@ -58,6 +60,10 @@ class RunLoop:
     is_resumed: bool = False
     is_delivered: bool = True
     """Whether every sink has what the engine said last."""
+    is_finished: bool = False
+    """Whether the record has its end."""
+    broken: UserCodeError | None = None
+    """What the first sink raised that is somebody's own: it has no more events, the others have."""
 
     def __post_init__(self) -> None:
         self.settings = settings(self.recipe.content)
@@ -141,7 +147,10 @@ class RunLoop:
         """A tracker that cannot be opened ends a new run, but keeps none from being resumed."""
         for sink in self.recipe.sinks:
             try:
-                self.receivers.append(sink.open(self.folder.path, step))
+                with explaining():
+                    opened = sink.open(self.folder.path, step)
+                    _require_receiver(opened, f"{type(sink).__name__}.open")
+                self.receivers.append(opened)
             except TrackerError as error:
                 if not self.is_resumed:
                     raise TrackerError(f"{error}; mend it, or take it out of `sinks`") from error
@@ -151,7 +160,7 @@ class RunLoop:
         """Every end is an event: that of an error is told with its reason, then raised."""
         began = time.perf_counter()
         try:
-            with explaining(lambda: state.step):
+            with explaining(lambda: f" in step {state.step + 1}"):
                 self._take_steps(state, began)
         except (Exception, SystemExit) as error:
             self._rescue(state)
@@ -160,8 +169,10 @@ class RunLoop:
             spent = time.perf_counter() - began
             # what a full disk takes no more is not what ended the run
             with suppress(Exception):
-                self._deliver(Finished(state.step, reason, spent, dict(state.warned), said))
-            if isinstance(error, UserCodeError) and (state.step or self.saved):
+                if not self.is_finished:
+                    self._deliver(Finished(state.step, reason, spent, dict(state.warned), said))
+            is_whole = self.is_finished and not self.signals.received
+            if isinstance(error, UserCodeError) and (state.step or self.saved) and not is_whole:
                 raise UserCodeError(f"{error}\n{self._how_to_resume()}") from error
             raise
 
@@ -171,7 +182,7 @@ class RunLoop:
             self._deliver(event)
             self.is_delivered = True
             if isinstance(event, Finished):
-                self.signals.received = None
+                self.signals.received, self.is_finished = None, True
             elif self.signals.received and isinstance(event, Progress) and event.stage == HELD:
                 self._deliver(Warned(state.step, HELD, LEFT_OUT))
                 self._end(state, began, *engine.ending(self.setup, state))
@@ -186,12 +197,22 @@ class RunLoop:
                     self._end(state, began, self.signals.reason)
                     return
                 every = self.recipe.checkpoint.every
-                if is_last or (every and state.step and state.step % every == 0):
+                is_due = every and state.step and state.step % every == 0
+                if is_last or is_due or (self.broken and self._is_ahead(state)):
                     self._save(state)
+            if self.broken and not self._is_ahead(state):
+                raise self.broken
+
+    def _is_ahead(self, state: State) -> bool:
+        """Whether steps were taken that no checkpoint has."""
+        return state.step > (checkpoint.step_of(self.saved) if self.saved else 0)
 
     def _end(self, state: State, began: float, reason: str, why: str = "") -> None:
         spent = time.perf_counter() - began
         self._deliver(Finished(state.step, reason, spent, dict(state.warned), why))
+        self.is_finished = True
+        if self.broken:
+            raise self.broken
 
     def _is_settled(self, event: Event, state: State) -> bool:
         """Whether all events of the present step have come, so that none is lost or repeated."""
@@ -204,8 +225,7 @@ class RunLoop:
 
         Not after one of a sink: its record would lack what the checkpoint has.
         """
-        last = checkpoint.step_of(self.saved) if self.saved else 0
-        if not self.is_delivered or state.step <= last:
+        if not self.is_delivered or not self._is_ahead(state):
             return
         state.rewind()
         # what ended the run is told, not that its state could not be saved
@@ -239,6 +259,25 @@ class RunLoop:
             receiver.receive(event)
         except TrackerError as error:
             self._leave_out(receiver, event, str(error))
+        except (Exception, SystemExit) as error:
+            if not self._breaks(receiver, event, error):
+                raise
+
+    def _breaks(self, receiver: Receiver, event: Event, error: BaseException) -> bool:
+        """Whether a sink that raised is somebody's own: it ends the run once the others have the step."""
+        step = "" if isinstance(event, Progress) else f" of step {event.step}"
+        where = f" at event {type(event).__name__.lower()}{step}"
+        if isinstance(error, BilevelError) or given.debug:
+            return False
+        if (said := explained(error, lambda: where)) is None:
+            return False
+        self.receivers.remove(receiver)
+        with suppress(Exception, SystemExit):
+            receiver.close()
+        if self.broken is None:
+            self.broken = UserCodeError(said)
+            self.broken.__cause__ = error
+        return True
 
     def _leave_out(self, receiver: Receiver, event: Event, reason: str) -> None:
         """Go on without a tracker, which has a copy only of what the record has."""
@@ -258,7 +297,7 @@ class RunLoop:
             yield
         except BaseException:
             # A disk that took no event takes no last one either: the first failure is the one told.
-            with suppress(BilevelError, OSError):
+            with suppress(Exception):
                 self._close()
             raise
 
@@ -304,8 +343,16 @@ class RunLoop:
             self.console.print(Text(f"{path}"), soft_wrap=True)
 
 
+def _require_receiver(opened: object, method: str) -> None:
+    if not isinstance(opened, Receiver):
+        raise CheckError(
+            f"{method} must return what has receive(event) and close(); got a {type(opened).__name__}"
+        )
+
+
 def _close(receiver: Receiver) -> None:
     try:
-        receiver.close()
+        with explaining(lambda: " at the end of the run"):
+            receiver.close()
     except TrackerError as error:
         complain(str(error), kind="warning: ")

@@ -1,7 +1,8 @@
-"""What a problem's own code raises: which method, at which step, on what batch, in the user's frames alone."""
+"""What somebody's own code raises: which method, at which step or event, on what batch, in their frames alone."""
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 import bilevel
-from bilevel.cli.boundary import settings
+from bilevel import registry
+from bilevel.cli.options import settings
 from bilevel.errors import BilevelError, UserCodeError
 
 _LIBRARIES = tuple(
@@ -22,14 +24,14 @@ _LIBRARIES = tuple(
         Path(bilevel.__file__).parent,
         Path(torch.__file__).parent.parent,
         sysconfig.get_path("stdlib"),
-        sysconfig.get_path("purelib"),
     )
 )
+_PACKAGES = Path(sysconfig.get_path("purelib")).resolve()
 
 
 @contextmanager
-def explaining(step: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turn what a problem's own code raises into a `UserCodeError`; `step` says how many are done.
+def explaining(when: Callable[[], str] = str) -> Iterator[None]:
+    """Turn what somebody's own code raises into a `UserCodeError`; `when` says " in step 3".
 
     An error with no frame of the user's is passed on, but for one of too little memory. So is
     `SystemExit` from anywhere else than the user's code.
@@ -39,15 +41,17 @@ def explaining(step: Callable[[], int] | None = None) -> Iterator[None]:
     except BilevelError:
         raise
     except (Exception, SystemExit) as error:
-        frames = [
-            (frame, line)
-            for frame, line in traceback.walk_tb(error.__traceback__)
-            if _is_own(frame)
-        ]
-        if settings.debug or not (frames or is_memory(error)):
+        if settings.debug or (said := explained(error, when)) is None:
             raise
-        when = "" if step is None else f" in step {step() + 1}"
-        raise UserCodeError(_said(error, frames, when)) from error
+        raise UserCodeError(said) from error
+
+
+def explained(error: BaseException, when: Callable[[], str] = str) -> str | None:
+    """What is said of an error in somebody's own code; None of one that is not."""
+    frames = [
+        (frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own(frame)
+    ]
+    return _said(error, frames, when()) if frames or is_memory(error) else None
 
 
 def is_memory(error: BaseException) -> bool:
@@ -58,7 +62,16 @@ def is_memory(error: BaseException) -> bool:
 
 def _is_own(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
-    return not file.startswith("<") and not str(Path(file).resolve()).startswith(_LIBRARIES)
+    path = Path(file).resolve()
+    if path.is_relative_to(_PACKAGES):
+        return path.relative_to(_PACKAGES).parts[0].removesuffix(".py") in _plugged_in()
+    return not file.startswith("<") and not str(path).startswith(_LIBRARIES)
+
+
+def _plugged_in() -> set[str]:
+    """The packages that register components: what is installed of somebody's own."""
+    values = [v for group in registry.groups() for v in registry.references(group).values()]
+    return {re.split("[.:]", value)[0] for value in values} - {"bilevel"}
 
 
 def _said(error: BaseException, frames: list[tuple[FrameType, int]], when: str) -> str:

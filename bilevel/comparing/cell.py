@@ -23,7 +23,7 @@ from bilevel.comparing import scene
 from bilevel.comparing.files import read, write
 from bilevel.comparing.memory import peak
 from bilevel.comparing.scene import Truth
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, told
 from bilevel.estimators.implicit import Implicit
 from bilevel.events import Stepped
 from bilevel.functional import hypergradient
@@ -51,9 +51,9 @@ def main(spec: dict[str, Any]) -> None:
         else:
             measure(Path(spec["recipe"]), Path(spec["folder"]), spec["budget"], found)
     except Exception as error:
-        kind = "" if isinstance(error, BilevelError) else f"{type(error).__name__}: "
-        found |= {"status": "failed", "reason": f"{kind}{error}"}
-        if kind:
+        is_foreseen = isinstance(error, BilevelError)
+        found |= {"status": "failed", "reason": str(error) if is_foreseen else told(error)}
+        if not is_foreseen:
             traceback.print_exc()
     write(result, found | {"environment": environment()})
 

@@ -16,7 +16,7 @@ from bilevel.calculus.products import gradients
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError
 from bilevel.linear.gmres import GMRES
-from bilevel.linear.guards import flagged
+from bilevel.linear.guards import flagged, solved
 from bilevel.types import (
     Estimate,
     LinearSolver,
@@ -88,7 +88,7 @@ class FixedPoint:
             return tree.sub(v, step.vjp_y(v))
 
         try:
-            solve = self.solver.solve(matvec, b, start)
+            solve = solved(self.solver, matvec, b, start)
         except ConvergenceError as error:
             raise ConvergenceError(
                 f"{error}. Here the Hessian's place is taken by I − ∂T/∂y: T is not a contraction at "

@@ -17,7 +17,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
-from bilevel.linear.guards import flagged
+from bilevel.linear.guards import flagged, solved
 from bilevel.linear.minres import MINRES
 from bilevel.types import (
     Estimate,
@@ -83,7 +83,7 @@ class KKT:
         multiplier, degenerate = _multipliers(active, G_y, self.margin)
         lower = linearize(_lagrangian(losses.lower, active), _joined(at, multiplier))
         b = lower.restrict({**F_y, MULTIPLIER: torch.zeros_like(multiplier)})
-        solve = self.solver.solve(lower.hvp_yy, b, tree.zeros_like(b))
+        solve = solved(self.solver, lower.hvp_yy, b, tree.zeros_like(b))
         v = {name: solve.solution[name] for name in at.y}
         size = tree.dot(v, v)
         stats = replace(

@@ -20,6 +20,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.linear.cg import CG
 from bilevel.lower.proximal import Proximal
+from bilevel.lower.solved import solved
 from bilevel.types import (
     KNOWN_CONSTANTS,
     Estimate,
@@ -146,15 +147,16 @@ class MAID:
         if tree.norm(g) <= state["accuracy"]:
             return y
         solver, batch = _to(self.lower, state["accuracy"]), losses.lower.batch
-        solved = solver.solve(
+        end = solved(
+            solver,
             losses.lower,
             x,
             y,
             batches=itertools.repeat(batch),
             state=state["lower"],
         )
-        state["lower"] = solved.state
-        return solved.y
+        state["lower"] = end.state
+        return end.y
 
     def _attempt(self, losses: Losses, x: Params, y: Params, state: dict[str, Any]) -> _Found:
         """The hypergradient at accuracy ε."""

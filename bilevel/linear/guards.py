@@ -9,11 +9,25 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.errors import ConvergenceError
-from bilevel.types import Matvec, Params, Stats, Stopped
+from bilevel.errors import ConvergenceError, require_kind
+from bilevel.types import LinearSolver, Matvec, Params, Solve, Stats, Stopped
 
 RESOLVED = 1e-2
 """See `resolved`."""
+
+
+def solved(solver: LinearSolver, matvec: Matvec, b: Params, start: Params, **options: Any) -> Solve:
+    """What a solver, which may be somebody's own, says A⁻¹ b is.
+
+    Raises:
+        CheckError: that is no `Solve`, or its solution has other names, shapes or dtypes than b.
+    """
+    found = solver.solve(matvec, b, start, **options)
+    name = f"{type(solver).__name__}.solve"
+    require_kind(found, Solve, f"what {name} returns")
+    require_kind(found.stats, Stats, f"the stats that {name} returns")
+    tree.require_like(found.solution, b, f"{name} must return a solution with the form of b,")
+    return found
 
 
 def begin(

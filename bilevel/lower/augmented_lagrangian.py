@@ -19,6 +19,7 @@ from bilevel.calculus.products import first_not_finite
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.lower.newton import Newton
+from bilevel.lower.solved import solved
 from bilevel.lower.start import at_start
 from bilevel.lower.tolerance import curvature_along
 from bilevel.types import (
@@ -104,7 +105,7 @@ class AugmentedLagrangian:
         for _ in range(self.rounds):
             solver = _to(self.solver, max(close, self.tolerance) * curvature)
             augmented = _augmented(loss, multipliers, rho)
-            end = solver.solve(augmented, x, y, batches=itertools.repeat(batch), state=inner)
+            end = solved(solver, augmented, x, y, batches=itertools.repeat(batch), state=inner)
             y, inner, norm = end.y, end.state, end.stats.gradient_norm
             steps, gradients = steps + end.stats.steps, gradients + end.stats.gradients
             hvps += end.stats.hvps

@@ -19,6 +19,7 @@ from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient, step
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
+from bilevel.lower.solved import solved
 from bilevel.types import (
     Function,
     Loss,
@@ -104,13 +105,13 @@ def minimise(
     product with its Hessian.
     """
     loss = Loss(function, None, losses.counts, "lower")
-    solved = solver.solve(loss, x, at["y"], batches=batches, state=at["solver"])
-    losses.counts.gradients += (parts - 1) * solved.stats.gradients
-    losses.counts.hvps += (parts - 1) * solved.stats.hvps
-    stats = solved.stats
+    end = solved(solver, loss, x, at["y"], batches=batches, state=at["solver"])
+    losses.counts.gradients += (parts - 1) * end.stats.gradients
+    losses.counts.hvps += (parts - 1) * end.stats.hvps
+    stats = end.stats
     return {
-        "y": solved.y,
-        "solver": solved.state,
+        "y": end.y,
+        "solver": end.state,
         "steps": stats.steps,
         "converged": stats.converged,
         "stopped": stats.stopped,

@@ -22,6 +22,7 @@ from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import bound, learned, require_in_range
 from bilevel.optimizers.schedule import Schedule
+from bilevel.optimizers.stepped import stepped
 from bilevel.types import (
     Loss,
     LowerSolution,
@@ -205,7 +206,7 @@ class _Graphed:
         """One step along the gradient that was asked for last: y and the state, detached."""
         with torch.enable_grad():
             rule = bound(optimizer, self._x, self._y)
-            y, self._state = rule.step(self._y, self._gradient, self._state)
+            y, self._state = stepped(rule, self._y, self._gradient, self._state)
             self._y = project(y) if project else y
         return tree.detach(self._y), tree.map_nested(Tensor.detach, self._state)
 
@@ -222,5 +223,5 @@ def step(
     project: Callable[[Params], Params] | None,
 ) -> tuple[Params, Any]:
     """One optimizer step, and the projection if there is one."""
-    y, state = optimizer.step(y, gradient, state)
+    y, state = stepped(optimizer, y, gradient, state)
     return (project(y) if project else y), state

@@ -2,7 +2,7 @@
 
 `differentiable` has those whose steps autograd can differentiate, `torch_optim` all of torch's;
 `learned` what their options may be in the place of numbers; `schedule` and `clip` what a level does to
-the rate and to the gradient before a step.
+the rate and to the gradient before a step; `stepped` calls one and checks what it returns.
 No loss is evaluated here.
 """
 

@@ -16,6 +16,7 @@ from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
 from bilevel.optimizers.learned import Learned
 from bilevel.optimizers.schedule import Schedule, lr_of, with_lr
+from bilevel.optimizers.stepped import stepped
 from bilevel.types import Optimizer, Params
 
 
@@ -57,13 +58,13 @@ class Adjusted:
         if self.clip is not None:
             gradient = self.clip.apply(gradient)
         if self.schedule is None:
-            return self.wrapped.step(y, gradient, state)
+            return stepped(self.wrapped, y, gradient, state)
         at = state["schedule"]
         # gathered, not indexed: a trace must not freeze which of them it was
         index = at["taken"].detach().long().reshape(1)
         rate = at["rates"].detach().gather(0, index).reshape(())
         optimizer = with_lr(self.wrapped, self._lr(rate, y))
-        y, inner = optimizer.step(y, gradient, state["optimizer"])
+        y, inner = stepped(optimizer, y, gradient, state["optimizer"])
         return y, {"optimizer": inner, "schedule": {**at, "taken": at["taken"] + 1}}
 
     def foresee(self, steps: int) -> None:

@@ -6,16 +6,18 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from bilevel import calculus, tree
 from bilevel.calculus.fixed_point_maps import reached
 from bilevel.calculus.precision import require_resolved
-from bilevel.errors import CheckError, ConvergenceError, ProblemError
+from bilevel.errors import CheckError, ConvergenceError, ProblemError, require_kind
 from bilevel.optimizers.learned import upper_entries
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.problem.states import require_state
 from bilevel.problem.trust import Step, reasons
-from bilevel.types import Counts, Estimate, Estimator, Losses, Params, Point
+from bilevel.types import Counts, Estimate, Estimator, Losses, Moved, Point, Stats
 from bilevel.unrolling.path import refuse_learned, require_steps
 
 
@@ -27,7 +29,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
             variable reaches neither, the dtype is too coarse for what the estimator subtracts, or
             lower steps that it follows were not recorded.
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
-        CheckError: it returned other names or shapes than those of x.
+        CheckError: it returned no `Estimate`, or other names, shapes or dtypes than those of x.
     """
     began, first = time.perf_counter(), state is None
     require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
@@ -45,7 +47,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         for params in (at.x, at.y):
             require_state(state, params, "the state")
         raise
-    _require_shapes(estimator, found.hypergradient, at.x)
+    _require_answer(estimator, found, at)
     if first:
         _require_reached(losses, at)
     if not tree.is_finite(found.hypergradient):
@@ -66,14 +68,21 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
     return replace(found, reasons=reasons(Step(estimator, found)))
 
 
-def _require_shapes(estimator: Estimator, hypergradient: Params, x: Params) -> None:
-    got = {name: tuple(entry.shape) for name, entry in hypergradient.items()}
-    expected = {name: tuple(entry.shape) for name, entry in x.items()}
-    if got != expected:
+def _require_answer(estimator: Estimator, found: Any, at: Point) -> None:
+    """Raise `CheckError` where what an estimator, which may be somebody's own, returned is no answer."""
+    name = f"{type(estimator).__name__}.estimate"
+    require_kind(found, Estimate, f"what {name} returns")
+    require_kind(found.stats, Stats, f"the stats that {name} returns")
+    tree.require_like(
+        found.hypergradient, at.x, f"{name} must return a hypergradient with the form of x,"
+    )
+    if not isinstance(found.value, Tensor) or found.value.numel() != 1:
         raise CheckError(
-            f"{type(estimator).__name__} returned a hypergradient with {got}; expected the names "
-            f"and shapes of x: {expected}"
+            f"{name} must return F as its value, a tensor of one number; got {tree.formed(found.value)}"
         )
+    if found.moved is not None:
+        require_kind(found.moved, Moved, f"the moved that {name} returns")
+        tree.require_like(found.moved.y, at.y, f"{name} must return the y that it moved")
 
 
 def _require_reached(losses: Losses, at: Point) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel import tree
 from bilevel.errors import ProblemError
+from bilevel.lower.solved import solved
 from bilevel.problem.protocol import OPTIONAL
 from bilevel.problem.states import require_state
 from bilevel.types import (
@@ -145,7 +146,7 @@ def solve(
         require_state(state, y, "the state of the lower solver")
     kept = {"graph": True} if graph and solver.offers.graph else {}
     try:
-        return solver.solve(loss, x, y, batches=batches, state=state, record=record, **kept)
+        return solved(solver, loss, x, y, batches=batches, state=state, record=record, **kept)
     except KeyError as error:
         if "trees differ" not in str(error):
             raise  # a loss that looks for a name that is not there

@@ -8,7 +8,7 @@ from typing import Any
 
 from bilevel import registry, rng, tree
 from bilevel.calculus.precision import require_resolved
-from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.errors import ConvergenceError, ProblemError, require_kind
 from bilevel.events import Warned
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.adjusted import Adjusted
@@ -17,13 +17,15 @@ from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
 from bilevel.run.early_stop import watched
 from bilevel.run.setup import Setup, State
-from bilevel.types import Counts, Estimator, Loss, Params
+from bilevel.types import Counts, Estimator, Loss, Needs, Offers, Params
 from bilevel.unrolling.path import refuse_learned
 
 
 def refuse_mismatch(setup: Setup) -> None:
     """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
     needs, offers, levels = setup.estimator.needs, setup.lower.offers, setup.levels
+    require_kind(needs, Needs, f"{type(setup.estimator).__name__}.needs")
+    require_kind(offers, Offers, f"{type(setup.lower).__name__}.offers")
     estimator, lower = _names(setup)
     _refuse_ignored_prox(setup)
     refuse_learned(setup.estimator, offers.learned)

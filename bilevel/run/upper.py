@@ -11,6 +11,7 @@ from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import Adam
 from bilevel.optimizers.learned import Learned
 from bilevel.optimizers.schedule import Schedule, lr_of, with_lr
+from bilevel.optimizers.stepped import stepped
 from bilevel.types import Optimizer, Params
 
 
@@ -36,7 +37,7 @@ class Upper:
         """Step `taken` + 1 of the optimizer: x and its state. Raises `ProblemError` as `Schedule` does."""
         if self.clip is not None:
             hypergradient = self.clip.apply(hypergradient)
-        return self.scheduled(taken).step(x, hypergradient, state)
+        return stepped(self.scheduled(taken), x, hypergradient, state)
 
     def scheduled(self, taken: int) -> Optimizer:
         """The optimizer at the rate that it has after `taken` steps."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import CheckError
+from bilevel.errors import CheckError, told
 from bilevel.runfolder import checkpoint
 
 
@@ -23,7 +23,7 @@ def report(name: str, parts: Mapping[str, Callable[[], Iterator[str]]]) -> None:
         try:
             found += [f"{part}: {text}" for text in complaints()]
         except Exception as error:
-            found.append(f"{part}: raised {type(error).__name__}: {error}")
+            found.append(f"{part}: raised {told(error)}")
     if found:
         lines = "\n".join(f"  - {line}" for line in found)
         raise CheckError(f"{name}: {len(found)} of its checks failed:\n{lines}")

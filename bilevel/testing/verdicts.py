@@ -12,7 +12,7 @@ import torch
 
 from bilevel import calculus, tree
 from bilevel.calculus.finite_differences import Differences, central
-from bilevel.errors import BilevelError, CheckError, ConvergenceError, ProblemError
+from bilevel.errors import BilevelError, CheckError, ConvergenceError, ProblemError, told
 from bilevel.events import Event
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import point_of
@@ -101,7 +101,7 @@ def _judge(check_scenes: CheckScenes, row: CheckRow, estimator: Estimator) -> Ch
     except BilevelError as error:
         return replace(row, note=str(error))
     except Exception as error:  # one estimator's mistake must not cost the others their rows
-        return replace(row, verdict="wrong", note=f"raised {type(error).__name__}: {error}")
+        return replace(row, verdict="wrong", note=f"raised {told(error)}")
 
 
 def _judge_on(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> CheckRow:

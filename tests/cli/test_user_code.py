@@ -1,12 +1,13 @@
 """A problem's own exceptions and odd returns: the user's frames alone, the step, an exit code of their own."""
 
 import re
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
-from bilevel.cli.user_code import shape
+from bilevel.cli.user_code import explained, shape
 from bilevel.runfolder import record
 from tests.cli.commands import RUNNER, app, invoke
 
@@ -170,6 +171,19 @@ def test_a_divergence_is_an_event_and_has_a_report(runs, monkeypatch):
     assert last["message"].startswith("step 1: ")
     assert "diverged" in invoke("runs", "--runs-dir", runs).output
     assert [run.path for run in written] == [folder]
+
+
+@pytest.mark.parametrize(("package", "is_own"), [("mine", True), ("numpy", False)])
+def test_a_package_that_registers_components_is_somebodys_own(package, is_own, monkeypatch):
+    registered = {"mine": "mine.estimators:Mine", "cg": "bilevel.linear.cg:CG"}
+    monkeypatch.setattr("bilevel.registry.references", lambda group: registered)
+    code = compile("1 / 0", f"{sysconfig.get_path('purelib')}/{package}/estimators.py", "exec")
+    with pytest.raises(ZeroDivisionError) as raised:
+        exec(code)
+    frames = raised.value.__traceback__
+    assert frames is not None
+    said = explained(raised.value.with_traceback(frames.tb_next))  # without that of this file
+    assert (said is not None and "mine/estimators.py:1" in said) is is_own
 
 
 def test_the_shapes_of_a_batch():

@@ -358,7 +358,7 @@ def test_an_estimator_that_breaks_costs_only_its_own_row():
     assert found["breaks"].verdict == "wrong"
     assert "KeyError" in found["breaks"].note
     assert found["other names"].verdict == "wrong"
-    assert "expected the names and shapes of x" in found["other names"].note
+    assert "must return a hypergradient with the form of x" in found["other names"].note
     assert found["identity"].verdict == "approximate"
     assert found["cg"].verdict == "exact"
 
