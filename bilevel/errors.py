@@ -59,6 +59,12 @@ class ConvergenceError(BilevelError, ArithmeticError):
     exit_code = 5
 
 
+class RankError(BilevelError, RuntimeError):
+    """Ranks that compute one run together do not agree, or one of them is gone."""
+
+    exit_code = 1
+
+
 class UserCodeError(BilevelError, RuntimeError):
     """The problem's own code raised, or returned what a run cannot use."""
 

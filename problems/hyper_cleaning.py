@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from bilevel import rng
 from bilevel.components import component
 from bilevel.errors import ProblemError, RequirementError
+from bilevel.ranks import by_rows
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -84,7 +85,8 @@ class HyperCleaning:
 
     def lower_loss(self, x: Params, y: Params, batch: Params) -> Tensor:
         losses = cross_entropy(_scores(y, batch), batch["label"], reduction="none")
-        weights = x["logit"].sigmoid()
+        logit = x["logit"][batch["sample"]] if "sample" in batch else x["logit"]
+        weights = logit.sigmoid()
         penalty = 0.5 * self.ridge * (y["weight"].square().sum() + y["bias"].square().sum())
         return weights @ losses / len(losses) + penalty
 
@@ -93,6 +95,14 @@ class HyperCleaning:
 
     def lower_batches(self, stream: torch.Generator) -> Iterator[Params]:
         return itertools.repeat(self.splits["lower"])
+
+    def part(self, batch: Params, rank: int, ranks: int) -> tuple[Params, float]:
+        """Rows with which samples they are: x has a weight for each."""
+        numbered = {
+            **batch,
+            "sample": torch.arange(len(batch["label"]), device=batch["label"].device),
+        }
+        return by_rows(numbered, rank, ranks)
 
     def evaluate(self, x: Params, y: Params) -> dict[str, float]:
         """Accuracies, and how well the weights find the wrong labels (area under the ROC curve)."""

@@ -18,6 +18,7 @@ FLOORS = [
     ["errors", "rng"],
     ["types", "components", "runfolder"],
     ["tree", "events", "registry"],
+    ["ranks"],
     ["calculus", "linear", "optimizers", "sinks"],
     ["preconditioners", "directions", "unrolling", "lower"],
     ["problem", "adjoint"],

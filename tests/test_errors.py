@@ -11,6 +11,7 @@ BUILTINS = {
     "CheckError": RuntimeError,
     "ConvergenceError": ArithmeticError,
     "CheckpointError": RuntimeError,
+    "RankError": RuntimeError,
     "UserCodeError": RuntimeError,
     "TrackerError": RuntimeError,
 }

@@ -103,6 +103,7 @@ def _closed_form(outer: LearnedStart, method: Any) -> Any:
 _MAPS: Maps = {
     "prepare": keep,
     "place": keep,
+    "part": keep,
     "lower_start": "it says itself where its lower level starts",
     "lower_solution": _of_own,
     "hypergradient": _closed_form,

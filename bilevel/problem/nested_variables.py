@@ -68,6 +68,7 @@ class NestedVariables:
 _MAPS: Maps = {
     "prepare": keep,
     "place": keep,
+    "part": keep,
     "episodes": keep,
     "lower_start": NestedVariables._of_both,
     "lower_solution": NestedVariables._solution,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, Any, Self
 
@@ -16,6 +17,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
+from bilevel.ranks import by_rows
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -32,7 +34,8 @@ class OverTasks:
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
     that vmap cannot batch (control flow on values). What restricts or starts y (`lower_start`,
     `project_lower`, `prox_lower`, …) is taken task by task too, `evaluate` is the mean over tasks,
-    `figures` are those of the first.
+    `figures` are those of the first. Over several ranks each computes its part of the tasks, and all
+    have the y of all.
 
     Raises:
         ProblemError: a loss that vmap cannot batch.
@@ -62,7 +65,14 @@ class OverTasks:
         return self._each(self.problem.upper_loss, x, y, batch).mean()
 
     def lower_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
-        return self._each(self.problem.lower_loss, x, y, batch).sum()
+        # of some tasks, so many times their mean as there are in all
+        share = batch.share if isinstance(batch, SomeTasks) else 1.0
+        return self._each(self.problem.lower_loss, x, y, batch).sum() / share
+
+    def part(self, batch: Any, rank: int, ranks: int) -> tuple[SomeTasks, float]:
+        """The tasks of a rank; a loss takes their y out of that of all."""
+        (own, tasks), share = by_rows((batch, torch.arange(self.num_tasks)), rank, ranks)
+        return SomeTasks(own, slice(int(tasks[0]), int(tasks[-1]) + 1), share), share
 
     def episodes(self, stream: Any) -> Iterator[tuple[Any, Any]]:
         """The batches of `num_tasks` tasks at a time."""
@@ -87,6 +97,8 @@ class OverTasks:
 
     def _each(self, function: Callable[..., Tensor], x: Params, y: Params, batch: Any) -> Tensor:
         """One value a task."""
+        if isinstance(batch, SomeTasks):
+            y, batch = tree.map(lambda entry: entry[batch.tasks], y), batch.batch
         if not self.batched:
             return torch.stack([function(x, y_i, at(batch, i)) for i, y_i in self._tasks(y)])
         # as a list: vmap knows neither dataclasses nor other people's mappings
@@ -115,7 +127,17 @@ class OverTasks:
             ) from error
 
     def _tasks(self, y: Params) -> Iterator[tuple[int, Params]]:
-        return ((i, at(y, i)) for i in range(self.num_tasks))
+        return ((i, at(y, i)) for i in range(len(next(iter(y.values())))))
+
+
+@dataclass(frozen=True)
+class SomeTasks:
+    """The batches of some of the tasks, those of one rank."""
+
+    batch: Any
+    tasks: slice
+    share: float
+    """How many they are of all."""
 
 
 def _by_task(*dims: int | None) -> Callable[[OverTasks, Any], Any]:
@@ -150,6 +172,7 @@ _UNKNOWN_TASKS = "a closed form of x alone does not know which tasks are in the 
 _MAPS: Maps = {
     "prepare": keep,
     "place": keep,
+    "part": keep,  # not looked up here: it is a method of OverTasks' own
     "lower_start": _by_task(None, 0),
     "lower_solution": _UNKNOWN_TASKS,
     "hypergradient": _UNKNOWN_TASKS,

@@ -69,6 +69,11 @@ OPTIONAL: Mapping[str, Optional] = {
         "moves constants that live in the problem to the run's device and dtype, once, before `init`; "
         "may return a list of Progress to be told",
     ),
+    "part": Optional(
+        "(batch, rank, ranks) -> (batch, weight)",
+        "one rank's part of a batch, where a run has several ranks: a loss on the batch is the sum over "
+        "ranks of weight times its value on the part; rows, weighted by their share, without it",
+    ),
     "lower_start": Optional(
         "(x, y) -> y",
         "each lower solve starts there (MAML, cold start) and not at the last y; differentiable in x "

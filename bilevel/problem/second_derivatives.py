@@ -18,6 +18,7 @@ from bilevel import calculus, rng, tree
 from bilevel.calculus.unsupported import COMPILED
 from bilevel.errors import ProblemError
 from bilevel.problem.purity import is_transformed
+from bilevel.ranks import Enter, Leave
 from bilevel.types import Counts, Loss, Params, Point
 
 MISSING = 0.1
@@ -51,7 +52,7 @@ def refuse_missing_second_derivative(loss: Loss, at: Point) -> None:
                 f"{torch.__version__}: {wrong.remedy}, or use an estimator that takes no second "
                 "derivative (estimator=penalty, one_step with finite_difference)"
             )
-    names = sorted({_name(node) for node in nodes if isinstance(node, BackwardCFunction)})
+    names = sorted({_name(node) for node in nodes if _is_custom(node)})
     eps = max(tree.eps(x), tree.eps(y))
     if names and eps <= torch.finfo(torch.float32).eps and _loses(apart, at, eps):
         if "CompiledFunction" in names:
@@ -90,6 +91,13 @@ def _nodes(output: Tensor) -> Iterator[Any]:
 
 def _name(node: Any) -> str:
     return type(node).__name__.removesuffix("Backward")
+
+
+def _is_custom(node: Any) -> bool:
+    """Whether it is a function of the problem's own; sums over ranks are differentiable at any order."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    return getattr(node, "_forward_cls", None) not in (Enter, Leave)
 
 
 # custom functions

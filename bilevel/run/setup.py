@@ -18,6 +18,7 @@ from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
+from bilevel.ranks import ALONE, Ranks
 from bilevel.registry.build import resolve
 from bilevel.rng import Streams
 from bilevel.run.batches import Draws, Sampler, paired
@@ -48,6 +49,8 @@ class Setup:
     """When to end before all steps are taken."""
     best: Best | None = None
     """Which measure says that a state is the best so far."""
+    ranks: Ranks = ALONE
+    """Who computes it together; their `problem` is spread over them."""
 
     def __post_init__(self) -> None:
         """Components may be given by name; a class in place of an instance is refused."""

@@ -15,6 +15,7 @@ from bilevel.events import Event, Stepped
 from bilevel.problem import estimation
 from bilevel.problem.levels import point_of
 from bilevel.run import accumulation, nonfinite
+from bilevel.run.agreement import require_agreement
 from bilevel.run.setup import Setup, State
 from bilevel.run.warnings import warn
 from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
@@ -66,6 +67,7 @@ def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params,
 
     Raises:
         ConvergenceError: something in it is not finite.
+        RankError: ranks disagree on it.
     """
     try:
         solution, estimate = rounds(setup, state)
@@ -84,6 +86,7 @@ def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params,
                 f"step {state.step + 1}: the {level} step made a variable that is not finite; "
                 f"lower {level}.optimizer.lr"
             )
+    require_agreement(setup.ranks, state.step + 1, solution, estimate, x)
     return solution, estimate, x, upper
 
 

@@ -55,6 +55,7 @@ class Bare:
 METHODS = {
     "prepare": lambda self: iter(()),
     "place": lambda self, device, dtype: None,
+    "part": lambda self, batch, rank, ranks: (batch, 1 / ranks),
     "lower_start": lambda self, x, y: {"q": 3 * x["p"] + y["q"]},
     "lower_solution": lambda self, x: {"q": x["p"]},
     "hypergradient": lambda self, x: {"p": 2 * x["p"]},
@@ -77,6 +78,7 @@ METHODS = {
 ARGUMENTS = {
     "prepare": (),
     "place": ("device", "dtype"),
+    "part": ("batch", "rank", "ranks"),
     "lower_start": ("x", "y"),
     "lower_solution": ("x",),
     "hypergradient": ("x",),
@@ -169,13 +171,18 @@ def test_a_problem_made_of_a_problem_keeps_each_method_or_refuses_it_by_name(wra
             WRAPPED[wrapper]((name,))
         return
     assert name in Levels(WRAPPED[wrapper]((name,)))
-    own = {"LearnedStart": {"lower_start"}, "OverTasks": {"episodes"}, "FromModules": {"place"}}
+    own = {
+        "LearnedStart": {"lower_start"},
+        "OverTasks": {"episodes", "part"},
+        "FromModules": {"place"},
+    }
     if name != "episodes":  # which the problem here always has
         assert (name in Levels(WRAPPED[wrapper](()))) == (name in own[wrapper])
 
 
 @pytest.mark.parametrize(
-    "name", sorted(OPTIONAL.keys() - {"prepare", "place", "episodes", "lower_start", "export"})
+    "name",
+    sorted(OPTIONAL.keys() - {"prepare", "place", "part", "episodes", "lower_start", "export"}),
 )
 def test_a_learned_start_calls_each_method_with_the_x_of_the_problem_itself(name):
     given = {"x": X, "y": Y, "step": 0.3, "batch": torch.tensor([1.0, 2.0])}

@@ -1,0 +1,53 @@
+"""Whether the ranks of a run agree on a step before it is taken.
+
+x and y are the same bits on every rank as long as nothing in a run sees the rows of its own rank
+alone. What does takes other steps on each, slowly or at once: it is found at the step that shows it,
+and no rank keeps that step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bilevel.errors import RankError
+from bilevel.ranks import Ranks
+from bilevel.types import Estimate, LowerSolution, Params
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(params: Params) -> int:
+    """A number that differs where a bit differs, but for what cancels: the sum of the bits as integers."""
+    total = 0
+    for entry in params.values():
+        seen = entry.detach().contiguous().view(_BITS[entry.element_size()])
+        total += int(seen.sum(dtype=torch.int64))
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def require_agreement(
+    ranks: Ranks, step: int, solution: LowerSolution, estimate: Estimate, x: Params
+) -> None:
+    """One message of a few integers; raises `RankError` with the name of what differs first."""
+    if ranks.is_alone:
+        return
+    lower, stats = solution.stats, estimate.stats
+    own = {
+        "the number of lower steps": lower.steps,
+        "y": bits(solution.y),
+        "the number of iterations of the adjoint solve": stats.iterations,
+        "the hypergradient": bits(estimate.hypergradient),
+        "x": bits(x),
+    }
+    every = ranks.beside([step, *own.values()])
+    for k, name in enumerate(("the step", *own)):
+        seen = [row[k] for row in every]
+        if len({*seen}) > 1:
+            other = next(rank for rank, value in enumerate(seen) if value != seen[0])
+            values = f": {seen[0]} and {seen[other]}" if "number" in name else ""
+            raise RankError(
+                f"step {step}: ranks 0 and {other} of {ranks.size} disagree on {name}{values}. A "
+                "component sees the rows of its own rank only, or draws random numbers of its own: "
+                "sums over a batch belong in bilevel.ranks.share, and random numbers in the streams "
+                "that a component is given. The state is that of the step before"
+            )

@@ -1,0 +1,51 @@
+"""Several ranks in tests: processes forked from the test, that sum by gloo."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.multiprocessing import start_processes
+
+from bilevel import ranks as over
+from bilevel.ranks import Ranks
+
+
+def on_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 60.0) -> list[Any]:
+    """What `work` returns on each of so many ranks; an `Exception` that it raises in its place.
+
+    It is called in a process forked from this one, and so may be any function, of any fixture.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # of Python 3.12 on, where the process that forks has threads: torch's own are idle in tests
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        start_processes(_one, (size, work, folder, timeout), size, start_method="fork")
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(size)]
+
+
+def _one(rank: int, size: int, work: Callable[[Ranks], Any], folder: str, timeout: float) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    distributed.init_process_group(
+        "gloo",
+        store=distributed.FileStore(str(Path(folder, "store")), size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    assert distributed.group.WORLD is not None
+    ranks = over.adopt(distributed.group.WORLD)
+    try:
+        found: Any = work(ranks)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        found = error
+    torch.save(found, Path(folder, f"{rank}.pt"))
+    over.depart()

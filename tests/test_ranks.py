@@ -1,0 +1,230 @@
+"""Sums over ranks: their derivatives of every order, what is theirs and what is everyone's."""
+
+import ast
+import builtins
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bilevel import minimize
+from bilevel import ranks as over
+from bilevel.errors import ProblemError, RankError
+from bilevel.ranks import ALONE, apart, by_rows, enter, leave
+from bilevel.unrolling.forward_over_reverse import _load
+from tests.imports import PACKAGE
+from tests.ranks import on_ranks
+
+A = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def loss(w, b, rows):
+    """A mean over rows and a penalty, neither linear nor quadratic."""
+    return ((rows @ w).tanh() ** 2).mean() + b * (w**4).sum()
+
+
+def orders(function):
+    """The value, the gradients, a Hessian product, and a product with third derivatives."""
+    w = torch.linspace(0.5, 1.5, 3, dtype=torch.float64).requires_grad_()
+    b = torch.tensor(0.01, dtype=torch.float64).requires_grad_()
+    value = function(w, b)
+    first = torch.autograd.grad(value, [w, b], create_graph=True)
+    second = torch.autograd.grad(first[0].sum(), [w, b], create_graph=True)
+    third = torch.autograd.grad(second[0].sum() + second[1], [w, b])
+    return [part.detach() for part in (value, *first, *second, *third)]
+
+
+def on_parts(ranks, w, b, enters=True, leaves=True, weight=None):
+    part, share = by_rows({"A": A}, ranks.rank, ranks.size)
+    w, b = enter(ranks, [w, b]) if enters else (w, b)
+    own = (share if weight is None else weight) * loss(w, b, part["A"])
+    return leave(ranks, own) if leaves else own
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_order_is_that_of_the_whole_and_the_same_bits_on_each_rank(size):
+    truth = orders(lambda w, b: loss(w, b, A))
+    found = on_ranks(size, lambda ranks: orders(lambda w, b: on_parts(ranks, w, b)))
+    for one in found:
+        for got, expected in zip(one, truth, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
+
+
+def test_none_of_it_is_there_for_nothing():
+    """Controls: without Leave, without Enter, and with equal weights of 4 and 3 rows."""
+    truth = orders(lambda w, b: loss(w, b, A))
+
+    def work(ranks):
+        changes = {"leaves": False}, {"enters": False}, {"weight": 0.5}
+        return [orders(lambda w, b, c=change: on_parts(ranks, w, b, **c)) for change in changes]
+
+    for one in on_ranks(2, work):
+        for found in one:
+            off = [abs(float((g - t).norm() / t.norm())) for g, t in zip(found, truth, strict=True)]
+            assert max(off) > 1e-2
+
+
+def test_forward_mode_and_traces_see_the_sums():
+    direction = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    w, b = torch.ones(3, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+
+    def along(function):
+        """(the derivative of the loss, and of its gradient), along a direction by forward mode."""
+        _load()
+        leaf = w.clone().requires_grad_()
+        with forward_ad.dual_level():
+            # b has a gradient and no tangent
+            moving, still = forward_ad.make_dual(leaf, direction), b.clone().requires_grad_()
+            value = function(moving, still)
+            (gradient,) = torch.autograd.grad(value, [moving], create_graph=True)
+            parts = (value, gradient)
+            return [forward_ad.unpack_dual(part).tangent.detach() for part in parts]
+
+    def work(ranks):
+        def gradient(w):
+            w = w.detach().requires_grad_()
+            return torch.autograd.grad(on_parts(ranks, w, b), w)[0]
+
+        graph = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(w)
+        before = ranks.ledger.calls
+        return along(lambda w, b: on_parts(ranks, w, b)), graph(w), ranks.ledger.calls - before
+
+    truth = along(lambda w, b: loss(w, b, A))
+    leaf = w.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf, b, A), leaf)
+    for tangents, traced, calls in on_ranks(2, work):
+        for got, expected in zip(tangents, truth, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+        torch.testing.assert_close(traced, slope, rtol=1e-13, atol=0)
+        assert calls >= 1  # a trace that is replayed is counted
+
+
+def contrast(w, rows):
+    """InfoNCE: each row against all; the mean over this part's rows."""
+    made = rows @ torch.outer(w, w)
+    everyone = over.rows(made)
+    own = over.own_rows(len(rows))
+    logits = made @ everyone.T
+    return torch.nn.functional.cross_entropy(logits, torch.arange(own.start, own.stop))
+
+
+def by_tokens(w, rows):
+    """A mean over the entries above zero, of which each row has another number."""
+    counted = (rows > 0).to(rows.dtype)
+    per_row = over.share(counted.sum()) / over.share(torch.tensor(float(len(rows))))
+    return ((rows * w).tanh() * counted).sum() / len(rows) / per_row
+
+
+@pytest.mark.parametrize("function", [contrast, by_tokens])
+def test_losses_that_need_other_rows_than_their_own(function):
+    def all_of(evaluate):
+        w = torch.linspace(0.5, 1.5, 3, dtype=torch.float64).requires_grad_()
+        value = evaluate(w)
+        (first,) = torch.autograd.grad(value, w, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), w)
+        return [value.detach(), first.detach(), second]
+
+    def work(ranks):
+        part, weight = by_rows(A, ranks.rank, ranks.size)
+
+        def spread(w):
+            return leave(ranks, weight * function(*enter(ranks, [w]), part))
+
+        with apart():  # and one process alone has the whole
+            whole = all_of(lambda w: function(w, A))
+        return all_of(spread), whole
+
+    truth = all_of(lambda w: function(w, A))
+    for got, whole in on_ranks(3, work):
+        assert all(torch.equal(a, b) for a, b in zip(whole, truth, strict=True))
+        for one, expected in zip(got, truth, strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-12, atol=0)
+
+
+def test_alone_each_is_the_identity():
+    value = torch.ones(3)
+    same = leave(ALONE, value), enter(ALONE, [value])[0], over.share(value), over.rows(value)
+    assert all(one is value for one in same)
+    assert over.own_rows(3) == slice(0, 3)
+    assert over.join() is ALONE
+    assert ALONE.most(4) == 4
+
+
+def test_rows_of_a_batch():
+    batch = {"a": torch.arange(5), "label": [torch.arange(10).reshape(5, 2)], "scale": 3.0}
+    parts = [by_rows(batch, rank, 2) for rank in range(2)]
+    assert [weight for _, weight in parts] == [0.6, 0.4]
+    assert torch.cat([part["a"] for part, _ in parts]).equal(batch["a"])
+    assert torch.cat([part["label"][0] for part, _ in parts]).equal(batch["label"][0])
+    assert by_rows({"scale": torch.tensor(2.0)}, 1, 4) == ({"scale": torch.tensor(2.0)}, 0.25)
+    assert by_rows(None, 0, 2) == (None, 0.5)
+    with pytest.raises(ProblemError, match=r"batch\['a'\] has 5 rows and batch\['b'\] has 4"):
+        by_rows({"a": torch.ones(5), "b": torch.ones(4)}, 0, 2)
+    with pytest.raises(ProblemError, match="has 2 rows, and 3 ranks are to have a part"):
+        by_rows(torch.ones(2), 0, 3)
+
+
+def test_what_ranks_tell_each_other():
+    def work(ranks):
+        told = ranks.most(ranks.rank), ranks.every(10 * ranks.rank), ranks.gather(ranks.rank)
+        first = ranks.from_first("found" if ranks.is_first else None)
+        try:
+            with ranks.telling("its work"):
+                if ranks.rank == 1:
+                    raise ValueError("wrong there")
+        except (ValueError, RankError) as error:
+            return told, first, type(error), str(error)
+
+    zero, one = on_ranks(2, work)
+    assert zero[:2] == one[:2] == ((1, [0, 10], [0, 1]), "found")
+    assert zero[2:] == (RankError, "rank 1 failed in its work: ValueError: wrong there")
+    assert one[2:] == (ValueError, "wrong there")
+
+
+def test_a_rank_counts_its_calls_and_bytes():
+    def work(ranks):
+        ranks.sum([torch.ones(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)])
+        one = ranks.ledger.calls, ranks.ledger.bytes
+        ranks.sum([torch.ones(3), torch.ones((), dtype=torch.float64)])  # two kinds, two calls
+        return one, (ranks.ledger.calls, ranks.ledger.bytes)
+
+    assert on_ranks(2, work) == [((1, 40), (3, 60))] * 2
+
+
+# a process alone does without
+
+
+def test_torch_distributed_is_imported_by_ranks_alone_and_there_when_used():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        if path.name != "ranks.py":
+            assert "torch.distributed" not in text.replace("torch.distributed,", ""), path
+            continue
+        top = [
+            node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not [node for node in top if "distributed" in ast.unparse(node)]
+
+
+def test_a_run_of_one_rank_asks_for_none_of_it(monkeypatch):
+    asked, real = [], builtins.__import__
+
+    def note(name, given=None, *rest):
+        if name.startswith("torch.distributed") or (
+            name == "torch" and "distributed" in (rest[1] or ())
+        ):
+            asked.append((given or {}).get("__name__", ""))
+        return real(name, given, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", note)
+    minimize("quadratic", steps=1, progress=False)
+    assert [name for name in asked if name.startswith("bilevel")] == []
+    monkeypatch.setenv("WORLD_SIZE", "2")  # control: what joins a group is seen
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        RankError, match=r"rank \? of 2 finds no others at \(MASTER_ADDR is not set\)"
+    ):
+        over.join()
+    assert "bilevel.ranks" in asked
