@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bilevel"
 
 FLOORS = [
-    ["errors", "rng"],
+    ["errors", "rng", "notebook"],
     ["types", "components", "runfolder"],
     ["tree", "events", "registry"],
     ["ranks"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -16,76 +16,12 @@ from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.registry.build import made, resolve
 from bilevel.run import engine, placement
+from bilevel.run.result import BestPoint, Result
 from bilevel.run.setup import Setup, State
 from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
 from bilevel.sinks.progress import progress as shown
 from bilevel.types import Estimator, LowerSolver, Named, Optimizer
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run ended and how it came there."""
-
-    x: Any
-    """In the containers of the problem's own: a dict of tensors, or nested."""
-    y: Any
-    history: tuple[Stepped, ...]
-    """One event an upper step: losses before the step, ‖dΦ/dx‖, evidence and oracle calls."""
-    evaluations: tuple[Evaluated, ...]
-    """The problem's own measures, before, in between where asked for, and after."""
-    held: Mapping[str, float]
-    """Them with x as it began and y trained as long; empty unless `evaluate_held`."""
-    warned: tuple[Warned, ...]
-    figures: Mapping[str, Any]
-    reason: str
-    """"done", "stopped early" or "interrupted"."""
-    best: BestPoint | None
-    """Where the measure that `best` names was best; None unless it was asked for."""
-    setup: Setup = field(repr=False)
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """The problem's own measures when they were last taken; empty where it has none."""
-        return self.evaluations[-1].metrics if self.evaluations else {}
-
-    def columns(self) -> dict[str, list[float]]:
-        """The history as lists of one length: what `pandas.DataFrame` and `plt.plot` take."""
-        return {
-            "step": [event.step for event in self.history],
-            "upper_loss": [event.upper_loss for event in self.history],
-            "lower_loss": [event.lower_loss for event in self.history],
-            "hypergradient_norm": [event.hypergradient_norm for event in self.history],
-            "gradients": [event.totals.gradients for event in self.history],
-            "hvps": [event.totals.hvps for event in self.history],
-            "cross_products": [event.totals.cross_products for event in self.history],
-            "seconds": [event.seconds for event in self.history],
-        }
-
-    def __repr__(self) -> str:
-        if not self.history:
-            return f"<{self.reason}: no step>"
-        first, last = self.history[0], self.history[-1]
-        totals = last.totals
-        parts = [
-            f"{self.reason} after {last.step} of {self.setup.upper.steps} steps",
-            f"F {first.upper_loss:.4g} → {last.upper_loss:.4g}",
-            f"‖dΦ/dx‖ {first.hypergradient_norm:.2g} → {last.hypergradient_norm:.2g}",
-            f"{totals.gradients} gradients, {totals.hvps} HVPs, {totals.cross_products} cross",
-        ]
-        parts += [f"{name} {value:.4g}" for name, value in self.metrics.items()]
-        parts += [f"warned of {', '.join(w.kind for w in self.warned)}"] if self.warned else []
-        return f"<{'; '.join(parts)}>"
-
-
-@dataclass(frozen=True)
-class BestPoint:
-    """The state of a run at which a measure was best."""
-
-    step: int
-    metrics: Mapping[str, float]
-    x: Any
-    y: Any
 
 
 class Iteration(Iterator[Event]):

@@ -26,11 +26,12 @@ class Panel:
     """Redrawn lines, which fit 60 columns: bar and ETA, losses with their curves, evidence, warning.
 
     A step costs a few assignments: what is shown is made when it is drawn. The last state of a run
-    that took steps stays on the screen; the stages before the first step leave nothing.
+    that took steps stays on the screen where it `stays`; the stages before the first step leave nothing.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, stays: bool = True) -> None:
         self._console = console
+        self._stays = stays
         self._clock = Clock()
         self._stage: Progress | None = None
         self._step: Stepped | None = None
@@ -41,16 +42,21 @@ class Panel:
         encoding = console.encoding.replace("-", "").lower()
         self._has_blocks = encoding.startswith("utf")
         self._live = Live(
-            get_renderable=self._drawn,
+            get_renderable=self.drawn,
             console=console,
             refresh_per_second=REFRESHES,
             transient=True,
         )
 
     def receive(self, event: Event) -> None:
+        if self.takes(event) and not self._live.is_started:
+            self._live.start()
+
+    def takes(self, event: Event) -> bool:
+        """Remember what it says; whether it is a reason to begin to draw."""
         if isinstance(event, Warned):
             self._warning = event
-            return
+            return False
         if isinstance(event, Progress):
             self._stage = event
         elif isinstance(event, Started):
@@ -62,9 +68,8 @@ class Panel:
             self._upper.add(event.upper_loss)
             self._lower.add(event.lower_loss)
         else:
-            return
-        if not self._live.is_started:
-            self._live.start()
+            return False
+        return True
 
     def stopping(self) -> None:
         self._is_stopping = True  # and no more: a signal may have come while the panel is drawn
@@ -72,14 +77,21 @@ class Panel:
     def close(self) -> None:
         if not self._live.is_started:
             return
-        self._stage = self._warning = None  # the warning stands above, in full
-        self._left = ""
-        self._is_stopping = False
-        self._live.transient = self._step is None
+        self.settle()
+        self._live.transient = self._step is None or not self._stays
         self._live.stop()
 
-    def _drawn(self) -> RenderableType:
-        step, lines = self._step, [self._bar()]
+    def settle(self) -> None:
+        """Show of a run that took steps where it ended; the warning stands elsewhere, in full."""
+        if self._step:
+            self._stage = None
+        self._warning = None
+        self._left = ""
+        self._is_stopping = False
+
+    def drawn(self) -> RenderableType:
+        """What is on the screen now."""
+        step, lines = self._step, [self.bar()]
         if step:
             norm = "‖dΦ/dx‖" if self._has_blocks else "|dPhi/dx|"
             known = {each.head: each.of(step) for each in EVIDENCE}
@@ -101,7 +113,8 @@ class Panel:
             lines.append(_line(said.replace("\n", " "), "yellow"))
         return Group(*lines)
 
-    def _bar(self) -> RenderableType:
+    def bar(self) -> RenderableType:
+        """The first line alone."""
         step = self._step.step if self._step else 0
         at = self._stage or Progress("step", step, self._clock.steps)
         count = f"{at.done:,}/{at.total:,}" if at.total else f"{at.done:,}"

@@ -1,89 +1,94 @@
-"""The progress of a run that Python drives: one line that is redrawn, in a terminal or a notebook."""
+"""The progress of a run that Python drives: the panel in a terminal or a notebook, lines in a log."""
 
 from __future__ import annotations
 
 import time
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.console import Console, RenderableType
+from rich.jupyter import JupyterMixin
 
 from bilevel.events import Event, Progress, Started, Stepped
 from bilevel.sinks import Receiver
+from bilevel.sinks.panel import REFRESHES, Panel
+
+NOTEBOOK_WIDTH = 80
 
 
 def progress(wanted: bool | Literal["auto"], console: Console | None = None) -> Receiver | None:
     """What shows progress, on stderr; "auto" is None where neither a person nor a notebook reads it.
 
-    In a notebook one output is updated, which needs no widgets; a log gets a line every 10 % of
-    the steps, if progress is asked for there.
+    A terminal has the panel of `bilevel run`, gone when the run ends, since the result says the
+    same; a notebook has it in one output that is updated, which needs no widgets. A log gets a
+    line every 10 % of the steps, if progress is asked for there.
     """
     console = console or Console(stderr=True)
     if not wanted:
         return None
     if console.is_jupyter:
-        return Lines(NotebookOutput(), every=0.1)
+        return NotebookPanel()
     if console.is_terminal:
-        return Redrawn(console)
-    return None if wanted == "auto" else Lines(console.file, every=None)
+        return Panel(console, stays=False)
+    return None if wanted == "auto" else Lines(console.file)
 
 
-class Redrawn:
-    """A bar in a terminal, gone when the run ends."""
+class NotebookPanel:
+    """The panel as an output of a notebook's cell; of a run that has ended its bar stays.
 
-    def __init__(self, console: Console) -> None:
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[count]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
-        self._reading = Reading()
+    It is drawn while events come, at most `REFRESHES` times a second: a thread that drew would
+    belong to no cell.
+    """
+
+    def __init__(self) -> None:
+        # no terminal: the notebook's own colours, and characters of its own font
+        self._panel = Panel(Console(width=NOTEBOOK_WIDTH, force_jupyter=False))
+        self._handle: Any = None
+        self._drawn = float("-inf")
 
     def receive(self, event: Event) -> None:
-        if not self._reading.takes(event):
-            return
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", count="", note="")
-        seen = self._reading
-        self._bar.update(
-            self._task,
-            description=seen.stage,
-            completed=seen.done,
-            total=seen.total,
-            count=seen.count,
-            note=seen.note,
-        )
+        if self._panel.takes(event) and time.monotonic() - self._drawn >= 1 / REFRESHES:
+            self._show(self._panel.drawn())
+            self._drawn = time.monotonic()
 
     def close(self) -> None:
-        self._bar.stop()
+        if self._handle:
+            self._panel.settle()
+            self._show(self._panel.bar())
+
+    def _show(self, renderable: RenderableType) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        if self._handle is None:
+            self._handle = display(Drawing(renderable), display_id=True)
+        else:
+            self._handle.update(Drawing(renderable))
+
+
+class Drawing(JupyterMixin):
+    """What rich draws, as HTML and as text, at a width that does not hang on that of a terminal."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich__(self) -> RenderableType:
+        return self._renderable
 
 
 class Lines:
-    """The same as text, written to `out`: at most every so many seconds, or every tenth of a stage."""
+    """The same as text, written to `out`: every tenth of a stage."""
 
-    def __init__(self, out: Any, every: float | None) -> None:
-        self._out, self._every = out, every
+    def __init__(self, out: Any) -> None:
+        self._out = out
         self._reading = Reading()
-        self._said: tuple[str, float] = ("", -1.0)
+        self._said = ("", -1)
 
     def receive(self, event: Event) -> None:
         seen = self._reading
         if not seen.takes(event):
             return
-        if self._every is None:
-            now, due = 10 * seen.done // (seen.total or 1), 1.0
-        else:
-            now, due = time.monotonic(), self._every
-        stage, last = self._said
-        if stage != seen.stage or now - last >= due or seen.done == seen.total:
-            self._said = (seen.stage, now)
+        at = (seen.stage, 10 * seen.done // (seen.total or 1))
+        if at != self._said or seen.done == seen.total:
+            self._said = at
             self._out.write(f"{seen.stage} {seen.count}  {seen.note}".rstrip() + "\n")
 
     def close(self) -> None:
@@ -119,18 +124,3 @@ class Reading:
 
     def _is(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         self.stage, self.done, self.total, self.note = stage, done, total, note
-
-
-class NotebookOutput:
-    """An output of a notebook's cell that shows the last line written to it."""
-
-    def __init__(self) -> None:
-        from IPython.display import display  # pyright: ignore[reportMissingImports]
-
-        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def write(self, line: str) -> None:
-        self._handle.update({"text/plain": line.rstrip("\n")}, raw=True)
-
-    def flush(self) -> None:
-        """Nothing is held back."""

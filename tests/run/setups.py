@@ -1,5 +1,6 @@
 """Set-ups to run."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +69,24 @@ def frozen(saved):
     if isinstance(saved, dict):
         return {key: frozen(value) for key, value in saved.items()}
     return saved
+
+
+class Plain:
+    """F = (y − 1)², G = (y − x)²: one SGD step of lr 1/2 solves G, and dΦ/dx = 2 (x − 1)."""
+
+    def init(self, streams):
+        return {"x": torch.tensor(3.0)}, {"y": torch.tensor(0.0)}
+
+    def upper_loss(self, x, y, batch):
+        return (y["y"] - 1) ** 2
+
+    def lower_loss(self, x, y, batch):
+        return (y["y"] - x["x"]) ** 2
+
+    def upper_batches(self, stream):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+EXACT = {"lower": Gradient(steps=1, optimizer=SGD(lr=0.5)), "upper": SGD(lr=0.25)}

@@ -29,7 +29,7 @@ class AsciiText(Encoded):
 def drawn(panel: Panel, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with console.capture() as capture:
-        console.print(panel._drawn())
+        console.print(panel.drawn())
     return capture.get()
 
 
