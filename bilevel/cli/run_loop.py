@@ -151,6 +151,8 @@ class RunLoop:
                     opened = sink.open(self.folder.path, step)
                     _require_receiver(opened, f"{type(sink).__name__}.open")
                 self.receivers.append(opened)
+                if caution := getattr(opened, "caution", ""):
+                    complain(caution, kind="warning: ")
             except TrackerError as error:
                 if not self.is_resumed:
                     raise TrackerError(f"{error}; mend it, or take it out of `sinks`") from error

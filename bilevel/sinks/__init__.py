@@ -1,9 +1,8 @@
 """Where events go. A sink is a frozen component; `open` begins its record in a run folder.
 
 `jsonl` is the record, `rows` what measures were computed from, `figures` what a problem drew,
-`console` the progress that is shown; `tensorboard`, `wandb` and `mlflow` keep copies in trackers
-(`tracking`). A sink
-sees events and nothing of the run behind them.
+`console` the progress that is shown; `tensorboard`, `wandb`, `mlflow` and `trackio` keep copies in
+trackers (`tracking`). A sink sees events and nothing of the run behind them.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from bilevel.sinks.mlflow import MLflow as MLflow
     from bilevel.sinks.rows import RowFiles as RowFiles
     from bilevel.sinks.tensorboard import TensorBoard as TensorBoard
+    from bilevel.sinks.trackio import Trackio as Trackio
     from bilevel.sinks.wandb import WandB as WandB
 else:
     __getattr__, __dir__ = exports(__name__, "sinks")

@@ -64,6 +64,8 @@ class TrackerReceiver:
         self, name: str, tracker: Tracker, folder: Path, step: int | None, *, repeats: bool
     ) -> None:
         self._name, self._tracker = name, tracker
+        self.caution = ""
+        """What a person is told once it is open."""
         self._told: set[tuple[str, Any]] = set()
         for event in () if step is None else recorded(folder, step):
             self._told.add(_key(event))

@@ -16,6 +16,11 @@ FOLDER = "wandb"
 EXIT = {"done": 0, "stopped": 130, "failed": 1}
 """The exit codes by which W&B calls a run finished or failed."""
 
+HELD_BACK = 1.0
+"""Seconds that W&B may hold back what it was told: a run that is killed loses no more than that. 15 is its own."""
+PATIENCE = 20
+"""Seconds that a server has to answer before a run is written offline."""
+
 
 @component
 class WandB:
@@ -30,6 +35,7 @@ class WandB:
     entity: str = ""
     """A user or team of the server; the key's own by default."""
     mode: Literal["offline", "online"] = "offline"
+    """Online without a key or a server the run is written offline, with one warning."""
     tags: tuple[str, ...] = ()
 
     def require(self) -> None:
@@ -41,16 +47,39 @@ class WandB:
         self.require()
         import wandb
 
-        unsent = _unsent(folder, step) if self.mode == "offline" else []
+        caution, unsent = "", _unsent(folder, step)
+        if self.mode == "online":
+            try:
+                run = self._begin(folder, "online")
+            except wandb.Error as error:
+                reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+                caution = (
+                    f"wandb: {reason.rstrip('.')}; the run is written offline, and sent by "
+                    f"wandb sync {folder / FOLDER}/offline-run-*"
+                )
+            else:
+                return tracking.TrackerReceiver(
+                    "wandb", WandBRun(run), folder, step, repeats=bool(unsent)
+                )
         for old in unsent:
             shutil.rmtree(old)
-        run = wandb.init(
+        # what was not sent is written again, from the record
+        opened = tracking.TrackerReceiver(
+            "wandb", WandBRun(self._begin(folder, "offline")), folder, step, repeats=bool(unsent)
+        )
+        opened.caution = caution
+        return opened
+
+    def _begin(self, folder: Path, mode: str) -> Any:
+        import wandb
+
+        return wandb.init(
             project=self.project or tracking.project_name(folder),
             entity=self.entity or None,
             id=re.sub(r"[^\w-]", "-", tracking.run_name(folder)),
             name=tracking.run_name(folder),
             dir=str(folder),
-            mode=self.mode,
+            mode=mode,
             resume="allow",
             reinit="create_new",
             tags=list(self.tags) or None,
@@ -63,10 +92,11 @@ class WandB:
                 disable_code=True,
                 console="off",
                 silent=True,
+                x_transaction_log_flush_interval=HELD_BACK,
+                init_timeout=PATIENCE,
+                login_timeout=PATIENCE,
             ),
         )
-        # what was not sent is written again, from the record
-        return tracking.TrackerReceiver("wandb", WandBRun(run), folder, step, repeats=bool(unsent))
 
 
 def _unsent(folder: Path, step: int | None) -> list[Path]:

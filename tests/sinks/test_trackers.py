@@ -1,11 +1,15 @@
-"""TensorBoard, Weights & Biases and MLflow: each written by its package and read back from its files."""
+"""TensorBoard, Weights & Biases, MLflow and Trackio: each written by its package and read back from its files."""
 
 import json
 import math
+import os
+import signal
 import struct
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +19,7 @@ from bilevel.sinks import Receiver, tracking
 from bilevel.sinks.jsonl import JSONLines
 from bilevel.sinks.mlflow import MLflow
 from bilevel.sinks.tensorboard import TensorBoard
+from bilevel.sinks.trackio import Trackio
 from bilevel.sinks.wandb import WandB
 from tests.sinks.events import STARTED, stepped
 
@@ -62,7 +67,12 @@ def folder(tmp_path):
     path = tmp_path / "runs" / "toy" / "20260101-000000-abcdef"
     path.mkdir(parents=True)
     (path / "resolved.yaml").write_text(RESOLVED)
-    return path
+    yield path
+    if trackio := sys.modules.get(
+        "trackio"
+    ):  # which has one folder a process, and so a run of this name
+        for run in trackio.Api().runs("toy"):
+            run.delete()
 
 
 def write(sink, folder, told, step=None, *, crash=False):
@@ -108,21 +118,27 @@ def wandb_records(path):
             whole = b""
 
 
-def read_wandb(folder):
-    """The rows by name, and all records, of every part of the run, once W&B's service has written them."""
+def written(folder):
+    """All records that there are of every part of the run."""
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert files
-    found = []
-    for path in files:
-        while not any(one.WhichOneof("record_type") == "exit" for one in wandb_records(path)):
-            time.sleep(0.05)
-        found += wandb_records(path)
+    return [one for path in files for one in wandb_records(path)]
+
+
+def rows_of(found):
+    """The rows of the history by name, and all records."""
     rows = {}
     for one in found:
         items = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in one.history.item}
         for name in items.keys() - {"_step", "_timestamp", "_runtime"}:
             rows.setdefault(name, []).append((items["_step"], items[name]))
     return rows, found
+
+
+def read_wandb(folder):
+    """The rows by name, and all records, once W&B's service has written the end of the run."""
+    while not any(one.WhichOneof("record_type") == "exit" for one in written(folder)):
+        time.sleep(0.05)
+    return rows_of(written(folder))
 
 
 def read_mlflow(folder):
@@ -139,10 +155,20 @@ def read_mlflow(folder):
     return metrics, client.get_run(run.info.run_id), client
 
 
+def read_trackio(folder):
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    assert storage.get_runs("toy") == [folder.name]
+    rows = storage.get_logs("toy", folder.name)
+    names = {name for row in rows for name in row} - {"step", "timestamp"}
+    scalars = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+    return scalars, storage
+
+
 TRACKERS = {
     "tensorboard": (TensorBoard(), read_tensorboard),
     "wandb": (WandB(), read_wandb),
     "mlflow": (MLflow(), read_mlflow),
+    "trackio": (Trackio(), read_trackio),
 }
 
 
@@ -169,15 +195,35 @@ def check_history(scalars):
 def test_a_crash_and_a_resumed_run_give_each_step_once(tracker, folder):
     """Saved at step 3, killed after step 5 with nothing closed, resumed from 3."""
     sink, read = tracker
-    is_one_process = isinstance(sink, WandB)  # whose service has each run open once
-    lost = write(sink, folder, events(1, 5), crash=not is_one_process)
-    if is_one_process:
-        read(folder)
+    lost = None
+    if isinstance(sink, WandB):  # whose service has each run open once
+        lose_a_process(folder)
+    else:
+        lost = write(sink, folder, events(1, 5), crash=True)
     write(sink, folder, events(4), step=3)
     scalars, *_ = read(folder)
     check_history(scalars)
-    if not is_one_process:
+    if lost:
         lost.close()
+
+
+def lose_a_process(folder):
+    """One that writes the first steps with W&B, and is killed once W&B has had its second to write them."""
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            write(WandB(), folder, events(1, 5), crash=True)
+            time.sleep(1000)
+        os._exit(1)
+    while not (rows := rows_of(written(folder))[0].get("upper/loss")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it could not write"
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert rows[0] == (1, 9.0)
+    assert (
+        rows_of(written(folder))[0]["upper/loss"][: len(rows)] == rows
+    )  # what there was is still read
 
 
 def test_tensorboard_has_figures_text_and_settings(folder):
@@ -218,6 +264,25 @@ def test_wandb_has_settings_figures_warnings_and_how_it_ended(folder, monkeypatc
     assert b"typed-on-the-line" not in everything, "the command line"
 
 
+@pytest.mark.parametrize("why", ["No API key configured. Use `wandb login`.", ""])
+def test_wandb_online_without_a_server_is_written_offline(why, folder, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs bilevel[wandb]")
+    begun = []
+
+    def init(**given):
+        begun.append(given["mode"])
+        if given["mode"] == "online":
+            raise wandb.errors.CommError(why)
+        return SimpleNamespace(log=lambda *a, **k: None, finish=lambda **k: None, summary={})
+
+    monkeypatch.setattr(wandb, "init", init)
+    opened = WandB(mode="online").open(folder, None)
+    assert begun == ["online", "offline"]
+    said = "No API key configured. Use `wandb login`" if why else "CommError"
+    assert opened.caution.startswith(f"wandb: {said}; the run is written offline, and sent by")
+    assert WandB().open(folder, None).caution == ""  # negative control
+
+
 def test_mlflow_has_params_figures_tags_and_status(folder):
     pytest.importorskip("mlflow", reason="needs bilevel[mlflow]")
     write(MLflow(), folder, events())
@@ -230,6 +295,26 @@ def test_mlflow_has_params_figures_tags_and_status(folder):
     [picture] = client.list_artifacts(run.info.run_id, "figures")
     assert picture.path == "figures/plot.png"
     assert not run.data.tags.keys() & {"mlflow.user", "mlflow.source.name"}
+
+
+def test_trackio_has_settings_figures_and_alerts(folder, capsys):
+    pytest.importorskip("trackio", reason="needs bilevel[trackio]")
+    write(Trackio(), folder, [*events()][:-1])
+    write(Trackio(), folder, [Finished(6, "diverged", 1.0, {}, "F is NaN")], step=6)
+    scalars, storage = read_trackio(folder)
+    check_history(scalars)
+    [(step, image)] = scalars["figures/plot"]
+    assert (step, image["_type"]) == (6, "trackio.image")
+    config = storage.get_run_config("toy", folder.name)
+    assert config["estimator"] == {"name": "implicit", "damping": 0.5}
+    assert config["_Username"] is None
+    alerts = [(a["level"], a["step"], a["title"], a["text"]) for a in storage.get_alerts("toy")]
+    assert sorted(alerts) == [
+        ("error", 6, "end", "F is NaN"),
+        ("error", 6, "status", "failed"),
+        ("warn", 2, "warning/curvature", "negative"),
+    ]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_password_in_an_address_is_refused():
