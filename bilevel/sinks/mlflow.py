@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from bilevel.sinks import tracking
 
 ID = "mlflow_run_id"
 """The file of a run folder with the id that MLflow gave its run."""
+LOCK = "mlflow.lock"
+"""The file beside the database by which runs that begin at once wait for each other."""
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 PATIENCE = 1.0
 """Seconds that metrics are held back: a call for each step would take longer than a short step."""
@@ -58,10 +61,12 @@ class MLflow:
         self.require()
         runs = folder.resolve().parent.parent
         uri = self.tracking_uri or f"sqlite:///{(runs / 'mlflow.db').as_posix()}"
-        client = _mlflow("tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
         artifacts = None if self.tracking_uri else (runs / "mlruns").as_uri()
         name = self.experiment or tracking.project_name(folder)
-        run = _resumed(client, folder) or _created(client, folder, name, artifacts)
+        # MLflow makes the tables of a database, and an experiment, without a lock of its own
+        with nullcontext() if self.tracking_uri else files.alone(runs / LOCK):
+            client = _mlflow("tracking").MlflowClient(tracking_uri=uri, registry_uri=uri)
+            run = _resumed(client, folder) or _created(client, folder, name, artifacts)
         return tracking.TrackerReceiver(
             "mlflow", MLflowRun(client, run), folder, step, repeats=True
         )

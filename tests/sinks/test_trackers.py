@@ -141,13 +141,14 @@ def read_wandb(folder):
     return rows_of(written(folder))
 
 
-def read_mlflow(folder):
+def read_mlflow(folder, name=""):
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{folder.parent.parent / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     [experiment] = client.search_experiments(filter_string="name = 'toy'")
-    [run] = client.search_runs([experiment.experiment_id])
+    called = f"attributes.run_name = '{name}'" if name else ""
+    [run] = client.search_runs([experiment.experiment_id], called)
     metrics = {
         name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
@@ -315,6 +316,24 @@ def test_trackio_has_settings_figures_and_alerts(folder, capsys):
         ("warn", 2, "warning/curvature", "negative"),
     ]
     assert capsys.readouterr().out == ""
+
+
+def test_two_runs_that_begin_at_once_share_a_new_database_of_mlflow(folder):
+    """Without the lock, the second finds tables half made, or makes the experiment twice."""
+    pytest.importorskip("mlflow", reason="needs bilevel[mlflow]")
+    folders, children = [folder, folder.with_name("20260101-000001-abcdef")], []
+    for each in folders:
+        each.mkdir(exist_ok=True)
+        (each / "resolved.yaml").write_text(RESOLVED)
+        if not (child := os.fork()):
+            with suppress(BaseException):
+                write(MLflow(), each, events())
+                os._exit(0)
+            os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    for each in folders:
+        check_history(read_mlflow(each, each.name)[0])
 
 
 def test_a_password_in_an_address_is_refused():
