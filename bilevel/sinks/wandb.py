@@ -70,7 +70,7 @@ class WandB:
         opened.caution = caution
         return opened
 
-    def _begin(self, folder: Path, mode: str) -> Any:
+    def _begin(self, folder: Path, mode: Literal["offline", "online"]) -> Any:
         import wandb
 
         return wandb.init(
