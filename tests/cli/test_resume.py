@@ -212,7 +212,11 @@ def test_a_process_that_loses_its_terminal_saves_and_exits(tmp_path):
     assert found.step == timeless(run)[-1]["step"]
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [("quadratic", 3), ("quadratic", 7), ("sinusoid", 3), ("hyper_cleaning", 7)],
+    indirect=["case"],
+)
 def test_killed_goes_on_from_the_last_checkpoint_or_the_start(case, step, tmp_path):
     recipe, overrides, whole = case
     run, _ = start(tmp_path, recipe, overrides, -9, number=int(signal.SIGKILL), step=step)

@@ -364,7 +364,7 @@ def test_labels_become_names_of_files(quadratic):
 
 def test_paths_begin_at_x_where_the_problem_says_so(tmp_path):
     """At the solution too: FOMAML and Reptile learn from nothing else."""
-    tiny = ["problem.num_tasks=2", "problem.problem.num_held_out=2", "problem.problem.width=3"]
+    tiny = ["problem.num_tasks=2", "problem.problem.num_held_out=2", "problem.problem.width=2"]
     recipe = recipes.load(
         shipped()["sinusoid"], [*tiny, "upper.steps=2", "evaluate.every=0", "sinks=[]"]
     )

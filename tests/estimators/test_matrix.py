@@ -181,6 +181,7 @@ def setup(problem: str, seed: int) -> Any:
     return replace(assemble(recipe.load(locate(name), options)), dtype=torch.float64)
 
 
+LONG = {"ridge", "simulated_quadratic"}
 FAST = {"quadratic": 0.5, "simulated_quadratic": 0.5}
 """Step sizes of the single-loop methods where the largest curvature is near 1: their own is 0.1."""
 
@@ -202,12 +203,14 @@ def rows(made: Any, estimators: dict[str, Any]) -> dict[str, CheckRow]:
 
 def hold(problem: str, found: dict[str, CheckRow]) -> None:
     """Each verdict is the one that is due, and each refusal says why and what works."""
-    got = {name: found[first_name(name)].verdict for name in methods()}
-    due = {name: expected(problem, name) for name in methods()}
+    asked = [name for name in methods() if first_name(name) in found]
+    assert {first_name(name) for name in asked} == {*found}
+    got = {name: found[first_name(name)].verdict for name in asked}
+    due = {name: expected(problem, name) for name in asked}
     odd = {n: (got[n], due[n], found[first_name(n)].note) for n in got if got[n] != due[n]}
     assert not odd, odd
     for name, why in {**REFUSED[problem], **UNTESTED.get(problem, {})}.items():
-        if name in methods():
+        if name in asked:
             note = found[first_name(name)].note
             assert re.search(why, note), (name, note)
 
@@ -255,8 +258,12 @@ def _slope(scene: Scene) -> float:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("problem", CLOSED)
 def test_methods_and_closed_forms(problem, seed):
+    """All of them at one seed; at the others, on the problems where that is long, the exact ones."""
     made = setup(problem, seed)
-    found = rows(made, suited(problem))
+    asked = suited(problem)
+    if seed and problem in LONG:
+        asked = {n: m for n, m in asked.items() if expected(problem, n) == "exact"}
+    found = rows(made, asked)
     hold(problem, found)
     check_scene = CheckScenes(made, 0.1).own
     assert check_scene.reference is not None

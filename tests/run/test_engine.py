@@ -80,9 +80,9 @@ def test_equals_a_loop_written_by_hand():
 def test_reaches_the_bilevel_solution():
     """On the quadratic the closed-form hypergradient vanishes at the end, and did not before."""
     s = setup(
-        steps=400,
-        lower=Gradient(steps=30, optimizer=SGD(lr=0.9)),
-        optimizer=SGD(lr=0.02),
+        steps=80,
+        lower=Gradient(steps=10, optimizer=SGD(lr=0.9)),
+        optimizer=SGD(lr=0.1),
         problem=Quadratic(condition=3.0),
         estimator=Implicit(solver=CG(iterations=20, tolerance=1e-10)),
     )
