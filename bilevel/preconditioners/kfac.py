@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilevel import rng, tree
+from bilevel import ranks, rng, tree
 from bilevel.calculus import grad, value
 from bilevel.components import component
 from bilevel.preconditioners.rebuild import RebuildRule
@@ -43,7 +43,8 @@ class KFAC:
 
     Building costs 1 gradient and `probes` HVPs, twice as many where an entry of y is in no layer,
     and in³ + out³ flops a layer; the off-diagonal of S has a variance of O(1 / (probes ·
-    samples)). It is built at the first call, and again when the iterations spent beyond the fewest
+    samples)). Over several ranks A, S and the diagonal are sums over the rows of all, and the signs those
+    of one rank. It is built at the first call, and again when the iterations spent beyond the fewest
     since then exceed that. Samples have to be rows of the input, none touching another (no batch
     normalisation in training mode).
     """
@@ -145,7 +146,7 @@ class _Seen:
         for inputs, draws in self.kept:
             along = sum((signs @ W) * (product @ W) for signs, product in draws)
             found += torch.as_tensor(along).T @ (inputs @ U).square()
-        return found
+        return ranks.here().sum_of(found)
 
 
 @dataclass
@@ -173,7 +174,7 @@ def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) ->
     live = [(i, g) for i, g in enumerate(slopes) if g is not None and g.requires_grad]
     for _ in range(probes if live else 0):
         loss.counts.hvps += 1
-        signs = {i: rng.signs(g, stream) for i, g in live}
+        signs = {i: _own_signs(g, stream) for i, g in live}
         bent = grad(
             loss,
             [g for _, g in live],
@@ -186,7 +187,22 @@ def _probed(system: System, probes: int, stream: torch.Generator, keep: bool) ->
                 draw = _rows(signs[i]) / probes**0.5, _rows(product) / probes**0.5
                 curvatures[i] += draw[1].T @ draw[0]
                 kept[i] += [draw] if keep else []
-    return _joined(mode.calls, curvatures, kept)
+    return _joined(mode.calls, ranks.here().sum(curvatures), kept)
+
+
+def _own_signs(like: Tensor, stream: torch.Generator) -> Tensor:
+    """Random signs of this rank's rows: those rows of what one rank would draw for all."""
+    if ranks.here().is_alone:
+        return rng.signs(like, stream)
+    begin, total = ranks.place(len(like))
+    return rng.signs(like.new_empty((total, *like.shape[1:])), stream)[begin : begin + len(like)]
+
+
+def _mean_of_squares(a: Tensor) -> Tensor:
+    """The mean of a aᵀ over the rows of all ranks."""
+    count = a.new_tensor(float(len(a)))
+    total, rows = ranks.here().sum([a.T @ a, count])
+    return total / rows
 
 
 def _joined(calls: list[_Call], curvatures: list[Tensor], kept: list[_Draws]) -> dict[str, _Seen]:
@@ -196,7 +212,7 @@ def _joined(calls: list[_Call], curvatures: list[Tensor], kept: list[_Draws]) ->
         shared = any(seen.bias == call.bias for n, seen in found.items() if n != call.weight)
         bias, a = "" if shared else call.bias, _rows(call.inputs.detach())
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1) if bias else a
-        A, own, seen = a.T @ a / len(a), [(a, draws)] if draws else [], found.get(call.weight)
+        A, own, seen = _mean_of_squares(a), [(a, draws)] if draws else [], found.get(call.weight)
         if seen is None:
             found[call.weight] = _Seen(bias, call.transposed, A, S, own)
         elif (seen.bias, seen.transposed) == (bias, call.transposed):
@@ -226,15 +242,20 @@ class _Weights:
         """(name, whether it is a transposed view), or no name."""
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             return "", False
-        if id(weight) in self.names:
-            return self.names[id(weight)], False
-        base = weight._base
-        if base is None or (weight.shape, weight.stride()) != (
-            base.shape[::-1],
-            base.stride()[::-1],
-        ):
+        name = self.named(weight)
+        if name or (base := weight._base) is None:
+            return name, False
+        if (weight.shape, weight.stride()) != (base.shape[::-1], base.stride()[::-1]):
             return "", False
         return self.names.get(id(base), ""), True
+
+    def named(self, entry: Tensor) -> str:
+        """The name of an entry of y, as it is or through a view of all of it, as over ranks; or none."""
+        base = entry._base
+        if id(entry) not in self.names and base is not None:
+            same = entry.shape == base.shape and entry.stride() == base.stride()
+            entry = base if same else entry
+        return self.names.get(id(entry), "")
 
 
 class _LinearLayers(TorchFunctionMode):
@@ -260,7 +281,7 @@ class _LinearLayers(TorchFunctionMode):
         name, flipped = self._weights.find(weight)
         if not name or inputs.ndim < 2:
             return result
-        bias_name = self._weights.names.get(id(bias), "") if bias is not None else ""
+        bias_name = self._weights.named(bias) if bias is not None else ""
         shift = torch.zeros_like(result, requires_grad=True)
         # K-FAC's matrix has the outputs first; y holds it the other way if exactly one is turned
         self.calls.append(_Call(name, bias_name, out_first == flipped, inputs, shift))

@@ -1,0 +1,174 @@
+"""Every method over ranks is that of one rank on the whole batch, and the same bits on each rank.
+
+The batches have 7 rows, which no number of ranks here divides.
+"""
+
+import pytest
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from bilevel import ranks as over
+from bilevel import registry
+from bilevel.registry import presets
+from tests.over_ranks import table
+
+FEW = {"name": "lbfgs", "steps": 5}
+"""Its pairs are differences of neighbours: near the solution they are little more than rounding."""
+TIGHT = {"name": "cg", "tolerance": 1e-13}
+TASKWISE = {"name": "task_cg", "tolerance": 1e-13}
+MOMENTUM = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
+
+
+def plain(names):
+    return {name: {"estimator": name} for name in names}
+
+
+def implicit(**options):
+    return {"estimator": {"name": "implicit", **options}}
+
+
+def lower(**options):
+    return {"name": "gradient", "steps": 3, **options}
+
+
+BLOCKS = {"saba", "srba", "vrbo", "soba", "sustain", "mrbo", "ma_soba", "fsla", "stocbio", "ttsa"}
+BLOCKS |= {"bsa", "amigo", "single_loop"}
+STARTED = {"fomaml", "reptile", "maml", "imaml"}
+INNER = {"name": "gradient", "steps": 4, "optimizer": {"name": "sgd", "lr": 0.01}}
+ESTIMATORS = {
+    **plain(registry.references("estimators")),
+    **plain(presets.of("estimators")),
+    "kkt": {"problem": "Constrained", "estimator": "kkt", "lower": "augmented_lagrangian"},
+    "value_function": {"estimator": {"name": "value_function", "lower": INNER}},
+    "bvfsm": {"estimator": {"name": "bvfsm", "lower": INNER}},
+    **{name: {"problem": "Classes", "estimator": name} for name in BLOCKS},
+    **{name: {"problem": "Started", "estimator": name} for name in STARTED},
+    **{n: {"estimator": n, "lower": FEW} for n in ("shine", "shine_block", "shine_refined")},
+    "iaptt": {"problem": "LearnedStart", "estimator": "iaptt"},
+}
+LINEAR = {name: implicit(solver=name) for name in registry.references("linear")}
+PRECONDITIONERS = {
+    **{name: implicit(preconditioner=name) for name in registry.references("preconditioners")},
+    "diagonal": {"problem": "Diagonal", **implicit(preconditioner="diagonal")},
+    "lbfgs_pairs": {"lower": FEW, **implicit(solver=TIGHT, preconditioner="lbfgs_pairs")},
+    "kfac": implicit(solver=TIGHT, preconditioner="kfac"),
+    "ekfac": implicit(solver=TIGHT, preconditioner={"name": "kfac", "eigenvalues": "diagonal"}),
+}
+MEMORY = {
+    mode: {"estimator": {"name": "unroll", "memory": mode}}
+    for mode in ("store", "recompute", "checkpoint", "traced", "mixed", "reversible")
+}
+MEMORY["reversible"] |= {"lower": lower(optimizer=MOMENTUM)}
+DIRECTIONS = {
+    name: {
+        "problem": "Classes",
+        "estimator": {"name": "single_loop"}
+        | {f"{what}_direction": name for what in ("lower", "adjoint", "upper")},
+    }
+    for name in registry.references("directions")
+}
+LOWER = {
+    **{name: {"lower": name, "estimator": "one_step"} for name in registry.references("lower")},
+    "augmented_lagrangian": ESTIMATORS["kkt"],
+    "iterate": {"problem": "Mapped", "lower": "iterate", "estimator": "fixed_point"},
+    "proximal": {"problem": "Proximal", "lower": "proximal", "estimator": "fixed_point"},
+}
+OTHERS = {
+    "gauss_newton": {"problem": "Model", **implicit(curvature="gauss_newton")},
+    "target_error": implicit(target_error=1e-3),
+    "constrained gap": {
+        "problem": "Constrained",
+        "estimator": "regularised_gap",
+        "lower": "augmented_lagrangian",
+    },
+    "projected": {"problem": "Projected", "estimator": "fixed_point"},
+    "projected, traced": {
+        "problem": "Projected",
+        "estimator": {"name": "unroll", "memory": "traced"},
+    },
+    "adam, mixed": {
+        "lower": lower(optimizer="adam"),
+        "estimator": {"name": "unroll", "memory": "mixed"},
+    },
+    "accumulated": {
+        "problem": "Classes",
+        **implicit(),
+        "upper": {"accumulate": 2},
+        "lower": lower(accumulate=2),
+    },
+    "tasks, by task_cg": {"problem": "OverTasks", **implicit(solver=TASKWISE)},
+    "tasks, unrolled": {"problem": "OverTasks", "estimator": "unroll"},
+}
+GROUPS = {
+    "estimator": ESTIMATORS,
+    "linear": LINEAR,
+    "preconditioner": PRECONDITIONERS,
+    "memory": MEMORY,
+    "direction": DIRECTIONS,
+    "lower": LOWER,
+    "other": OTHERS,
+}
+CASES = {
+    f"{group}: {name}": case for group, cases in GROUPS.items() for name, case in cases.items()
+}
+THREE = ("estimator: implicit", "estimator: penalty", "memory: traced", "preconditioner: kfac")
+THREE += ("direction: saga", "lower: gradient")
+
+
+@pytest.fixture(scope="module")
+def two():
+    return table(CASES, 2)
+
+
+@pytest.fixture(scope="module")
+def three():
+    return table({name: CASES[name] for name in THREE}, 3)
+
+
+def require_same(name, found):
+    """Off by no more than rounding, and the same bits; a method that differs amplifies by 1e3."""
+    if "RequirementError" in str(found[0]):
+        pytest.skip(str(found[0]))
+    assert not [one for one in found if isinstance(one, str)], found
+    most = 1e-11 if "zeroth_order" in name or "pzobo" in name else 1e-12
+    assert max(off for off, _ in found) <= most
+    first = found[0][1]
+    for _, other in found[1:]:
+        for level, params in first.items():
+            for key, entry in params.items():
+                assert torch.equal(entry, other[level][key]), f"{level}[{key!r}] differs"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_two_ranks(name, two):
+    require_same(name, two[name])
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_on_three_ranks(name, three):
+    require_same(name, three[name])
+
+
+# controls: what would be wrong is seen
+
+
+def seen(name):
+    """Whether a case is told to be wrong: by a number, by a rank, or by gloo, which gives up."""
+    try:
+        require_same(name, table({name: CASES[name]}, 2)[name])
+    except (AssertionError, ProcessExitedException):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "wrong"),
+    [
+        ("preconditioner: kfac", "preconditioners.kfac.ranks.here", lambda: over.ALONE),
+        ("estimator: implicit", "problem.spread.over.leave", lambda ranks, value: value),
+        ("estimator: implicit", "problem.spread.over.enter", lambda ranks, values: list(values)),
+    ],
+)
+def test_a_sum_that_is_left_out_is_seen(name, target, wrong, monkeypatch):
+    monkeypatch.setattr(f"bilevel.{target}", wrong)
+    assert seen(name)
