@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from typing import Any
@@ -24,20 +24,22 @@ POINTS = 400
 WIDTH, HEIGHT = 200, 110
 
 
-def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], words: int = 0) -> str:
-    """A table with one head more than a row has cells; the first `words` cells are no numbers."""
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    body = "".join(
-        f'<tr><th style="text-align:left">{escape(name)}</th>'
-        + "".join(_cell(cell, is_word=n < words) for n, cell in enumerate(cells))
-        + "</tr>"
-        for name, cells in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+def table(
+    heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], words: Collection[str] = ()
+) -> str:
+    """A table whose first column names the rows; `words` are the heads of others without numbers."""
+    sides = ["left", *("left" if head in words else "right" for head in heads[1:])]
+    top = _row("th", heads, sides)
+    body = "".join(_row("td", [name, *cells], sides) for name, cells in rows)
+    return f"<table><thead>{top}</thead><tbody>{body}</tbody></table>"
 
 
-def _cell(text: str, *, is_word: bool) -> str:
-    return f'<td style="text-align:{"left" if is_word else "right"}">{escape(text)}</td>'
+def _row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
+    made = [
+        f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>'
+        for cell, side in zip(cells, sides, strict=True)
+    ]
+    return f"<tr>{''.join(made)}</tr>"
 
 
 def lines(*texts: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import (
     Any,
     ClassVar,
@@ -16,6 +16,7 @@ from typing import (
 
 from torch import Tensor
 
+from bilevel import notebook
 from bilevel.errors import ProblemError
 
 Params = dict[str, Tensor]
@@ -238,7 +239,7 @@ KNOWN_CONSTANTS = "known constants"
 """`Stats.error_bound_from` of a bound that leaves nothing out and estimates nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """The evidence that comes with a hypergradient; None where a method has nothing to say."""
 
@@ -271,6 +272,13 @@ class Stats:
     "≤"; of anything else an estimate, which the error may exceed, shown as "~"."""
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """What it has something to say of, numbers to three digits."""
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        said = {f.name: said[f.name] for f in fields(self) if said[f.name] != f.default}
+        shown = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in said.items())
+        return f"Stats({', '.join(shown)})"
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -284,7 +292,20 @@ class Moved:
     steps: int = 1
 
 
-@dataclass(frozen=True)
+def _entries(params: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names, also in containers of a problem's own: "layers.0.weight"."""
+    if isinstance(params, Tensor):
+        yield name, params
+        return
+    if isinstance(params, (list, tuple)):
+        parts = enumerate(params)
+    else:
+        parts = (params if isinstance(params, Mapping) else vars(params)).items()
+    for key, part in parts:
+        yield from _entries(part, f"{name}.{key}" if name else str(key))
+
+
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A hypergradient with its evidence. `state` warm-starts the next call at a nearby point."""
 
@@ -305,6 +326,24 @@ class Estimate:
     def trusted(self) -> bool:
         """Whether nothing that was seen speaks against it: no `reasons`."""
         return not self.reasons
+
+    def __repr__(self) -> str:
+        """F, the norm and shape of each entry, the evidence and the doubts; no tensor in full."""
+        return "\n".join(
+            [f"Estimate: F = {float(self.value):.4g}", *map(": ".join, self._rows()), *self.reasons]
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [(name, [value]) for name, value in self._rows()]
+        head = f"F = {float(self.value):.4g}"
+        return notebook.table(["hypergradient", head], rows, [head]) + notebook.lines(*self.reasons)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        for name, entry in _entries(self.hypergradient):
+            yield name, f"norm {float(entry.norm()):.3g}, shape {[*entry.shape]}"
+        yield "evidence", repr(self.stats).removeprefix("Stats(").removesuffix(")") or "none"
+        yield "trusted", "yes" if self.trusted else "no"
 
 
 @dataclass(frozen=True)

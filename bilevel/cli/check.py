@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,8 +28,8 @@ from bilevel.registry.build import build
 from bilevel.report import write_check
 from bilevel.run.setup import Setup
 from bilevel.sinks.console import ConsoleReceiver
-from bilevel.sinks.numbers import small
 from bilevel.testing import Agreement, CheckRow, PathRow
+from bilevel.testing.table import COLUMNS, WORDS
 from bilevel.types import Estimator, Stats
 
 Row = TypeVar("Row", CheckRow, PathRow)
@@ -256,12 +256,12 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow], quiet: bo
 
     def table(left_out: Collection[str]) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
-        shown = {head: cell for head, cell in _COLUMNS.items() if head not in left_out}
+        shown = [head for head in COLUMNS if head not in left_out]
         for head in shown:
-            side = "left" if head in _WORDS else "right"
+            side = "left" if head in WORDS else "right"
             made.add_column(head, justify=side, no_wrap=True, vertical="bottom")
         for row in rows:
-            made.add_row(*(cell(row) for cell in shown.values()))
+            made.add_row(*(_cell(row, head) for head in shown))
         return made
 
     console.print()
@@ -282,16 +282,8 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow], quiet: bo
             console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
 
 
-_COLUMNS: Mapping[str, Callable[[CheckRow], Text | str]] = {
-    "estimator": lambda row: Text(row.name),
-    "differentiates": lambda row: row.claim or "-",
-    "claim\nerr": lambda row: small(row.claim_error),
-    "err vs\ndΦ/dx": lambda row: small(row.error),
-    "cosine": lambda row: small(row.cosine, ".3f"),
-    "HVPs": lambda row: f"{row.stats.hvps}",
-    "verdict": lambda row: Text(row.verdict, style=_STYLES.get(row.verdict, "")),
-}
-_WORDS = ("estimator", "differentiates", "verdict")
+def _cell(row: CheckRow, head: str) -> Text:
+    return Text(COLUMNS[head](row), _STYLES.get(row.verdict, "") if head == "verdict" else "")
 
 
 def _is_settled_only(row: CheckRow) -> bool:

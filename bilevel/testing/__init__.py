@@ -5,6 +5,8 @@ through a re-solved lower level; else a converged adjoint whose products are ver
 differences of ∇G. Everything is in float64. `path_agreement` asks another question: does it point
 where the run goes, whose lower level is never solved?
 
+`check_table` is `check` as one table.
+
 For authors: `check_problem` and `check_estimator` hold a problem and an estimator to the contract
 of their protocols, and raise `CheckError` with all that is wrong. Nothing
 in a run imports it.
@@ -21,12 +23,14 @@ from bilevel.testing.reference import (
     scene_at,
     solve_tightly,
 )
+from bilevel.testing.table import CheckTable, check_table
 from bilevel.testing.verdicts import CheckRow, Verdict, check
 
 __all__ = [
     "STATIONARY",
     "Agreement",
     "CheckRow",
+    "CheckTable",
     "PathRow",
     "Reference",
     "Scene",
@@ -34,6 +38,7 @@ __all__ = [
     "check",
     "check_estimator",
     "check_problem",
+    "check_table",
     "path_agreement",
     "reference_at",
     "scene_at",
