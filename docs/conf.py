@@ -19,7 +19,7 @@ author = "The bilevel developers"
 copyright = author
 release = bilevel.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docs.mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "docs.mathml"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"bilevel {release}"
@@ -33,6 +33,7 @@ html_css_files = ["site.css"]
 myst_enable_extensions = ["dollarmath"]
 myst_update_mathjax = False  # there is none
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # their outputs are kept, and a test compares them
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
