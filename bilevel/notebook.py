@@ -36,7 +36,7 @@ def table(
 
 def _row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
     made = [
-        f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>'
+        f'<{tag} style="text-align:{side};padding:2px 8px">{escape(cell)}</{tag}>'
         for cell, side in zip(cells, sides, strict=True)
     ]
     return f"<tr>{''.join(made)}</tr>"
@@ -75,6 +75,7 @@ def _chart(title: str, curve: Curve) -> dict[str, Any]:
     x_axis = {"title": None, "tickCount": 4, "tickMinStep": 1, "format": "d"}
     x = {"field": "step", "type": "quantitative", "axis": x_axis}
     y_axis = {"title": None, "tickCount": 4, "format": ".0e" if is_log else ".4~g"}
+    y_axis["grid"] = not is_log  # whose nine lines a decade would be a grey box
     y = {"field": "value", "type": "quantitative", "axis": y_axis, "scale": scale}
     return {
         "data": {"values": [{"step": step, "value": value} for step, value in curve]},

@@ -51,7 +51,7 @@ class CheckTable(tuple[CheckRow, ...]):
         first, *heads = (head.replace("\n", " ") for head in COLUMNS)
         rows = [(row.name, [cell(row) for cell in [*COLUMNS.values()][1:]]) for row in self]
         above, below = notebook.lines(self._reference()), notebook.lines(*self._notes())
-        return above + notebook.table([first, *heads], rows, words=heads) + below
+        return above + notebook.table([first, *heads], rows, words=WORDS) + below
 
     def _reference(self) -> str:
         return f"reference: {', '.join(dict.fromkeys(row.reference for row in self))}"
