@@ -483,6 +483,9 @@ def runs(
         str | None,
         typer.Option("--show", metavar="A,B", help="Measures and settings, as columns."),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every run of a sweep too, which is one row else.")
+    ] = False,
     watch: Annotated[
         str | None,
         typer.Option(
@@ -514,6 +517,7 @@ def runs(
             sort,
             descending,
             [name.strip() for name in (show or "").split(",") if name.strip()],
+            every,
             answer,
         )
 

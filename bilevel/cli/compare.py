@@ -77,7 +77,7 @@ def compare(
     with RunFolder(folder).lock(), going_on(f"the comparison in {folder}"):
         done = _measure(Console(quiet=True) if quiet else console, made, folder)
         command = _command(reference, overrides, estimators, given, seeds, budget)
-        found = _conclude(console, made, folder, done, command, answer)
+        found = _conclude(console, made, folder, done, command, answer, quiet)
     if any(row.failures for row in found):
         raise Stopped(FAILED)
 
@@ -130,6 +130,7 @@ def _conclude(
     done: Sequence[Done],
     command: str,
     answer: JSONAnswer | None,
+    quiet: bool,
 ) -> list[Row]:
     points = [
         point for step in done if step.cell is None for point in step.result.get("points", ())
@@ -157,7 +158,7 @@ def _conclude(
     write(folder / "compare.json", document)
     if answer:
         answer.data = document | {"file": str(folder / "compare.json")}
-    _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]))
+    _print(console, made, found, ", ".join(names), _budget([result for _, result in cells]), quiet)
     if note:
         console.print(note, highlight=False)
     if not figure.is_possible():
@@ -223,7 +224,9 @@ def _budget(results: Sequence[Mapping[str, Any]]) -> str:
     return " to ".join(f"{end:,}" for end in ends)
 
 
-def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budget: str) -> None:
+def _print(
+    console: Console, made: Plan, found: Sequence[Row], known: str, budget: str, quiet: bool
+) -> None:
     count = f"{len(made.seeds)} seed" + ("s" if len(made.seeds) > 1 else "")
     text = (
         f"{made.recipe.name}, {count}; reference: {known or 'none'}; budget: {budget} oracle calls"
@@ -250,8 +253,9 @@ def _print(console: Console, made: Plan, found: Sequence[Row], known: str, budge
     print_fitted(console, shown, ("cos", "MB", "err\nwarm", "err\nat end", "err\nin run"))
     console.print()
     _print_spread(console, found)
-    has_state = any(row.has_state for row in found)
-    console.print(_LEGEND.format(warm=_WARM if has_state else ""), style="dim", highlight=False)
+    if not quiet:
+        warm = _WARM if any(row.has_state for row in found) else ""
+        console.print(_LEGEND.format(warm=warm), style="dim", highlight=False)
     for row in found:
         for reason in row.failures:
             console.print(Text.assemble((row.label, "bold"), f", {reason}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ _COLUMNS: Mapping[str, Callable[[Listed], Text | str]] = {
         "-" if each.summary.upper_loss is None else f"{each.summary.upper_loss:.4e}"
     ),
 }
-_BESIDE = {"run", "name", "status", "step", "steps", "estimator", "upper_loss"}
+_BESIDE = {"sweep", "run", "name", "status", "step", "steps", "estimator", "upper_loss"}
 """Keys that the columns show as it is."""
 
 
@@ -49,9 +50,12 @@ def list_runs(
     sort: str | None = None,
     descending: bool = False,
     show: Sequence[str] = (),
+    every: bool = False,
     answer: JSONAnswer | None = None,
 ) -> None:
     """Print the runs below a folder that meet every condition; the newest last, unless sorted.
+
+    A sweep is one row, unless `every` run is asked for, or some are chosen or sorted.
 
     An `answer` has {"runs": [{"run", "name", "status", …, "measures", "settings"}]}.
     """
@@ -77,14 +81,22 @@ def list_runs(
         of = column(kept, name, "--show")
         columns[name] = lambda each, of=of: _written(of(each))
 
+    is_grouped = not (every or where or sort or show)
+    grouped: dict[str, list[Listed]] = {}
+    for each in kept:
+        grouped.setdefault(each.sweep if is_grouped and each.sweep else each.path, []).append(each)
+
     def table(left_out: Collection[str]) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         shown = {head: cell for head, cell in columns.items() if head not in left_out}
         for head in shown:
             side = "left" if head in ("run", "status", "estimator") else "right"
             made.add_column(head, justify=side, no_wrap=True)
-        for each in kept:
-            made.add_row(*(cell(each) for cell in shown.values()))
+        for name, rows in grouped.items():
+            if len(rows) > 1:
+                made.add_row(f"{name}/", _statuses(rows), *[""] * (len(shown) - 2))
+            else:
+                made.add_row(*(cell(rows[0]) for cell in shown.values()))
         return made
 
     # what was asked for is kept longest
@@ -92,6 +104,18 @@ def list_runs(
         console, table, ("estimator", "upper loss", "steps", *(["status"] if asked else []))
     )
     console.print(_NOTE, style="dim", highlight=False)
+    if len(grouped) < len(kept):
+        sweep = next(name for name, rows in grouped.items() if len(rows) > 1)
+        note = f"A sweep is one row: --where sweep={sweep} lists its runs, --all every run."
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def _statuses(rows: Sequence[Listed]) -> Text:
+    """`12 runs: 11 done, 1 failed`, in the colour of what is not done."""
+    found = Counter(each.summary.status for each in rows)
+    said = ", ".join(f"{number} {status}" for status, number in found.most_common())
+    style = _STYLES.get(next(iter(found)), "yellow") if len(found) == 1 else "yellow"
+    return Text(f"{len(rows)} runs: {said}" if len(found) > 1 else said, style=style)
 
 
 def _plain(each: Listed) -> dict[str, Any]:

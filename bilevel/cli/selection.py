@@ -22,6 +22,8 @@ from bilevel.runfolder import record
 from bilevel.runfolder.folder import RunFolder, Summary, summaries, summary_of
 
 Value = str | float | None
+SWEEP = "sweep.yaml"
+"""What the folder of a sweep holds, and no other."""
 _CONDITION = re.compile(r"(.+?)(<=|>=|!=|=|<|>)(.*)", re.DOTALL)
 _ORDERS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -47,6 +49,12 @@ class Listed:
         path = self.summary.folder.path
         return str(path.relative_to(self.runs)) if path.is_relative_to(self.runs) else str(path)
 
+    @property
+    def sweep(self) -> str | None:
+        """The sweep that it is a trial of, as its folder is called."""
+        folder = self.summary.folder.path.parent
+        return folder.name if (folder / SWEEP).is_file() else None
+
     @cached_property
     def columns(self) -> dict[str, Value]:
         found = self.summary
@@ -58,6 +66,7 @@ class Listed:
             "steps": found.steps,
             "estimator": found.estimator,
             "upper_loss": found.upper_loss,
+            "sweep": self.sweep,
         }
 
     @cached_property

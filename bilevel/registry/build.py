@@ -156,7 +156,9 @@ class Builder:
         failed: set[str] = set()
         for key, given in spec.items():
             if key not in fields and not is_open:
-                self._complaints.add_unknown_key((*where, key), list(fields))
+                handed_on = f" What is handed on goes below options: {{{key}: …}}"
+                remedy = handed_on if "options" in fields else ""
+                self._complaints.add_unknown_key((*where, key), list(fields), remedy)
                 failed.add(key)
                 continue
             field = fields.get(key, Field(Any, required=False))

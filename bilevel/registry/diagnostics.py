@@ -74,10 +74,10 @@ class Complaints:
         else:
             self._said.append((origin.order, f"{origin.text}: {text}"))
 
-    def add_unknown_key(self, where: Where, known: list[str]) -> None:
+    def add_unknown_key(self, where: Where, known: list[str], remedy: str = "") -> None:
         """Complain about a key that nothing reads."""
         _, _, hint = unknown(str(where[-1]), known, "key").partition("unknown key. ")
-        self.add(where, f"unknown key. {hint}")
+        self.add(where, f"unknown key. {hint}{remedy}")
 
     def add_validation(
         self, error: ValidationError, where: Where, given: Any, failed: Collection[str] = ()

@@ -24,6 +24,7 @@ WIDEST = 8
 """Settings that a table has room for side by side."""
 Table = tuple[list[str], list[tuple[str, list[str]]]]
 """(heads, rows with their name): the first head is that of the names."""
+Figures = list[tuple[str, list[tuple[str, str | None]]]]
 
 
 def render(folders: Sequence[RunFolder], title: str, made_by: str) -> str:
@@ -31,6 +32,7 @@ def render(folders: Sequence[RunFolder], title: str, made_by: str) -> str:
     found = select(folders)
     drawn = _drawn(found.arms)
     charts = pairs(drawn) if drawn else []
+    figures, no_room = _figures(found.arms)
     specs = [spec for pair in charts for spec in (pair.steps, pair.calls)]
     runs = [run for arm in found.arms for run in arm.runs]
     return fill(
@@ -53,7 +55,8 @@ def render(folders: Sequence[RunFolder], title: str, made_by: str) -> str:
         ],
         not_drawn=len(found.arms) - len(drawn),
         charts=charts,
-        figures=_figures(found.arms),
+        figures=figures,
+        no_room=no_room,
         each=_runs(found),
         commands=[(str(run.folder.path), command(run.folder, _about(run))) for run in runs],
         repeated=[str(run.folder.path) for run in found.repeated],
@@ -194,8 +197,8 @@ def _ends(arm: Arm) -> str:
     return f"until step {min(steps):,}, where its shortest run ends; the longest has {max(steps):,}"
 
 
-def _figures(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """(name, (arm, data) side by side) of each figure, from the first run of an arm that has it."""
+def _figures(arms: Sequence[Arm]) -> tuple[Figures, list[str]]:
+    """(name, (arm, data) side by side) of each figure, from the first run of an arm that has it; what has no room."""
     found: dict[str, list[tuple[str, Any]]] = {}
     for arm in arms:
         paths: dict[str, Any] = {}
@@ -204,12 +207,14 @@ def _figures(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str | None]
                 paths.setdefault(path.stem, (f"{arm.name}, seed {run.seed}", path))
         for name, entry in paths.items():
             found.setdefault(name, []).append(entry)
-    flat = [(name, *entry) for name, entries in found.items() for entry in entries][:MOST_FIGURES]
+    every = [(name, *entry) for name, entries in found.items() for entry in entries]
+    flat = every[:MOST_FIGURES]
     data = embedded([path for _, _, path in flat]) if flat else []
     shown_: dict[str, list[tuple[str, str | None]]] = {}
     for (name, label, _), source in zip(flat, data, strict=True):
         shown_.setdefault(name, []).append((label, source))
-    return list(shown_.items())
+    left = [f"{name} ({label})" for name, label, _ in every[MOST_FIGURES:]]
+    return list(shown_.items()), left
 
 
 def _runs(found: Selection) -> Table:

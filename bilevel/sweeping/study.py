@@ -6,12 +6,14 @@ alone, so that a trial whose process died is known by its lock instead (`drive`)
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilevel.errors import RequirementError
+from bilevel.errors import CheckpointError, RequirementError
 from bilevel.sweeping.request import Request
 from bilevel.sweeping.space import Dimension, Range
 
@@ -41,6 +43,35 @@ def storage(folder: Path) -> Any:
     return optuna.storages.JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
 
 
+def mend(folder: Path) -> None:
+    """Take away the end of a line that a kill or a full disk left in the journal, which all that follows would spoil.
+
+    What it says was told to nobody yet. Raises `CheckpointError` where another line is damaged.
+    """
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    path = (folder / JOURNAL).resolve()
+    if not path.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        *lines, rest = content.split(b"\n")
+        if rest:
+            os.truncate(path, len(content) - len(rest))
+    finally:
+        lock.release()
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}:{number}: is damaged ({error}); take the line out, which loses what it says, or give "
+                "the sweep another name: name=…"
+            ) from error
+
+
 def study(request: Request, folder: Path) -> optuna.Study:
     """The study in a folder, made where there is none.
 
@@ -49,6 +80,7 @@ def study(request: Request, folder: Path) -> optuna.Study:
     """
     import optuna
 
+    mend(folder)
     store = storage(folder)
     chosen = sampler(request)
     direction = "maximize" if request.maximize else "minimize"

@@ -73,6 +73,11 @@ def test_a_table_a_file_and_a_figure(tmp_path, started):
     table = [re.match(r"(\d)  ?(\S+) .*?(\d+/\d+/\d+)", line) for line in lines]
     shown = [m.groups() for m in table if m]
     assert shown == [("1", "implicit", "2/10/1"), ("2", "cg2*", "2/2/1"), ("3", "none", "1/0/0")]
+    assert "err: ‖h − dΦ/dx‖ / ‖dΦ/dx‖" in result.output
+    words = ("--estimators", "cg2,none", "--labels", labels, "--seeds", "0,1", "--quiet")
+    quiet = invoke(tmp_path, "quadratic", *SHORT, *words).output  # all is measured
+    assert "cg2*" in quiet
+    assert "err: ‖h − dΦ/dx‖ / ‖dΦ/dx‖" not in quiet
     (folder,) = tmp_path.glob("compare-quadratic-*")
     document = json.loads((folder / "compare.json").read_text())
     assert document["rows"][0]["error"] < 1e-6

@@ -25,6 +25,26 @@ def test_runs_say_which_estimator_and_which_y(runs):
     assert "F at the y of the run itself" in text
 
 
+def test_a_sweep_is_one_row_until_its_runs_are_asked_for(runs):
+    alone, *trials = (run(runs) for _ in range(3))
+    sweep = runs / "mine-sweep"
+    sweep.mkdir()
+    (sweep / "sweep.yaml").write_text("")
+    for number, folder in enumerate(trials):
+        folder.rename(sweep / f"trial-000{number}-seed0")
+    listed = invoke("runs", "--runs-dir", runs).output
+    assert re.search(r"^mine-sweep/ +2 done *$", listed, re.MULTILINE)
+    assert f"quadratic/{alone.name}" in listed
+    assert "trial-0000" not in listed
+    for words in (["--all"], ["--where", "sweep=mine-sweep"], ["--sort", "upper_loss"]):
+        shown = invoke("runs", *words, "--runs-dir", runs).output
+        assert "mine-sweep/trial-0001-seed0" in shown
+        assert (alone.name in shown) is (words[0] != "--where")
+    (sweep / "trial-0001-seed0" / record.FILE).write_text("")
+    listed = invoke("runs", "--runs-dir", runs).output
+    assert re.search(r"^mine-sweep/ +2 runs: 1 done, 1 \w+", listed, re.MULTILINE)
+
+
 def test_a_run_without_a_record_says_so(runs):
     folder = run(runs, "sinks=[]")
     assert re.search(rf"{folder.name} +unrecorded +4 ", invoke("runs", "--runs-dir", runs).output)

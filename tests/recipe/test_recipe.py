@@ -188,6 +188,11 @@ def test_overrides_replace_values_and_sections():
         ("upper..steps=3", "must be key.path=value"),
         ("upper.steps='3'", "override \"upper.steps='3'\": upper.steps = '3'; must be an integer"),
         ("upper.stpes=3", "override 'upper.stpes=3': upper.stpes: unknown key. Did you mean"),
+        (
+            "upper.schedule={name: StepLR, step_size: 3}",
+            "upper.schedule.step_size: unknown key. Known: name, options. What is handed on goes below "
+            "options: {step_size: …}",
+        ),
         ("uper.steps=3", "override 'uper.steps=3': uper: unknown key. Did you mean 'upper'"),
         ("upper.steps=[3", "override 'upper.steps=[3':1: not valid YAML"),
         ("sinks.7=jsonl", "must be an index below 1"),

@@ -186,6 +186,19 @@ def test_figures_stand_side_by_side(folders):
     assert 'alt="gap: estimator=unroll, seed 0"' in html
 
 
+def test_figures_that_have_no_place_are_counted_and_named(folders, monkeypatch):
+    for folder in folders[1:]:
+        folder.figures.mkdir()
+        for name in ("gap", "path"):
+            (folder.figures / f"{name}.png").write_bytes(PIXEL)
+    assert "have no place" not in page(folders)  # negative control
+    monkeypatch.setattr("bilevel.report.several.MOST_FIGURES", 3)
+    html = page(folders)
+    assert html.count("data:image/png;base64,iVBORw0KGgo") == 3
+    assert "1 more figures have no place on this page; they are in figures/ of their runs" in html
+    assert "<p>path (estimator=unroll, seed 0)</p>" in html
+
+
 def test_the_commands_can_be_copied(folders):
     html = page(folders)
     assert "<code>bilevel report toy -o &lt;toy&gt;.html</code>" in html

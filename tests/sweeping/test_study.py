@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bilevel import recipe as recipes
-from bilevel.errors import RecipeError
+from bilevel.errors import CheckpointError, RecipeError
 from bilevel.sweeping import drive, request, result, study
 from bilevel.sweeping.space import parse
 from tests.sweeping.plain import QUADRATIC, WORDS, objective, plain
@@ -78,6 +78,20 @@ def test_a_trial_whose_driver_died_is_taken_up_and_one_that_is_held_is_not(tmp_p
     assert rows[1].status == "done"
     assert rows[1].value == objective(rows[1].values)
     assert rows[broken.number].reason == "killed as it was made"
+
+
+def test_the_end_of_a_line_that_a_kill_left_costs_that_line_alone(tmp_path):
+    made = asked("random")
+    list(driver(made, tmp_path, 7).run())
+    journal = tmp_path / study.JOURNAL
+    journal.write_bytes(journal.read_bytes() + b'{"op_code":6,"worker')
+    list(driver(made, tmp_path, 14).run())
+    truth = plain("random", False, 14)
+    assert values(made, tmp_path) == [(trial.params, trial.value) for trial in truth.trials]
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[:2], "not JSON", *lines[2:], ""]))
+    with pytest.raises(CheckpointError, match=r"journal\.log:3: is damaged .*take the line out"):
+        driver(made, tmp_path, 14)
 
 
 def result_lock(place):
