@@ -27,9 +27,13 @@ def _like(a: Params, values: Iterable[Tensor]) -> Params:
 
 
 def _pair(a: Params, b: Params) -> tuple[list[Tensor], list[Tensor]]:
+    _require_same(a, b)
+    return list(a.values()), [b[name] for name in a]
+
+
+def _require_same(a: Params, b: Params) -> None:
     if a.keys() != b.keys():
         raise KeyError(f"trees differ: {sorted(a.keys() ^ b.keys())}")
-    return list(a.values()), [b[name] for name in a]
 
 
 def _recorded(*trees: Params) -> bool:
@@ -56,12 +60,12 @@ def clone(a: Params) -> Params:
 
 def leaves(a: Params) -> Params:
     """The entries of a as fresh autograd leaves that share its memory; nothing is copied."""
-    return map(lambda value: value.detach().requires_grad_(), a)
+    return {name: value.detach().requires_grad_() for name, value in a.items()}
 
 
 def detach(a: Params) -> Params:
     """The entries of a, cut from the graph."""
-    return map(Tensor.detach, a)
+    return {name: value.detach() for name, value in a.items()}
 
 
 def add(a: Params, b: Params) -> Params:
@@ -76,8 +80,8 @@ def sub(a: Params, b: Params) -> Params:
 
 def scale(alpha: float, a: Params) -> Params:
     """alpha · a."""
-    if _recorded(a):
-        return map(lambda entry: entry * alpha, a)
+    if len(a) == 1 or _recorded(a):
+        return {name: entry * alpha for name, entry in a.items()}
     return _like(a, torch._foreach_mul(list(a.values()), alpha)) if a else {}
 
 
@@ -85,9 +89,10 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
     """alpha · a + b; b itself when alpha = 0."""
     if alpha == 0 or not a:
         return b
-    if _recorded(a, b) or _exceeds(alpha, b):
-        pairs = zip(*_pair(b, a), strict=True)
-        return _like(b, (add_scaled(q, alpha, p) for q, p in pairs))
+    # one entry gains nothing from a foreach function, which takes twice as long to call
+    if len(b) == 1 or _recorded(a, b) or _exceeds(alpha, b):
+        _require_same(b, a)
+        return {name: add_scaled(entry, alpha, a[name]) for name, entry in b.items()}
     return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
 
 
@@ -97,7 +102,7 @@ def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = 
     torch refuses one beyond the dtype's largest number (65,504 in float16), though alpha · other
     may well be below it: the sum is then taken in float64.
     """
-    if not _exceeds(alpha, {"": entry}):
+    if -HALF_MAX <= alpha <= HALF_MAX or not _exceeds(alpha, {"": entry}):
         return torch.add(entry, other, alpha=alpha, out=out)
     result = (entry.double() + alpha * other.double()).to(entry.dtype)
     return result if out is None else out.copy_(result)
@@ -158,35 +163,32 @@ def dot(a: Params, b: Params) -> float:
     """⟨a, b⟩ over all entries, as a Python float (one synchronisation)."""
     if not a:
         return 0.0
-    first, second = _pair(a, b)
     if a is b:
-        flat = [_flat(p) for p in first]
-        total = _sum(torch.dot(p, p) for p in flat)
+        flat = [flat_wide(p) for p in a.values()]
+        found = total([torch.dot(p, p) for p in flat])
     else:
-        total = _sum(torch.dot(_flat(p), _flat(q)) for p, q in zip(first, second, strict=True))
-    if _out_of_range(total):
-        total = _sum(
-            torch.dot(_flat(p).double(), _flat(q).double())
-            for p, q in zip(first, second, strict=True)
+        _require_same(a, b)
+        found = total([torch.dot(flat_wide(p), flat_wide(b[name])) for name, p in a.items()])
+    if not 1e-30 < abs(found) < math.inf:
+        # float32 may have lost what makes up the sum: to 0, or to infinity
+        found = total(
+            [torch.dot(flat_wide(p).double(), flat_wide(b[name]).double()) for name, p in a.items()]
         )
-    return total
+    return found
 
 
-def _flat(value: Tensor) -> Tensor:
-    value = wide(value)
+def flat_wide(value: Tensor) -> Tensor:
+    """`wide`, in one dimension."""
+    if value.dtype in HALF:
+        value = value.float()
     return value if value.dim() == 1 else value.reshape(-1)
 
 
-def _sum(parts: Iterable[Tensor]) -> float:
-    first, *rest = parts
-    if not rest:
-        return float(first)
-    return float(torch.stack([part.double() for part in (first, *rest)]).sum())
-
-
-def _out_of_range(total: float) -> bool:
-    """Whether float32 may have lost what makes up a sum of products: to 0, or to infinity."""
-    return not 1e-30 < abs(total) < math.inf
+def total(parts: list[Tensor]) -> float:
+    """The sum of scalars, in float64 where there are several (one synchronisation)."""
+    if len(parts) == 1:
+        return parts[0].item()
+    return torch.stack([part.double() for part in parts]).sum().item()
 
 
 def norm(a: Params) -> float:
@@ -249,12 +251,24 @@ def contiguous(value: Any) -> Any:
 def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """The tensors of a nested value on `device`; floating ones in `dtype`, others as they are."""
 
+    if type(value) is dict and all(_stands(leaf, device, dtype) for leaf in value.values()):
+        return dict(value)
+
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
 
     return map_nested(move, value)
+
+
+def _stands(leaf: Any, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether it is a tensor where `to` would put it."""
+    return (
+        isinstance(leaf, Tensor)
+        and leaf.device == device
+        and (leaf.dtype == dtype or not leaf.is_floating_point())
+    )
 
 
 def map_nested(function: Callable[..., Any], value: Any, *others: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import (
     Any,
     ClassVar,
@@ -120,7 +120,7 @@ class Loss:
 
     def on(self, batch: Any) -> Loss:
         """The same objective on another batch; oracle calls are still counted together."""
-        return replace(self, batch=batch)
+        return Loss(self.function, batch, self.counts, self.level, self.draws, self.structure)
 
     def fresh(self) -> Loss:
         """The same objective on a batch drawn now; itself where it has no batch at all.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.calculus.unsupported import grad, second_order
+from bilevel.calculus.unsupported import grad, raise_known
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.types import Loss, Losses, Params, Point, Several
 
@@ -29,8 +29,9 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
         ConvergenceError: it is NaN or infinite.
     """
     result = scalar(loss, x, y)
-    if not math.isfinite(result.item()):
-        raise ConvergenceError(_not_finite(f"{loss.level}_loss = {result.item()}", x, y))
+    number = result.item()
+    if not math.isfinite(number):
+        raise ConvergenceError(_not_finite(f"{loss.level}_loss = {number}", x, y))
     return result
 
 
@@ -60,12 +61,15 @@ def first_not_finite(trees: dict[str, Params]) -> tuple[str, str, str] | None:
 
 def scalar(loss: Loss, x: Params, y: Params) -> Tensor:
     """`value` for a point where the loss is known to be finite, or where it is being traced."""
-    with second_order(loss):
+    try:
         result = loss(x, y)
+    except RuntimeError as error:
+        raise_known(loss, error)
+        raise
     if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
         raise ProblemError(f"{loss.level}_loss must return a scalar tensor, got {got}")
-    return result.reshape(())
+    return result.reshape(()) if result.dim() else result
 
 
 def _grad(loss: Loss, output: Tensor, *inputs: Params, **options: Any) -> list[Tensor | None]:
@@ -78,8 +82,9 @@ def _grad(loss: Loss, output: Tensor, *inputs: Params, **options: Any) -> list[T
 
 def require_y(loss: Loss, at_y: Iterable[Tensor | None]) -> None:
     """Raise `ProblemError` if a loss does not depend on y: its gradient would be a silent zero."""
-    if any(part is not None for part in at_y):
-        return
+    for part in at_y:
+        if part is not None:
+            return
     meant = ". Where it is meant not to depend on y, add 0 * y[...].sum()"
     raise ProblemError(
         f"{loss.level}_loss does not depend on y, so that its gradient would be zero everywhere: it "
@@ -95,21 +100,23 @@ def _filled(gradients: Iterable[Tensor | None], like: Params, *inputs: Params) -
     autograd hands out views that share memory with each other, with what was put in, or with
     themselves (expanded scalars), and zeros that have no memory (the second derivative of |y|).
     """
-    taken = {_memory(entry) for params in (like, *inputs) for entry in params.values()}
+    taken = {
+        entry.untyped_storage().data_ptr()
+        for params in (like, *inputs)
+        for entry in params.values()
+    }
     filled = {}
     for (name, entry), gradient in zip(like.items(), gradients, strict=True):
         if gradient is None or gradient._is_zerotensor():
             gradient = torch.zeros_like(entry)
-        own = gradient.detach()
-        if _memory(own) in taken or 0 in own.stride():
-            own = own.clone(memory_format=torch.contiguous_format)
-        taken.add(_memory(own))
+        own = gradient.detach() if gradient.requires_grad else gradient
+        memory = own.untyped_storage().data_ptr()
+        if memory in taken or 0 in own.stride():
+            own = own.clone(memory_format=torch.contiguous_format).detach()
+            memory = own.untyped_storage().data_ptr()
+        taken.add(memory)
         filled[name] = own
     return filled
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
 
 
 def gradients(loss: Loss, at: Point) -> tuple[Tensor, Params, Params]:
@@ -139,10 +146,12 @@ def gradient_y(loss: Loss, x: Params, y: Params) -> tuple[Tensor, Params]:
     """(value, ∇y) of a loss, detached. 1 gradient; one a batch, with the graph of one at a time, of several."""
     if isinstance(loss.batch, Several):
         return _mean([gradient_y(loss.on(batch), x, y) for batch in loss.batch.batches])
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            return gradient_y(loss, x, y)
     y = tree.leaves(y)
-    with torch.enable_grad():
-        output = value(loss, tree.detach(x), y)
-        found = _grad(loss, output, y)
+    output = value(loss, tree.detach(x), y)
+    found = _grad(loss, output, y)
     loss.counts.gradients += 1
     require_y(loss, found)
     return output.detach(), _filled(found, y)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,22 +39,21 @@ _REMEDIES = {
 }
 
 
-class second_order:
-    """Turn torch's word for a missing derivative into a `ProblemError` with the remedy.
+@contextmanager
+def second_order(loss: Loss) -> Iterator[None]:
+    """Turn torch's word for a missing derivative into a `ProblemError` with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise_known(loss, error)
+        raise
 
-    A class, since a generator's context costs as much as a product in five unknowns.
-    """
 
-    def __init__(self, loss: Loss) -> None:
-        self._loss = loss
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (RuntimeError, NotImplementedError)):
-            said = _said(str(error))
-            if said is not None:
-                raise ProblemError(f"{self._loss.level}_loss {said}") from error
+def raise_known(loss: Loss, error: RuntimeError) -> None:
+    """`second_order` where it costs nothing: to be called in an `except RuntimeError`."""
+    said = _said(str(error))
+    if said is not None:
+        raise ProblemError(f"{loss.level}_loss {said}") from error
 
 
 def _said(text: str) -> str | None:
@@ -82,19 +82,18 @@ def grad(
     Raises:
         ProblemError: autograd cannot; or a gradient is sparse, which no method here computes with.
     """
-    with second_order(loss):
-        try:
-            found = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+    try:
+        found = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
+    except RuntimeError as error:
+        raise_known(loss, error)
+        # memory and devices are no loss's fault; a vector of another shape is the caller's, whose
+        # state is of another problem
+        foreign = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
+        if foreign or "Mismatch in shape: grad_output" in str(error):
             raise
-        except (RuntimeError, NotImplementedError) as error:
-            # a vector of another shape is the caller's, not the loss's: a state of another problem
-            if _said(str(error)) is not None or "Mismatch in shape: grad_output" in str(error):
-                raise
-            raise ProblemError(
-                f"autograd cannot differentiate {loss.level}_loss: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+        raise ProblemError(
+            f"autograd cannot differentiate {loss.level}_loss: {str(error).strip().splitlines()[0]}"
+        ) from error
     for gradient in found:
         if gradient is not None and gradient.layout != torch.strided:
             raise ProblemError(

@@ -87,7 +87,8 @@ class CG:
         ritz, curvature, largest, steps = Tridiagonal(), math.inf, 0.0, 0
         far = reach  # ‖v‖ is at most this: measured only where it may matter
         stopped: Stopped = "iterations"
-        while steps < self._budget(b, watched=stop is not None):
+        budget, by_entry = self._budget(b, watched=stop is not None), _on_cpu(v)
+        while steps < budget:
             left = math.sqrt(rr)
             if stop and stop(
                 SolveProgress(steps, v, rz, ritz, left, size, largest, left <= target)
@@ -110,7 +111,7 @@ class CG:
                 stopped, curvature = "curvature", min(curvature, 0.0 if rz > 0 else curvature)
                 break
             alpha = rz / pAp
-            rr = _update_residual(r, alpha, Ap)
+            rr = _update_residual(r, alpha, Ap, by_entry)
             if observe is not None:
                 observe(p, Ap)
             del Ap  # or the next product is computed beside it: one vector more at the peak
@@ -119,7 +120,7 @@ class CG:
             rz = tree.dot(r, z) if precondition else rr
             beta = rz / previous
             ritz.append(alpha, max(beta, 0.0), previous)
-            _update_direction(v, alpha, p, beta, z)
+            _update_direction(v, alpha, p, beta, z, by_entry)
             far += alpha * math.sqrt(pp)
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
         largest = largest if precondition else ritz.largest
@@ -194,28 +195,30 @@ class PairSelection:
         self._seen += 1
 
 
-def _update_residual(r: Params, alpha: float, Ap: Params) -> float:
+def _update_residual(r: Params, alpha: float, Ap: Params, by_entry: bool) -> float:
     """r ← r − alpha · Ap; returns ‖r‖².
 
     The entries of r are replaced by new ones: written into, with nothing but Ap freed, they made
     the allocator return 60 MB to the system at every step, and take them again. On the CPU each
     is summed up while it is in the cache.
     """
-    if not _on_cpu(r):
+    if not by_entry:
         r.update(tree.axpy(-alpha, Ap, r))
         return tree.dot(r, r)
     parts = []
     for name, entry in r.items():
-        r[name] = tree.add_scaled(entry, -alpha, Ap[name])
-        flat = tree.wide(r[name]).reshape(-1)
-        parts.append(torch.dot(flat, flat).double())
-    total = float(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+        r[name] = entry = tree.add_scaled(entry, -alpha, Ap[name])
+        flat = tree.flat_wide(entry)
+        parts.append(torch.dot(flat, flat))
+    total = tree.total(parts)
     return total if 1e-30 < total < math.inf else tree.dot(r, r)
 
 
-def _update_direction(v: Params, alpha: float, p: Params, beta: float, z: Params) -> None:
+def _update_direction(
+    v: Params, alpha: float, p: Params, beta: float, z: Params, by_entry: bool
+) -> None:
     """v ← v + alpha · p, then p ← z + beta · p; on the CPU an entry at a time."""
-    if not _on_cpu(v):
+    if not by_entry:
         tree.axpy_(v, alpha, p)
         tree.axpy_(tree.scale_(p, beta), 1.0, z)
         return

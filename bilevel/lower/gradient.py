@@ -15,7 +15,7 @@ from bilevel import calculus, tree
 from bilevel.components import Slot, component
 from bilevel.errors import ConvergenceError
 from bilevel.lower.divergence import Growth
-from bilevel.lower.start import at_start, require_finite
+from bilevel.lower.start import blaming_the_start, require_finite
 from bilevel.lower.tolerance import Stop
 from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.clip import Clip
@@ -178,8 +178,12 @@ def _look(
     loss: Loss, x: Params, y: Params, k: int, graphed: _Graphed | None
 ) -> tuple[Tensor, Params, float]:
     """(G, ∇y G, its norm) before step k + 1. Raises `ConvergenceError` where one is not finite."""
-    with at_start(k):
+    try:
         value, g = graphed.gradient(loss) if graphed else calculus.gradient_y(loss, x, y)
+    except ConvergenceError as error:
+        if k:
+            raise
+        raise blaming_the_start(error) from error
     norm = tree.norm(g)
     if not math.isfinite(norm):
         require_finite(loss, x, y, g, k)
@@ -214,7 +218,6 @@ class _Graphed:
         return PathGraph(self._given, batches, (self._x, self._start, self._y))
 
 
-@torch.no_grad()
 def step(
     optimizer: Optimizer,
     y: Params,
@@ -223,5 +226,6 @@ def step(
     project: Callable[[Params], Params] | None,
 ) -> tuple[Params, Any]:
     """One optimizer step, and the projection if there is one."""
-    y, state = stepped(optimizer, y, gradient, state)
-    return (project(y) if project else y), state
+    with torch.no_grad():
+        y, state = stepped(optimizer, y, gradient, state)
+        return (project(y) if project else y), state

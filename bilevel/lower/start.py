@@ -23,10 +23,13 @@ def at_start(taken: int) -> Iterator[None]:
     except ConvergenceError as error:
         if taken:
             raise
-        cause = str(error).partition(";")[0]
-        raise ConvergenceError(
-            f"{cause}, before the first lower step; {BEGIN_ELSEWHERE}"
-        ) from error
+        raise blaming_the_start(error) from error
+
+
+def blaming_the_start(error: ConvergenceError) -> ConvergenceError:
+    """The error of a loss that is not finite before the first step."""
+    cause = str(error).partition(";")[0]
+    return ConvergenceError(f"{cause}, before the first lower step; {BEGIN_ELSEWHERE}")
 
 
 def require_finite(loss: Loss, x: Params, y: Params, gradient: Params, taken: int) -> None:

@@ -142,7 +142,8 @@ def _adam_direction(
 
 def _correction(beta: Value, count: Tensor) -> Value:
     """What makes an average that began at 0 one of weights that sum to 1."""
-    return _option(lambda number: 1 / (1 - number**count), beta)
+    # torch's names: the same of a number and a tensor by operators costs twice as much
+    return _option(lambda number: torch.pow(number, count).neg().add(1).reciprocal(), beta)
 
 
 def _average(beta: Value, old: Params, new: Params) -> Params:
@@ -155,16 +156,18 @@ Value = float | Tensor | Params | Learned
 
 def _option(function: Callable[..., Any], *options: Value) -> Value:
     """function of options, entry by entry where one of them is a tree."""
-    options = tuple(map(_known, options))
-    names = next((option for option in options if isinstance(option, dict)), None)
+    known = [option if isinstance(option, float) else _known(option) for option in options]
+    names = next((option for option in known if isinstance(option, dict)), None)
     if names is None:
-        return function(*options)
-    rows = {n: [o[n] if isinstance(o, dict) else o for o in options] for n in names}
+        return function(*known)
+    rows = {n: [o[n] if isinstance(o, dict) else o for o in known] for n in names}
     return {name: function(*row) for name, row in rows.items()}
 
 
 def _plus(y: Params, option: Value, d: Params) -> Params:
     """y + option · d."""
+    if isinstance(option, float):
+        return tree.axpy(option, d, y)
     option = _known(option)
     if isinstance(option, dict):
         return {name: entry + option[name] * d[name] for name, entry in y.items()}
@@ -172,6 +175,8 @@ def _plus(y: Params, option: Value, d: Params) -> Params:
 
 
 def _minus(y: Params, option: Value, d: Params) -> Params:
+    if isinstance(option, float):
+        return tree.axpy(-option, d, y)
     return _plus(y, _option(lambda number: -number, option), d)
 
 

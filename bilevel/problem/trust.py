@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from bilevel import tree
 from bilevel.types import Estimate, Estimator, LowerSolution, Stats
@@ -24,7 +25,7 @@ class Step:
     estimate: Estimate
     lower: LowerSolution | None = None
 
-    @property
+    @cached_property
     def stats(self) -> Stats:
         return self.estimate.stats
 
@@ -36,12 +37,12 @@ class Step:
             stats.curvature <= 0 or stats.stopped == "curvature"
         )
 
-    @property
+    @cached_property
     def has_adjoint(self) -> bool:
         """Whether what did not converge is the adjoint system, and not a solve for y."""
         return bool(self.stats.residual) and self.estimator.needs.second_order
 
-    @property
+    @cached_property
     def has_large_residual(self) -> bool:
         """Unless the error of h is known to be small, or is as large as the method means it to be."""
         stats = self.stats

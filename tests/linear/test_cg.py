@@ -3,6 +3,7 @@
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,8 +213,8 @@ def test_cg_holds_one_product_at_a_time():
 
 def test_ritz_values_are_found_once_and_anew_after_a_step(monkeypatch):
     calls = []
-    plain = torch.linalg.eigvalsh
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: (calls.append(1), plain(a))[1])
+    plain = np.linalg.eigvalsh
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda a: (calls.append(1), plain(a))[1])
     matvec, _, b = system(log_spectrum(9, 100.0), 0)
     CG(iterations=5, tolerance=0.0).solve(matvec, b, zero(b))
     assert len(calls) == 1
