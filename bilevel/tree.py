@@ -251,8 +251,8 @@ def contiguous(value: Any) -> Any:
 def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """The tensors of a nested value on `device`; floating ones in `dtype`, others as they are."""
 
-    if type(value) is dict and all(_stands(leaf, device, dtype) for leaf in value.values()):
-        return dict(value)
+    if type(value) is dict and _stands(value, device, dtype):
+        return dict(value)  # as most batches are, each of which comes here
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -262,13 +262,14 @@ def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     return map_nested(move, value)
 
 
-def _stands(leaf: Any, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether it is a tensor where `to` would put it."""
-    return (
-        isinstance(leaf, Tensor)
-        and leaf.device == device
-        and (leaf.dtype == dtype or not leaf.is_floating_point())
-    )
+def _stands(values: dict[Any, Any], device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether all are tensors that are where `to` would put them."""
+    for leaf in values.values():
+        if not isinstance(leaf, Tensor) or leaf.device != device:
+            return False
+        if leaf.dtype != dtype and leaf.is_floating_point():
+            return False
+    return True
 
 
 def map_nested(function: Callable[..., Any], value: Any, *others: Any) -> Any:
@@ -381,18 +382,25 @@ def require_like(value: object, like: Params, what: str) -> None:
 
     `what` begins the message: "Mine.step must return y".
     """
-    if (
-        isinstance(value, dict)
-        and value.keys() == like.keys()
-        and all(
-            isinstance(entry, Tensor)
-            and entry.shape == like[name].shape
-            and entry.dtype == like[name].dtype
-            for name, entry in value.items()
-        )
-    ):
-        return
-    raise CheckError(f"{what} as {formed(like)}; got {formed(value)}")
+    if not is_like(value, like):
+        raise unlike(value, like, what)
+
+
+def unlike(value: object, like: Params, what: str) -> CheckError:
+    """What `require_like` raises."""
+    return CheckError(f"{what} as {formed(like)}; got {formed(value)}")
+
+
+def is_like(value: object, like: Params) -> bool:
+    """Whether a value is a dict of tensors with the names, shapes and dtypes of `like`."""
+    if not isinstance(value, dict) or value.keys() != like.keys():
+        return False
+    for name, entry in value.items():
+        if not isinstance(entry, Tensor):
+            return False
+        if entry.shape != like[name].shape or entry.dtype != like[name].dtype:
+            return False
+    return True
 
 
 def formed(value: object) -> str:

@@ -16,10 +16,11 @@ def stepped(optimizer: Optimizer, y: Params, gradient: Params, state: Any) -> tu
         CheckError: it returns no such pair, or other names, shapes or dtypes than those of y.
     """
     found = optimizer.step(y, gradient, state)
+    if isinstance(found, tuple) and len(found) == 2 and tree.is_like(found[0], y):
+        return found
     name = f"{type(optimizer).__name__}.step"
     if not isinstance(found, tuple) or len(found) != 2:
         raise CheckError(
             f"{name} must return (the variables, its state); got a {type(found).__name__}"
         )
-    tree.require_like(found[0], y, f"{name} must return the variables")
-    return found
+    raise tree.unlike(found[0], y, f"{name} must return the variables")
