@@ -1,18 +1,21 @@
 """The pictures of the site show what the library computes today."""
 
+import io
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bilevel import registry
 from bilevel.registry import presets
 from bilevel.registry.build import build
 from docs.pages import put
-from docs.pictures import PICTURES, choice, keep
+from docs.pictures import PICTURES, choice, keep, panel
 
 ROOT = Path(__file__).parent.parent
 NAMES = list(PICTURES)
@@ -41,6 +44,31 @@ def test_it_is_small_and_has_both_schemes_and_no_date(name):
     assert "prefers-color-scheme: dark" in text
     assert "<dc:date>" not in text
     assert ET.fromstring(text).find(".//{*}title").text == PICTURES[name].title
+
+
+REQUEST = re.compile(r"""(?:src|href|url\()\s*=?\s*["'(]?https?:""")
+
+
+def test_no_picture_asks_the_network_for_anything():
+    texts = {name: (keep.HERE / f"{name}.svg").read_text("utf-8") for name in NAMES}
+    assert [name for name, text in texts.items() if REQUEST.search(text)] == []
+    console = Console(file=io.StringIO(), record=True)
+    console.print("a")
+    assert REQUEST.search(console.export_svg())  # rich's own, which asks for a font
+
+
+@pytest.mark.parametrize("width", panel.WIDTHS)
+def test_the_panel_is_as_wide_as_it_says(width):
+    drawn = ET.fromstring(keep.picture_of(f"panel_{width}", PICTURES[f"panel_{width}"]))
+    texts = [text for text in drawn.findall(".//{*}text") if (text.text or "").strip()]
+    lines = {}
+    for text in texts:
+        end = (float(text.get("x")) + float(text.get("textLength"))) / 12.2  # of a character
+        lines[text.get("y")] = max(lines.get(text.get("y"), 0), end)
+    said = "".join(text.text for text in texts)
+    assert len(lines) == 6  # bar, F, G, evidence in two, the warning
+    assert max(lines.values()) == pytest.approx(width, abs=0.5)  # which is cut there
+    assert all(word in said for word in ("80/120", "ETA", "F", "G", "‖dΦ/dx‖", "adj.res"))
 
 
 def test_every_kept_file_belongs_to_a_picture_that_a_page_shows():

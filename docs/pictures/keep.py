@@ -20,11 +20,14 @@ ROUNDING = 1e-8
 
 
 class Picture(NamedTuple):
-    """`compute` returns numbers in dicts and lists; where it is dear, `part` a beginning of them."""
+    """`compute` returns numbers in dicts and lists; where it is dear, `part` a beginning of them.
+
+    `draw` makes a figure of them, or the SVG itself.
+    """
 
     title: str
     compute: Callable[[], Any]
-    draw: Callable[[Any], Figure]
+    draw: Callable[[Any], Figure | str]
     part: Callable[[], Any] | None = None
 
 
@@ -42,7 +45,8 @@ def data_of(name: str) -> Any:
 
 def picture_of(name: str, picture: Picture) -> str:
     """The SVG of the numbers that are kept."""
-    return svg(picture.draw(data_of(name)), picture.title)
+    drawn = picture.draw(data_of(name))
+    return drawn if isinstance(drawn, str) else svg(drawn, picture.title)
 
 
 def compute(name: str, picture: Picture) -> None:
