@@ -406,6 +406,19 @@ def share(value: Tensor) -> Tensor:
     return enter(ranks, [leave(ranks, value)])[0]
 
 
+def mean(total: Tensor, count: Tensor | float) -> Tensor:
+    """Within a loss: Σ total / Σ count over the ranks' parts, where a part's weight is 1 / ranks.
+
+    For terms that are means over different things (rows, pairs, tokens): no one weight of a part is
+    right for all. `total / count` where one process has the whole batch.
+    """
+    ranks = here()
+    if ranks.is_alone:
+        return total / count
+    shared = share(torch.as_tensor(count, dtype=total.dtype, device=total.device))
+    return ranks.size * total / shared
+
+
 def rows(value: Tensor) -> Tensor:
     """Within a loss: the rows of all ranks, in the order of the batch, such as other rows' embeddings.
 

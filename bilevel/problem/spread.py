@@ -46,7 +46,8 @@ class Spread:
         self.upper_loss, self.lower_loss = (self._spread(level) for level in LEVELS)
 
     def init(self, streams: Streams) -> tuple[Any, Any]:
-        return self.problem.init(streams)
+        with over.apart():
+            return self.problem.init(streams)
 
     def upper_batches(self, stream: torch.Generator) -> Iterator[Any]:
         return self.problem.upper_batches(stream)
@@ -60,7 +61,7 @@ class Spread:
 
     def part(self, batch: Any) -> tuple[Any, float]:
         """(this rank's part of a batch, its weight)."""
-        cut = getattr(self.problem, "part", over.by_rows)
+        cut = getattr(self.problem, "part", None) or over.by_rows
         return cut(batch, self.ranks.rank, self.ranks.size)
 
     def _spread(self, level: str) -> Function:
@@ -107,7 +108,8 @@ class Spread:
                     part, weight = self.part(batch)
                 if not isinstance(whole, Tensor) or whole.numel() != 1:
                     return  # refused by name where a loss is called
-                self._refuse_failing(level, lambda a=at, p=part: function(*a, p))
+                if getattr(self.problem, "part", None) is None:
+                    self._refuse_failing(level, lambda a=at, p=part: function(*a, p))
                 own = weight * tree.wide(function(*at, part)).reshape(())
                 both = torch.stack([own, own.abs()])
                 self._refuse_unlike(level, whole, *self.ranks.sum_of(both).tolist())
@@ -125,12 +127,16 @@ class Spread:
             return tree.map_nested(Tensor.detach, x), tree.map_nested(Tensor.detach, y)
         found = []
         for level, variables in (("upper", x), ("lower", y)):
-            project = getattr(self.problem, f"project_{level}", lambda moved: moved)
-            found.append(project(tree.map_nested(moved, variables)))
+            project = getattr(self.problem, f"project_{level}", None)
+            there = tree.map_nested(moved, variables)
+            found.append(project(there) if project else there)
         return found[0], found[1]
 
     def _refuse_failing(self, level: str, evaluate: Callable[[], Any]) -> None:
-        """Raise `ProblemError` where a loss fails on some part: no rank may wait for such a one."""
+        """Raise `ProblemError` where a loss fails on rows of a batch: no rank may wait for such a one.
+
+        Not for a problem with a `part` of its own, which may need the rows of others to be evaluated.
+        """
         said = ""
         with over.apart():
             try:
@@ -190,7 +196,8 @@ def _prepare(outer: Spread, work: Any) -> Any:
 
         yield from _by_the_first(outer.ranks, whole, "prepare")
         if not outer.ranks.is_first:
-            yield from whole()
+            with over.apart():
+                yield from whole()
 
     return prepare
 
@@ -246,14 +253,14 @@ def _of_the_whole(outer: Spread, method: Any) -> Any:
 
 _MAPS: Maps = {
     "prepare": _prepare,
-    "place": keep,
+    "place": _of_the_whole,
     "part": keep,  # not looked up here: it is a method of its own
     "lower_start": keep,
-    "lower_solution": keep,
-    "hypergradient": keep,
+    "lower_solution": _of_the_whole,
+    "hypergradient": _of_the_whole,
     "evaluate": _evaluate,
     "figures": _figures,
-    "export": keep,
+    "export": _of_the_whole,
     "episodes": keep,
     "project_upper": keep,
     "project_lower": keep,

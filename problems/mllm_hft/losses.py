@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel import ranks
 from bilevel.errors import ProblemError
 
 Choice = Literal["own", "batch"]
@@ -118,37 +119,61 @@ def contrastive_loss(
     """
     image, text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
     hallucinated = functional.normalize(hallucinated, dim=-1)
-    counted = against.pairs | torch.eye(len(image), dtype=torch.bool, device=image.device)
-    pairs = (image @ text.T / tau).masked_fill(~counted, -math.inf)
+    own = ranks.own_rows(len(image))
+    to_text, to_image = _similarities(image, text, against.pairs, own, tau)
     if against.hallucinated.ndim == 2:
         hard = torch.einsum("ie,ike->ik", image, hallucinated)
     else:
-        hard = torch.einsum("ie,jke->ijk", image, hallucinated)
-    hard = (hard / tau + log_weights).masked_fill(~against.hallucinated, -math.inf).flatten(1)
+        hard = torch.einsum("ie,jke->ijk", image, ranks.rows(hallucinated))
+    counted = against.hallucinated[own]
+    hard = (hard / tau + log_weights).masked_fill(~counted, -math.inf).flatten(1)
     _require_some(
         torch.cat([mask.flatten() for mask in vars(against).values() if mask is not None]),
         f"a contrast batch of {len(image)} pairs has no negative: every pair is of one picture or "
         "reads the same, and there is no hallucinated caption; draw larger batches "
         "(problem.contrast_batch), or give hallucinated captions",
     )
-    right = torch.arange(len(image), device=image.device)
-    columns = {"image": [pairs.T], "text": [pairs, hard]}
+    right = torch.arange(own.start, own.stop, device=image.device)
+    columns = {"image": [to_image], "text": [to_text, hard]}
     if queue is not None and against.queue is not None:
         for side, rows, more in (("image", text, queue.image), ("text", image, queue.text)):
             kept = rows @ functional.normalize(more, dim=-1).T / tau
-            columns[side].append(kept.masked_fill(~against.queue, -math.inf))
-    to_image, to_text = (
+            columns[side].append(kept.masked_fill(~against.queue[own], -math.inf))
+    by_image, by_text = (
         functional.cross_entropy(torch.cat(columns[side], dim=1), right, reduction="none")
         for side in ("image", "text")
     )
-    return mean((to_image + to_text) / 2, weights)
+    return mean((by_image + by_text) / 2, weights)
+
+
+def _similarities(
+    image: Float[Tensor, "pair embedding"],
+    text: Float[Tensor, "pair embedding"],
+    negative: Bool[Tensor, "batch batch"],
+    own: slice,
+    tau: Float[Tensor, ""],
+) -> tuple[Float[Tensor, "pair batch"], Float[Tensor, "pair batch"]]:
+    """Of each picture with every true caption and each caption with every picture, over τ.
+
+    −∞ where they are no negatives. `own` says which rows of the batch these are: all of them, where
+    no other rank has others.
+    """
+    counted = negative | torch.eye(len(negative), dtype=torch.bool, device=image.device)
+    to_text = (image @ ranks.rows(text).T / tau).masked_fill(~counted[own], -math.inf)
+    if len(image) == len(negative):
+        return to_text, to_text.T
+    return to_text, (text @ ranks.rows(image).T / tau).masked_fill(~counted.T[own], -math.inf)
 
 
 def mean(
     each: Float[Tensor, "pair"], weights: Float[Tensor, "pair"] | None = None
 ) -> Float[Tensor, ""]:
-    """(1/n) Σ_i v_i each_i, with weights v; not divided by their sum, which the weights decide."""
-    return each.mean() if weights is None else (weights * each).mean()
+    """(1/n) Σ_i v_i each_i, with weights v; not divided by their sum, which the weights decide.
+
+    Over the pairs of all ranks, where each has a part of the batch with the same weight.
+    """
+    told = each if weights is None else weights * each
+    return told.mean() if ranks.here().is_alone else ranks.mean(told.sum(), float(len(told)))
 
 
 def task_loss(
@@ -185,15 +210,18 @@ def mean_of_answers(
     counted: Bool[Tensor, "row token"] | Float[Tensor, "row token"],
     weights: Float[Tensor, "row"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`task_loss` from the `answer_losses` of its rows: over the counted tokens of the whole batch."""
+    """`task_loss` from the `answer_losses` of its rows: over the counted tokens of the whole batch.
+
+    Of that of all ranks, where each has a part of it with the same weight.
+    """
     _require_answers(counted)
     told = each if weights is None else each * weights
-    return told.sum() / counted.sum()
+    return ranks.mean(told.sum(), counted.sum())
 
 
 def _require_answers(counted: Tensor) -> None:
     _require_some(
-        counted,
+        ranks.share(counted.sum()),
         f"a task batch of {len(counted)} conversations has no answer to count, so its loss is 0 / 0; "
         "give the pictures captions, questions or conversations, or draw larger batches",
     )

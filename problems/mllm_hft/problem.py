@@ -22,6 +22,7 @@ from bilevel import tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.events import Progress, Tabulated, Warned
+from bilevel.ranks import by_rows
 from bilevel.rng import Streams
 from bilevel.types import Params
 
@@ -238,6 +239,21 @@ class HierarchicalFineTuning:
             prepared.dtype,
             prepared.rows,
         )
+
+    def part(self, batch: dict[str, Any], rank: int, ranks: int) -> tuple[dict[str, Any], float]:
+        """A rank's conversations, pictures and pairs; each counts for 1 / ranks.
+
+        The losses divide by what all ranks count. Whole stay who is a negative of whom, and the queue.
+        """
+
+        def own(rows: dict[str, Any]) -> dict[str, Any]:
+            kept = {name: rows[name] for name in ("against", "queue") if name in rows}
+            cut = {name: value for name, value in rows.items() if name not in kept}
+            return {**by_rows(cut, rank, ranks)[0], **kept}
+
+        if "ids" in batch:
+            return own(batch), 1 / ranks
+        return {name: own(rows) for name, rows in batch.items()}, 1 / ranks
 
     def project_upper(self, x: Params) -> Params:
         return formulations.project(x)

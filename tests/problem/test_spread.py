@@ -180,7 +180,7 @@ def test_measures_and_figures_are_the_first_ranks():
 
     one, two = on_ranks(2, work)
     assert one[0] == [0, "evaluate", "evaluate", "figures"]
-    assert two[0] == [1]  # prepares after the first, which does so for itself
+    assert two[0] == [0]  # prepares after the first, and for itself too
     assert one[1] == two[1]
     assert (one[2], two[2]) == (1, 0)
 
