@@ -364,14 +364,18 @@ def test_failed_and_resumed_is_as_never_failed(where, kind, tmp_path):
     assert_same_end(run, whole)
 
 
-def test_an_error_of_a_sink_saves_nothing_that_its_record_lacks(tmp_path):
+def test_an_error_of_a_sink_saves_the_step_that_its_record_has(tmp_path):
     (tmp_path / "mine.py").write_text(FAILING)
     (tmp_path / "sink.py").write_text(FULL)
     path = tmp_path / "mine.yaml"
     path.write_text("problem: mine.py:Mine\nreport: false\nsinks: [sink.py:Full, jsonl]\n")
     invoke("run", path, "--runs-dir", tmp_path / "runs", code=7)
     (run,) = (tmp_path / "runs").glob("*/*")
-    assert checkpoint.latest(run / "checkpoints") is None
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 3
+    steps = [event["step"] for event in timeless(run) if event["event"] == "stepped"]
+    assert steps == [1, 2, 3]
 
 
 FULL = """
