@@ -170,7 +170,7 @@ def _plus(y: Params, option: Value, d: Params) -> Params:
         return tree.axpy(option, d, y)
     option = _known(option)
     if isinstance(option, dict):
-        return {name: entry + option[name] * d[name] for name, entry in y.items()}
+        return {n: (entry + option[n] * d[n]).to(entry.dtype) for n, entry in y.items()}
     return tree.axpy(float(option), d, y)
 
 
@@ -181,12 +181,12 @@ def _minus(y: Params, option: Value, d: Params) -> Params:
 
 
 def _scale(option: Value, values: Params) -> Params:
-    """option · values."""
+    """option · values, in their dtype: torch takes that of a wider option for scalars alone."""
     option = _known(option)
     if isinstance(option, dict):
-        return {name: option[name] * entry for name, entry in values.items()}
+        return {n: (option[n] * entry).to(entry.dtype) for n, entry in values.items()}
     if isinstance(option, Tensor):
-        return tree.map(lambda entry: entry * option, values)
+        return tree.map(lambda entry: (entry * option).to(entry.dtype), values)
     return tree.scale(option, values)
 
 

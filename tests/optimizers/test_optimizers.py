@@ -5,7 +5,9 @@ import torch
 from pydantic import ValidationError
 
 from bilevel import tree
+from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
+from bilevel.optimizers.schedule import Schedule
 from bilevel.optimizers.torch_optim import TorchOptimizer
 
 TABLE = [
@@ -169,3 +171,21 @@ def test_a_step_writes_into_nothing_it_was_given(optimizer):
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValidationError, match="momentum > 0"):
         SGD(nesterov=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("optimizer", [ours for ours, _, _ in TABLE], ids=IDS)
+def test_a_scalar_keeps_its_dtype(optimizer, scheduled, dtype):
+    """The count that corrects Adam's averages and a scheduled rate are float64 scalars, as it is one."""
+    if scheduled:
+        schedule = Schedule(name="ExponentialLR", options={"gamma": 0.5})
+        optimizer = Adjusted(optimizer, None, schedule)
+    y, g = {"a": torch.tensor(1.0, dtype=dtype)}, {"a": torch.tensor(0.3, dtype=dtype)}
+    state = optimizer.init(y)
+    state = optimizer.ahead(state, 2) if scheduled else state
+    for _ in range(2):
+        y, state = optimizer.step(y, g, state)
+    kept = [entry for where, entry in tree.named(state) if where.endswith("['a']")]
+    assert {entry.dtype for entry in (y["a"], *kept)} == {dtype}
+    assert y["a"] < 1.0
