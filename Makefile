@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: run test lint docs gpu-check benchmark clean
+.PHONY: run test lint docs docs-versions sbom gpu-check benchmark clean
 
 run: $(INSTALLED)
 	$(BIN)/bilevel run recipes/mllm_hft.yaml
@@ -30,6 +31,19 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 	$(BIN)/python -m docs.site_check docs/_build/html
 
+# the site of every tag v…, and of the tree as latest, in docs/_build/versions/
+docs-versions: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m docs.versions
+
+# what a release was tested with, as CycloneDX; its tool is kept out of what it lists
+sbom: $(INSTALLED)
+	test -x $(VENV)-sbom/bin/cyclonedx-py || { $(PYTHON) -m venv $(VENV)-sbom && \
+		$(VENV)-sbom/bin/python -m pip install -q cyclonedx-bom==7.5.0; }
+	mkdir -p dist
+	$(VENV)-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --of JSON -o dist/bilevel-$(VERSION).cdx.json $(BIN)/python
+
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs tests
 
@@ -38,4 +52,4 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.products --page docs/estimators/fewer_products.md
 
 clean:
-	rm -rf $(VENV) .benchmark docs/_build build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-sbom .benchmark docs/_build build dist *.egg-info

@@ -1,13 +1,18 @@
 """What a release says of itself agrees with itself."""
 
 import re
+import shutil
+import subprocess
 import tomllib
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from docs import versions
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -76,3 +81,46 @@ def test_what_is_installed_is_what_is_pinned():
         pytest.skip("another torch than the one in constraints.txt")
     for name in ("numpy", "pydantic", "ruamel-yaml", "safetensors", "typer", "rich"):
         assert metadata.version(name) == PINS[name], name
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_a_release_has_a_bill_of_what_it_was_tested_with():
+    """What `make sbom` would do; that it does so takes a minute, and a package that no test needs."""
+    asked = subprocess.run(
+        ["make", "-n", "sbom"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    said = asked.stdout.replace("\\\n", "")
+    assert f"-o dist/bilevel-{PROJECT['version']}.cdx.json .venv/bin/python" in said
+    assert "--pyproject pyproject.toml" in said
+    assert "pip install -q cyclonedx-bom==" in said
+
+
+def test_the_site_of_every_release_is_built_from_its_tag(tmp_path):
+    repository, to = tmp_path / "repository", tmp_path / "versions"
+    repository.mkdir()
+
+    def git(*words: str) -> None:
+        owner = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(
+            ["git", "-C", str(repository), *owner, *words], check=True, capture_output=True
+        )
+
+    git("init", "-q")
+    for tag in ("v0.9.0", "v0.10.0rc1", "v0.10.0", "v0.2.0", "other"):
+        (repository / "page").write_text(tag)
+        git("add", "page")
+        git("commit", "-q", "-m", tag)
+        git("tag", tag)
+
+    def build(source: Path, place: Path, names: Sequence[str]) -> None:
+        place.mkdir()
+        (place / "page").write_text((source / "page").read_text())
+        assert names[0] == versions.LATEST
+
+    names = versions.build_all(repository, to, build)
+    assert names == ["latest", "v0.10.0", "v0.10.0rc1", "v0.9.0", "v0.2.0"]
+    built = {path.parent.name: path.read_text() for path in to.glob("*/page")}
+    assert built == {"latest": "other"} | {name: name for name in names[1:]}
+    assert "url=v0.10.0/index.html" in (to / "index.html").read_text()
+    assert [*(repository / ".git" / "worktrees").glob("*")] == []
+    assert versions.NAMES in (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
