@@ -305,6 +305,10 @@ def _entries(params: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from _entries(part, f"{name}.{key}" if name else str(key))
 
 
+def _described(entry: Tensor) -> str:
+    return f"norm {float(entry.norm()):.3g}, shape {[*entry.shape]}"
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate:
     """A hypergradient with its evidence. `state` warm-starts the next call at a nearby point."""
@@ -341,7 +345,7 @@ class Estimate:
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         for name, entry in _entries(self.hypergradient):
-            yield name, f"norm {float(entry.norm()):.3g}, shape {[*entry.shape]}"
+            yield name, _described(entry)
         yield "evidence", repr(self.stats).removeprefix("Stats(").removesuffix(")") or "none"
         yield "trusted", "yes" if self.trusted else "no"
 
@@ -550,7 +554,7 @@ class LowerStats:
         return self.stopped == "infeasible"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowerSolution:
     """y with the means to go on (`state`) and, if recorded, to differentiate through (`path`).
 
@@ -567,6 +571,21 @@ class LowerSolution:
     """From a quasi-Newton method: the steps that it took, and what they changed ∇y G by."""
     structure: Structure | None = None
     """What `bilevel.solve_lower` was told of y* beside the minimum of G."""
+
+    def __repr__(self) -> str:
+        """G, the norm and shape of each entry, how it was solved, what else is there; no tensor."""
+        stats = self.stats
+        done = f"{stats.steps} steps, {stats.gradients} gradients, {stats.hvps} HVPs"
+        how = f"solved: {done}, ‖∇y G‖ = {stats.gradient_norm:.3g}"
+        kept = [name for name in ("state", "path", "pairs") if getattr(self, name) is not None]
+        return "\n".join(
+            [
+                f"LowerSolution: G = {stats.loss:.4g}",
+                *(f"{name}: {_described(entry)}" for name, entry in _entries(self.y)),
+                how + (f", stopped: {stats.stopped}" if stats.stopped else ""),
+                f"kept: {', '.join(kept) or 'nothing'}",
+            ]
+        )
 
 
 @runtime_checkable

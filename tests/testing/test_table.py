@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel import hypergradient
+from bilevel import hypergradient, solve_lower
 from bilevel.errors import RecipeError
 from bilevel.estimators import Alternating, Implicit, OneStep
 from bilevel.linear import CG
+from bilevel.lower import Gradient
+from bilevel.optimizers import SGD
 from bilevel.testing import check_table
 from bilevel.types import Stats
 from tests.run.setups import Plain
@@ -82,3 +84,18 @@ def test_an_estimate_prints_its_evidence_and_no_tensor_in_full():
         "b.0: norm 0, shape [2, 1]",
     ]
     assert repr(estimated(Alternating())).splitlines()[1] == "x: norm 0, shape [300]"
+
+
+def test_a_lower_solution_prints_how_it_was_solved_and_no_tensor_in_full():
+    # y ← y − 2 · 0.25 (y − 1) halves the distance to 1 in each of 400 entries, four times from 17
+    found = solve_lower(
+        lambda x, y, batch: ((y["w"] - 1) ** 2).sum(),
+        {},
+        {"w": torch.full((400,), 17.0)},
+        solver=Gradient(steps=4, optimizer=SGD(lr=0.25)),
+    )
+    assert repr(found).splitlines()[1:3] == [
+        "w: norm 40, shape [400]",
+        f"solved: 4 steps, 4 gradients, 0 HVPs, ‖∇y G‖ = {4 * 20:g}, stopped: iterations",
+    ]
+    assert repr(found).splitlines()[0] == f"LowerSolution: G = {2**2 * 400}"
