@@ -56,6 +56,16 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What each of several ranks sent in an upper step."""
+
+    calls: int
+    """Sums over ranks."""
+    bytes: int
+    """Of what was summed."""
+
+
+@dataclass(frozen=True)
 class Stepped:
     """One upper step was taken; losses are those before the step."""
 
@@ -67,6 +77,8 @@ class Stepped:
     estimate: Stats
     totals: Totals
     seconds: float
+    sent: Sent | None = None
+    """None where one rank has computed it."""
 
 
 @dataclass(frozen=True)

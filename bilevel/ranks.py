@@ -45,9 +45,13 @@ class Ledger:
         self.calls += 1
         self.bytes += sum(value.numel() * value.element_size() for value in values)
 
-    def since(self, calls: int, sent: int) -> Ledger:
-        """What came on top of so many calls and bytes."""
-        return Ledger(self.calls - calls, self.bytes - sent)
+    def mark(self) -> tuple[int, int]:
+        """(calls, bytes) so far, for `since`."""
+        return self.calls, self.bytes
+
+    def since(self, mark: tuple[int, int]) -> tuple[int, int]:
+        """(calls, bytes) that came after a mark."""
+        return self.calls - mark[0], self.bytes - mark[1]
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import calculus, tree
 from bilevel.errors import ProblemError
-from bilevel.problem.writes import batch_norm_refusal, refuse_writes
+from bilevel.problem.writes import batch_norm_refusal, refuse_wrapped, refuse_writes
 from bilevel.types import Counts, Loss, Params
 
 _REMEDY = (
@@ -28,7 +28,8 @@ _REMEDY = (
 def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
     """Raise `ProblemError` if the loss is not a function of (x, y, batch).
 
-    It writes into its arguments or a module (`refuse_writes`). It would update the running statistics of a normalisation; that is stopped before it does. Or it
+    It holds a module whose derivatives torch hides (`refuse_wrapped`). It writes into its arguments or
+    a module (`refuse_writes`). It would update the running statistics of a normalisation; that is stopped before it does. Or it
     draws from torch's random state, so that every gradient would be that of another function: a loss
     that seeds the state itself is none such. Or its value differs between two calls by more than the
     square root of the rounding, as with a generator of its own. Costs two evaluations of the loss,
@@ -37,6 +38,7 @@ def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
     """
     if is_transformed(x, y):
         return
+    refuse_wrapped(loss)
     apart, x, y = replace(loss, counts=Counts()), tree.detach(x), tree.detach(y)
     devices = {entry.device for entry in (*x.values(), *y.values()) if entry.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), _NoStatistics(loss.level):

@@ -246,18 +246,53 @@ def reachable(function: Any) -> Iterator[tuple[str, Tensor]]:
     An array of numpy is the tensor that shares its memory, where there is one.
     """
     numpy = sys.modules.get("numpy")
+    for name, value in _held(function):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, nn.Module):
+            yield from _module(value)
+        elif numpy is not None and isinstance(value, numpy.ndarray):
+            yield from _array(value, name)
+
+
+def refuse_wrapped(loss: Loss) -> None:
+    """Raise `ProblemError` for a module that others have prepared to be trained by several ranks.
+
+    Its sums over ranks are taken in hooks of `.backward()`, which `torch.autograd.grad` does not call:
+    every derivative would be that of a rank's own rows, and nothing would show it.
+    """
+    for _, value in _held(loss.function):
+        for name, owner in value.named_modules() if isinstance(value, nn.Module) else ():
+            for kind in type(owner).__mro__:
+                if kind.__name__ in _WRAPPERS:
+                    raise ProblemError(
+                        f"{loss.level}_loss holds a module wrapped by {_WRAPPERS[kind.__name__]}"
+                        f"{f' ({name})' if name else ''}, which torch.autograd.grad silently does not "
+                        "see: every derivative would be that of this rank's rows alone. Give the plain "
+                        "module, and let the run have the ranks: a problem over ranks needs no wrapper"
+                    )
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
+}
+"""By the name of the class: none of them is imported where nobody uses it."""
+
+
+def _held(function: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the tensors, arrays and modules that a function can reach."""
+    numpy = sys.modules.get("numpy")
     left, seen = [("", function)], {}
     while left and len(seen) < MOST:
         name, value = left.pop()
         if id(value) in seen or isinstance(value, (str, bytes, int, float, type, types.ModuleType)):
             continue
         seen[id(value)] = value  # held on to, so that no other object is given its id
-        if isinstance(value, Tensor):
+        is_array = numpy is not None and isinstance(value, numpy.ndarray)
+        if is_array or isinstance(value, (Tensor, nn.Module)):
             yield name, value
-        elif numpy is not None and isinstance(value, numpy.ndarray):
-            yield from _array(value, name)
-        elif isinstance(value, nn.Module):
-            yield from _module(value)
         else:
             left += _reached(value, name)
 

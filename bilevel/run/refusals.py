@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from bilevel import registry, rng, tree
@@ -28,6 +29,7 @@ def refuse_mismatch(setup: Setup) -> None:
     require_kind(offers, Offers, f"{type(setup.lower).__name__}.offers")
     estimator, lower = _names(setup)
     _refuse_ignored_prox(setup)
+    _refuse_own_rows(setup)
     refuse_learned(setup.estimator, offers.learned)
     if learned(setup.upper.optimizer):
         raise ProblemError(
@@ -133,6 +135,24 @@ def _refuse_ignored_prox(setup: Setup) -> None:
             f"estimator {_names(setup)[0]} does not support prox_lower and would "
             "differentiate the lower level without it; use estimator: fixed_point"
         )
+
+
+def _refuse_own_rows(setup: Setup) -> None:
+    """A component that looks inside a loss, and does not sum over ranks what it finds there."""
+    if setup.ranks.is_alone:
+        return
+    left: list[Any] = [setup.estimator, setup.lower, setup.upper.optimizer]
+    while left:
+        part = left.pop()
+        if getattr(part, "own_rows", False):
+            raise ProblemError(
+                f"{type(part).__name__} sees the rows of its own rank alone, so that each of the "
+                f"{setup.ranks.size} ranks would take another step: have it sum what it sees by "
+                "bilevel.ranks.here().sum([...]) and take `own_rows` out of it, or use another, or "
+                "one rank"
+            )
+        if is_dataclass(part):
+            left += [getattr(part, entry.name) for entry in fields(part)]
 
 
 _MOVES_Y = {

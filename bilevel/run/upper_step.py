@@ -11,7 +11,7 @@ import torch
 
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError
-from bilevel.events import Event, Stepped
+from bilevel.events import Event, Sent, Stepped
 from bilevel.problem import estimation
 from bilevel.problem.levels import point_of
 from bilevel.run import accumulation, nonfinite
@@ -23,7 +23,7 @@ from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, St
 
 def advance(setup: Setup, state: State) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not."""
-    began, answer = time.perf_counter(), None
+    began, answer, sent = time.perf_counter(), None, setup.ranks.ledger.mark()
     try:
         taken = _taken(setup, state)
     except ConvergenceError as error:
@@ -59,6 +59,7 @@ def advance(setup: Setup, state: State) -> Iterator[Event]:
         stats,
         state.totals,
         time.perf_counter() - began,
+        None if setup.ranks.is_alone else Sent(*setup.ranks.ledger.since(sent)),
     )
 
 

@@ -22,6 +22,7 @@ from bilevel.events import (
     Progress,
     Saved,
     Started,
+    Stepped,
     Tabulated,
     Warned,
 )
@@ -95,4 +96,6 @@ def plain(event: Event) -> dict[str, Any]:
         content = dataclasses.asdict(event)
         if isinstance(event, Finished) and not event.message:
             del content["message"]
+        if isinstance(event, Stepped) and event.sent is None:
+            del content["sent"]
     return {"event": type(event).__name__.lower(), **content}

@@ -1,14 +1,18 @@
 """A problem over ranks: the losses of the whole, or a refusal before they are used."""
 
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
+from bilevel import calculus, registry, tree
 from bilevel import ranks as over
-from bilevel import tree
+from bilevel import recipe as recipes
+from bilevel.components import component
 from bilevel.errors import ProblemError, RankError
 from bilevel.estimators import Implicit
 from bilevel.linear import CG
@@ -17,7 +21,9 @@ from bilevel.optimizers import SGD
 from bilevel.problem.levels import Levels
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE
+from bilevel.recipe.assemble import assemble
 from bilevel.run import Setup, Upper, engine
+from bilevel.types import Point
 from bilevel_problems.ridge import Ridge
 from tests.ranks import on_ranks
 
@@ -294,3 +300,67 @@ def test_a_problem_that_is_none_is_refused_by_its_name():
             Levels(spread(SimpleNamespace(upper_loss=None, lower_loss=None), ranks))
 
     assert on_ranks(2, work) == [None, None]
+
+
+@component
+class Rowwise:
+    """A preconditioner that looks inside the loss."""
+
+    own_rows: ClassVar[bool] = True
+
+    def init(self, at):
+        return {}
+
+    def prepare(self, system, state):
+        return None, state
+
+
+def test_a_component_that_sees_its_own_rows_is_refused_by_name_over_ranks_alone():
+    def work(ranks):
+        estimator = Implicit(preconditioner=Rowwise())
+        setup = Setup(spread(UNEQUAL, ranks), Gradient(), Upper(), estimator, ranks=ranks)
+        engine.refuse_mismatch(setup)
+
+    assert work(ALONE) is None
+    for said in on_ranks(2, work):
+        assert isinstance(said, ProblemError)
+        assert str(said).startswith("Rowwise sees the rows of its own rank alone")
+
+
+# the shipped problems, as the page on many devices has them
+
+PAGE = Path(__file__).parents[2] / "docs" / "many_devices.md"
+ROWS = re.findall(r"^\| `(\w+)` \| (right|refused)[,:]", PAGE.read_text("utf-8"), re.MULTILINE)
+
+
+def slopes(reference, ranks):
+    """Both losses and their gradients in x and y where a recipe begins."""
+    setup = assemble(recipes.load(reference, ["runtime.dtype=float64"]), ranks)
+    state = engine.start(setup)
+    losses = setup.levels.losses(next(state.upper_batches), next(state.lower_batches))
+    y = tree.map(lambda entry: entry + 0.1, state.y)
+    return [calculus.gradients(loss, Point(state.x, y)) for loss in (losses.upper, losses.lower)]
+
+
+def test_the_page_has_every_shipped_problem():
+    assert sorted(name for name, _ in ROWS) == sorted({*registry.references("problems")} - MADE_OF)
+
+
+MADE_OF = {"learned_start", "over_tasks"}
+ELSEWHERE = {"mllm_hft"}
+"""Takes minutes to prepare; tests/problems/mllm_hft/test_over_ranks.py has a small one."""
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ROWS if name not in ELSEWHERE])
+def test_each_is_right_or_refused_as_the_page_says(name):
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    truth = slopes(path, ALONE)
+    for found in on_ranks(2, lambda ranks: slopes(path, ranks)):
+        if dict(ROWS)[name] == "refused":
+            assert isinstance(found, ProblemError)
+            assert "part(batch, rank, ranks)" in str(found)
+            continue
+        for (value, *got), (expected, *wanted) in zip(found, truth, strict=True):
+            assert float(value) == pytest.approx(float(expected), rel=1e-12)
+            for one, other in zip(got, wanted, strict=True):
+                assert tree.norm(tree.sub(one, other)) <= 1e-12 * tree.norm(other)

@@ -26,6 +26,7 @@ from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import Learned
 from bilevel.optimizers.schedule import Schedule
 from bilevel.problem.levels import Levels
+from bilevel.ranks import Ranks
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
 from bilevel.run.targets import Best
@@ -58,6 +59,12 @@ def made(problem=None, estimator=None, lower=None):
 ONE_CYCLE = Schedule(
     name="OneCycleLR", options={"max_lr": 0.1, "total_steps": 7, "cycle_momentum": False}
 )
+
+
+class OwnRows(Implicit):
+    own_rows = True
+
+
 REFUSED = {
     "no problem": (made(object()), "it lacks init, upper_loss", {"problem": Quadratic()}),
     "steps that cannot be replayed": (
@@ -140,6 +147,11 @@ REFUSED = {
         made(With("lower_constraints"), SingleLoop(), AugmentedLagrangian()),
         "use estimator: kkt",
         {"estimator": KKT()},
+    ),
+    "rows of one's own rank": (
+        replace(made(), estimator=OwnRows(), ranks=Ranks(size=2, group=object())),
+        r"have it sum what it sees by bilevel\.ranks\.here\(\)\.sum",
+        {"estimator": Implicit()},
     ),
 }
 
