@@ -22,12 +22,15 @@ FOLDER = Path(__file__).parent / "notebooks"
 LIMIT = 300
 """Seconds for a cell."""
 MEASURED = "measured"
-"""The tag of a cell that prints seconds and bytes: of it names and counts alone are compared."""
+"""The tag of a cell whose table has seconds and bytes: of it ranks, names and counts are compared.
+
+These numbers also say how wide its columns are, and with that which of them there is room for.
+"""
 RELATIVE, ABSOLUTE = 0.02, 1e-6
 """How far numbers may lie apart that are computed on two machines; what is smaller is rounding."""
 _LEFT_OUT = re.compile(r"\x1b\[[\d;]*m|\b\d[\d.hmd]*s\b")
 """Colours and durations."""
-_COUNTS = re.compile(r"\d+/\d+/\d+|[a-z]\w+\*?")
+_COUNTS = re.compile(r"^\d+ \w+|\b\d+/\d+/\d+\b", re.MULTILINE)
 
 
 def paths() -> list[Path]:
@@ -41,7 +44,7 @@ def executed(notebooks: Sequence[Any], folder: Path) -> list[Any]:
     """
     together = nbformat.v4.new_notebook(cells=[c for each in notebooks for c in each.cells])
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `!bilevel`
-    environment = {**os.environ, "PATH": beside, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": beside, "COLUMNS": "88", "OMP_NUM_THREADS": "1"}
     client = NotebookClient(
         together,
         timeout=LIMIT,

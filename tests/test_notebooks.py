@@ -53,9 +53,10 @@ def cell(text, tags=(), kind="text/plain"):
         ("9 gradients in 0.9s", "9 gradients in 1m03s", (), True),
         ("9 gradients in 0.9s", "8 gradients in 0.9s", (), False),
         ("a b", "a b c", (), False),
-        ("\x1b[32mcg\x1b[0m 2.4 2/5/1", "cg 9.9 2/5/1", ("measured",), True),
-        ("cg 2.4 2/5/1", "cg 2.4 2/6/1", ("measured",), False),
-        ("cg 2.4 2/5/1", "gmres 2.4 2/5/1", ("measured",), False),
+        ("# ms\n1 \x1b[32mcg\x1b[0m 2.4 2/5/1", "1 cg 99 2/5/1\nms left out", ("measured",), True),
+        ("1 cg 2.4 2/5/1", "1 cg 2.4 2/6/1", ("measured",), False),
+        ("1 cg 2.4 2/5/1", "1 gmres 2.4 2/5/1", ("measured",), False),
+        ("1 cg 2/5/1\n2 gmres 3/5/1", "1 cg 2/5/1", ("measured",), False),
     ],
 )
 def test_what_a_cell_printed_is_compared(old, new, tags, agree):
