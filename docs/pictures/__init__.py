@@ -4,7 +4,7 @@ Of each the numbers are kept as JSON and the drawing as SVG. A test computes the
 the dear ones a part) and draws what is kept, so that no picture outlives what it shows.
 """
 
-from docs.pictures import at_a_glance, choice, gallery, panel, quadrants, steps, tables
+from docs.pictures import at_a_glance, choice, gallery, panel, quadrants, steps, tables, training
 from docs.pictures.families import CHARTS
 from docs.pictures.keep import Picture
 
@@ -15,6 +15,7 @@ PICTURES = {
     "benchmarks": Picture(tables.TITLE, tables.compute, tables.draw),
     "quadrants": Picture(quadrants.TITLE, quadrants.compute, quadrants.draw),
     **{f"family_{name}": chart.picture() for name, chart in CHARTS.items()},
+    **{name: chart.picture() for name, chart in training.CHARTS.items()},
     **panel.PICTURES,
     **{f"gallery_{name}": picture for name, picture in gallery.PICTURES.items()},
 }
