@@ -231,12 +231,17 @@ def test_what_is_returned_has_the_form_of_x():
             return replace(got, hypergradient=h, value=got.value.reshape(1))
 
     said = complaint(Wide(Alternating()))
-    assert "float32: hypergradient['slope'] is torch.float64 (2,); expected torch.float32" in said
+    assert "float32: raised CheckError: Wide.estimate must return a hypergradient with" in said
+    assert "as {'slope': (2,) float32, 'level': () float32}; got {'slope': (2,) float64" in said
     assert "value must be a detached scalar tensor" in said
 
 
 def test_moves_are_announced():
     class Walks(Around):
+        def estimate(self, losses, at, state):
+            return replace(super().estimate(losses, at, state), moved=Moved(at.y, 0.0, 0.0))
+
+    class Flattens(Around):
         def estimate(self, losses, at, state):
             flat = tree.map(torch.Tensor.flatten, at.y)
             return replace(super().estimate(losses, at, state), moved=Moved(flat, 0.0, 0.0))
@@ -244,9 +249,10 @@ def test_moves_are_announced():
     class Stands(Around):
         needs = Needs(second_order=False, moves_lower=True)
 
-    said = complaint(Walks(Alternating()))
-    assert "its needs do not say moves_lower" in said
-    assert "moved.y['weight'] is torch.float64 (4,); expected torch.float64 (2, 2)" in said
+    assert "its needs do not say moves_lower" in complaint(Walks(Alternating()))
+    said = complaint(Flattens(Alternating()))
+    assert "must return the y that it moved as {'weight': (2, 2) float64, 'bias'" in said
+    assert "got {'weight': (4,) float64, 'bias'" in said
     assert "needs.moves_lower, and `moved` is None" in complaint(Stands(Alternating()))
 
 

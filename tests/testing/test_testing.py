@@ -281,8 +281,8 @@ def test_a_mistake_is_no_refusal_where_the_constraint_is_not_active():
 PLANTED = {
     "cg residual": (
         "bilevel.linear.cg",
-        "_update_residual(r, alpha, Ap)",
-        "_update_residual(r, -alpha, Ap)",
+        "_update_residual(r, alpha, Ap, by_entry)",
+        "_update_residual(r, -alpha, Ap, by_entry)",
     ),
     "cg step": (
         "bilevel.linear.cg",
