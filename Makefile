@@ -6,7 +6,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: run test lint docs docs-versions sbom gpu-check benchmark clean
+.PHONY: run test lint docs docs-versions sbom gpu-check benchmark profile clean
 
 run: $(INSTALLED)
 	$(BIN)/bilevel run recipes/mllm_hft.yaml
@@ -50,6 +50,10 @@ gpu-check: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.run --page docs/benchmarks.md $(BENCHMARK_ARGS)
 	$(BIN)/python -m tests.benchmarks.products --page docs/estimators/fewer_products.md
+
+profile: $(INSTALLED)
+	for recipe in quadratic ridge logistic lasso hyper_cleaning; do \
+		$(BIN)/bilevel run $$recipe upper.steps=24 evaluate.every=0 --quiet --no-report --profile || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(VENV)-sbom .benchmark docs/_build build dist *.egg-info

@@ -197,6 +197,9 @@ def run(
         bool, typer.Option("--dry-run", help="Check everything, show the recipe, write nothing.")
     ] = False,
     no_report: ReportOption = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
+    ] = False,
     quiet: QuietOption = False,
     json: JSONOption = False,
 ) -> None:
@@ -212,6 +215,7 @@ def run(
             dry=dry_run,
             with_report=not no_report,
             quiet=quiet,
+            profile=profile,
             answer=answer,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,9 @@ from bilevel.cli import ensemble
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
 from bilevel.cli.one_run import Given, begin_in
+from bilevel.cli.profiling import profiling
 from bilevel.cli.shown import showing
+from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 
@@ -26,10 +29,12 @@ def run(
     dry: bool = False,
     with_report: bool = True,
     quiet: bool = False,
+    profile: bool = False,
     answer: JSONAnswer | None = None,
 ) -> None:
     """Run a recipe in a new folder below `runs`; one with `seeds` in a folder a seed.
 
+    `profile` says where the time goes (`bilevel.cli.profiling`).
     For an `answer` each event is a line; it has what `shown.conclude` says.
     """
     if answer:
@@ -39,6 +44,10 @@ def run(
     setup = assemble(recipe)
     engine.refuse_mismatch(setup)
     given = Given(recipes.read(path), overrides, ("bilevel", "run", reference))
+    if profile and recipe.is_ensemble:
+        raise RecipeError(
+            "--profile is of one run, and this recipe has seeds: give one, as in seeds=null seed=0"
+        )
     if recipe.is_ensemble and not dry:
         ensemble.begin(console, recipe, given, runs, with_report, quiet, answer)
         return
@@ -50,4 +59,5 @@ def run(
         console.print(note, markup=False, highlight=False)
         return
     folder = given.create(runs, recipe)
-    begin_in(console, recipe, setup, folder, with_report, showing(quiet, answer), answer)
+    with profiling(console, folder.path) if profile else nullcontext():
+        begin_in(console, recipe, setup, folder, with_report, showing(quiet, answer), answer)

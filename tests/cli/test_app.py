@@ -21,7 +21,15 @@ COMMANDS = {
     "cp": ["RECIPE", "DESTINATION"],
     "new": ["KIND", "NAME", "--to"],
     "validate": ["RECIPE", "OVERRIDES?", *ANSWERS],
-    "run": ["RECIPE", "OVERRIDES?", "--runs-dir", "--dry-run", "--no-report", *ANSWERS],
+    "run": [
+        "RECIPE",
+        "OVERRIDES?",
+        "--runs-dir",
+        "--dry-run",
+        "--no-report",
+        "--profile",
+        *ANSWERS,
+    ],
     "resume": ["RUN", "--runs-dir", "--no-report", *ANSWERS],
     "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path", "--output", *ANSWERS],
     "compare": [
@@ -94,7 +102,7 @@ def test_a_file_bears_its_commands_name():
     assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
-    shared |= {"ensemble", "one_run", "sweep_trial", "options"}
+    shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling"}
     assert files - set(COMMANDS) == shared
 
 
