@@ -61,6 +61,8 @@ nitpick_ignore_regex = [
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
     (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast"),
+    # of runs over several ranks, not offered to users
+    (r"py:class", r"bilevel\.(ranks\.Ranks|problem\.over_tasks\.SomeTasks)"),
     # the type of a documented field that holds another component: Annotated[…, Slot("group")]
     (r"py:class", r"bilevel\.(types\.Annotated|components\.Slot)|preconditioners"),
     (

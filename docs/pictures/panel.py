@@ -30,7 +30,9 @@ OVERRIDES = ["runtime.device=cpu", "upper.steps=120", "estimator.solver.iteratio
 AT = 80
 """The step at which the panel is looked at."""
 LEFT, MEMORY = "2.1s", "0.4 GB"
-KINDS = {kind.__name__: kind for kind in (Started, Stepped, Warned)}
+NUMBERS = ("step", "upper_loss", "lower_loss", "hypergradient_norm")
+EVIDENCE = ("residual", "condition", "curvature")
+"""What the panel shows of a step."""
 LIGHT = TerminalTheme(
     (255, 255, 255),
     (34, 34, 34),
@@ -80,22 +82,26 @@ def compute() -> list[dict[str, Any]]:
     setup = assemble(recipe.load(RECIPES / "quadratic.yaml", OVERRIDES))
     seen = []
     for event in run(setup, start(setup)):
-        if type(event).__name__ in KINDS:
-            said = {key: value for key, value in asdict(event).items() if key != "seconds"}
-            said.get("estimate", {}).pop("seconds", None)
-            seen.append({"event": type(event).__name__, **said})
-        if isinstance(event, Stepped) and event.step == AT:
-            break
+        if isinstance(event, (Started, Warned)):
+            seen.append({"event": type(event).__name__, **asdict(event)})
+        elif isinstance(event, Stepped):
+            numbers = {name: getattr(event, name) for name in NUMBERS}
+            evidence = {name: getattr(event.estimate, name) for name in EVIDENCE}
+            parts = {"estimate": evidence, "totals": asdict(event.totals)}
+            seen.append({"event": "Stepped", **numbers, **parts})
+            if event.step == AT:
+                break
     return seen
 
 
 def _event(said: dict[str, Any]) -> Event:
     said = dict(said)
-    kind = KINDS[said.pop("event")]
-    if kind is Stepped:
-        parts = {"lower": LowerStats, "estimate": Stats, "totals": Totals}
-        said |= {name: part(**said[name]) for name, part in parts.items()} | {"seconds": 0.0}
-    return kind(**said)
+    kind = said.pop("event")
+    if kind != "Stepped":
+        return Started(**said) if kind == "Started" else Warned(**said)
+    estimate, totals = Stats(**said.pop("estimate")), Totals(**said.pop("totals"))
+    lower = LowerStats(0, 0, 0.0, 0.0)  # which the panel does not show
+    return Stepped(**said, lower=lower, estimate=estimate, totals=totals, seconds=0.0)
 
 
 def draw(title: str, width: int, data: list[dict[str, Any]]) -> str:
