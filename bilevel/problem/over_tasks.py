@@ -69,7 +69,7 @@ class OverTasks:
         share = batch.share if isinstance(batch, SomeTasks) else 1.0
         return self._each(self.problem.lower_loss, x, y, batch).sum() / share
 
-    def part(self, batch: Any, rank: int, ranks: int) -> tuple[SomeTasks, float]:
+    def part(self, batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
         """The tasks of a rank; a loss takes their y out of that of all."""
         (own, tasks), share = by_rows((batch, torch.arange(self.num_tasks)), rank, ranks)
         return SomeTasks(own, slice(int(tasks[0]), int(tasks[-1]) + 1), share), share
