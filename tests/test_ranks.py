@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel import minimize
 from bilevel import ranks as over
-from bilevel.errors import ProblemError, RankError
-from bilevel.ranks import ALONE, apart, by_rows, enter, leave
+from bilevel.errors import ProblemError, RankError, RecipeError, RequirementError
+from bilevel.ranks import ALONE, Ranks, apart, by_rows, enter, leave
+from bilevel.run.placement import device
 from bilevel.unrolling.forward_over_reverse import _load
 from tests.imports import PACKAGE
 from tests.ranks import on_ranks
@@ -191,6 +193,30 @@ def test_a_rank_counts_its_calls_and_bytes():
         return one, (ranks.ledger.calls, ranks.ledger.bytes)
 
     assert on_ranks(2, work) == [((1, 40), (3, 60))] * 2
+
+
+@pytest.mark.parametrize("asked", ["cuda:1", "mps"])
+def test_one_device_for_several_ranks_is_refused(asked):
+    two = Ranks(rank=1, size=2, local=1, group=object())
+    said = (
+        f"runtime.device = '{asked}' is one device, and there are 2 ranks; set runtime.device=cuda"
+    )
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        device(asked, ranks=two)
+    assert device("cpu", ranks=two) == torch.device("cpu")
+    assert device("cpu") == torch.device("cpu")
+
+
+def test_of_several_ranks_each_has_the_device_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    at = [Ranks(rank=r, size=3, local=r, group=object()) for r in range(3)]
+    assert [device(name, ranks=at[1]) for name in ("auto", "cuda")] == [torch.device("cuda", 1)] * 2
+    assert device("cuda", ranks=at[0]) == device("cuda") == torch.device("cuda", 0)
+    with pytest.raises(
+        RequirementError, match=r"for rank 2 of this machine, but .* 2 CUDA devices"
+    ):
+        device("cuda", ranks=at[2])
 
 
 # a process alone does without
