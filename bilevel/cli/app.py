@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bilevel.cli.boundary import boundary
+from bilevel.cli.boundary import boundary, computing
 from bilevel.cli.completion import (
     complete_estimators,
     complete_kind,
@@ -204,7 +204,7 @@ def run(
     json: JSONOption = False,
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
-    with boundary(json) as answer:
+    with computing(json) as answer:
         from bilevel.cli.run import run as run_recipe
 
         run_recipe(
@@ -229,7 +229,7 @@ def resume(
     json: JSONOption = False,
 ) -> None:
     """Resume a run as if it had never been stopped."""
-    with boundary(json) as answer:
+    with computing(json) as answer:
         from bilevel.cli.resume import resume as resume_run
 
         resume_run(
@@ -265,7 +265,7 @@ def check(
     json: JSONOption = False,
 ) -> None:
     """Compare estimators with the true hypergradient."""
-    with boundary(json) as answer:
+    with computing(json) as answer:
         from bilevel.cli.check import check as check_recipe
         from bilevel.cli.check import check_path
 
@@ -316,7 +316,7 @@ def compare(
     json: JSONOption = False,
 ) -> None:
     """Compare estimators: error, cost, memory, result."""
-    with boundary(json) as answer:
+    with computing(json) as answer:
         from bilevel.cli.compare import compare as compare_estimators
         from bilevel.errors import RecipeError
 
@@ -394,7 +394,7 @@ def sweep(
     json: JSONOption = False,
 ) -> None:
     """Try many settings: grid, random or Optuna's TPE; the best is ready to run."""
-    with boundary(json) as answer:
+    with computing(json) as answer:
         from bilevel.cli.sweep import sweep as sweep_settings
 
         sweep_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from bilevel import registry
 from bilevel.cli.answer import JSONAnswer, answering
 from bilevel.cli.options import settings
-from bilevel.errors import BilevelError, RequirementError, UserCodeError
+from bilevel.errors import BilevelError, RecipeError, RequirementError, UserCodeError
 
 
 class Stopped(BaseException):
@@ -50,6 +51,23 @@ def boundary(as_json: bool = False) -> Iterator[JSONAnswer | None]:
             raise
         complain(said)
         raise typer.Exit(UserCodeError.exit_code) from None
+
+
+@contextmanager
+def computing(as_json: bool = False) -> Iterator[JSONAnswer | None]:
+    """`boundary` of a command that computes, which is one process: none of several is begun.
+
+    Each would be a whole run, with a folder of its own.
+    """
+    with boundary(as_json) as answer:
+        size = os.environ.get("WORLD_SIZE", "1")  # as torchrun sets it
+        if size not in ("", "0", "1"):
+            raise RecipeError(
+                f"the environment says WORLD_SIZE={size}, and this command is one process: each of "
+                f"the {size} would do all of it, for itself. Start it without torchrun (or with "
+                "WORLD_SIZE unset); several ranks compute one run from Python, see docs/many_devices.md"
+            )
+        yield answer
 
 
 def _explained(error: BaseException) -> str | None:

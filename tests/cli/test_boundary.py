@@ -7,7 +7,7 @@ import pytest
 from bilevel.cli.app import app
 from bilevel.errors import RequirementError
 from bilevel.runfolder import record
-from tests.cli.commands import RUNNER, invoke
+from tests.cli.commands import RUNNER, invoke, run
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,37 @@ def test_errors_are_one_message_and_a_code(arguments, code, message, runs):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "quadratic"],
+        ["resume", "quadratic"],
+        ["check", "quadratic"],
+        ["compare", "quadratic"],
+        ["sweep", "quadratic", "seed=1,2"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_several_ranks_are_not_several_runs(arguments, tmp_path, monkeypatch):
+    """Each would be a run of its own, with a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke(*arguments, code=2)
+    assert "WORLD_SIZE=2" in result.stderr
+    assert "without torchrun" in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_one_rank_is_one_run(runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run(runs)
+
+
+def test_what_computes_nothing_asks_for_no_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    invoke("ls", "sinks")
 
 
 def test_debug_shows_the_traceback():
