@@ -4,7 +4,17 @@ Of each the numbers are kept as JSON and the drawing as SVG. A test computes the
 the dear ones a part) and draws what is kept, so that no picture outlives what it shows.
 """
 
-from docs.pictures import at_a_glance, choice, gallery, panel, quadrants, steps, tables, training
+from docs.pictures import (
+    at_a_glance,
+    choice,
+    gallery,
+    panel,
+    quadrants,
+    seeds,
+    steps,
+    tables,
+    training,
+)
 from docs.pictures.families import CHARTS
 from docs.pictures.keep import Picture
 
@@ -17,6 +27,7 @@ PICTURES = {
     **{f"family_{name}": chart.picture() for name, chart in CHARTS.items()},
     **{name: chart.picture() for name, chart in training.CHARTS.items()},
     **panel.PICTURES,
+    **seeds.PICTURES,
     **{f"gallery_{name}": picture for name, picture in gallery.PICTURES.items()},
 }
 """By the name of their files."""
