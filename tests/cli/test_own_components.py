@@ -153,7 +153,7 @@ def test_what_no_protocol_allows_is_one_line(key, name, answer, message, own, ru
 
 
 @pytest.mark.parametrize(
-    ("key", "name"), {(key, name) for key, name, *_ in ANSWERS.values() if key != "sinks"}
+    ("key", "name"), sorted({(key, name) for key, name, *_ in ANSWERS.values() if key != "sinks"})
 )
 def test_what_they_allow_runs(key, name, own, runs):  # negative control
     invoke("run", "quadratic", given(own, key, name), *short(runs))
