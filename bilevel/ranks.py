@@ -168,8 +168,18 @@ def apart() -> Iterator[None]:
 
 
 def announced() -> int:
-    """How many ranks the environment says there are, as torchrun sets it; 1 without."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks the environment says there are, as torchrun sets it; 1 without.
+
+    Raises:
+        RankError: WORLD_SIZE is no number of ranks.
+    """
+    said = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if not (said.isascii() and said.isdigit() and int(said) > 0):
+        raise RankError(
+            f"the environment says WORLD_SIZE={said!r}; expected how many ranks there are, 1 or more, "
+            "as torchrun sets it. Without it a process is one rank"
+        )
+    return int(said)
 
 
 def join(device: str = "cpu", timeout: float = TIMEOUT) -> Ranks:

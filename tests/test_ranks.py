@@ -254,3 +254,17 @@ def test_a_run_of_one_rank_asks_for_none_of_it(monkeypatch):
     ):
         over.join()
     assert "bilevel.ranks" in asked
+
+
+@pytest.mark.parametrize("said", ["", " ", "1", "01"])
+def test_one_rank_is_alone(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", said)
+    assert over.announced() == 1
+    assert over.join() is ALONE
+
+
+@pytest.mark.parametrize("said", ["0", "-2", "two", "2.0", "²"])
+def test_what_is_no_number_of_ranks_is_refused(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(RankError, match=f"WORLD_SIZE='{said}'; expected how many ranks"):
+        over.join()

@@ -60,14 +60,19 @@ def computing(as_json: bool = False) -> Iterator[JSONAnswer | None]:
     Each would be a whole run, with a folder of its own.
     """
     with boundary(as_json) as answer:
-        size = os.environ.get("WORLD_SIZE", "1")  # as torchrun sets it
-        if size not in ("", "0", "1"):
+        if os.environ.get("WORLD_SIZE") and (size := _announced()) > 1:
             raise RecipeError(
                 f"the environment says WORLD_SIZE={size}, and this command is one process: each of "
                 f"the {size} would do all of it, for itself. Start it without torchrun (or with "
                 "WORLD_SIZE unset); several ranks compute one run from Python, see docs/many_devices.md"
             )
         yield answer
+
+
+def _announced() -> int:
+    from bilevel.ranks import announced  # with torch
+
+    return announced()
 
 
 def _explained(error: BaseException) -> str | None:
