@@ -1,5 +1,6 @@
 """Names to classes; listing without importing."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -138,6 +139,16 @@ def test_a_file_is_relative_to_its_base_and_loaded_once(toys: Path):
 def test_an_edited_file_is_loaded_again(toys: Path):
     before = registry.find("problems", f"{toys}:Plain")
     toys.write_text(TOYS.replace("n: int = 3, tag", "n: int = 4, tag"))
+    after = registry.find("problems", f"{toys}:Plain")
+    assert (before().size, after().size) == (3, 4)
+
+
+def test_an_edit_of_the_same_size_in_the_same_second_too(toys: Path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    os.utime(toys, (1e9, 1e9))
+    before = registry.find("problems", f"{toys}:Plain")
+    toys.write_text(TOYS.replace("n: int = 3, tag", "n: int = 4, tag"))
+    os.utime(toys, (1e9, 1e9))
     after = registry.find("problems", f"{toys}:Plain")
     assert (before().size, after().size) == (3, 4)
 
