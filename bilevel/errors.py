@@ -97,6 +97,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{''.join(where)}"
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or what it is called where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def require_kind(value: object, kind: type, what: str) -> None:
     """Raise `CheckError` unless `what`, of which a component is the author, is a `kind`."""
     if not isinstance(value, kind):

@@ -42,6 +42,21 @@ def _row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
     return f"<tr>{''.join(made)}</tr>"
 
 
+def aligned(
+    heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], words: Collection[str] = ()
+) -> list[str]:
+    """`table` as lines of text."""
+    cells = [heads, *([name, *row] for name, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<", *("<" if head in words else ">" for head in heads[1:])]
+    return [
+        "  ".join(
+            f"{c:{side}{width}}" for c, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
 def lines(*texts: str) -> str:
     """A paragraph of lines; empty ones are left out."""
     return f"<p>{'<br>'.join(escape(text) for text in texts if text)}</p>" if any(texts) else ""

@@ -169,9 +169,11 @@ def _prepared(
             f"{name} must return r ↦ M⁻¹ r, or None, and its state; got a {type(inverse).__name__}"
         )
 
+    what = f"what {name} returned must give M⁻¹ r with the form of r,"
+
     def checked(r: Params) -> Params:
         z = inverse(r)
-        tree.require_like(z, r, f"what {name} returned must give M⁻¹ r with the form of r,")
+        tree.require_like(z, r, what)
         return z
 
     return checked, state

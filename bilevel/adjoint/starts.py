@@ -27,14 +27,11 @@ def begin(
     galerkin: the v in the span of the past ones that is nearest to A⁻¹ b in the norm of A, by one
     product each and no other; never further off in that norm than cold, warm or linear.
     """
+    if start != "warm":  # one vector may be 0; among several it would say nothing
+        past = [v for v in past if tree.norm(v) > 0]
     if not past or start == "cold" or tree.norm(b) == 0:
         return tree.zeros_like(b), None
-    if start == "warm":
-        return past[-1], None
-    past = [v for v in past if tree.norm(v) > 0]
-    if not past:
-        return tree.zeros_like(b), None
-    if len(past) == 1:
+    if start == "warm" or len(past) == 1:
         return past[-1], None
     if start == "linear":
         return tree.sub(tree.scale(2.0, past[-1]), past[-2]), None

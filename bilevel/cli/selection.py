@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bilevel import registry
+from bilevel import registry, sweeping
 from bilevel.errors import BilevelError, RecipeError
 from bilevel.recipe.settings import NUMERIC, flattened, shown
 from bilevel.recipe.yaml_source import parse
@@ -22,8 +22,6 @@ from bilevel.runfolder import record
 from bilevel.runfolder.folder import RunFolder, Summary, summaries, summary_of
 
 Value = str | float | None
-SWEEP = "sweep.yaml"
-"""What the folder of a sweep holds, and no other."""
 _CONDITION = re.compile(r"(.+?)(<=|>=|!=|=|<|>)(.*)", re.DOTALL)
 _ORDERS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -53,7 +51,7 @@ class Listed:
     def sweep(self) -> str | None:
         """The sweep that it is a trial of, as its folder is called."""
         folder = self.summary.folder.path.parent
-        return folder.name if (folder / SWEEP).is_file() else None
+        return folder.name if (folder / sweeping.FILE).is_file() else None
 
     @cached_property
     def columns(self) -> dict[str, Value]:

@@ -70,13 +70,7 @@ class Result:
     def __repr__(self) -> str:
         if not self.history:
             return self._headline()
-        rows = [("", self._heads()), *self._rows()]
-        first = max(len(name) for name, _ in rows)
-        widths = [max(map(len, column)) for column in zip(*(c for _, c in rows), strict=True)]
-        shown = [
-            "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]).rstrip()
-            for name, cells in rows
-        ]
+        shown = notebook.aligned(["", *self._heads()], list(self._rows()))
         return "\n".join([self._headline(), *shown, *self._notes()])
 
     def _repr_html_(self) -> str:

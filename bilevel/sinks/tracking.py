@@ -19,7 +19,13 @@ from typing import Any, Literal, Protocol
 
 from ruamel.yaml import YAML
 
-from bilevel.errors import BilevelError, CheckpointError, RequirementError, TrackerError
+from bilevel.errors import (
+    BilevelError,
+    CheckpointError,
+    RequirementError,
+    TrackerError,
+    reason_of,
+)
 from bilevel.events import Drawn, Event, Finished, Progress, Saved, Started, Tabulated, Warned
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RESOLVED
@@ -87,7 +93,7 @@ class TrackerReceiver:
         try:
             yield
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = reason_of(error)
             raise TrackerError(f"{self._name}: {reason}; {_LEFT_OUT}") from error
 
     def _tell(self, event: Event) -> None:
@@ -120,7 +126,7 @@ def opening(name: str) -> Iterator[None]:
     except BilevelError:
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = reason_of(error)
         raise TrackerError(f"{name}: cannot be opened: {type(error).__name__}: {reason}") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bilevel.components import component
+from bilevel.errors import reason_of
 from bilevel.runfolder import record
 from bilevel.sinks import tracking
 
@@ -52,9 +53,8 @@ class WandB:
             try:
                 run = self._begin(folder, "online")
             except wandb.Error as error:
-                reason = (str(error) or type(error).__name__).strip().splitlines()[0]
                 caution = (
-                    f"wandb: {reason.rstrip('.')}; the run is written offline, and sent by "
+                    f"wandb: {reason_of(error).rstrip('.')}; the run is written offline, and sent by "
                     f"wandb sync {folder / FOLDER}/offline-run-*"
                 )
             else:

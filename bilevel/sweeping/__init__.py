@@ -5,3 +5,6 @@ Optuna's side of it (samplers, pruners, the journal), `drive` starts trials and 
 `result` ranks them, `figure` draws them. A sweep lives in one folder, runs/<name>-sweep/. Nothing here searches
 by itself, and no run is made here: the command line gives what runs a trial.
 """
+
+FILE = "sweep.yaml"
+"""What the folder of a sweep holds, and no other."""

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from bilevel.errors import RecipeError, RequirementError
+from bilevel.errors import RecipeError, RequirementError, reason_of
 
 ADDRESS = "RAY_ADDRESS"
 """Where Ray itself looks for the address of a cluster."""
@@ -44,8 +44,7 @@ def starter(
             address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR"
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RequirementError(f"no Ray cluster at {address}: {reason}") from error
+        raise RequirementError(f"no Ray cluster at {address}: {reason_of(error)}") from error
     asked = resources(threads, device, ray.cluster_resources())
     # a task whose process dies costs its trial alone, and is not tried again
     task = ray.remote(max_retries=0, **asked)(run)

@@ -13,9 +13,9 @@ from bilevel.recipe.recipe import Recipe
 from bilevel.recipe.settings import differences, flattened
 from bilevel.recipe.yaml_source import parse, to_yaml
 from bilevel.runfolder.files import write_text
+from bilevel.sweeping import FILE
 from bilevel.sweeping.space import Dimension, Range, grid_size, written
 
-FILE = "sweep.yaml"
 REMEDY = "make room, or name another folder with --runs-dir; what is done is kept"
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median"]

@@ -33,25 +33,19 @@ class CheckTable(tuple[CheckRow, ...]):
     """Rows of `check`; printed, and in a notebook, they are one table with the notes below it."""
 
     def __repr__(self) -> str:
-        heads = [head.replace("\n", " ") for head in COLUMNS]
-        cells = [[cell(row) for cell in COLUMNS.values()] for row in self]
-        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-        sides = ["<" if head in WORDS else ">" for head in heads]
-        shown = [
-            "  ".join(
-                f"{cell:{side}{width}}"
-                for cell, side, width in zip(row, sides, widths, strict=True)
-            ).rstrip()
-            for row in (heads, *cells)
-        ]
+        shown = notebook.aligned(*self._cells(), words=WORDS)
         return "\n".join([self._reference(), *shown, *self._notes()])
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        first, *heads = (head.replace("\n", " ") for head in COLUMNS)
-        rows = [(row.name, [cell(row) for cell in [*COLUMNS.values()][1:]]) for row in self]
         above, below = notebook.lines(self._reference()), notebook.lines(*self._notes())
-        return above + notebook.table([first, *heads], rows, words=WORDS) + below
+        return above + notebook.table(*self._cells(), words=WORDS) + below
+
+    def _cells(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
+        """(heads, rows with their name)."""
+        others = [*COLUMNS.values()][1:]
+        rows = [(row.name, [cell(row) for cell in others]) for row in self]
+        return [head.replace("\n", " ") for head in COLUMNS], rows
 
     def _reference(self) -> str:
         return f"reference: {', '.join(dict.fromkeys(row.reference for row in self))}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -12,6 +11,7 @@ from bilevel.estimators import SingleLoop
 from bilevel.events import Stepped
 from bilevel.lower import Gradient
 from bilevel.optimizers import SGD
+from bilevel.report.seeds import over_steps
 from bilevel.run import Setup, Upper, engine
 from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from docs.pictures.keep import Picture
@@ -19,8 +19,6 @@ from docs.pictures.style import CYCLE, DASHES, canvas
 
 TITLE = "Two step sizes over five seeds: each run, the means, and their 95 % intervals"
 SEEDS, STEPS = 5, 60
-STUDENT = 2.776
-"""t of four degrees of freedom at 95 %."""
 RATES = (0.2, 0.05)
 
 
@@ -49,17 +47,13 @@ def draw(arms: dict[str, Any]) -> Figure:
     with canvas(6.0, 3.4) as figure:
         axes = figure.subplots()
         for i, (name, runs) in enumerate(arms.items()):
-            steps = range(1, len(runs[0]) + 1)
-            means = [fmean(values) for values in zip(*runs, strict=True)]
-            half = [
-                STUDENT * stdev(values) / math.sqrt(len(runs)) for values in zip(*runs, strict=True)
-            ]
-            for run in runs:
-                axes.plot(steps, run, color=CYCLE[i], linewidth=0.5, alpha=0.6)
-            low, high = (
-                [m + sign * h for m, h in zip(means, half, strict=True)] for sign in (-1, 1)
-            )
+            curves = [list(enumerate(run, 1)) for run in runs]
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), color=CYCLE[i], linewidth=0.5, alpha=0.6)
+            steps, found = zip(*over_steps(curves), strict=True)
+            low, high = ([f.mean + sign * (f.half or 0) for f in found] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=CYCLE[i], alpha=0.2, linewidth=0)
+            means = [each.mean for each in found]
             axes.plot(steps, means, color=CYCLE[i], linestyle=DASHES[i], label=name)
         axes.set(xlabel="upper step", ylabel="‖dΦ/dx‖", ylim=(0, None))
         axes.grid(True)
