@@ -165,7 +165,8 @@ def _watching(clock: StepClock, stepped: Callable[[], None]) -> Iterator[None]:
 
 
 def _print(console: Console, folder: Path, clock: StepClock) -> None:
-    table = Table(title=f"an upper step, the mean of {clock.steps}", title_justify="left")
+    console.print(f"an upper step, the mean of {clock.steps}")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("work")
     for head in ("ms", "%", "calls"):
         table.add_column(head, justify="right")

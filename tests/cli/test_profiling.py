@@ -42,7 +42,9 @@ def test_calls_are_those_of_the_method(profiled):
 def test_the_table_has_a_row_a_kind(profiled):
     folder, output = profiled
     lines = output[output.index("an upper step, the mean of 3") :].splitlines()
-    assert [kind for kind in KINDS if any(f" {kind} " in line for line in lines)] == [*KINDS]
+    assert [kind for kind in KINDS if any(line.startswith(f"{kind} ") for line in lines)] == [
+        *KINDS
+    ]
     assert f"{folder / 'trace.json'}" in output.replace("\n", "")
 
 
