@@ -28,7 +28,7 @@ class Chart:
 
 
 def charts(history: History) -> list[Chart]:
-    """Losses, hypergradient, adjoint, oracle calls; a chart without numbers is left out."""
+    """Losses, hypergradient, adjoint, oracle calls, what was sent; a chart without numbers is left out."""
     one = history.curve
     planned = [
         ("Upper loss F", "before each upper step", {"F": one("upper_loss")}),
@@ -66,6 +66,11 @@ def charts(history: History) -> list[Chart]:
                 "HVPs": one("hvps"),
                 "cross products": one("cross_products"),
             },
+        ),
+        (
+            "Sent by each rank",
+            "MB a step, of what was summed over ranks",
+            {"MB": [(step, sent / 1e6) for step, sent in one("bytes")]},
         ),
     ]
     return [

@@ -24,6 +24,8 @@ _COLUMNS = {
     "curvature": ("estimate", "curvature"),
     "error_bound": ("estimate", "error_bound"),
     **{kind: ("totals", kind) for kind in CALLS},
+    "sums": ("sent", "calls"),
+    "bytes": ("sent", "bytes"),
     "seconds": ("seconds",),
 }
 
@@ -109,7 +111,8 @@ def _add_step(history: History, event: Mapping[str, Any]) -> None:
     for column, path in _COLUMNS.items():
         value: Any = event
         for key in path:
-            value = value.get(key)  # a record of an older version may lack a statistic
+            # a record of an older version may lack a statistic, one of one rank what was sent
+            value = None if value is None else value.get(key)
         history.columns[column].append(record.number(value))
     source = event["estimate"].get("error_bound_from")
     if source and source not in history.error_sources:

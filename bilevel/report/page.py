@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from bilevel.errors import CheckpointError
@@ -100,6 +101,13 @@ def _facts(
         yield "Oracle calls", spelled(*(history.columns[name][-1] for name in CALLS))
         each = history.seconds / len(history.steps)
         yield "Time in steps", f"{_seconds(history.seconds)}, {_seconds(each)} a step"
+    if sent := [size for _, size in history.points("bytes")]:
+        sums = [count for _, count in history.points("sums")]
+        each = f"{median(sums):,.0f} sums of {_size(median(sent))} a step"
+        yield (
+            "Sent by each rank",
+            f"{math.fsum(sums):,.0f} sums of {_size(math.fsum(sent))}; {each}, in the median",
+        )
     yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"
     yield "Seed", str(content["seed"])
     yield "Recipe hash", about["hash"][:12]
@@ -115,6 +123,15 @@ def _seconds(value: float) -> str:
     if value < 0.9995:
         return f"{1000 * value:.3g} ms"
     return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
+
+
+def _size(count: float) -> str:
+    """Of so many bytes: 312 B, 53.1 kB, 3.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _inline(section: Any) -> str:

@@ -132,6 +132,9 @@ def _effort(arms: Sequence[Arm]) -> Table | None:
             "HVPs": lambda run: _end_of(run, "hvps"),
             "cross products": lambda run: _end_of(run, "cross_products"),
             "seconds in steps": lambda run: run.history.seconds,
+            "MB sent by each rank": lambda run: (
+                math.fsum(size for _, size in run.history.points("bytes")) / 1e6 or math.nan
+            ),
         },
     )
 

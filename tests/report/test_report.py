@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,10 @@ pytest.importorskip("vl_convert")
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
-from bilevel.events import Finished, Held
+from bilevel.events import Finished, Held, Sent
 from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
-from bilevel.report.page import _seconds
+from bilevel.report.page import _seconds, _size
 from bilevel.sinks.jsonl import JSONLines
 from tests.sinks.events import EVENTS, STARTED, stepped, with_evidence
 
@@ -213,6 +214,39 @@ def test_the_error_is_said_to_be_a_bound_or_an_estimate(tmp_path: Path):
 
 def test_the_report_counts_each_kind_of_call(run):
     assert "6 gradients, 6 HVPs, 6 cross products" in report.write(run).read_text()
+
+
+def test_what_ranks_sent_stands_where_there_were_several(run):
+    assert "Sent by each rank" not in report.write(run).read_text()
+    receiver = JSONLines().open(run.path, None)
+    receiver.receive(STARTED)
+    for step, size in enumerate((9_000_000, 1000, 2000), 1):
+        receiver.receive(replace(stepped(step), sent=Sent(20 + step, size)))
+    receiver.receive(replace(stepped(4), sent=None))  # resumed on one rank
+    receiver.close()
+    html = report.write(run).read_text()
+    assert "66 sums of 9 MB; 22 sums of 2 kB a step, in the median" in html
+    (chart,) = [c for c in charts(read(run.path)) if c.title == "Sent by each rank"]
+    (values,) = chart.spec["data"].values()
+    assert [(row["step"], row["value"]) for row in values] == [(1, 9.0), (2, 0.001), (3, 0.002)]
+    several = report.write_many([run], run.path / "several.html", title="t", made_by="m")
+    assert "MB sent by each rank" in several.read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (312, "312 B"),
+        (999.4, "999 B"),
+        (999.6, "1 kB"),
+        (53_120, "53.1 kB"),
+        (3.2e6, "3.2 MB"),
+        (1.234e12, "1.23 TB"),
+    ],
+)
+def test_sizes_are_read_in_units_of_a_thousand(count, text):
+    assert _size(count) == text
 
 
 def test_curvature_is_drawn_with_a_line_at_zero_where_it_matters(tmp_path: Path):
