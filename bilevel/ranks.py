@@ -26,12 +26,20 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError, RankError, RequirementError
+from bilevel.errors import ProblemError, RankError, RequirementError, reason_of
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others in a sum before it gives up."""
 PATIENCE = 7 * 24 * 3600.0
 """Seconds that ranks wait for one that works alone: downloads, evaluates, writes."""
+
+
+WATCHED = 1000
+"""So many first sums are each preceded by a message of two integers: whether all ranks sum the same."""
+OWN = (
+    "A component sees the rows of its own rank only, or draws random numbers of its own: sums over a "
+    "batch belong in bilevel.ranks.share, and random numbers in the streams that a component is given"
+)
 
 
 @dataclass
@@ -101,8 +109,30 @@ class Ranks:
         """The integers, equally many, that each rank comes with, in the order of the ranks."""
         mine = torch.zeros(self.size, len(values), dtype=torch.int64)
         mine[self.rank] = torch.tensor(values)
-        where = "cpu" if _is_gloo(self.group) else "cuda"
-        return self.sum_of(mine.to(where)).tolist()
+        return self.sum_of(mine.to(self._where)).tolist()
+
+    def require_same(self, values: Sequence[Tensor]) -> None:
+        """Raise `RankError` where the ranks are about to sum tensors of other sizes each.
+
+        One message of two integers a rank, which is none of the ledger. Without it gloo ends the
+        process, and nccl waits or adds what does not belong together.
+        """
+        own = [sum(value.numel() for value in values), len(values)]
+        every = torch.zeros(self.size, 2, dtype=torch.int64, device=self._where)
+        every[self.rank] = torch.tensor(own)
+        self.group.allreduce_coalesced([every]).wait()
+        for rank, found in enumerate(every.tolist()):
+            if found != every[0].tolist():
+                sizes = [f"{n:,} numbers in {k} tensors" for n, k in (every[0].tolist(), found)]
+                raise RankError(
+                    f"rank 0 of {self.size} sums {sizes[0]} where rank {rank} sums {sizes[1]}: they "
+                    f"do not take the same steps. {OWN}"
+                )
+
+    @property
+    def _where(self) -> str:
+        """The device of what the group sums beside a run's own tensors."""
+        return "cpu" if _is_gloo(self.group) else "cuda"
 
     def from_first(self, value: Any = None) -> Any:
         """What the first rank has here, on every rank; the others wait for as long as it takes."""
@@ -272,6 +302,20 @@ def _operation() -> Any:
 
 def _sum(values: list[Tensor], group: str) -> list[Tensor]:
     ranks = _groups[group]
+    try:
+        if ranks.ledger.calls < WATCHED:
+            ranks.require_same(values)
+        return _summed(values, ranks)
+    except RankError:
+        raise
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.size} waited for a sum in vain: {reason_of(error)}. Another "
+            "rank has ended, or is so slow that the time is over"
+        ) from error
+
+
+def _summed(values: list[Tensor], ranks: Ranks) -> list[Tensor]:
     found = [value.clone(memory_format=torch.contiguous_format) for value in values]
     for dtype in dict.fromkeys(value.dtype for value in found):
         together = [value for value in found if value.dtype == dtype]

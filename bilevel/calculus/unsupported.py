@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import ProblemError
+from bilevel.errors import BilevelError, ProblemError
 from bilevel.types import Loss
 
 _FIRST_ORDER = (
@@ -86,9 +86,9 @@ def grad(
         found = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
     except RuntimeError as error:
         raise_known(loss, error)
-        # memory and devices are no loss's fault; a vector of another shape is the caller's, whose
-        # state is of another problem
-        foreign = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
+        # memory, devices and other ranks are no loss's fault; a vector of another shape is the
+        # caller's, whose state is of another problem
+        foreign = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, BilevelError))
         if foreign or "Mismatch in shape: grad_output" in str(error):
             raise
         raise ProblemError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from bilevel.errors import RankError
-from bilevel.ranks import Ranks
+from bilevel.ranks import OWN, Ranks
 from bilevel.types import Estimate, LowerSolution, Params
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,8 +46,6 @@ def require_agreement(
             other = next(rank for rank, value in enumerate(seen) if value != seen[0])
             values = f": {seen[0]} and {seen[other]}" if "number" in name else ""
             raise RankError(
-                f"step {step}: ranks 0 and {other} of {ranks.size} disagree on {name}{values}. A "
-                "component sees the rows of its own rank only, or draws random numbers of its own: "
-                "sums over a batch belong in bilevel.ranks.share, and random numbers in the streams "
-                "that a component is given. The state is that of the step before"
+                f"step {step}: ranks 0 and {other} of {ranks.size} disagree on {name}{values}. {OWN}. "
+                "The state is that of the step before"
             )
