@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Annotated, Any, Self
 
@@ -17,6 +17,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
+from bilevel.problem.replayed import Replayed
 from bilevel.ranks import by_rows
 from bilevel.rng import Streams
 from bilevel.types import Params
@@ -32,10 +33,12 @@ class OverTasks:
     each upper step is on new tasks; else on the first `num_tasks` throughout, each keeping its y.
 
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
-    that vmap cannot batch (control flow on values). What restricts or starts y (`lower_start`,
-    `project_lower`, `prox_lower`, …) is taken task by task too, `evaluate` is the mean over tasks,
-    `figures` are those of the first. Over several ranks each computes its part of the tasks, and all
-    have the y of all.
+    that vmap cannot batch (control flow on values). From the third evaluation on the operations that
+    vmap came to are replayed (`bilevel.problem.replayed`), with the same values and derivatives bit
+    for bit; `not_replayed` says of which functions they are not, and why. `replayed` off has vmap
+    find them each time. What restricts or starts y (`lower_start`, `project_lower`, `prox_lower`, …)
+    is taken task by task too, `evaluate` is the mean over tasks, `figures` are those of the first.
+    Over several ranks each computes its part of the tasks, and all have the y of all.
 
     Raises:
         ProblemError: a loss that vmap cannot batch.
@@ -46,6 +49,7 @@ class OverTasks:
     num_tasks: PositiveInt = 10
     fresh: bool = True
     batched: bool = True
+    replayed: bool = True
 
     @model_validator(mode="after")
     def _has_tasks(self) -> Self:
@@ -101,33 +105,71 @@ class OverTasks:
             y, batch = tree.map(lambda entry: entry[batch.tasks], y), batch.batch
         if not self.batched:
             return torch.stack([function(x, y_i, at(batch, i)) for i, y_i in self._tasks(y)])
-        # as a list: vmap knows neither dataclasses nor other people's mappings
-        leaves = [leaf for _, leaf in tree.named(batch) if isinstance(leaf, Tensor)]
-
-        @functools.wraps(function)
-        def one(x: Params, y: Params, leaves: list[Tensor]) -> Tensor:
-            given = iter(leaves)
-            whole = tree.map_nested(
-                lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, batch
-            )
-            return function(x, y, whole)
-
-        return self._map(one, (None, 0, 0 if leaves else None), x, y, leaves)
+        return self._map(function, (None, 0, 0), x, y, batch)
 
     def _map(self, function: Callable[..., Any], dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """`function` of one task for all at once, over those arguments that have a 0 in `dims`."""
+        parts = [list(tree.named(argument)) for argument in arguments]
+        inputs = [leaf for part in parts for _, leaf in part if isinstance(leaf, Tensor)]
+        # what it depends on beside the tensors
+        others = [
+            [(where, None if isinstance(leaf, Tensor) else leaf) for where, leaf in part]
+            for part in parts
+        ]
+
+        def by_vmap(given: Sequence[Tensor]) -> Any:
+            return self._by_vmap(function, dims, arguments, given)
+
+        if not self.replayed:
+            return by_vmap(inputs)
+        form = dims, tuple(map(tuple, others))
+        return self._replayed(function.__name__, form, by_vmap, inputs)
+
+    def _by_vmap(
+        self,
+        function: Callable[..., Any],
+        dims: tuple[Any, ...],
+        like: tuple[Any, ...],
+        tensors: Sequence[Tensor],
+    ) -> Any:
+        """`function` of these tensors, in the containers of the arguments `like`."""
+
+        # as a list: vmap knows neither dataclasses nor other people's mappings
+        def one(tensors: list[Tensor]) -> Any:
+            given = iter(tensors)
+            return function(*(_filled(argument, given) for argument in like))
+
+        along = [dim for dim, part in zip(dims, like, strict=True) for _ in _tensors(part)]
         try:
-            return torch.func.vmap(function, dims)(*arguments)
+            return torch.func.vmap(one, (along,))(list(tensors))
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
-            name = getattr(function, "__name__", "a function")
             raise ProblemError(
-                f"{name} of {type(self.problem).__name__} cannot be batched over tasks: {error}; "
-                "rewrite it, or set batched=False, which loops over the tasks"
+                f"{function.__name__} of {type(self.problem).__name__} cannot be batched over "
+                f"tasks: {error}; rewrite it, or set batched=False, which loops over the tasks"
             ) from error
+
+    @cached_property
+    def _replayed(self) -> Replayed:
+        return Replayed(self.problem)
+
+    @property
+    def not_replayed(self) -> dict[str, str]:
+        """Why a function is batched anew at each evaluation, by its name."""
+        return dict(self._replayed.reasons)
 
     def _tasks(self, y: Params) -> Iterator[tuple[int, Params]]:
         return ((i, at(y, i)) for i in range(len(next(iter(y.values())))))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for _, leaf in tree.named(value) if isinstance(leaf, Tensor))
+
+
+def _filled(like: Any, tensors: Iterator[Tensor]) -> Any:
+    """`like` with its tensors replaced by the next ones."""
+    return tree.map_nested(lambda leaf: next(tensors) if isinstance(leaf, Tensor) else leaf, like)
 
 
 @dataclass(frozen=True)
@@ -166,6 +208,20 @@ def _mean(outer: OverTasks, measure: Callable[[Params, Params], dict[str, float]
 
 def _of_the_first(outer: OverTasks, draw: Callable[[Params, Params], dict[str, Any]]) -> Any:
     return lambda x, y: draw(x, at(y, 0))
+
+
+def replay_refusal(problem: Any) -> str | None:
+    """Of a problem that is, or is made of, one over tasks: what it cannot replay, and why."""
+    while problem is not None and not isinstance(problem, OverTasks):
+        problem = getattr(problem, "problem", None)
+    if problem is None or not problem.not_replayed:
+        return None
+    told = "; ".join(f"{name}: {why}" for name, why in problem.not_replayed.items())
+    return (
+        f"{type(problem.problem).__name__} is batched over tasks anew at each evaluation, which is as "
+        f"right and takes longer, because it cannot be replayed ({told}); problem.replayed: false "
+        "says that this is meant"
+    )
 
 
 _UNKNOWN_TASKS = "a closed form of x alone does not know which tasks are in the batch; take it out"

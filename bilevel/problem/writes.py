@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bilevel import tree
 from bilevel.errors import ProblemError
+from bilevel.problem.dispatch import HiddenMode
 from bilevel.types import Loss, Params
 
 MOST = 10_000
@@ -112,22 +111,10 @@ def _out_of_place(operation: str) -> str:
     return f"{name.removesuffix('_')} for {name}"
 
 
-_HIDES = all(
-    hasattr(eval_frame, name)
-    for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
-)
-"""Not public in torch: where a version has no such names, a mode is hidden as torch does it."""
-
-
-class _Watch(TorchDispatchMode):
+class _Watch(HiddenMode):
     """Raises before an operation writes into memory that is owned by others."""
 
     supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Where it can be hidden from torch's compiler without importing that, which takes seconds: no."""
-        return not _HIDES
 
     def __init__(self, level: str, owned: dict[int, str], given: set[int]) -> None:
         super().__init__()
@@ -145,11 +132,6 @@ class _Watch(TorchDispatchMode):
                 if where is not None and (not reshapes or id(tensor) in self._given):
                     raise _refusal(self._level, where, str(func))
         return func(*args, **kwargs)
-
-
-if _HIDES:
-    _SKIPPED = eval_frame._FrameExecStrategy(*[eval_frame._FrameAction.SKIP] * 2)
-    eval_frame.set_code_exec_strategy(_Watch.__torch_dispatch__.__code__, _SKIPPED)
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bilevel.events import Warned
+from bilevel.problem.over_tasks import replay_refusal
 from bilevel.problem.trust import Step, found
 from bilevel.run.setup import Setup, State
 from bilevel.types import Estimate, LowerSolution
@@ -18,6 +19,8 @@ def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -
             f"{skipped} of the lower steps were left out, since G or its gradient was not finite "
             "(lower.nonfinite: skip)"
         )
+    if slower := replay_refusal(setup.problem):
+        kinds["tasks"] = slower
     for kind, message in kinds.items():
         if kind not in state.warned:
             yield Warned(state.step, kind, message)
