@@ -163,12 +163,32 @@ class PathGraph:
 
     def take(self, path: Path, x: Params) -> tuple[Params, Params, Params] | None:
         """`ends`, once; None where the path has other steps."""
-        if path.batches is not self.batches or x.keys() != self.of.keys():
-            return None
-        if any(x[name] is not entry for name, entry in self.of.items()):
+        if not _took(self.of, self.batches, path, x):
             return None
         ends, self.ends = self.ends, None
         return ends
+
+
+@dataclass(frozen=True)
+class PathIterates:
+    """Where a path passed, kept while its steps were taken: good at that x."""
+
+    of: Params
+    """The x at which the steps were taken."""
+    batches: tuple[Any, ...]
+    passed: Mapping[int, tuple[Params, Any]]
+    """(y, state of the optimizer) by the number of steps before it; the first and the last are there."""
+
+    def along(self, path: Path, x: Params) -> Mapping[int, tuple[Params, Any]] | None:
+        """`passed`; None where the path has other steps."""
+        return self.passed if _took(self.of, self.batches, path, x) else None
+
+
+def _took(of: Params, batches: tuple[Any, ...], path: Path, x: Params) -> bool:
+    """Whether a path has these very steps, taken at this very x."""
+    if path.batches is not batches or x.keys() != of.keys():
+        return False
+    return all(x[name] is entry for name, entry in of.items())
 
 
 @dataclass(frozen=True)
@@ -187,6 +207,7 @@ class Path:
     dropped: int = 0
     """Steps that were taken before these and not recorded."""
     graph: PathGraph | None = field(default=None, repr=False, compare=False)
+    iterates: PathIterates | None = field(default=None, repr=False, compare=False)
 
 
 Pairs = tuple[tuple[Params, Params], ...]
@@ -350,6 +371,10 @@ class Estimate:
         yield "trusted", "yes" if self.trusted else "no"
 
 
+Iterates = Literal["each", "root"]
+"""Each iterate of K steps, or each ⌈√K⌉-th; the last is there in both."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What an estimator needs of its surroundings; a run that cannot give it is refused at once."""
@@ -360,6 +385,9 @@ class Needs:
     """How many of the last lower steps must be recorded: 0, a number, or `math.inf` for all."""
     graph: bool = False
     """It takes the graph of those steps where the lower solver kept it, and evaluates none again."""
+    iterates: Iterates | None = None
+    """Which of the iterates between those steps it takes where the lower solver kept them, so that it
+    takes no step again to come to them."""
     fresh: bool = False
     """Batches of its own, drawn by `Loss.fresh` while it estimates."""
     pairs: bool = False
@@ -395,6 +423,8 @@ class Offers:
     """Its steps can be recorded and replayed, as `LowerSolution.path`."""
     graph: bool = False
     """It can keep the graph of the steps that it records: `solve` takes `graph`."""
+    iterates: bool = False
+    """It can keep the iterates between the steps that it records: `solve` takes `iterates`."""
     pairs: bool = False
     """It returns `LowerSolution.pairs`."""
     learned: frozenset[str] = frozenset()

@@ -6,6 +6,7 @@ level that is not convex: IAPTT, Liu, Liu, Zeng and Zhang (2021), arXiv:2110.004
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,18 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.learned import require_in_range, upper_entries
-from bilevel.types import Estimate, Loss, Losses, Needs, Params, Path, Point, Stats
+from bilevel.types import (
+    Estimate,
+    Iterates,
+    Loss,
+    Losses,
+    Needs,
+    Params,
+    Path,
+    PathIterates,
+    Point,
+    Stats,
+)
 from bilevel.unrolling import forward_over_reverse, reversible
 from bilevel.unrolling.nested import flat, rebuild, zeros
 from bilevel.unrolling.path import advance, along, pull_start, replay, require_steps, step
@@ -38,8 +50,9 @@ class Unroll:
     2019, prop. 3.1).
     Costs 1 gradient, 1 HVP and 1 cross product a step, and 1 gradient for F. `recompute`, `traced`,
     `mixed` and `reversible` add 1 gradient a step, `checkpoint` 2; `mixed` adds 2 where the step is
-    not affine in the gradient (Adam, RMSprop) or is projected. In a run `store` spares 1 gradient a
-    step: the lower solver keeps the graph of the steps that it takes.
+    not affine in the gradient (Adam, RMSprop) or is projected. In a run all but `reversible` spare 1
+    gradient a step: the lower solver keeps the graph of the steps that it takes (`store`), or the
+    iterates that are kept anyway.
 
     `memory`: "store" keeps the graph of every step; "recompute" keeps every iterate and rebuilds
     one graph at a time; "traced" does that from a trace of one step, kept between calls and
@@ -50,7 +63,7 @@ class Unroll:
     (`bilevel.unrolling.reversible`).
     `pessimistic` ends the path at its step k of the largest F(x, y_k), and so differentiates
     max over 1 ≤ k ≤ K of F(x, y_k(x)): for a lower level that is not convex, with the start
-    learned (`learned_start`). K gradients and K values of F more.
+    learned (`learned_start`). K gradients and K values of F more, in a run the values alone.
     `along`: the steps to take and differentiate, from y, where the point comes with no path.
 
     Raises:
@@ -68,7 +81,14 @@ class Unroll:
     def needs(self) -> Needs:
         steps = 0 if self.along else self.last or math.inf
         shares = self.memory == "store" and not self.pessimistic
-        return Needs(path=steps, graph=shares, learned=True)
+        return Needs(path=steps, graph=shares, iterates=self._iterates, learned=True)
+
+    @property
+    def _iterates(self) -> Iterates | None:
+        """Those that are evaluated at: the lower solver passes them anyway."""
+        if self.pessimistic or self.memory in ("recompute", "traced", "mixed"):
+            return "each"
+        return "root" if self.memory == "checkpoint" else None
 
     @property
     def claim(self) -> Literal["path"]:
@@ -123,12 +143,25 @@ class Unroll:
         """The path up to its step of the largest F, if `pessimistic`; the first of equal ones."""
         if not self.pessimistic or not path.batches:
             return path
-        values, here = [], path
-        for _ in path.batches:
-            here = advance(here, losses.lower, x, 1)
-            with torch.no_grad():
-                values.append(float(calculus.value(losses.upper, x, here.start)))
-        return replace(path, batches=path.batches[: values.index(max(values)) + 1])
+        values, kept = [], path.iterates and path.iterates.along(path, x)
+        passed = (
+            (kept[k + 1][0] for k in range(len(path.batches))) if kept else _taken(path, losses, x)
+        )
+        with torch.no_grad():
+            values = [float(calculus.value(losses.upper, x, y)) for y in passed]
+        most = values.index(max(values)) + 1
+        batches = path.batches[:most]
+        if kept:
+            upto = {k: kept[k] for k in range(most + 1)}
+            return replace(path, batches=batches, iterates=PathIterates(x, batches, upto))
+        return replace(path, batches=batches)
+
+
+def _taken(path: Path, losses: Losses, x: Params) -> Iterator[Params]:
+    """y after each step of the path."""
+    for _ in path.batches:
+        path = advance(path, losses.lower, x, 1)
+        yield path.start
 
 
 def _store(path: Path, losses: Losses, x: Params) -> tuple[Tensor, Params]:
@@ -172,7 +205,7 @@ def _recompute(
     path: Path, losses: Losses, x: Params, every: int, pull: Pull
 ) -> tuple[Tensor, Params]:
     """The adjoint recursion backwards over segments of `every` steps, one step's graph at a time."""
-    starts, final = _forward(path, losses, x, every)
+    starts, final = _passed(path, x) or _forward(path, losses, x, every)
     value, total, F_y = gradients(losses.upper, Point(x, final.start))
     adjoint = (F_y, zeros(final.state))
     del final, F_y  # each as large as y, and of no use any more
@@ -182,6 +215,18 @@ def _recompute(
             part, adjoint = pull(one, losses.lower, x, adjoint)
             total = tree.axpy_(total, 1.0, part)
     return value, tree.axpy_(total, 1.0, pull_start(path, losses.lower, x, adjoint[0]))
+
+
+def _passed(path: Path, x: Params) -> tuple[list[Path], Path] | None:
+    """What `_forward` returns, from the iterates that the lower solver kept; None where it kept none."""
+    kept = path.iterates and path.iterates.along(path, x)
+    if not kept:
+        return None
+    parts = [
+        Path(path.optimizer, *kept[first], path.batches[first:end])
+        for first, end in itertools.pairwise(sorted(kept))
+    ]
+    return parts, Path(path.optimizer, *kept[max(kept)], ())
 
 
 def _forward(path: Path, losses: Losses, x: Params, every: int) -> tuple[list[Path], Path]:

@@ -24,6 +24,7 @@ from bilevel.optimizers.learned import bound, learned, require_in_range
 from bilevel.optimizers.schedule import Schedule
 from bilevel.optimizers.stepped import stepped
 from bilevel.types import (
+    Iterates,
     Loss,
     LowerSolution,
     LowerStats,
@@ -32,6 +33,7 @@ from bilevel.types import (
     Params,
     Path,
     PathGraph,
+    PathIterates,
     Several,
 )
 
@@ -82,7 +84,7 @@ class Gradient:
         taken = frozenset(option.upper for option in learned(self.optimizer).values())
         supports = frozenset({"project_lower"})
         path = self.optimizer.differentiable
-        return Offers(path=path, graph=path, learned=taken, supports=supports)
+        return Offers(path=path, graph=path, iterates=path, learned=taken, supports=supports)
 
     @property
     def _is_relative(self) -> bool:
@@ -115,6 +117,7 @@ class Gradient:
         state: Any,
         record: float = 0,
         graph: bool = False,
+        iterates: Iterates | None = None,
     ) -> LowerSolution:
         is_relative, spent, rule = self._is_relative, 0, self.rule
         kept, state = (state["scale"], state["optimizer"]) if is_relative else ({}, state)
@@ -127,6 +130,7 @@ class Gradient:
         first = 0 if stops or skips else max(0, self.steps - record)
         start, used, value, norm, steps = (y, state), [], float("nan"), float("nan"), 0
         graphed: _Graphed | None = None
+        passed, every = {}, _every(iterates, int(self.steps - first))
         # without a step there still is a batch for the derivatives at y
         batch, converged = None if self.steps else self.draw(batches), None
         growth, failed, skipped = Growth(), None, 0
@@ -154,6 +158,8 @@ class Gradient:
                 break
             if record and k >= first:
                 start = start if used else (y, state)
+                if every and len(used) % every == 0:
+                    passed[len(used)] = y, state
                 used.append(batch)
             if graphed:
                 y, state = graphed.step(rule, loss.structure.project)
@@ -166,12 +172,22 @@ class Gradient:
         path = Path(rule, *start, tuple(used), dropped=steps - len(used))
         if graphed:
             path = replace(path, graph=graphed.of(path.batches))
+        if every:
+            passed[len(used)] = y, state
+            path = replace(path, iterates=PathIterates(x, path.batches, passed))
         taken = (steps + bool(converged) + skipped + spent) * self.accumulate
         stopped = "tolerance" if converged else "iterations"
         stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped, skipped=skipped)
         if is_relative:
             state = {"optimizer": state, "scale": stop.state(y)}
         return LowerSolution(y, state, stats, batch, path if record else None)
+
+
+def _every(iterates: Iterates | None, steps: int) -> int:
+    """Of how many steps one iterate is kept; 0 where none is."""
+    if iterates is None:
+        return 0
+    return 1 if iterates == "each" else math.isqrt(max(steps - 1, 0)) + 1
 
 
 def _look(

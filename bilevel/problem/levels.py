@@ -13,6 +13,7 @@ from bilevel.problem.protocol import OPTIONAL
 from bilevel.problem.states import require_state
 from bilevel.types import (
     Counts,
+    Iterates,
     Loss,
     Losses,
     LowerSolution,
@@ -84,12 +85,13 @@ class Levels:
         state: Any = None,
         record: float = 0,
         graph: bool = False,
+        iterates: Iterates | None = None,
         restart: bool = True,
     ) -> LowerSolution:
         """The lower solve from y; from `lower_start`, with a new state, where the problem says so.
 
         `state` None begins with a new state; `restart` False begins at y whatever the problem says;
-        `graph` keeps that of the recorded steps, where the solver can.
+        `graph` keeps that of the recorded steps, and `iterates` those between them, where the solver can.
 
         Raises:
             ProblemError: the solver would ignore what restricts y, or cannot record its steps.
@@ -98,7 +100,8 @@ class Levels:
         if begin:
             y, state = tree.detach(begin(x)), None
         loss = self.losses().lower
-        return with_restart(solve(solver, loss, x, y, batches, state, record, graph), begin)
+        found = solve(solver, loss, x, y, batches, state, record, graph, iterates)
+        return with_restart(found, begin)
 
     def unsolved(
         self, solver: LowerSolver, x: Params, y: Params, *, batches: Iterator[Any], state: Any
@@ -132,6 +135,7 @@ def solve(
     state: Any = None,
     record: float = 0,
     graph: bool = False,
+    iterates: Iterates | None = None,
 ) -> LowerSolution:
     """The solver's own solve, once it is known to be able to; `state` None begins with a new one.
 
@@ -144,7 +148,8 @@ def solve(
         state = solver.init(y)
     else:
         require_state(state, y, "the state of the lower solver")
-    kept = {"graph": True} if graph and solver.offers.graph else {}
+    asked = {"graph": graph or None, "iterates": iterates}
+    kept = {name: what for name, what in asked.items() if what and getattr(solver.offers, name)}
     try:
         return solved(solver, loss, x, y, batches=batches, state=state, record=record, **kept)
     except KeyError as error:

@@ -129,6 +129,7 @@ def solve_lower(setup: Setup, state: State, *, recorded: bool = True) -> LowerSo
         state=state.lower,
         record=needs.path if state.x and recorded else 0,
         graph=needs.graph and recorded,
+        iterates=needs.iterates if recorded else None,
     )
 
 
