@@ -11,16 +11,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.problem.levels import Levels
 from tests.cases import assert_close
-from tests.unrolling.test_kept_graph import (
-    CASE,
-    LEVELS,
-    Boxed,
-    FromX,
-    elsewhere,
-    estimate,
-    shorter,
-    solved,
-)
+from tests.unrolling.kept import CASE, LEVELS, Boxed, FromX, elsewhere, estimate, shorter, solved
 
 K = 7
 WAYS = {
