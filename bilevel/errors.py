@@ -65,6 +65,20 @@ class RankError(BilevelError, RuntimeError):
     exit_code = 1
 
 
+class LostRankError(RankError):
+    """A rank waited for others in vain: one of them has failed, or is gone."""
+
+    is_told = False
+    """Whether it is what the other said last, with the exit code of that."""
+
+    @classmethod
+    def told(cls, code: int, said: str) -> LostRankError:
+        """What another rank ended with."""
+        error = cls(said)
+        error.exit_code, error.is_told = code, True
+        return error
+
+
 class UserCodeError(BilevelError, RuntimeError):
     """The problem's own code raised, or returned what a run cannot use."""
 

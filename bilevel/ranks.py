@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError, RankError, RequirementError, reason_of
+from bilevel.errors import LostRankError, ProblemError, RankError, RequirementError, reason_of
+from bilevel.notices import Notices
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others in a sum before it gives up."""
@@ -75,6 +76,8 @@ class Ranks:
     patient: Any = field(default=None, repr=False)
     """The same processes, on CPUs; whoever waits in it does so for `PATIENCE`."""
     ledger: Ledger = field(default_factory=Ledger)
+    notices: Notices | None = field(default=None, repr=False)
+    """Where one that fails leaves its last word."""
 
     @property
     def is_alone(self) -> bool:
@@ -96,8 +99,18 @@ class Ranks:
         return self.sum([value.detach()])[0]
 
     def most(self, value: int) -> int:
-        """The largest of the integers that the ranks come with: a flag that any of them may raise."""
-        return max(self.every(value))
+        """The largest of the integers that the ranks come with: a flag that any of them may raise.
+
+        Whoever comes first waits as long as it takes.
+        """
+        if self.is_alone:
+            return value
+        from torch import distributed
+
+        flag = torch.tensor([value])
+        with self._reaching():
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.patient)
+        return int(flag)
 
     def every(self, value: int) -> list[int]:
         """The integers that the ranks come with, in their order."""
@@ -141,7 +154,8 @@ class Ranks:
         from torch import distributed
 
         told = [value]
-        distributed.broadcast_object_list(told, group=self.patient, group_src=0)
+        with self._reaching():
+            distributed.broadcast_object_list(told, group=self.patient, group_src=0)
         return told[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -151,8 +165,24 @@ class Ranks:
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value, group=self.patient)
+        with self._reaching():
+            distributed.all_gather_object(found, value, group=self.patient)
         return found
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn what torch raises where another rank does not come into a `LostRankError` with its word."""
+        try:
+            yield
+        except (RankError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            if self.notices:
+                raise self.notices.lost(reason_of(error)) from error
+            raise LostRankError(
+                f"rank {self.rank} of {self.size} waited in vain: {reason_of(error)}. Another rank "
+                "has ended, or is so slow that the time is over"
+            ) from error
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
@@ -212,11 +242,36 @@ def announced() -> int:
     return int(said)
 
 
-def join(device: str = "cpu", timeout: float = TIMEOUT) -> Ranks:
+def find_others(timeout: float = TIMEOUT) -> Notices:
+    """Where the ranks that the environment announces leave notices, before they are a group.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are read.
+
+    Raises:
+        RankError: one of them is not set, or nobody is there.
+    """
+    from torch import distributed
+
+    size = announced()
+    try:
+        store, rank, size = next(
+            distributed.rendezvous("env://", timeout=timedelta(seconds=timeout))
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {os.environ.get('RANK', '?')} of {size} finds no others at "
+            f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}: {reason_of(error)}. "
+            "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return Notices(store, rank, size)
+
+
+def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Notices | None = None) -> Ranks:
     """Join the ranks that the environment announces, as torchrun sets it; `ALONE` where there is one.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. Sums are taken by nccl where
-    `device` is "cuda", else by gloo. A group that was formed already is taken as it is.
+    `device` is "cuda", else by gloo. A group that was formed already is taken as it is. In `notices`,
+    which `find_others` gives, a rank that fails finds what another has said.
 
     Raises:
         RequirementError: this torch has no torch.distributed, or not the backend.
@@ -243,10 +298,10 @@ def join(device: str = "cpu", timeout: float = TIMEOUT) -> Ranks:
                 f"rank {os.environ.get('RANK', '?')} of {announced()} finds no others at "
                 f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}: {error}"
             ) from error
-    return adopt(distributed.group.WORLD)
+    return adopt(distributed.group.WORLD, notices)
 
 
-def adopt(group: Any) -> Ranks:
+def adopt(group: Any, notices: Notices | None = None) -> Ranks:
     """Compute with the processes of a group of torch.distributed from here on."""
     global _here
     from torch import distributed
@@ -259,7 +314,7 @@ def adopt(group: Any) -> Ranks:
     )
     rank = distributed.get_rank(group)
     local = int(os.environ.get("LOCAL_RANK", rank))
-    _here = Ranks(rank, group.size(), local, group, patient)
+    _here = Ranks(rank, group.size(), local, group, patient, notices=notices)
     _groups[group.group_name] = _here
     return _here
 
@@ -302,17 +357,10 @@ def _operation() -> Any:
 
 def _sum(values: list[Tensor], group: str) -> list[Tensor]:
     ranks = _groups[group]
-    try:
+    with ranks._reaching():
         if ranks.ledger.calls < WATCHED:
             ranks.require_same(values)
         return _summed(values, ranks)
-    except RankError:
-        raise
-    except RuntimeError as error:
-        raise RankError(
-            f"rank {ranks.rank} of {ranks.size} waited for a sum in vain: {reason_of(error)}. Another "
-            "rank has ended, or is so slow that the time is over"
-        ) from error
 
 
 def _summed(values: list[Tensor], ranks: Ranks) -> list[Tensor]:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "bilevel"
 
 FLOORS = [
     ["errors", "rng", "notebook"],
-    ["types", "components", "runfolder"],
+    ["types", "components", "runfolder", "notices"],
     ["tree", "events", "registry"],
     ["ranks"],
     ["calculus", "linear", "optimizers", "sinks"],

@@ -12,6 +12,7 @@ BUILTINS = {
     "ConvergenceError": ArithmeticError,
     "CheckpointError": RuntimeError,
     "RankError": RuntimeError,
+    "LostRankError": RuntimeError,
     "UserCodeError": RuntimeError,
     "TrackerError": RuntimeError,
 }

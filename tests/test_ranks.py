@@ -232,7 +232,7 @@ def test_a_rank_that_waits_for_one_that_has_ended_says_so():
     waited, ended = on_ranks(2, work)
     assert ended is None
     assert isinstance(waited, RankError)
-    assert str(waited).startswith("rank 0 of 2 waited for a sum in vain: ")
+    assert str(waited).startswith("rank 0 of 2 waited in vain: ")
 
 
 @pytest.mark.parametrize("asked", ["cuda:1", "mps"])

@@ -21,6 +21,7 @@ from bilevel.cli.completion import (
     complete_run,
 )
 from bilevel.cli.options import settings
+from bilevel.cli.spreading import spreading
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,18 @@ class OptionalWatch(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+class Remembering(TyperGroup):
+    """Keeps the words of the command line, which ranks are started with."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = [*args]
+        return super().parse_args(ctx, args)
+
+
+WORDS = "bilevel.words"
+
 app = typer.Typer(
+    cls=Remembering,
     help="Bilevel optimization: hypergradients that come with their evidence.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,6 +94,12 @@ RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders 
 
 JSONOption = Annotated[
     bool, typer.Option("--json", help="For machines: JSON alone on standard output, errors too.")
+]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks", metavar="N", min=1, help="Start so many processes here that compute it together."
+    ),
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="The result and errors, and nothing else.")
@@ -190,6 +208,7 @@ def validate(
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     runs_dir: RunsOption = Path("runs"),
@@ -197,6 +216,7 @@ def run(
         bool, typer.Option("--dry-run", help="Check everything, show the recipe, write nothing.")
     ] = False,
     no_report: ReportOption = False,
+    ranks: RanksOption = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
     ] = False,
@@ -204,7 +224,7 @@ def run(
     json: JSONOption = False,
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
-    with computing(json) as answer:
+    with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
         from bilevel.cli.run import run as run_recipe
 
         run_recipe(
@@ -217,23 +237,32 @@ def run(
             quiet=quiet,
             profile=profile,
             answer=answer,
+            member=member,
         )
 
 
 @app.command()
 def resume(
+    context: typer.Context,
     run: RunArgument,
     runs_dir: RunsOption = Path("runs"),
     no_report: ReportOption = False,
+    ranks: RanksOption = None,
     quiet: QuietOption = False,
     json: JSONOption = False,
 ) -> None:
     """Resume a run as if it had never been stopped."""
-    with computing(json) as answer:
+    with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
         from bilevel.cli.resume import resume as resume_run
 
         resume_run(
-            _console(json), run, runs_dir, with_report=not no_report, quiet=quiet, answer=answer
+            _console(json),
+            run,
+            runs_dir,
+            with_report=not no_report,
+            quiet=quiet,
+            answer=answer,
+            member=member,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,24 +56,66 @@ def boundary(as_json: bool = False) -> Iterator[JSONAnswer | None]:
 
 @contextmanager
 def computing(as_json: bool = False) -> Iterator[JSONAnswer | None]:
-    """`boundary` of a command that computes, which is one process: none of several is begun.
+    """`boundary` of a command that is one process: none of several is begun.
 
-    Each would be a whole run, with a folder of its own.
+    Each would do all of it, and write to the same places.
     """
     with boundary(as_json) as answer:
-        if os.environ.get("WORLD_SIZE") and (size := _announced()) > 1:
+        if (size := announced()) > 1:
             raise RecipeError(
                 f"the environment says WORLD_SIZE={size}, and this command is one process: each of "
                 f"the {size} would do all of it, for itself. Start it without torchrun (or with "
-                "WORLD_SIZE unset); several ranks compute one run from Python, see docs/many_devices.md"
+                "WORLD_SIZE unset); `bilevel run` and `resume` compute with several ranks"
             )
+        refuse_copies()
         yield answer
 
 
-def _announced() -> int:
+def announced() -> int:
+    """How many ranks the environment says there are."""
+    if not os.environ.get("WORLD_SIZE"):
+        return 1
     from bilevel.ranks import announced  # with torch
 
     return announced()
+
+
+COPIES = {
+    "SLURM_STEP_NUM_TASKS": "srun -n",
+    "OMPI_COMM_WORLD_SIZE": "mpirun -n",
+    "PMI_SIZE": "mpirun -n",
+}
+"""What says how many copies of a command were started. A shell in an allocation of Slurm has only
+SLURM_NTASKS, and a batch script too, whose step is one task."""
+
+
+def refuse_copies() -> None:
+    """Raise `RecipeError` where this process is one of several copies that do not know of each other."""
+    if os.environ.get("WORLD_SIZE"):
+        return
+    for name, by in COPIES.items():
+        size = os.environ.get(name, "")
+        if size.isdigit() and int(size) > 1:
+            raise RecipeError(
+                f"{by} {size} has started this command {size} times ({name}={size}), each for itself, "
+                f"with a folder of its own. Start one process, which starts the ranks: bilevel run … "
+                f"--ranks {size}; or torchrun on each machine, see docs/many_devices.md"
+            )
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """(the exit code that comes of an error, what is said of it)."""
+    if isinstance(error, BilevelError):
+        return error.exit_code, str(error)
+    if isinstance(error, Stopped):
+        return error.code, str(error) or "told to stop"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if hasattr(error, "exit_code"):  # of typer
+        return error.exit_code, "ended"  # pyright: ignore[reportAttributeAccessIssue]
+    if (said := _explained(error)) is not None:
+        return UserCodeError.exit_code, said
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 def _explained(error: BaseException) -> str | None:

@@ -12,6 +12,8 @@ from bilevel import recipe as recipes
 from bilevel import runfolder
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import complain
+from bilevel.cli.follow import follow
+from bilevel.cli.member import Member
 from bilevel.cli.run_loop import RunLoop
 from bilevel.cli.shown import Shown, conclude
 from bilevel.cli.signals import Signals
@@ -37,9 +39,15 @@ class Given:
     """Without the overrides."""
 
     def create(
-        self, runs: Path, recipe: Recipe, *, name: str | None = None, **options: str
+        self,
+        runs: Path,
+        recipe: Recipe,
+        *,
+        name: str | None = None,
+        ranks: int = 1,
+        **options: str,
     ) -> RunFolder:
-        """A new run folder; options are those of `runfolder.create`."""
+        """A new run folder, begun by so many ranks; options are those of `runfolder.create`."""
         return runfolder.create(
             runs,
             name or recipe.name,
@@ -51,6 +59,7 @@ class Given:
                 "command": [*self.command, *self.overrides],
                 "settings": settings_of_run(recipe.content),
                 "code": code(recipe.content),
+                "ranks": ranks,
                 **runfolder.environment(),
             },
             **options,
@@ -84,14 +93,21 @@ def resume_in(
     shown: Showing,
     answer: JSONAnswer | None = None,
     signals: Signals | None = None,
+    member: Member | None = None,
 ) -> None:
-    """Go on with the run in a folder, which must not have been changed since it began."""
+    """Go on with the run in a folder, which must not have been changed since it began.
+
+    As a `member` of several ranks, where there are; the first of them finds the checkpoint.
+    """
     recipe, added = unchanged(folder, folder.resolved)
-    setup = assemble(recipe)
+    setup = assemble(recipe, (member or Member()).join(recipe.runtime))
+    signals = signals or Signals()
+    if not setup.ranks.is_first:
+        follow(setup, signals, setup.ranks.from_first())
+        return
     try:
         with folder.lock():
-            loop = RunLoop(console, recipe, setup, folder, with_report, shown, signals or Signals())
-            _go_on(loop, added)
+            _go_on(RunLoop(console, recipe, setup, folder, with_report, shown, signals), added)
     finally:
         conclude(answer, folder)
 
@@ -121,4 +137,5 @@ def _go_on(loop: RunLoop, added: Collection[str]) -> None:
         complain(f"passed over {reason}", kind="warning: ")
     if found:
         refuse_other(found.settings, loop.settings, found.path, added)
+    loop.setup.ranks.from_first(found and found.path)
     loop.resume(found)

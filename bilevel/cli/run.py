@@ -11,10 +11,13 @@ from rich.console import Console
 from bilevel import recipe as recipes
 from bilevel.cli import ensemble
 from bilevel.cli.answer import JSONAnswer
+from bilevel.cli.follow import follow
+from bilevel.cli.member import Member
 from bilevel.cli.names import locate
 from bilevel.cli.one_run import Given, begin_in
 from bilevel.cli.profiling import profiling
 from bilevel.cli.shown import showing
+from bilevel.cli.signals import Signals
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
@@ -31,8 +34,11 @@ def run(
     quiet: bool = False,
     profile: bool = False,
     answer: JSONAnswer | None = None,
+    member: Member | None = None,
 ) -> None:
     """Run a recipe in a new folder below `runs`; one with `seeds` in a folder a seed.
+
+    As a `member` of several ranks that are to compute it, where there are.
 
     `profile` says where the time goes (`bilevel.cli.profiling`).
     For an `answer` each event is a line; it has what `shown.conclude` says.
@@ -41,12 +47,19 @@ def run(
         answer.data = {"event": "result", "runs": []}
     path = locate(reference)
     recipe = recipes.load(path, overrides)
-    setup = assemble(recipe)
+    ranks = (member or Member()).join(recipe.runtime)
+    setup = assemble(recipe, ranks)
     engine.refuse_mismatch(setup)
-    given = Given(recipes.read(path), overrides, ("bilevel", "run", reference))
+    spread = () if ranks.is_alone else ("--ranks", str(ranks.size))
+    given = Given(recipes.read(path), overrides, ("bilevel", "run", reference, *spread))
     if profile and recipe.is_ensemble:
         raise RecipeError(
             "--profile is of one run, and this recipe has seeds: give one, as in seeds=null seed=0"
+        )
+    if recipe.is_ensemble and not ranks.is_alone:
+        raise RecipeError(
+            f"{ranks.size} ranks compute one run, and this recipe has seeds: give one, as in "
+            "seeds=null seed=0, or run it on one rank"
         )
     if recipe.is_ensemble and not dry:
         ensemble.begin(console, recipe, given, runs, with_report, quiet, answer)
@@ -58,6 +71,12 @@ def run(
         note = f"# hash {recipe.hash[:12]}, device {setup.device}; nothing was run"
         console.print(note, markup=False, highlight=False)
         return
-    folder = given.create(runs, recipe)
+    signals = member.signals if member else None
+    if not ranks.is_first:
+        follow(setup, signals or Signals())
+        return
+    folder = given.create(runs, recipe, ranks=ranks.size)
     with profiling(console, folder.path) if profile else nullcontext():
-        begin_in(console, recipe, setup, folder, with_report, showing(quiet, answer), answer)
+        begin_in(
+            console, recipe, setup, folder, with_report, showing(quiet, answer), answer, signals
+        )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bilevel import report
 from bilevel.cli.boundary import Stopped, complain, requiring
+from bilevel.cli.member import leave_word
 from bilevel.cli.options import settings as given
 from bilevel.cli.output import going_on
 from bilevel.cli.shown import Shown
@@ -24,6 +25,7 @@ from bilevel.errors import (
     CheckError,
     CheckpointError,
     ConvergenceError,
+    LostRankError,
     TrackerError,
     UserCodeError,
 )
@@ -84,10 +86,12 @@ class RunLoop:
             except BaseException as error:
                 if not isinstance(error, (Exception, SystemExit)):
                     raise
-                # A divergence is a result and a full disk may pass; after any other error before
-                # the first step is done there is nothing to resume from, nor to read.
+                # A divergence is a result, a full disk may pass, and so may what killed another rank;
+                # after any other error before the first step is done there is nothing to resume
+                # from, nor to read.
                 cause = error.__cause__ if isinstance(error, UserCodeError) else error
-                lasting = not isinstance(cause, (ConvergenceError, CheckpointError, OSError))
+                passing = (ConvergenceError, CheckpointError, OSError, LostRankError)
+                lasting = not isinstance(cause, passing) or getattr(cause, "is_told", False)
                 if lasting and state.step == 0 and self.saved is None:
                     self._discard()
                 else:
@@ -165,6 +169,7 @@ class RunLoop:
             with explaining(lambda: f" in step {state.step + 1}"):
                 self._take_steps(state, began)
         except (Exception, SystemExit) as error:
+            leave_word(self.setup.ranks.notices, error)
             self._rescue(state)
             reason = "diverged" if isinstance(error, ConvergenceError) else "failed"
             said = str(error) or type(error).__name__
@@ -174,8 +179,11 @@ class RunLoop:
                 if not self.is_finished:
                     self._deliver(Finished(state.step, reason, spent, dict(state.warned), said))
             is_whole = self.is_finished and not self.signals.received
-            if isinstance(error, UserCodeError) and (state.step or self.saved) and not is_whole:
-                raise UserCodeError(f"{error}\n{self._how_to_resume()}") from error
+            if (state.step or self.saved) and not is_whole:
+                if isinstance(error, UserCodeError):
+                    raise UserCodeError(f"{error}\n{self._how_to_resume()}") from error
+                if isinstance(error, LostRankError):
+                    error.args = (f"{error}\n{self._how_to_resume()}",)
             raise
 
     def _take_steps(self, state: State, began: float) -> None:
@@ -185,23 +193,26 @@ class RunLoop:
             self.is_delivered = True
             if isinstance(event, Finished):
                 self.signals.received, self.is_finished = None, True
-            elif self.signals.received and isinstance(event, Progress) and event.stage == HELD:
-                self._deliver(Warned(state.step, HELD, LEFT_OUT))
-                self._end(state, began, *engine.ending(self.setup, state))
-                self.signals.received = None
-                return
-            elif self._is_settled(event, state):
+            elif isinstance(event, Progress) and event.stage == HELD:
+                if self.signals.agree(self.setup.ranks):
+                    self._deliver(Warned(state.step, HELD, LEFT_OUT))
+                    self._end(state, began, *engine.ending(self.setup, state))
+                    self.signals.received = None
+                    return
+            elif is_settled(event, self.setup, state):
                 if isinstance(event, Evaluated) and engine.is_best(state):
                     self._save_best(state)
                 is_last = engine.is_over(self.setup, state)
-                if self.signals.received and not is_last:
-                    self._save(state)
-                    self._end(state, began, self.signals.reason)
-                    return
                 every = self.recipe.checkpoint.every
                 is_due = every and state.step and state.step % every == 0
-                if is_last or is_due or (self.broken and self._is_ahead(state)):
+                is_saved = is_last or is_due or (self.broken and self._is_ahead(state))
+                if is_saved:
                     self._save(state)
+                if not is_last and self.signals.agree(self.setup.ranks):
+                    if not is_saved:
+                        self._save(state)
+                    self._end(state, began, self.signals.reason)
+                    return
             if self.broken and not self._is_ahead(state):
                 raise self.broken
 
@@ -215,12 +226,6 @@ class RunLoop:
         self.is_finished = True
         if self.broken:
             raise self.broken
-
-    def _is_settled(self, event: Event, state: State) -> bool:
-        """Whether all events of the present step have come, so that none is lost or repeated."""
-        if isinstance(event, Evaluated):
-            return True
-        return isinstance(event, Stepped) and not engine.is_due(self.setup, state)
 
     def _rescue(self, state: State) -> None:
         """Save the last good step after an error of the engine or the problem.
@@ -327,7 +332,9 @@ class RunLoop:
 
     def _how_to_resume(self) -> str:
         where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"
-        return f"Go on ({where}): bilevel resume {self.folder.path}"
+        ranks = self.setup.ranks
+        with_ranks = "" if ranks.is_alone else f" --ranks {ranks.size}"
+        return f"Go on ({where}): bilevel resume {self.folder.path}{with_ranks}"
 
     def _report_on(self, error: BaseException) -> None:
         """The report of a run that an error ended; a disk that took no event takes no report."""
@@ -343,6 +350,13 @@ class RunLoop:
             complain(f"no report: {error}", kind="warning: ")
         else:
             self.console.print(Text(f"{path}"), soft_wrap=True)
+
+
+def is_settled(event: Event, setup: Setup, state: State) -> bool:
+    """Whether all events of the present step have come, so that none is lost or repeated."""
+    if isinstance(event, Evaluated):
+        return True
+    return isinstance(event, Stepped) and not engine.is_due(setup, state)
 
 
 def _require_receiver(opened: object, method: str) -> None:

@@ -1,12 +1,20 @@
-"""Ctrl-C, SIGTERM and SIGHUP during a run: the step is finished and saved; the second time, at once."""
+"""Ctrl-C, SIGTERM and SIGHUP during a run: the step is finished and saved; the second time, at once.
+
+What one of several ranks receives, all act upon, after the same step.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
 from bilevel.cli.boundary import Stopped
+
+if TYPE_CHECKING:
+    from bilevel.ranks import Ranks
 
 REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
@@ -17,7 +25,7 @@ class Signals:
 
     While `is_patient` is false, as before the first step, a signal raises `Stopped` at once. A hang-up
     never does so as the second one: a terminal that closes sends it twice, and systemd after SIGTERM.
-    One that is ignored, as under nohup, stays so.
+    One that is ignored, as under nohup, stays so. It may be entered within itself.
     """
 
     def __init__(self) -> None:
@@ -27,6 +35,9 @@ class Signals:
         """Called when a signal is noted."""
         self._asked = ""
         self._before: dict[signal.Signals, object] = {}
+        self._depth = 0
+        # of a launcher that is gone no signal comes any more
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def code(self) -> int:
@@ -44,7 +55,20 @@ class Signals:
         """Have the run end after this step, its state saved, as SIGTERM would, for another reason."""
         self.received, self._asked = signal.SIGTERM, reason
 
+    def agree(self, ranks: Ranks) -> bool:
+        """Whether to end after this step, as any of the ranks was told to; all ask after the same one."""
+        own = self.received
+        if own is None and self._launcher not in (None, os.getppid()):
+            own = HANGUP
+        number = ranks.most(int(own or 0))
+        if number:
+            self.received = signal.Signals(number)
+        return bool(number)
+
     def __enter__(self) -> Signals:
+        self._depth += 1
+        if self._depth > 1:
+            return self
         for number in (signal.Signals[name] for name in REASONS if hasattr(signal, name)):
             if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
@@ -56,6 +80,9 @@ class Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 

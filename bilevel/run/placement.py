@@ -19,7 +19,7 @@ def device(asked: str, option: str = "runtime.device", ranks: Ranks = ALONE) -> 
         RequirementError: this machine does not have it; the message names `option`.
         RecipeError: several ranks would be on one device.
     """
-    if not ranks.is_alone and (":" in asked or asked == "mps"):
+    if ranks.size > 1 and (":" in asked or asked == "mps"):
         raise RecipeError(
             f"{option} = {asked!r} is one device, and there are {ranks.size} ranks; set {option}="
             "cuda, which gives each the device of its number, or cpu, or take one rank"
@@ -32,7 +32,7 @@ def device(asked: str, option: str = "runtime.device", ranks: Ranks = ALONE) -> 
         number = int(index or ranks.local)
         if number >= count:
             found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
-            at = "" if ranks.is_alone else f" for rank {ranks.local} of this machine"
+            at = "" if ranks.size == 1 else f" for rank {ranks.local} of this machine"
             raise RequirementError(
                 f"{option} = {asked!r}{at}, but torch {torch.__version__} finds {found}; use "
                 f"{option}=auto, or install a torch build with CUDA (`bilevel doctor`)"

@@ -27,10 +27,11 @@ COMMANDS = {
         "--runs-dir",
         "--dry-run",
         "--no-report",
+        "--ranks",
         "--profile",
         *ANSWERS,
     ],
-    "resume": ["RUN", "--runs-dir", "--no-report", *ANSWERS],
+    "resume": ["RUN", "--runs-dir", "--no-report", "--ranks", *ANSWERS],
     "check": ["RECIPE", "OVERRIDES?", "--estimators", "--path", "--output", *ANSWERS],
     "compare": [
         "RECIPE",

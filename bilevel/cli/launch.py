@@ -1,0 +1,181 @@
+"""`--ranks N`: N processes of this machine that compute one run, started and watched by torch's own agent.
+
+Each is the same command line without `--ranks`, as torchrun would start it. The agent knows how each
+ended; what is added to it is that a signal goes to the ranks, and that they have all the time they need.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from bilevel.cli.options import settings
+from bilevel.cli.signals import REASONS
+from bilevel.errors import RankError
+
+MARK = "BILEVEL_LAUNCH"
+"""Where ranks that were started here write their process ids."""
+LAST = 10
+"""Seconds from the second signal to the end of what has not ended."""
+
+
+def launch(size: int, words: Sequence[str]) -> tuple[int, str]:
+    """(exit code, what is to be said beside what the ranks said), once all have ended."""
+    with tempfile.TemporaryDirectory(prefix="bilevel-") as folder, _quiet():
+        relay = Relay(Path(folder), size)
+        with _environment(size, folder), relay:
+            try:
+                elastic_launch(_config(size), sys.executable)(*_command(words))
+            except ChildFailedError as error:
+                code, said = verdict(size, error.failures)
+                return code, "" if relay.received else said
+            except SignalException:
+                assert relay.received is not None
+                return 128 + relay.received, ""
+            except (RuntimeError, OSError) as error:
+                raise RankError(f"{size} ranks cannot be started here: {error}") from error
+    return 0, ""
+
+
+def register(rank: int) -> None:
+    """Have signals to the process that started this rank passed on to it; nothing under torchrun."""
+    if folder := os.environ.get(MARK):
+        with suppress(OSError):
+            Path(folder, str(rank)).write_text(str(os.getpid()), encoding="ascii")
+
+
+def verdict(size: int, failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
+    """(exit code, what is to be said where no rank did): of the rank that ended the others.
+
+    Failures come as they were seen. One that was killed may be seen after one that lost it.
+    """
+    found = list(failures.items())
+    first = found[0]
+    if first[1].exitcode == RankError.exit_code:
+        at_once = [one for one in found if one[1].timestamp <= first[1].timestamp + 1]
+        killed = [one for one in at_once if one[1].exitcode < 0]
+        first = next((one for one in killed if one[1].exitcode != -signal.SIGTERM), first)
+    rank, failure = first
+    code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    spoke = 0 not in failures or failures[0].exitcode > 0
+    if spoke:
+        return code, ""
+    how = f"ended with exit code {code}"
+    if failure.exitcode < 0:
+        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        how += ", as the system does where memory runs out" if code == 137 else ""
+    return code, (
+        f"rank {rank} of {size} {how}. `bilevel runs` lists the run, and `bilevel resume RUN --ranks "
+        f"{size}` goes on with it from what was saved"
+    )
+
+
+@dataclass
+class Relay:
+    """Passes a signal on to the ranks, which have a session of their own; ends them at the second."""
+
+    folder: Path
+    size: int
+    received: signal.Signals | None = None
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Relay:
+        for number in (getattr(signal, name, None) for name in REASONS):
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._pass)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = self.received, signal.Signals(number)
+        ranks = [path.read_text(encoding="ascii") for path in self.folder.iterdir()]
+        if len(ranks) < self.size:  # not all of them hear a signal yet
+            raise SignalException("before the ranks had begun", signal.SIGTERM)
+        if again is not None:
+            if self.received.name == "SIGHUP":  # which comes twice, and after SIGTERM
+                self.received = again
+                return
+            raise SignalException("the second signal", self.received)
+        for pid in filter(None, ranks):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), number)
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """This command line for one rank: by this interpreter, with modules from where this process has them."""
+    left, given = [], iter(words)
+    for word in given:
+        if word == "--ranks":
+            next(given, None)
+        elif not word.startswith("--ranks="):
+            left.append(word)
+    safe = [] if {"", os.getcwd()} & {*sys.path} else ["-P"]
+    return [*safe, "-m", "bilevel", *left]
+
+
+def _config(size: int) -> LaunchConfig:
+    more = {"shutdown_timeout": LAST}  # of torch 2.13; before, it is 30
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id="bilevel",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGQUIT",  # the others are passed on
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        **{key: value for key, value in more.items() if key in _FIELDS},
+    )
+
+
+_FIELDS = {each.name for each in fields(LaunchConfig)}
+
+
+@contextmanager
+def _environment(size: int, folder: str) -> Iterator[None]:
+    """The mark, and as many threads for each rank as there are cores for it."""
+    threads = max(1, _cores() // size)
+    added = {MARK: folder} | (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    )
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the agent logs of ranks that end is said in fewer words, unless tracebacks are asked for."""
+    before = logging.root.manager.disable
+    logging.disable(before if settings.debug else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,161 @@
+"""A process as one of the ranks of a run, or alone: how it joins, and what it leaves when it ends.
+
+The first rank writes and speaks. Another one is silent, and ends with the code of the first, after it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bilevel.cli.boundary import Stopped, outcome
+from bilevel.cli.options import settings
+from bilevel.cli.signals import REASONS, Signals
+from bilevel.errors import LostRankError
+from bilevel.notices import PERIOD, Notices
+
+if TYPE_CHECKING:
+    from bilevel.ranks import Ranks
+    from bilevel.recipe.recipe import Runtime
+
+PATIENCE = 2.0
+"""Seconds in which a rank that failed expects the first to fail for the same reason.
+
+After them it ends, which wakes a first rank that waits for it.
+"""
+
+
+@dataclass
+class Member:
+    """One of the processes that the environment announces, or one alone."""
+
+    notices: Notices | None = None
+    signals: Signals | None = None
+    timeout: float = 600.0
+
+    @property
+    def is_first(self) -> bool:
+        return self.notices is None or self.notices.rank == 0
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """What the first rank finds, in plain values, on every rank; before they are a group."""
+        if self.notices is None:
+            return work()
+        if not self.is_first:
+            return self.notices.told(self.timeout)
+        found = work()
+        self.notices.tell(found)
+        return found
+
+    def join(self, runtime: Runtime) -> Ranks:
+        """The ranks of a run, once all of them can compute it; alone without others.
+
+        Raises:
+            LostRankError: another one cannot; it is told why.
+        """
+        from bilevel import ranks
+        from bilevel.run import placement
+
+        if self.notices is None:
+            return ranks.ALONE
+        local = int(os.environ.get("LOCAL_RANK", self.notices.rank))
+        here = ranks.Ranks(self.notices.rank, self.notices.size, local)
+        kind = placement.device(runtime.device, ranks=here).type
+        self.notices.meet(self.timeout)
+        return ranks.join(kind, self.timeout, self.notices)
+
+
+def leave_word(notices: Notices | None, error: BaseException) -> None:
+    """Say in notices what ended this rank, once; nothing where it is alone."""
+    if notices is not None:
+        code, said = outcome(error)
+        notices.leave(code, said, is_cause=not isinstance(error, LostRankError))
+
+
+@contextmanager
+def leaving_a_word(member: Member) -> Iterator[None]:
+    """Whatever ends this rank is said in the notices; any but the first then ends without a message."""
+    assert member.notices is not None
+    try:
+        yield
+    except BaseException as error:
+        leave_word(member.notices, error)
+        if member.is_first or settings.debug:
+            raise
+        raise Stopped(outcome(error)[0]) from error
+
+
+@contextmanager
+def ending_together(is_first: bool, member: Member) -> Iterator[None]:
+    """The first rank is the last to speak and the first to end, and all end with its code.
+
+    So a launcher that stops the others once one has failed stops nobody who has something to say.
+    """
+    import typer
+
+    code = 0
+    with _heard(is_first):
+        try:
+            yield
+        except typer.Exit as error:
+            code = error.exit_code
+        except BaseException:  # which Python shows, with its traceback
+            _end(member, 1)
+            raise
+        code = _end(member, code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _end(member: Member, code: int) -> int:
+    notices = member.notices
+    if notices is None:
+        return code
+    for name in REASONS:
+        if number := getattr(signal, name, None):
+            is_deaf = member.is_first or name != "SIGTERM"  # by which a launcher ends the others
+            signal.signal(number, signal.SIG_IGN if is_deaf else signal.SIG_DFL)
+    if member.is_first:
+        sys.stdout.flush()
+        notices.end(code)
+    else:
+        code = _code_of_the_first(notices, code)
+    with suppress(Exception):
+        from bilevel import ranks
+
+        ranks.depart()
+    return code
+
+
+def _code_of_the_first(notices: Notices, code: int) -> int:
+    """That with which the first rank ends, once it does; one's own where the first does not know of an end."""
+    until = time.monotonic() + PATIENCE
+    with suppress(LostRankError):
+        while (ended := notices.ended()) is None:
+            if code and notices.word(0) is None and time.monotonic() > until:
+                return code
+            time.sleep(PERIOD)
+        return ended
+    return code
+
+
+@contextmanager
+def _heard(is_first: bool) -> Iterator[None]:
+    """Any rank but the first prints nothing: what each would say, the first does."""
+    if is_first:
+        yield
+        return
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = nowhere
+        sys.stderr = before[1] if settings.debug else nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
