@@ -36,7 +36,7 @@ def _is_stopped(setup: Setup, state: State, signals: Signals) -> bool:
             if signals.agree(setup.ranks):
                 return False
             continue
-        may_stop = is_settled(event, setup, state) and not engine.is_over(setup, state)
-        if may_stop and signals.agree(setup.ranks):
+        may_end = is_settled(event, setup, state) and not engine.is_over(setup, state)
+        if may_end and signals.agree(setup.ranks):
             return True
     return False
