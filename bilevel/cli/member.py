@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bilevel.ranks import Ranks
     from bilevel.recipe.recipe import Runtime
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 """Seconds in which a rank that failed expects the first to fail for the same reason.
 
 After them it ends, which wakes a first rank that waits for it.

@@ -93,5 +93,6 @@ class Signals:
         self.received = signal.Signals(number)
         if again or not self.is_patient:
             raise Stopped(self.code)
-        if self.tell:
+        # by SIGTERM a launcher ends the ranks that are left, once one has failed
+        if self.tell and (self._launcher is None or number != signal.SIGTERM):
             self.tell()

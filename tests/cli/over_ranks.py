@@ -140,6 +140,7 @@ def on_command_line(
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "test",
         "ACTS": acts,
         **(environment or {}),
     }
