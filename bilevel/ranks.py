@@ -27,7 +27,6 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import LostRankError, ProblemError, RankError, RequirementError, reason_of
-from bilevel.notices import Notices
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others in a sum before it gives up."""
@@ -76,8 +75,8 @@ class Ranks:
     patient: Any = field(default=None, repr=False)
     """The same processes, on CPUs; whoever waits in it does so for `PATIENCE`."""
     ledger: Ledger = field(default_factory=Ledger)
-    notices: Notices | None = field(default=None, repr=False)
-    """Where one that fails leaves its last word."""
+    notices: Any = field(default=None, repr=False)
+    """Where one that fails leaves its last word (`bilevel.run.notices`), if anywhere."""
 
     @property
     def is_alone(self) -> bool:
@@ -242,8 +241,8 @@ def announced() -> int:
     return int(said)
 
 
-def find_others(timeout: float = TIMEOUT) -> Notices:
-    """Where the ranks that the environment announces leave notices, before they are a group.
+def find_others(timeout: float = TIMEOUT) -> tuple[Any, int, int]:
+    """(a store that the ranks share before they are a group, this one's number, how many there are).
 
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are read.
 
@@ -263,15 +262,15 @@ def find_others(timeout: float = TIMEOUT) -> Notices:
             f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}: {reason_of(error)}. "
             "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         ) from error
-    return Notices(store, rank, size)
+    return distributed.PrefixStore("bilevel", store), rank, size
 
 
-def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Notices | None = None) -> Ranks:
+def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Any = None) -> Ranks:
     """Join the ranks that the environment announces, as torchrun sets it; `ALONE` where there is one.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. Sums are taken by nccl where
-    `device` is "cuda", else by gloo. A group that was formed already is taken as it is. In `notices`,
-    which `find_others` gives, a rank that fails finds what another has said.
+    `device` is "cuda", else by gloo. A group that was formed already is taken as it is. In `notices`
+    a rank that waits in vain finds what another has said.
 
     Raises:
         RequirementError: this torch has no torch.distributed, or not the backend.
@@ -301,7 +300,7 @@ def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Notices | None 
     return adopt(distributed.group.WORLD, notices)
 
 
-def adopt(group: Any, notices: Notices | None = None) -> Ranks:
+def adopt(group: Any, notices: Any = None) -> Ranks:
     """Compute with the processes of a group of torch.distributed from here on."""
     global _here
     from torch import distributed

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "bilevel"
 
 FLOORS = [
     ["errors", "rng", "notebook"],
-    ["types", "components", "runfolder", "notices"],
+    ["types", "components", "runfolder"],
     ["tree", "events", "registry"],
     ["ranks"],
     ["calculus", "linear", "optimizers", "sinks"],
@@ -70,8 +70,8 @@ def files(package: Path = PACKAGE) -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """The room of a module; empty for the package itself."""
-    return (*module.split("."), "")[1]
+    """The room of a module; empty for the package itself, and its door `__main__`."""
+    return (*module.removesuffix(".__main__").split("."), "")[1]
 
 
 def rooms(graph: Graph) -> dict[str, set[str]]:

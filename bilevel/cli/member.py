@@ -18,7 +18,7 @@ from bilevel.cli.boundary import Stopped, outcome
 from bilevel.cli.options import settings
 from bilevel.cli.signals import REASONS, Signals
 from bilevel.errors import LostRankError
-from bilevel.notices import PERIOD, Notices
+from bilevel.run.notices import PERIOD, Notices
 
 if TYPE_CHECKING:
     from bilevel.ranks import Ranks

@@ -80,7 +80,8 @@ def _start(as_json: bool, ranks: int, words: Sequence[str]) -> None:
 def _find_others(member: Member) -> None:
     from bilevel.cli.launch import register
     from bilevel.ranks import find_others
+    from bilevel.run.notices import Notices
 
-    member.notices = find_others(member.timeout)
+    member.notices = Notices(*find_others(member.timeout))
     member.signals = Signals()
     register(member.notices.rank)

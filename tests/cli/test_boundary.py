@@ -35,8 +35,6 @@ def test_errors_are_one_message_and_a_code(arguments, code, message, runs):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["run", "quadratic"],
-        ["resume", "quadratic"],
         ["check", "quadratic"],
         ["compare", "quadratic"],
         ["sweep", "quadratic", "seed=1,2"],
@@ -50,6 +48,59 @@ def test_several_ranks_are_not_several_runs(arguments, tmp_path, monkeypatch):
     result = invoke(*arguments, code=2)
     assert "WORLD_SIZE=2" in result.stderr
     assert "without torchrun" in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("command", ["run", "resume"])
+def test_a_rank_without_others_is_no_run(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    result = invoke(command, "quadratic", code=1)
+    assert "finds no others at (MASTER_ADDR is not set)" in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "srun -n 2 has started"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun -n 4 has started"),
+        ({"PMI_SIZE": "3"}, "mpirun -n 3 has started"),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "quadratic"], ["run", "quadratic", "--ranks", "2"], ["check", "quadratic"]],
+)
+def test_copies_that_do_not_know_of_each_other_are_refused(
+    arguments, environment, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke(*arguments, code=2)
+    assert said in result.stderr
+    assert "--ranks" in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_shell_in_an_allocation_and_a_batch_script_are_one_process(runs, monkeypatch):
+    """salloc and sbatch set how many tasks there may be; the step has one."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    run(runs)
+
+
+@pytest.mark.parametrize("command", [["run", "quadratic"], ["resume", "quadratic"]])
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_ranks_start_no_ranks(command, size, tmp_path, monkeypatch):
+    """Not under torchrun, and not a run's own ranks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    result = invoke(*command, "--ranks", "2", code=2)
+    assert f"is one of WORLD_SIZE={size} already; leave it out under torchrun" in result.stderr
     assert [*tmp_path.iterdir()] == []
 
 

@@ -30,13 +30,10 @@ class Word:
 
 
 class Notices:
-    """A store of torch.distributed, as one rank writes to it and reads from it."""
+    """A store of keys and values that the ranks share, as one of them writes to it and reads from it."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        from torch.distributed import PrefixStore
-
-        self.rank, self.size = rank, size
-        self._store = PrefixStore("bilevel", store)
+        self.rank, self.size, self._store = rank, size, store
 
     def leave(self, code: int, said: str, *, is_cause: bool = True) -> None:
         """This rank's last word, once; as the cause of what follows unless another was first."""
