@@ -249,20 +249,21 @@ def find_others(timeout: float = TIMEOUT) -> tuple[Any, int, int]:
     Raises:
         RankError: one of them is not set, or nobody is there.
     """
-    from torch import distributed
+    from torch.distributed.distributed_c10d import (
+        PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    )
+    from torch.distributed.rendezvous import rendezvous
 
     size = announced()
     try:
-        store, rank, size = next(
-            distributed.rendezvous("env://", timeout=timedelta(seconds=timeout))
-        )
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {os.environ.get('RANK', '?')} of {size} finds no others at "
             f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}: {reason_of(error)}. "
             "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         ) from error
-    return distributed.PrefixStore("bilevel", store), rank, size
+    return PrefixStore("bilevel", store), rank, size
 
 
 def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Any = None) -> Ranks:

@@ -465,7 +465,7 @@ def report(
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Write the report of a run, or one page of many: HTML, offline."""
-    with boundary():
+    with computing():
         from bilevel.cli.report import report as write_report
 
         typer.echo(write_report(run or [], runs_dir, output, where or []))
@@ -484,7 +484,7 @@ def export(
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Write what a run learned in a form that other programs read."""
-    with boundary():
+    with computing():
         from bilevel.cli.export import export as export_run
 
         export_run(_console(), run, runs_dir, to, merged, best)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -130,8 +130,7 @@ def _command(words: Sequence[str]) -> list[str]:
 
 
 def _config(size: int) -> LaunchConfig:
-    more = {"shutdown_timeout": LAST}  # of torch 2.13; before, it is 30
-    return LaunchConfig(
+    config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=size,
@@ -142,11 +141,10 @@ def _config(size: int) -> LaunchConfig:
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # the others are passed on
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        **{key: value for key, value in more.items() if key in _FIELDS},
     )
-
-
-_FIELDS = {each.name for each in fields(LaunchConfig)}
+    if hasattr(config, "shutdown_timeout"):  # from torch 2.13 on; before, it is 30
+        config.shutdown_timeout = LAST
+    return config
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def spreading(
     With `ranks`, so many processes are started with the `words` of the command line, and this one ends
     with their code.
     """
-    if ranks is not None and (error := _refusal()) is None and ranks > 1:
+    refusal = _refusal() if ranks is not None else None
+    if ranks is not None and ranks > 1 and refusal is None:
         _start(as_json, ranks, words)
     elif ranks is None and _is_one_of_many():
         is_first = os.environ.get("RANK", "0") == "0"
@@ -34,8 +35,8 @@ def spreading(
                 yield answer, member
     else:
         with boundary(as_json) as answer:
-            if ranks is not None and error:
-                raise error
+            if refusal:
+                raise refusal
             refuse_copies()
             announced()  # what is no number of ranks is refused
             yield answer, Member()

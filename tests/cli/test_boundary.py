@@ -38,6 +38,8 @@ def test_errors_are_one_message_and_a_code(arguments, code, message, runs):
         ["check", "quadratic"],
         ["compare", "quadratic"],
         ["sweep", "quadratic", "seed=1,2"],
+        ["report", "quadratic"],
+        ["export", "quadratic", "--to", "there"],
     ],
     ids=lambda value: value[0],
 )
