@@ -186,9 +186,10 @@ def test_from_the_start_to_a_signal_and_to_the_end_under_torchrun(tmp_path, rows
     """One folder, one voice, the same step on both ranks, and no process that is left."""
     runs = tmp_path / "runs"
     python = [sys.executable, "-m"]
-    command = ["bilevel", "run", rows_recipe, "--ranks", "2", "--runs-dir", runs]
+    options = ["upper.steps=100", "upper.optimizer.lr=1e-3", "--ranks", "2", "--runs-dir", runs]
+    command = ["bilevel", "run", rows_recipe, *options]
     process = subprocess.Popen(
-        [*map(str, [*python, *command, "upper.steps=200"])],
+        [*map(str, [*python, *command])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -205,7 +206,7 @@ def test_from_the_start_to_a_signal_and_to_the_end_under_torchrun(tmp_path, rows
     last, found = [*record.read(folder)][-1], checkpoint.latest(folder / "checkpoints")
     assert last["reason"] == "interrupted"
     assert found is not None
-    assert found.step == last["step"] < 200
+    assert found.step == last["step"] < 100
 
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     again = subprocess.run(
@@ -215,7 +216,7 @@ def test_from_the_start_to_a_signal_and_to_the_end_under_torchrun(tmp_path, rows
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done at step 200") == 1
+    assert again.stdout.count("done at step 100") == 1
     assert [*runs.glob("*/*")] == [folder]
     steps = [event["step"] for event in record.read(folder) if event["event"] == "stepped"]
-    assert steps == [*range(1, 201)]
+    assert steps == [*range(1, 101)]
