@@ -38,7 +38,8 @@ WATCHED = 1000
 """So many first sums are each preceded by a message of two integers: whether all ranks sum the same."""
 OWN = (
     "A component sees the rows of its own rank only, or draws random numbers of its own: sums over a "
-    "batch belong in bilevel.ranks.share, and random numbers in the streams that a component is given"
+    "batch belong in bilevel.ranks.share, those over variables that ranks hold together in bilevel.tree, "
+    "and random numbers in the streams that a component is given"
 )
 
 
@@ -77,6 +78,8 @@ class Ranks:
     ledger: Ledger = field(default_factory=Ledger)
     notices: Any = field(default=None, repr=False)
     """Where one that fails leaves its last word (`bilevel.run.notices`), if anywhere."""
+    team: Any = field(default=None, repr=False)
+    """With whom it holds parameters together (`bilevel.sharding.parts.Team`); None where it has all."""
 
     @property
     def is_alone(self) -> bool:
@@ -107,7 +110,7 @@ class Ranks:
         from torch import distributed
 
         flag = torch.tensor([value])
-        with self._reaching():
+        with self.reaching():
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.patient)
         return int(flag)
 
@@ -144,7 +147,7 @@ class Ranks:
     @property
     def _where(self) -> str:
         """The device of what the group sums beside a run's own tensors."""
-        return "cpu" if _is_gloo(self.group) else "cuda"
+        return "cpu" if is_gloo(self.group) else "cuda"
 
     def from_first(self, value: Any = None) -> Any:
         """What the first rank has here, on every rank; the others wait for as long as it takes."""
@@ -153,7 +156,7 @@ class Ranks:
         from torch import distributed
 
         told = [value]
-        with self._reaching():
+        with self.reaching():
             distributed.broadcast_object_list(told, group=self.patient, group_src=0)
         return told[0]
 
@@ -164,12 +167,12 @@ class Ranks:
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        with self._reaching():
+        with self.reaching():
             distributed.all_gather_object(found, value, group=self.patient)
         return found
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def reaching(self) -> Iterator[None]:
         """Turn what torch raises where another rank does not come into a `LostRankError` with its word."""
         try:
             yield
@@ -319,6 +322,29 @@ def adopt(group: Any, notices: Any = None) -> Ranks:
     return _here
 
 
+def grid(ranks: Ranks, size: int) -> tuple[Ranks, Ranks]:
+    """(those in this rank's row, those in its column) of all ranks in rows of `size`, one after another.
+
+    What they send is counted with what all send.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = ranks.size // size, size
+    kind = "cpu" if is_gloo(ranks.group) else "cuda"
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("column", "row"))
+    found = []
+    for name in ("row", "column"):
+        group = mesh.get_group(name)
+        if group.size() == 1:
+            found.append(Ranks())
+            continue
+        own = Ranks(group.rank(), group.size(), ranks.local, group, ledger=ranks.ledger)
+        own.notices = ranks.notices
+        _groups[group.group_name] = own
+        found.append(own)
+    return found[0], found[1]
+
+
 def depart() -> None:
     """End what `join` began; nothing where there was nothing."""
     global _here
@@ -331,7 +357,8 @@ def depart() -> None:
     distributed.destroy_process_group()
 
 
-def _is_gloo(group: Any) -> bool:
+def is_gloo(group: Any) -> bool:
+    """Whether a group sums on CPUs."""
     from torch import distributed
 
     return "gloo" in distributed.get_backend(group)
@@ -357,7 +384,7 @@ def _operation() -> Any:
 
 def _sum(values: list[Tensor], group: str) -> list[Tensor]:
     ranks = _groups[group]
-    with ranks._reaching():
+    with ranks.reaching():
         if ranks.ledger.calls < WATCHED:
             ranks.require_same(values)
         return _summed(values, ranks)

@@ -2,6 +2,11 @@
 
 Functions that end in an underscore write into their first argument, as in torch. Sums are
 accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
+
+Where several ranks hold a tree together, each its rows of every entry, the names are `Part`s and the
+tensors a rank's own. What is taken entry by entry is then the same as ever; sums over entries, and what
+else sees a tree as one, are taken here over those ranks, so that whoever goes through these functions
+does not see the difference.
 """
 
 # The foreach functions are what torch.optim itself is built on; torch exports no other name.
@@ -13,13 +18,73 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import CheckError, ProblemError
 from bilevel.types import Params
+
+
+class Holders(Protocol):
+    """The ranks that hold a tree together."""
+
+    @property
+    def is_first(self) -> bool: ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over them of what each has, without a derivative."""
+        ...
+
+    def leave(self, value: Tensor) -> Tensor:
+        """The sum over them of a number; its gradient goes to each as it is."""
+        ...
+
+    def most(self, value: float) -> float:
+        """The largest of the numbers that they have."""
+        ...
+
+
+class Part(str):
+    """The name of an entry that several ranks hold together, each some rows; as text it is that name.
+
+    A tree has such names for all of its entries or for none. Whoever makes a tree of another takes
+    its names, not copies of them as text.
+    """
+
+    __slots__ = ("holders", "rows", "shape")
+
+    holders: Holders
+    shape: torch.Size
+    """Of the whole."""
+    rows: slice | None
+    """Which rows this rank has; None for an entry that each has whole, as one without rows."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank is the one whose numbers count in a sum: each of its rows, or the first."""
+        return self.rows is not None or self.holders.is_first
+
+    def __new__(cls, name: str, holders: Holders, shape: torch.Size, rows: slice | None) -> Part:
+        made = super().__new__(cls, name)
+        made.holders, made.shape, made.rows = holders, shape, rows
+        return made
+
+    def __copy__(self) -> Part:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
+
+
+def holders(a: Params) -> Holders | None:
+    """The ranks that hold a tree together; None where it is whole."""
+    name = next(iter(a), None)
+    return name.holders if isinstance(name, Part) else None
 
 
 def _like(a: Params, values: Iterable[Tensor]) -> Params:
@@ -163,6 +228,8 @@ def dot(a: Params, b: Params) -> float:
     """⟨a, b⟩ over all entries, as a Python float (one synchronisation)."""
     if not a:
         return 0.0
+    if type(next(iter(a))) is Part:
+        return _dot_of_parts(a, b)
     if a is b:
         flat = [flat_wide(p) for p in a.values()]
         found = total([torch.dot(p, p) for p in flat])
@@ -175,6 +242,77 @@ def dot(a: Params, b: Params) -> float:
             [torch.dot(flat_wide(p).double(), flat_wide(b[name]).double()) for name, p in a.items()]
         )
     return found
+
+
+def _dot_of_parts(a: Params, b: Params) -> float:
+    """`dot` of what several ranks hold together: one sum over them, of one number."""
+    _require_same(a, b)
+
+    def found(taken: Callable[[Tensor], Tensor]) -> float:
+        return _joined({n: torch.dot(taken(p), taken(b[n])).double() for n, p in a.items()}).item()
+
+    value = found(flat_wide)
+    if not 1e-30 < abs(value) < math.inf:
+        value = found(lambda entry: flat_wide(entry).double())
+    return value
+
+
+def _joined(sums: Params, *, recorded: bool = False) -> Tensor:
+    """The sum over entries, and over the ranks of what each has a part of, of one number an entry."""
+    over, zero = holders(sums), next(iter(sums.values())).new_zeros(())
+    own = sum((v for n, v in sums.items() if isinstance(n, Part) and n.rows), zero)
+    rest = sum((v for n, v in sums.items() if not (isinstance(n, Part) and n.rows)), zero)
+    if over is None:
+        return rest
+    return (over.leave(own) if recorded else over.total(own)) + rest
+
+
+def summed(a: Params) -> Tensor:
+    """The sum of all the numbers in a, as a tensor that can be differentiated.
+
+    For what is added to a loss beside the losses of a problem: Σ y² of a penalty.
+    """
+    sums = map(torch.sum, a)
+    if holders(a) is not None:
+        return _joined(sums, recorded=True)
+    parts = list(sums.values())
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def largest(a: Params) -> float:
+    """The largest number in a; 0 where there is none."""
+    here = max((float(entry.max()) for entry in a.values() if entry.numel()), default=-math.inf)
+    over = holders(a)
+    found = here if over is None else over.most(here)
+    return 0.0 if found == -math.inf else found
+
+
+def drawn(draw: Callable[[Tensor], Tensor], like: Params) -> Params:
+    """draw applied to every entry, as `map`; of what ranks hold together to the whole, for its rows.
+
+    So that random numbers are those of one rank. `draw` may look at shape, dtype and device alone.
+    """
+    found = {}
+    for name, entry in like.items():
+        if isinstance(name, Part) and name.rows:
+            found[name] = draw(entry.new_empty(()).expand(name.shape))[name.rows].clone()
+        else:
+            found[name] = draw(entry)
+    return found
+
+
+def equal(a: Params, b: Params) -> bool:
+    """Whether all entries are the same numbers."""
+    _require_same(a, b)
+    return everywhere(a, all(torch.equal(value, b[name]) for name, value in a.items()))
+
+
+def everywhere(a: Params, here: bool) -> bool:
+    """Whether something holds on each of the ranks that hold a tree together."""
+    over = holders(a)
+    if over is None:
+        return here
+    return over.total(next(iter(a.values())).new_full((), not here)).item() == 0
 
 
 def flat_wide(value: Tensor) -> Tensor:
@@ -208,25 +346,67 @@ def or_wider(a: Params) -> str:
 
 def size(a: Params) -> int:
     """Number of scalars in a."""
-    return sum(value.numel() for value in a.values())
+    return sum(
+        name.shape.numel() if isinstance(name, Part) else value.numel() for name, value in a.items()
+    )
 
 
 def is_finite(a: Params) -> bool:
     """Whether no entry holds NaN or an infinity."""
     # the sum, in one pass, has any that there is; finite entries may have an infinite one
-    return all(
+    here = all(
         math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
         for value in a.values()
     )
+    return everywhere(a, here)
+
+
+def shapes(a: Params) -> dict[str, tuple[int, ...]]:
+    """The shape of every entry, as a whole."""
+    return {
+        name: tuple(name.shape if isinstance(name, Part) else value.shape)
+        for name, value in a.items()
+    }
 
 
 def flatten(a: Params) -> Tensor:
-    """All entries in one vector, in the order of the names."""
+    """All entries in one vector, in the order of the names.
+
+    Raises:
+        ProblemError: several ranks hold a together, and the vector would be that of one of them.
+    """
+    if holders(a) is not None:
+        raise ProblemError(
+            "a component puts variables into one vector, of which each rank has its part alone "
+            "(runtime.mesh.shard); use a component that does not, or set runtime.mesh.shard=1"
+        )
     return torch.cat([value.reshape(-1) for value in a.values()])
 
 
+ROWS = "rows of "
+"""How the name of a matrix in a state begins whose rows are those of `own(y)`: saved, it is whole."""
+
+
+def own(a: Params) -> Tensor:
+    """`flatten` of what this rank has of a tree; sums over it are those of `gram`."""
+    return torch.cat([value.reshape(-1) for value in a.values()])
+
+
+def gram(S: Tensor, C: Tensor, like: Params) -> Tensor:
+    """Sᵀ C for a matrix S, and a matrix or vector C, whose rows are those of `own(like)`: the same on every rank."""
+    over = holders(like)
+    if over is None:
+        return S.T @ C
+    # of what every rank has whole, the first one's counts
+    counts = [
+        torch.full((entry.numel(),), isinstance(name, Part) and name.is_counted, device=S.device)
+        for name, entry in like.items()
+    ]
+    return over.total(S[torch.cat(counts)].T @ C[torch.cat(counts)])
+
+
 def unflatten(vector: Tensor, like: Params) -> Params:
-    """The inverse of `flatten`, in the shapes of `like`."""
+    """The inverse of `flatten`, and of `own`, in the shapes of `like`."""
     parts = vector.split([value.numel() for value in like.values()])
     return {n: p.reshape(v.shape) for (n, v), p in zip(like.items(), parts, strict=True)}
 

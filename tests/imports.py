@@ -19,6 +19,7 @@ FLOORS = [
     ["types", "components", "runfolder"],
     ["tree", "events", "registry"],
     ["ranks"],
+    ["sharding"],
     ["calculus", "linear", "optimizers", "sinks"],
     ["preconditioners", "directions", "unrolling", "lower"],
     ["problem", "adjoint"],

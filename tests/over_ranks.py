@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from bilevel.problem.over_tasks import OverTasks
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE, Ranks
 from bilevel.run import Setup, Upper, engine
+from bilevel.sharding.parts import collected, teams
 from bilevel_problems.sinusoid import Sinusoid
 from tests.ranks import on_ranks
 
@@ -164,9 +165,10 @@ def ends(case: Case, ranks: Ranks) -> dict[str, Any]:
     engine.refuse_mismatch(setup)
     state = engine.start(setup)
     events = [event for event in engine.run(setup, state) if type(event).__name__ == "Stepped"]
+    x, y = collected(state.x), collected(state.y)
     h = torch.tensor([event.hypergradient_norm for event in events], dtype=torch.float64)
     F = torch.tensor([event.upper_loss for event in events], dtype=torch.float64)
-    return {"x": state.x, "y": state.y, "F": {"F": F}, "h": {"h": h}}
+    return {"x": x, "y": y, "F": {"F": F}, "h": {"h": h}}
 
 
 @functools.cache
@@ -177,16 +179,23 @@ def _import_what_is_lazy() -> None:
     ends({"estimator": "shine", "lower": "lbfgs", "steps": 1}, ALONE)
 
 
-def table(cases: Mapping[str, Case], size: int) -> dict[str, list[Any]]:
+Table = dict[str, list[Any]]
+
+
+def table(cases: Mapping[str, Case], size: int) -> Table:
     """For each case what each rank found: (how far off one rank on the whole, relatively; its end).
 
     Where something is raised on a rank, or alone, its words stand there. One set of forked ranks: they
     divide the runs on the whole among them, then take those over ranks together.
     """
+    return tables(cases, size, (1,))[0]
 
+
+def tables(cases: Mapping[str, Case], size: int, shards: Sequence[int]) -> list[Table]:
+    """A table for each number of ranks that hold y together; 1 where each has all of it."""
     _import_what_is_lazy()
 
-    def work(ranks: Ranks) -> dict[str, Any]:
+    def work(ranks: Ranks) -> list[dict[str, Any]]:
         torch.set_num_threads(1)
         with over.apart():
             mine = {
@@ -195,13 +204,17 @@ def table(cases: Mapping[str, Case], size: int) -> dict[str, list[Any]]:
                 if k % size == ranks.rank
             }
         truth = {name: found for one in ranks.gather(mine) for name, found in one.items()}
-        return {name: _compared(truth[name], case, ranks) for name, case in cases.items()}
+        meshes = [teams(ranks, shard=shard) for shard in shards]
+        return [
+            {name: _compared(truth[name], case, mesh) for name, case in cases.items()}
+            for mesh in meshes
+        ]
 
     found = on_ranks(size, work)
     for one in found:
         if isinstance(one, Exception):
             raise one
-    return {name: [one[name] for one in found] for name in cases}
+    return [{name: [one[k][name] for one in found] for name in cases} for k in range(len(shards))]
 
 
 def _told(function: Callable[[], Any]) -> Any:

@@ -231,12 +231,12 @@ class _ForwardBackward:
         largest, left = _largest(self._z), _largest(self.shift)
         width = max(margin * min(1.0, self._lr), 100 * tree.eps(self._z)) * (1 + largest) + left
         stream = rng.stream(0, "kinks")
-        signs, probe = (tree.map(lambda p: rng.signs(p, stream), self._z) for _ in range(2))
+        signs, probe = (tree.drawn(lambda p: rng.signs(p, stream), self._z) for _ in range(2))
         above, below = (
             self._jacobian(tree.axpy(s * width, signs, self._z), probe) for s in (1, -1)
         )
         gap = tree.sub(above, below)
-        return sum(int((part.abs() > JUMP).sum()) for part in gap.values())
+        return int(tree.summed(tree.map(lambda part: (part.abs() > JUMP).double(), gap)))
 
     def _jacobian(self, z: Params, probe: Params) -> Params:
         x, z = tree.detach(self._x), tree.leaves(z)
@@ -245,4 +245,4 @@ class _ForwardBackward:
 
 
 def _largest(a: Params) -> float:
-    return max((float(p.detach().abs().max()) for p in a.values() if p.numel()), default=0.0)
+    return tree.largest(tree.map(lambda part: part.detach().abs(), a))

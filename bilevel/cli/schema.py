@@ -141,6 +141,8 @@ def _field(field: Field) -> dict[str, Any]:
 
 def _plain(field: Field) -> dict[str, Any]:
     """What pydantic knows about a type; anything goes where it knows nothing."""
+    if hasattr(field.annotation, "__pydantic_fields__"):
+        return _component(field.annotation, None)
     members = typing.get_args(field.annotation)
     composed = [member for member in members if hasattr(member, "__pydantic_fields__")]
     kind = field.annotation

@@ -11,7 +11,7 @@ import importlib.metadata
 import math
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -44,6 +44,7 @@ class Betty:
         ProblemError: an entry of y does not reach G, or an entry of x does not reach ∇y G.
     """
 
+    needs_whole: ClassVar[str] = "estimator: implicit"
     method: Literal["neumann", "cg", "darts", "sama"] = "neumann"
     iterations: PositiveInt = 20
     scale: PositiveFloat = 0.1

@@ -7,7 +7,7 @@ Math. Programming 10; Nocedal and Wright (2006), sec. 12.3 and 16.1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -54,6 +54,7 @@ class KKT:
         ProblemError: the problem has no `lower_constraints`, or they are not vectors.
     """
 
+    needs_whole: ClassVar[str] = "a problem with project_lower in place of lower_constraints"
     solver: Annotated[LinearSolver, Slot("linear")] = Field(
         default_factory=lambda: MINRES(iterations=100)
     )

@@ -164,4 +164,4 @@ class ValueFunction:
 
 def _square(y: Params) -> Tensor:
     """‖y‖², with its graph."""
-    return torch.stack([entry.square().sum() for entry in y.values()]).sum()
+    return tree.summed(tree.map(Tensor.square, y))

@@ -79,7 +79,7 @@ class ZerothOrder:
             probe = along(path, losses)
         stream = rng.stream(self.seed, f"zeroth.{state['calls']}")
         for _ in range(self.samples):
-            d = tree.map(lambda p: torch.randn(p.shape, generator=stream).to(p), at.x)
+            d = tree.drawn(lambda p: torch.randn(p.shape, generator=stream).to(p), at.x)
             above, below = (probe(tree.axpy(s * self.smoothing, d, at.x)) for s in (1, -1))
             slope = float(above - below) / (2 * self.smoothing)
             tree.axpy_(h, slope / self.samples, d)

@@ -228,5 +228,8 @@ def _update_direction(
 
 
 def _on_cpu(a: Params) -> bool:
-    """Whether foreach functions are but a loop over the entries, and so a pass over memory each."""
-    return bool(a) and all(entry.is_cpu for entry in a.values())
+    """Whether foreach functions are but a loop over the entries, and so a pass over memory each.
+
+    Not for what ranks hold together: their sum over entries is one of `tree`.
+    """
+    return bool(a) and tree.holders(a) is None and all(entry.is_cpu for entry in a.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
@@ -26,6 +28,7 @@ class Dense:
         ConvergenceError: the matrix or b is not finite.
     """
 
+    needs_whole: ClassVar[str] = "solver: cg, minres or gmres"
     limit: PositiveInt = 4096
 
     def solve(self, matvec: Matvec, b: Params, start: Params) -> Solve:

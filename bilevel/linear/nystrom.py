@@ -28,6 +28,7 @@ class Nystrom:
         ConvergenceError: a product is not finite.
     """
 
+    needs_whole: ClassVar[str] = "solver: cg, minres or neumann"
     approximate: ClassVar[bool] = True
     rank: PositiveInt = 10
     rho: PositiveFloat = 1e-2

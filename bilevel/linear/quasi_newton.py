@@ -64,28 +64,31 @@ def block(pairs: Sequence[Pair]) -> Matvec:
     if not pairs:
         return tree.clone
     S, C = columns(pairs)
-    return block_inverse(S, C, S.T @ C)
+    return block_inverse(S, C, tree.gram(S, C, pairs[0][0]), pairs[0][0])
 
 
 def columns(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """[dim, pairs] each: the steps at length 1, and the changes with them."""
+    """[dim, pairs] each, this rank's rows: the steps at length 1, and the changes with them."""
     S, C = (
-        torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[0]) for p in pairs], dim=1)
+        torch.stack([tree.wide(tree.own(p[side])) / tree.norm(p[0]) for p in pairs], dim=1)
         for side in (0, 1)
     )
     return S, C
 
 
-def block_inverse(S: Tensor, C: Tensor, M: Tensor) -> Matvec:
-    """b ↦ B⁻¹ b of `block`, from steps S, changes C and M = SᵀC; scale is that of the last pair."""
-    W = _pseudo_inverse((M + M.T) / 2)
-    scale = float(M[-1, -1]) / float(C[:, -1] @ C[:, -1])
+def block_inverse(S: Tensor, C: Tensor, M: Tensor, like: Params) -> Matvec:
+    """b ↦ B⁻¹ b of `block`, from steps S, changes C and M = SᵀC; scale is that of the last pair.
+
+    `like` is a tree as those that S and C are columns of.
+    """
+    W, last = _pseudo_inverse((M + M.T) / 2), C[:, -1:]
+    scale = float(M[-1, -1]) / float(tree.gram(last, last, like))
 
     def apply(b: Params) -> Params:
-        flat = tree.flatten(b).to(S)
-        weights = W @ (S.T @ flat)
+        flat = tree.own(b).to(S)
+        weights = W @ tree.gram(S, flat, b)
         rest = scale * (flat - C @ weights)
-        return tree.cast(rest + S @ (weights - W @ (C.T @ rest)), b)
+        return tree.cast(rest + S @ (weights - W @ tree.gram(C, rest, b)), b)
 
     return apply
 

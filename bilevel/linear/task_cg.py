@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -33,6 +34,7 @@ class TaskCG:
         ConvergenceError: a product is not finite.
     """
 
+    needs_whole: ClassVar[str] = "solver: cg"
     iterations: PositiveInt = 20
     tolerance: NonNegativeFloat = 1e-6
 

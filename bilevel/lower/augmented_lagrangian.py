@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -64,6 +64,7 @@ class AugmentedLagrangian:
         ProblemError: the problem has no `lower_constraints`.
     """
 
+    needs_whole: ClassVar[str] = "a problem with project_lower in place of lower_constraints"
     rounds: PositiveInt = 50
     penalty: PositiveFloat | None = None
     tolerance: PositiveFloat = 1e-8

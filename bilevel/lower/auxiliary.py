@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -120,8 +119,10 @@ def minimise(
 
 def proximity(a: Params, b: Params, gamma: float) -> Tensor | float:
     """‖a − b‖² / 2 gamma, with its graph; 0 where there is nothing to compare."""
-    squares = [(a[name] - b[name]).square().sum() for name in b]
-    return torch.stack(squares).sum() / (2 * gamma) if squares else 0.0
+    if not b:
+        return 0.0
+    squares = {name: (a[name] - entry).square() for name, entry in b.items()}
+    return tree.summed(squares) / (2 * gamma)
 
 
 def move(

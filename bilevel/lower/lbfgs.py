@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -29,6 +29,7 @@ class LBFGS:
     them; they take as much memory again as torch's own.
     """
 
+    needs_whole: ClassVar[str] = "lower: gradient with optimizer: adam"
     steps: PositiveInt = 100
     tolerance: NonNegativeFloat | None = None
     """An absolute ‖∇y G‖ to stop at, in the place of `relative_tolerance`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -31,6 +31,7 @@ class Newton:
         ConvergenceError: G, ∇y G or ∂²yy G is not finite; it says whether that was at the start.
     """
 
+    needs_whole: ClassVar[str] = "lower: gradient with optimizer: adam"
     steps: PositiveInt = 50
     tolerance: NonNegativeFloat | None = None
     """An absolute ‖∇y G‖ to stop at, in the place of `relative_tolerance`."""

@@ -37,8 +37,7 @@ class Clip:
             gradient = tree.map(lambda entry: entry.clamp(-most, most), gradient)
         if self.norm is None or not gradient:
             return gradient
-        squares = [_wide(entry).square().sum() for entry in gradient.values()]
-        square = torch.stack([part.to(squares[0].device) for part in squares]).sum()
+        square = tree.summed(tree.map(lambda entry: _wide(entry).square(), gradient))
         is_long = square > self.norm**2
         # the root is taken where it is used alone: at g = 0 its derivative is infinite
         factor = torch.where(is_long, self.norm * torch.where(is_long, square, 1.0).rsqrt(), 1.0)

@@ -53,6 +53,12 @@ class TorchOptimizer:
         """The learning rate: the one given, or torch's default."""
         return float(self._build({"y": torch.zeros(1)}).param_groups[0]["lr"])
 
+    @property
+    def needs_whole(self) -> str:
+        """What to take where ranks hold y together and a step is not taken number by number."""
+        elsewhere = "optimizer: adam, or another of torch.optim that steps number by number"
+        return elsewhere if self.optimizer == "Adafactor" else ""
+
     def init(self, y: Params) -> dict[str, Any]:
         return {}
 

@@ -44,7 +44,8 @@ class Diagonal:
             d = tree.detach(known(at.x, at.y, lower.one_batch))
         got = {name: tuple(entry.shape) for name, entry in d.items()}
         expected = {name: tuple(entry.shape) for name, entry in at.y.items()}
-        if got != expected or not all(bool((entry > 0).all()) for entry in d.values()):
+        positive = all(bool((entry > 0).all()) for entry in d.values())
+        if got != expected or not tree.everywhere(at.y, positive):
             raise ProblemError(
                 f"lower_diagonal must be positive and in the shapes of y, {expected}; got {got}"
                 + (" with entries that are not positive" if got == expected else "")

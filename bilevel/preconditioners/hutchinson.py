@@ -47,9 +47,9 @@ class Hutchinson:
     def _estimate(self, system: System, built: int) -> Params:
         stream, total = rng.stream(self.seed, f"hutchinson.{built}"), tree.zeros_like(system.b)
         for _ in range(self.probes):
-            signs = tree.map(lambda p: rng.signs(p, stream), system.b)
+            signs = tree.drawn(lambda p: rng.signs(p, stream), system.b)
             tree.axpy_(total, 1 / self.probes, tree.mul(signs, system.matvec(signs)))
         size = tree.map(torch.abs, total)
-        largest = max((float(e.max()) for e in size.values() if e.numel()), default=0.0)
+        largest = tree.largest(size)
         least = self.floor * largest if largest > 0 else 1.0
         return tree.map(lambda entry: entry.clamp(min=least), size)

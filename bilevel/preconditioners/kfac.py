@@ -9,7 +9,7 @@ damping is added to the Kronecker product in its eigenbasis, not split over its 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -49,6 +49,7 @@ class KFAC:
     normalisation in training mode).
     """
 
+    needs_whole: ClassVar[str] = "preconditioner: hutchinson or diagonal"
     probes: PositiveInt = 8
     damping: PositiveFloat = 0.1
     eigenvalues: Literal["product", "diagonal"] = "product"

@@ -5,7 +5,7 @@ Built when it pays and kept from one upper step to the next.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -31,6 +31,7 @@ class Nystrom:
     nothing is built, and the solver reports the curvature that it meets.
     """
 
+    needs_whole: ClassVar[str] = "preconditioner: hutchinson or diagonal"
     rank: PositiveInt = 150
     memory: PositiveFloat = 256e6
     seed: int = 0

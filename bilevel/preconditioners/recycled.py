@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import component
@@ -48,12 +49,12 @@ class Recycled:
     def prepare(
         self, system: System, state: dict[str, Any]
     ) -> tuple[Matvec | None, dict[str, Any]]:
-        return (block_inverse(**state) if state else None), state
+        return (block_inverse(*_known(state), system.b) if state else None), state
 
     def room(self, b: Params) -> int:
         """How many pairs of the next solve to keep."""
-        each = 2 * sum(wide.numel() * wide.element_size() for wide in map(tree.wide, b.values()))
-        return max(1, min(self.pairs, int(self.memory / each)))
+        each = sum(tree.size({n: e}) * tree.wide(e).element_size() for n, e in b.items())
+        return max(1, min(self.pairs, int(self.memory / (2 * each))))
 
     def learn(self, state: dict[str, Any], pairs: list[tuple[Params, Params]]) -> dict[str, Any]:
         """The state with the pairs of one more solve, and the oldest beyond `room` left out."""
@@ -61,12 +62,21 @@ class Recycled:
             return state
         room = self.room(pairs[0][0])
         S, C = columns(pairs)
+        like = pairs[0][0]
         if not state:
-            return {"S": S, "C": C, "M": S.T @ C}
-        known = state["S"].shape[1]
+            return {_S: S, _C: C, _M: tree.gram(S, C, like)}
+        old_S, old_C, old_M = _known(state)
+        known = old_S.shape[1]
         first = known - max(0, min(known, room - S.shape[1]))
-        old = {"S": state["S"][:, first:], "C": state["C"][:, first:]}
-        above = torch.cat([state["M"][first:, first:], old["S"].T @ C], 1)
-        below = torch.cat([S.T @ old["C"], S.T @ C], 1)
+        old_S, old_C = old_S[:, first:], old_C[:, first:]
+        above = torch.cat([old_M[first:, first:], tree.gram(old_S, C, like)], 1)
+        below = torch.cat([tree.gram(S, old_C, like), tree.gram(S, C, like)], 1)
         M = torch.cat([above, below])
-        return {"S": torch.cat([old["S"], S], 1), "C": torch.cat([old["C"], C], 1), "M": M}
+        return {_S: torch.cat([old_S, S], 1), _C: torch.cat([old_C, C], 1), _M: M}
+
+
+_S, _C, _M = f"{tree.ROWS}S", f"{tree.ROWS}C", "M"
+
+
+def _known(state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    return state[_S], state[_C], state[_M]

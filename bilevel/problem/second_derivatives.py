@@ -19,6 +19,7 @@ from bilevel.calculus.unsupported import COMPILED
 from bilevel.errors import ProblemError
 from bilevel.problem.purity import is_transformed
 from bilevel.ranks import Enter, Leave
+from bilevel.sharding.parts import Collect, Cut, Gather, Scatter
 from bilevel.types import Counts, Loss, Params, Point
 
 MISSING = 0.1
@@ -99,7 +100,10 @@ def _is_custom(node: Any) -> bool:
     """Whether it is a function of the problem's own; sums over ranks are differentiable at any order."""
     if not isinstance(node, BackwardCFunction):
         return False
-    return getattr(node, "_forward_cls", None) not in (Enter, Leave)
+    return getattr(node, "_forward_cls", None) not in _ACROSS
+
+
+_ACROSS = (Enter, Leave, Gather, Scatter, Collect, Cut)
 
 
 # custom functions
@@ -151,7 +155,7 @@ def _least(expected: Params, got: Params) -> float:
 
 def _direction(like: Params, stream: torch.Generator) -> Params | None:
     """A random vector of length 1; None where there is nothing to move."""
-    v = tree.map(lambda p: torch.randn(p.shape, generator=stream).to(p), like)
+    v = tree.drawn(lambda p: torch.randn(p.shape, generator=stream).to(p), like)
     size = tree.norm(v)
     return tree.scale(1 / size, v) if size else None
 

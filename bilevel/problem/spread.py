@@ -81,7 +81,7 @@ class Spread:
             self._compared.add(level)
             self._compare(level, x, y, batch)
         part, weight = self.part(batch)
-        return (self._entered(x), self._entered(y), part), weight
+        return (self._entered("x", x), self._entered("y", y), part), weight
 
     def _whole(self, level: str, x: Any, y: Any, batch: Any, function: Function) -> Tensor:
         at, weight = self._own(level, x, y, batch)
@@ -91,7 +91,10 @@ class Spread:
         # a sum in 16 bits would lose more than the loss itself did
         return over.leave(self.ranks, weight * tree.wide(value)).to(value.dtype)
 
-    def _entered(self, variables: Any) -> Any:
+    def _entered(self, level: str, variables: Any) -> Any:
+        team = self.ranks.team
+        if team is not None and level in team.levels:
+            return variables  # gathered of parts, to which their gradients go back as sums
         leaves = [leaf for _, leaf in tree.named(variables)]
         found = iter(over.enter(self.ranks, leaves))
         return tree.map_nested(lambda leaf: next(found), variables)

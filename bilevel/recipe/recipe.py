@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from bilevel import registry
 from bilevel.components import component
@@ -49,15 +56,35 @@ def _autocast(value: Any) -> Any:
     return value
 
 
+def _teams(count: int) -> int:
+    if count != -1 and count < 1:
+        raise ValueError("must be ≥ 1, or -1 for what is left")
+    return count
+
+
+@component
+class Mesh:
+    """The ranks of a run as `data` teams of `shard` ranks; each rank of a team has its rows of y."""
+
+    data: Annotated[int, AfterValidator(_teams)] = -1
+    """-1 is what is left: the number of ranks over `shard`."""
+    shard: PositiveInt = 1
+    """How many ranks hold y together, and an x of a million numbers; 1: each rank has all."""
+
+
 @component
 class Runtime:
-    """Where a run is computed and in what precision."""
+    """Where a run is computed and in what precision, and by which ranks."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto is the first CUDA device if there is one, else the CPU."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     autocast: Annotated[Literal["bfloat16"] | None, BeforeValidator(_autocast)] = None
     """What the products in both losses are taken in, under `torch.autocast`; all else stays in dtype."""
+
+    mesh: Mesh = Field(default_factory=Mesh)
+    keep: Literal["whole", "again"] = "whole"
+    """Whether the graph of a loss keeps whole variables that ranks hold together, or gathers them again."""
 
     @model_validator(mode="after")
     def _autocast_needs_float32(self) -> Self:

@@ -7,10 +7,14 @@ and no rank keeps that step.
 
 from __future__ import annotations
 
+import math
+import struct
+
 import torch
 
 from bilevel.errors import RankError
 from bilevel.ranks import OWN, Ranks
+from bilevel.sharding.parts import team_of
 from bilevel.types import Estimate, LowerSolution, Params
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,24 +32,37 @@ def bits(params: Params) -> int:
 def require_agreement(
     ranks: Ranks, step: int, solution: LowerSolution, estimate: Estimate, x: Params
 ) -> None:
-    """One message of a few integers; raises `RankError` with the name of what differs first."""
+    """One message of a few integers; raises `RankError` with the name of what differs first.
+
+    Of what ranks hold in parts, those that have the same rows are compared. What was summed over
+    parts, such as ‖∇y G‖, is every rank's: a component that takes such a sum by itself has another.
+    """
     if ranks.is_alone:
         return
     lower, stats = solution.stats, estimate.stats
     own = {
         "the number of lower steps": lower.steps,
+        "‖∇y G‖": _bits_of(lower.gradient_norm),
         "y": bits(solution.y),
         "the number of iterations of the adjoint solve": stats.iterations,
+        "the residual of the adjoint solve": _bits_of(stats.residual),
         "the hypergradient": bits(estimate.hypergradient),
         "x": bits(x),
     }
+    teams = {"y": solution.y, "the hypergradient": estimate.hypergradient, "x": x}
     every = ranks.beside([step, *own.values()])
     for k, name in enumerate(("the step", *own)):
-        seen = [row[k] for row in every]
-        if len({*seen}) > 1:
-            other = next(rank for rank, value in enumerate(seen) if value != seen[0])
-            values = f": {seen[0]} and {seen[other]}" if "number" in name else ""
+        team = team_of(teams.get(name, {}))
+        apart = 1 if team is None else team.within.size
+        for rank, row in enumerate(every):
+            if row[k] == every[first := rank % apart][k]:
+                continue
+            values = f": {every[first][k]} and {row[k]}" if "number" in name else ""
             raise RankError(
-                f"step {step}: ranks 0 and {other} of {ranks.size} disagree on {name}{values}. {OWN}. "
-                "The state is that of the step before"
+                f"step {step}: ranks {first} and {rank} of {ranks.size} disagree on {name}{values}. "
+                f"{OWN}. The state is that of the step before"
             )
+
+
+def _bits_of(value: float | None) -> int:
+    return struct.unpack("<q", struct.pack("<d", math.nan if value is None else value))[0]

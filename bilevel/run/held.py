@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import torch
-
 from bilevel import tree
 from bilevel.errors import ConvergenceError
 from bilevel.events import HELD, Event, Held, Progress, Warned
@@ -71,7 +69,7 @@ def _beginning(setup: Setup, state: State) -> Params | None:
 
 
 def _is_same(a: Params, b: Params | None) -> bool:
-    return b is not None and all(torch.equal(value, b[name]) for name, value in a.items())
+    return b is not None and tree.equal(a, b)
 
 
 def _train(setup: Setup, state: State) -> None:

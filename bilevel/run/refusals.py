@@ -30,6 +30,7 @@ def refuse_mismatch(setup: Setup) -> None:
     estimator, lower = _names(setup)
     _refuse_ignored_prox(setup)
     _refuse_own_rows(setup)
+    _refuse_parts(setup)
     refuse_learned(setup.estimator, offers.learned)
     if learned(setup.upper.optimizer):
         raise ProblemError(
@@ -141,9 +142,7 @@ def _refuse_own_rows(setup: Setup) -> None:
     """A component that looks inside a loss, and does not sum over ranks what it finds there."""
     if setup.ranks.is_alone:
         return
-    left: list[Any] = [setup.estimator, setup.lower, setup.upper.optimizer]
-    while left:
-        part = left.pop()
+    for part in _components(setup):
         if getattr(part, "own_rows", False):
             raise ProblemError(
                 f"{type(part).__name__} sees the rows of its own rank alone, so that each of the "
@@ -151,6 +150,28 @@ def _refuse_own_rows(setup: Setup) -> None:
                 "bilevel.ranks.here().sum([...]) and take `own_rows` out of it, or use another, or "
                 "one rank"
             )
+
+
+def _refuse_parts(setup: Setup) -> None:
+    """A component that takes y as one vector, where each rank holds its rows of every entry alone."""
+    team = setup.ranks.team
+    if team is None:
+        return
+    for part in _components(setup):
+        if instead := getattr(part, "needs_whole", ""):
+            raise ProblemError(
+                f"{type(part).__name__} works with all of y at once, and with runtime.mesh.shard = "
+                f"{team.within.size} each rank holds its rows of every entry alone; use {instead}, or "
+                "set runtime.mesh.shard=1"
+            )
+
+
+def _components(setup: Setup) -> Iterator[Any]:
+    """The components of a run, and what they are made of."""
+    left: list[Any] = [setup.estimator, setup.lower, setup.upper.optimizer]
+    while left:
+        part = left.pop()
+        yield part
         if is_dataclass(part):
             left += [getattr(part, entry.name) for entry in fields(part)]
 

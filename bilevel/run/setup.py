@@ -16,6 +16,7 @@ from bilevel.problem.autocast import NEEDS_FLOAT32, under_autocast
 from bilevel.problem.levels import Levels
 from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
+from bilevel.problem.sharded import sharded
 from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
 from bilevel.ranks import ALONE, Ranks
@@ -24,6 +25,8 @@ from bilevel.rng import Streams
 from bilevel.run.batches import Draws, Sampler, paired
 from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
+from bilevel.sharding.parts import X_FROM
+from bilevel.sharding.states import parted, wholes
 from bilevel.types import Estimator, LowerSolver, Params
 
 
@@ -75,6 +78,18 @@ class Setup:
         object.__setattr__(self, "problem", NestedVariables(self.problem, x, y))
         vars(self).pop("levels", None)
 
+    def shard(self, x: Params, y: Params) -> tuple[Params, Params]:
+        """x and y as this rank holds them, where ranks hold parameters together; else as they are."""
+        team = self.ranks.team
+        if team is None:
+            return x, y
+        object.__setattr__(self, "problem", sharded(self.problem, team))
+        vars(self).pop("levels", None)
+        # a name says how an entry is held, whichever of the two it is of
+        with_x = tree.size(x) >= X_FROM or not x.keys().isdisjoint(y)
+        team.levels = {"x", "y"} if with_x else {"y"}
+        return team.cut(x) if with_x else x, team.cut(y)
+
     @cached_property
     def levels(self) -> Levels:
         """What the problem offers, found once."""
@@ -110,7 +125,14 @@ class State:
         self.lower_batches.rewind()
 
     def save(self) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state."""
+        """Nested dicts of tensors, numbers and strings, from which `restore` rebuilds the state.
+
+        Where ranks hold it together it is made whole, one tensor at a time: all of them have to call
+        this, and the first alone has the whole on its CPU; others have None for what is in parts.
+        """
+        return wholes(self._described(), self.y)
+
+    def _described(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "x": self.x,
@@ -153,6 +175,7 @@ def start(setup: Setup) -> State:
     x, y = (
         tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
     )
+    x, y = setup.shard(x, y)
     upper_batches, lower_batches = _draws(setup)
     return State(
         step=0,
@@ -191,13 +214,14 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
     state = start(setup)
     for level in ("x", "y"):
         params = getattr(state, level)
-        got = {name: tuple(entry.shape) for name, entry in saved[level].items()}
-        expected = {name: tuple(entry.shape) for name, entry in params.items()}
+        got, expected = tree.shapes(saved[level]), tree.shapes(params)
         if got != expected:
             raise ProblemError(
                 f"the saved state is of another problem: {level} is {got} in it, expected {expected}"
             )
-        require_state(saved[{"x": "upper", "y": "lower"}[level]], params, "the saved optimizer")
+    saved = parted(saved, state.x, state.y)
+    for level, params in (("upper", state.x), ("lower", state.y)):
+        require_state(saved[level], params, "the saved optimizer")
     for name in ("x", "y", "lower", "upper", "estimator"):
         setattr(state, name, _on(saved[name], setup.device))
     try:

@@ -18,6 +18,7 @@ from bilevel.run import accumulation, nonfinite
 from bilevel.run.agreement import require_agreement
 from bilevel.run.setup import Setup, State
 from bilevel.run.warnings import warn
+from bilevel.sharding.again import gathering_again
 from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
 
 
@@ -71,7 +72,8 @@ def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params,
         RankError: ranks disagree on it.
     """
     try:
-        solution, estimate = rounds(setup, state)
+        with gathering_again(setup.ranks):
+            solution, estimate = rounds(setup, state)
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
     with torch.no_grad():

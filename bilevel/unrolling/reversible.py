@@ -252,7 +252,7 @@ class Reel:
 
 
 def _flat(values: Params) -> Tensor:
-    return tree.flatten(tree.map(Tensor.double, values))
+    return tree.own(tree.map(Tensor.double, values))
 
 
 def _whole(values: Tensor, k: int) -> Tensor:

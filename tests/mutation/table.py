@@ -233,7 +233,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "both are made of the same pairs, three lines below",
     (
         "linear/quasi_newton.py",
-        "S, C = (torch.stack([tree.wide(tree.flatten(p[side])) / tree.norm(p[1]) for p in pairs], "
+        "S, C = (torch.stack([tree.wide(tree.own(p[side])) / tree.norm(p[1]) for p in pairs], "
         "dim=1) for side in (0, 1))",
     ): "a pair divided by the one length or the other says the same",
     (

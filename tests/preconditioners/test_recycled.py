@@ -38,14 +38,16 @@ def test_recycled_pairs_age_out_at_the_room_there_is():
     _, A, b = system(log_spectrum(30, 10), 0)
     chosen = Recycled(pairs=10)
     state = chosen.learn({}, pairs_of(A, b, CG(iterations=7, tolerance=0.0)))
-    oldest = state["S"][:, :4].clone()
+    oldest = state["rows of S"][:, :4].clone()
     kept = {name: part.clone() for name, part in state.items()}
     more = chosen.learn(
         state, pairs_of(A, tree.map(torch.ones_like, b), CG(iterations=7, tolerance=0))
     )
-    assert more["S"].shape == (30, 10)
-    torch.testing.assert_close(more["S"][:, :3], state["S"][:, 4:], rtol=0, atol=0)
-    torch.testing.assert_close(more["M"], more["S"].T @ more["C"], rtol=1e-9, atol=1e-12)
+    assert more["rows of S"].shape == (30, 10)
+    torch.testing.assert_close(more["rows of S"][:, :3], state["rows of S"][:, 4:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        more["M"], more["rows of S"].T @ more["rows of C"], rtol=1e-9, atol=1e-12
+    )
     assert all(torch.equal(kept[name], state[name]) for name in kept), "the state was written into"
     assert oldest.shape == (30, 4)
     assert chosen.learn(state, []) is state

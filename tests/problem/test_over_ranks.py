@@ -9,7 +9,7 @@ import torch
 from bilevel import ranks as over
 from bilevel import registry
 from bilevel.registry import presets
-from tests.over_ranks import table
+from tests.over_ranks import table, tables
 
 FEW = {"name": "lbfgs", "steps": 5}
 """Its pairs are differences of neighbours: near the solution they are little more than rounding."""
@@ -114,14 +114,34 @@ THREE = ("estimator: implicit", "estimator: penalty", "memory: traced", "precond
 THREE += ("direction: saga", "lower: gradient")
 
 
+FOUR = ("estimator: implicit", "linear: minres", "linear: neumann", "estimator: penalty")
+FOUR += ("estimator: one_step", "estimator: sama", "memory: store", "memory: recompute")
+FOUR += ("memory: checkpoint", "memory: traced", "preconditioner: recycled", "other: projected")
+
+WHOLE = ("kkt", "shine", "betty", "lbfgs", "augmented_lagrangian", "constrained gap", "newton")
+WHOLE += ("dense", "task_cg", "tasks, by task_cg", "kfac", "ekfac", "nystrom")
+"""What works with all of y at once."""
+
+
 @pytest.fixture(scope="module")
-def two():
-    return table(CASES, 2)
+def both():
+    """On two ranks, each with all of y, and with its rows."""
+    return tables(CASES, 2, (1, 2))
+
+
+@pytest.fixture(scope="module")
+def two(both):
+    return both[0]
 
 
 @pytest.fixture(scope="module")
 def three():
-    return table({name: CASES[name] for name in THREE}, 3)
+    return tables({name: CASES[name] for name in THREE}, 3, (1, 3))
+
+
+@pytest.fixture(scope="module")
+def four():
+    return tables({name: CASES[name] for name in FOUR}, 4, (2,))[0]
 
 
 def require_same(name, found):
@@ -145,7 +165,39 @@ def test_on_two_ranks(name, two):
 
 @pytest.mark.parametrize("name", THREE)
 def test_on_three_ranks(name, three):
-    require_same(name, three[name])
+    require_same(name, three[0][name])
+
+
+# y in parts
+
+
+def is_whole(name):
+    return name.partition(": ")[2].startswith(WHOLE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_two_ranks_that_hold_y_together(name, both):
+    found = both[1][name]
+    if not is_whole(name):
+        require_same(name, found)
+        return
+    if "RequirementError" in str(found[0]):
+        pytest.skip(str(found[0]))
+    for said in found:
+        assert "ProblemError: " in said
+        assert "works with all of y at once, and with runtime.mesh.shard = 2" in said
+        assert "or set runtime.mesh.shard=1" in said
+
+
+@pytest.mark.parametrize("name", [name for name in THREE if not is_whole(name)])
+def test_on_three_ranks_that_hold_y_together(name, three):
+    """The three rows of an entry are one a rank."""
+    require_same(name, three[1][name])
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_on_two_teams_of_two_ranks(name, four):
+    require_same(name, four[name])
 
 
 # controls: what would be wrong is seen

@@ -13,10 +13,12 @@ from bilevel.estimators.fomaml import FOMAML
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.kkt import KKT
 from bilevel.estimators.maid import MAID
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.regularised_gap import RegularisedGap
 from bilevel.estimators.shine import Shine
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
+from bilevel.linear.dense import Dense
 from bilevel.lower.augmented_lagrangian import AugmentedLagrangian
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
@@ -25,12 +27,14 @@ from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.differentiable import SGD
 from bilevel.optimizers.learned import Learned
 from bilevel.optimizers.schedule import Schedule
+from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.problem.levels import Levels
-from bilevel.ranks import Ranks
+from bilevel.ranks import ALONE, Ranks
 from bilevel.run import refusals
 from bilevel.run.engine import Setup, refuse_mismatch
 from bilevel.run.targets import Best
 from bilevel.run.upper import Upper
+from bilevel.sharding.parts import Team
 from bilevel_problems.quadratic import Quadratic
 from tests.run.setups import Noisy
 
@@ -63,6 +67,11 @@ ONE_CYCLE = Schedule(
 
 class OwnRows(Implicit):
     own_rows = True
+
+
+TWO = Ranks(size=2, group=object())
+HELD_TOGETHER = replace(TWO, team=Team(TWO, TWO, ALONE))
+ADAFACTOR = TorchOptimizer(optimizer="Adafactor")
 
 
 REFUSED = {
@@ -149,9 +158,24 @@ REFUSED = {
         {"estimator": KKT()},
     ),
     "rows of one's own rank": (
-        replace(made(), estimator=OwnRows(), ranks=Ranks(size=2, group=object())),
+        replace(made(), estimator=OwnRows(), ranks=TWO),
         r"have it sum what it sees by bilevel\.ranks\.here\(\)\.sum",
         {"estimator": Implicit()},
+    ),
+    "all of y where each rank has its rows": (
+        replace(made(None, Implicit(solver=Dense())), ranks=HELD_TOGETHER),
+        r"Dense works with all of y at once, .* use solver: cg",
+        {"estimator": Implicit()},
+    ),
+    "and within a component of a component": (
+        replace(made(None, Penalty(lower=LBFGS())), ranks=HELD_TOGETHER),
+        "LBFGS works with all of y at once, .* use lower: gradient",
+        {"estimator": Penalty()},
+    ),
+    "steps of torch that look at a whole matrix": (
+        replace(made(None, Implicit(), Gradient(optimizer=ADAFACTOR)), ranks=HELD_TOGETHER),
+        "TorchOptimizer works with all of y at once, .* use optimizer: adam",
+        {"lower": Gradient(optimizer=TorchOptimizer(optimizer="Adagrad"))},
     ),
 }
 

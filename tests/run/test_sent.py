@@ -89,10 +89,10 @@ def test_what_is_sent_is_what_the_page_says(name, measured):
     for one in measured:
         y, x, rest, event, calls = one[name]
         assert (y, x) == told()[name]
-        # beside them the losses' values, and the message in which two ranks compare six integers
-        assert sorted(rest) == [*[1] * (len(rest) - 1), 12]
+        # beside them the losses' values, and the message in which two ranks compare eight integers
+        assert sorted(rest) == [*[1] * (len(rest) - 1), 16]
         assert event.calls == calls
-        assert event.bytes == 4 * (y * Ny + x * Nx + len(rest) - 1) + 8 * 12
+        assert event.bytes == 4 * (y * Ny + x * Nx + len(rest) - 1) + 8 * 16
     assert measured[0][name] == measured[1][name]
 
 
