@@ -29,6 +29,12 @@ def follow(setup: Setup, signals: Signals, found: Path | None = None) -> None:
             raise Stopped(signals.code)
 
 
+def take_part(setup: Setup, state: State) -> None:
+    """Give the first rank the parts of what it saves here, if ranks hold the state together."""
+    while setup.ranks.team is not None and setup.ranks.from_first():
+        state.save()
+
+
 def _is_stopped(setup: Setup, state: State, signals: Signals) -> bool:
     """Whether a signal ended the run before its end; asked exactly where the first rank asks."""
     for event in engine.run(setup, state):
@@ -36,7 +42,10 @@ def _is_stopped(setup: Setup, state: State, signals: Signals) -> bool:
             if signals.agree(setup.ranks):
                 return False
             continue
-        may_end = is_settled(event, setup, state) and not engine.is_over(setup, state)
-        if may_end and signals.agree(setup.ranks):
+        if not is_settled(event, setup, state):
+            continue
+        take_part(setup, state)
+        if not engine.is_over(setup, state) and signals.agree(setup.ranks):
+            take_part(setup, state)
             return True
     return False

@@ -100,7 +100,7 @@ def resume_in(
     As a `member` of several ranks, where there are; the first of them finds the checkpoint.
     """
     recipe, added = unchanged(folder, folder.resolved)
-    setup = assemble(recipe, (member or Member()).join(recipe.runtime))
+    setup = assemble(recipe, (member or Member()).join(recipe.runtime), resumed=True)
     signals = signals or Signals()
     if not setup.ranks.is_first:
         follow(setup, signals, setup.ranks.from_first())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -208,9 +209,11 @@ class RunLoop:
                 is_saved = is_last or is_due or (self.broken and self._is_ahead(state))
                 if is_saved:
                     self._save(state)
+                self._collect()
                 if not is_last and self.signals.agree(self.setup.ranks):
                     if not is_saved:
                         self._save(state)
+                    self._collect()
                     self._end(state, began, self.signals.reason)
                     return
             if self.broken and not self._is_ahead(state):
@@ -230,9 +233,11 @@ class RunLoop:
     def _rescue(self, state: State) -> None:
         """Save the last good step after an error of the engine or the problem.
 
-        Not after one of a sink: its record would lack what the checkpoint has.
+        Not after one of a sink: its record would lack what the checkpoint has. Nor where ranks hold the
+        state together, of which another may be gone: the last checkpoint stays.
         """
-        if not self.is_delivered or not self._is_ahead(state):
+        is_in_parts = self.setup.ranks.team is not None
+        if is_in_parts or not self.is_delivered or not self._is_ahead(state):
             return
         state.rewind()
         # what ended the run is told, not that its state could not be saved
@@ -243,7 +248,7 @@ class RunLoop:
         keep = self.recipe.checkpoint.keep
         self.saved = checkpoint.save(
             self.folder.checkpoints,
-            state.save(),
+            self._collect(state),
             step=state.step,
             keep=keep,
             settings=self.settings,
@@ -253,9 +258,23 @@ class RunLoop:
     def _save_best(self, state: State) -> None:
         """In a folder of its own, so that the newest that are kept do not push it out."""
         path = checkpoint.save(
-            self.folder.best, state.save(), step=state.step, keep=1, settings=self.settings
+            self.folder.best,
+            self._collect(state),
+            step=state.step,
+            keep=1,
+            settings=self.settings,
         )
         self._deliver(Saved(state.step, path))
+
+    def _collect(self, state: State | None = None) -> Any:
+        """What is to be saved of a state; of ranks that hold it together the others take part.
+
+        They wait at each event after which it may be saved, until they are told, without a state, that
+        there is no more (`bilevel.cli.follow.take_part`).
+        """
+        if self.setup.ranks.team is not None:
+            self.setup.ranks.from_first(state is not None)
+        return state.save() if state else None
 
     def _deliver(self, event: Event) -> None:
         for receiver in tuple(self.receivers):

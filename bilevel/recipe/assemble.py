@@ -20,8 +20,7 @@ def assemble(recipe: Recipe, ranks: Ranks | None = None, *, resumed: bool = Fals
 
     Raises:
         RequirementError: the machine has no such device.
-        RecipeError: all ranks would be on one.
-        RankError: the ranks are no such mesh.
+        RecipeError: all ranks would be on one, or they are no such mesh.
     """
     ranks = ALONE if ranks is None else _mesh(recipe, ranks, resumed)
     return Setup(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bilevel import ranks as over
 from bilevel import tree
-from bilevel.errors import RankError
+from bilevel.errors import RecipeError
 from bilevel.ranks import Ranks
 from bilevel.sharding.again import remember
 from bilevel.tree import Part
@@ -91,14 +91,14 @@ def teams(ranks: Ranks, data: int = -1, shard: int = 1, keep: Keep = "whole") ->
     A `Setup` of them keeps y, and an x of `X_FROM` numbers or more, in parts.
 
     Raises:
-        RankError: the number of ranks is not data · shard.
+        RecipeError: the number of ranks is not data · shard.
     """
     if shard == 1 and data in (-1, ranks.size):
         return ranks
     if ranks.size % shard or data not in (-1, ranks.size // shard):
         fits = sorted({n for n in range(1, ranks.size + 1) if ranks.size % n == 0})
         wanted = f"{data} · {shard}" if data != -1 else f"a multiple of {shard}"
-        raise RankError(
+        raise RecipeError(
             f"runtime.mesh is {{data: {data}, shard: {shard}}}, which takes {wanted} ranks, and there "
             f"{'is 1' if ranks.is_alone else f'are {ranks.size}'}: start that many (bilevel run --ranks "
             f"N, torchrun), or set runtime.mesh.data=-1 and runtime.mesh.shard to "

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel import tree
-from bilevel.errors import ProblemError, RankError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.ranks import ALONE, by_rows, leave
 from bilevel.sharding import parts
 from bilevel.sharding.parts import Collect, Cut, Gather, Scatter, collected, cut, gathered, teams
@@ -331,12 +331,12 @@ def test_what_is_sent():
     ],
 )
 def test_a_mesh_that_is_not_all_ranks_is_refused_with_what_fits(size, mesh, said):
-    with pytest.raises(RankError, match=said):
+    with pytest.raises(RecipeError, match=said):
         teams(replace(ALONE, size=size, group=object()), **mesh)
 
 
 def test_one_process_is_no_team():
-    with pytest.raises(RankError, match="and there is 1: start that many"):
+    with pytest.raises(RecipeError, match="and there is 1: start that many"):
         teams(ALONE, shard=2)
     assert teams(ALONE) is ALONE
     assert teams(ALONE).team is None
