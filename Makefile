@@ -46,6 +46,7 @@ sbom: $(INSTALLED)
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs tests
+	$(BIN)/python -m tests.gpu.measure_ranks
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.run --page docs/benchmarks.md $(BENCHMARK_ARGS)

@@ -19,22 +19,32 @@ from bilevel import ranks as over
 from bilevel.ranks import Ranks
 
 
-def on_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 60.0) -> list[Any]:
+def on_ranks(
+    size: int,
+    work: Callable[[Ranks], Any],
+    timeout: float = 60.0,
+    *,
+    start: str = "fork",
+    backend: str = "gloo",
+) -> list[Any]:
     """What `work` returns on each of so many ranks; an `Exception` that it raises in its place.
 
-    It is called in a process forked from this one, and so may be any function, of any fixture.
+    It is called in a process forked from this one, and so may be any function, of any fixture; one that
+    is spawned, as a GPU needs, takes functions of modules.
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # of Python 3.12 on, where the process that forks has threads: torch's own are idle in tests
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        start_processes(_one, (size, work, folder, timeout), size, start_method="fork")
+        start_processes(_one, (size, work, folder, timeout, backend), size, start_method=start)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(size)]
 
 
-def _one(rank: int, size: int, work: Callable[[Ranks], Any], folder: str, timeout: float) -> None:
+def _one(
+    rank: int, size: int, work: Callable[[Ranks], Any], folder: str, timeout: float, backend: str
+) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     distributed.init_process_group(
-        "gloo",
+        backend,
         store=distributed.FileStore(str(Path(folder, "store")), size),
         rank=rank,
         world_size=size,
