@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from bilevel import ranks as over
 from bilevel import recipe, tree
+from bilevel.cli.launch import config, quiet
 from bilevel.errors import BilevelError, RankError, reason_of
 from bilevel.ranks import ALONE, Ranks
 from bilevel.recipe.assemble import assemble
@@ -61,27 +62,15 @@ def gather(size: int) -> list[Told]:
         RankError: one of them failed, or they did not find each other; its own error is said.
     """
     device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "cpu"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=size,
-        run_id="doctor",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method=START,
-    )
-    before = logging.root.manager.disable
-    logging.disable()  # what failed is said once, here
-    try:
-        found = elastic_launch(config, look)(device)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        said: Any = failure.message
-        said = said["message"] if isinstance(said, dict) else said
-        raise RankError(f"rank {rank} of {size} failed: {said}") from None
-    finally:
-        logging.disable(before)
+    with tempfile.TemporaryDirectory(prefix="bilevel-") as folder, quiet():
+        chosen = config(size, start=START, words=folder)
+        try:
+            found = elastic_launch(chosen, look)(device)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            said: Any = failure.message
+            said = said["message"] if isinstance(said, dict) else said
+            raise RankError(f"rank {rank} of {size} failed: {said}") from None
     return [found[rank] for rank in range(size)]
 
 

@@ -23,22 +23,20 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bilevel.cli.options import settings
-from bilevel.cli.signals import REASONS
+from bilevel.cli.signals import MARK, REASONS
 from bilevel.errors import RankError
 
-MARK = "BILEVEL_LAUNCH"
-"""Where ranks that were started here write their process ids."""
 LAST = 10
 """Seconds from the second signal to the end of what has not ended."""
 
 
 def launch(size: int, words: Sequence[str]) -> tuple[int, str]:
     """(exit code, what is to be said beside what the ranks said), once all have ended."""
-    with tempfile.TemporaryDirectory(prefix="bilevel-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="bilevel-") as folder, quiet():
         relay = Relay(Path(folder), size)
         with _environment(size, folder), relay:
             try:
-                elastic_launch(_config(size), sys.executable)(*_command(words))
+                elastic_launch(config(size), sys.executable)(*_command(words))
             except ChildFailedError as error:
                 code, said = verdict(size, error.failures)
                 return code, "" if relay.received else said
@@ -129,8 +127,9 @@ def _command(words: Sequence[str]) -> list[str]:
     return [*safe, "-m", "bilevel", *left]
 
 
-def _config(size: int) -> LaunchConfig:
-    config = LaunchConfig(
+def config(size: int, *, start: str = "spawn", words: str = os.devnull) -> LaunchConfig:
+    """Of so many ranks on this machine, for torch's agent; `words` is where functions leave what they raise."""
+    made = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=size,
@@ -140,11 +139,12 @@ def _config(size: int) -> LaunchConfig:
         local_addr="localhost",
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # the others are passed on
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        logs_specs=DefaultLogsSpecs(log_dir=words),
+        start_method=start,
     )
-    if hasattr(config, "shutdown_timeout"):  # from torch 2.13 on; before, it is 30
-        config.shutdown_timeout = LAST
-    return config
+    if hasattr(made, "shutdown_timeout"):  # from torch 2.13 on; before, it is 30
+        made.shutdown_timeout = LAST
+    return made
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _cores() -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the agent logs of ranks that end is said in fewer words, unless tracebacks are asked for."""
     before = logging.root.manager.disable
     logging.disable(before if settings.debug else logging.CRITICAL)

@@ -16,6 +16,8 @@ from bilevel.cli.boundary import Stopped
 if TYPE_CHECKING:
     from bilevel.ranks import Ranks
 
+MARK = "BILEVEL_LAUNCH"
+"""Where ranks that `--ranks` has started write their process ids."""
 REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 
@@ -25,7 +27,9 @@ class Signals:
 
     While `is_patient` is false, as before the first step, a signal raises `Stopped` at once. A hang-up
     never does so as the second one: a terminal that closes sends it twice, and systemd after SIGTERM.
-    One that is ignored, as under nohup, stays so. It may be entered within itself.
+    Nor does any under torchrun: a scheduler signals all processes of a job, torchrun passes on to its
+    ranks what they have had already, and kills what does not end. One that is ignored, as under nohup,
+    stays so. It may be entered within itself.
     """
 
     def __init__(self) -> None:
@@ -38,6 +42,7 @@ class Signals:
         self._depth = 0
         # of a launcher that is gone no signal comes any more
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._is_told_twice = self._launcher is not None and MARK not in os.environ
 
     @property
     def code(self) -> int:
@@ -88,7 +93,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
-        if again and number == HANGUP:
+        if again and (number == HANGUP or self._is_told_twice):
             return
         self.received = signal.Signals(number)
         if again or not self.is_patient:

@@ -83,6 +83,21 @@ def test_resumed_on_as_many_ranks_it_is_the_same_bits_and_to_rounding_on_another
     assert 0 < off(end(the_run(runs / "1")), truth) < 1e-12
 
 
+def test_a_signal_that_comes_twice_under_torchrun_is_one(rows, runs):
+    """A scheduler signals every process of a job, and torchrun passes on what it receives."""
+    acts = "0:3:SIGTERM 0:3:SIGINT 1:3:SIGTERM 1:4:SIGTERM"
+    stopped = on_command_line(2, "run", rows, "--runs-dir", runs, acts=acts)
+    assert [each.code for each in stopped] == [143, 143], stopped
+    assert "stopped at once" not in stopped[0].stderr
+    assert end(the_run(runs))[0] == 3
+    # control: what `--ranks` passes on is what was sent, and the second ends at once
+    ours = {"BILEVEL_LAUNCH": str(runs)}
+    acts = "0:5:SIGTERM 0:5:SIGINT"
+    at_once = on_command_line(2, "run", rows, "--runs-dir", runs / "2", acts=acts, environment=ours)
+    assert "stopped at once" in at_once[0].stderr
+    assert end(the_run(runs / "2"))[0] == 4
+
+
 def test_what_one_rank_began_several_go_on_with(rows, runs, truth):
     on_command_line(1, "run", rows, "--runs-dir", runs, acts="0:3:SIGINT")
     folder = the_run(runs)
