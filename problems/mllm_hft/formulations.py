@@ -10,6 +10,8 @@ proximal      x = LoRA, log τ, kind scores, α_0  y = projector, heads
 weighted      x = log λ, log τ, kind scores,   y = projector, heads, LoRA
                   source scores
               G = Σ_s (w_s L_T,s(training data) + λ w_s L_C,s), sources s of weight w_s
+task_weighted x = source scores                y = projector, LoRA
+              G = Σ_s w_s L_T,s(training data)
 task_only     x = nothing                      y = projector, LoRA
               G = L_T(training data)
 joint         x = nothing                      y = projector, heads, LoRA, log τ
@@ -46,7 +48,9 @@ from .models.network import Group, Network, call
 from .preference_pairs import preference
 from .preferences import chip, chip_released
 
-Formulation = Literal["weighted", "two_variable", "proximal", "task_only", "joint", "simple"]
+Formulation = Literal[
+    "weighted", "two_variable", "proximal", "task_weighted", "task_only", "joint", "simple"
+]
 ContrastLoss = Literal["hacl", "chip", "chip_released"]
 Scalars = Literal["log_tau", "kind_scores", "log_lambda", "source_scores"]
 Part = Group | Scalars | Literal["anchor"]
@@ -111,6 +115,9 @@ FORMS: dict[Formulation, Form] = {
         lower=("projector", "heads", "lora"),
         task=True,
         contrast=True,
+    ),
+    "task_weighted": Form(
+        upper=("source_scores",), lower=("projector", "lora"), task=True, contrast=False
     ),
     "task_only": Form(upper=(), lower=("projector", "lora"), task=True, contrast=False),
     "joint": Form(

@@ -23,7 +23,7 @@ def read(form: Form) -> frozenset[str]:
         "contrast_loss": form.contrast,
         "contrast": form.contrast and form.task,
         "anchor": form.anchored,
-        "learned": bool(learnable(form)),
+        "learned": len(learnable(form)) > 1,  # of one scalar there is nothing to choose
         "clean": form.task and not form.upper,
     }
     return frozenset(name for name, yes in is_read.items() if yes)

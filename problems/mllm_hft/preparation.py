@@ -71,7 +71,8 @@ def prepare(
 ) -> Generator[Progress, None, Prepared]:
     """Everything that `problem` needs, by its options, computed on `device`.
 
-    Raises `ProblemError` for a weight of a source that training pictures do not come from.
+    Raises `ProblemError` for a weight of a source that training pictures do not come from, and where
+    weights of sources are all that the formulation learns and there is one source.
     """
     loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed, device)
     train, scenes = yield from _data(problem, loaded, "train", problem.train)
@@ -92,6 +93,11 @@ def prepare(
     if problem.text_head == "residual":
         residual_head(loaded.network, rng.stream(problem.seed, "text_head"))
     sources, kinds = origins(scenes), problem.source.kinds
+    if problem.form.upper == ("source_scores",) and not sources:
+        raise ProblemError(
+            f"formulation {problem.formulation} learns weights of sources, and all training pictures come "
+            "from one; use source: mixture, or files of several origins"
+        )
     scalars = formulations.start_scalars(
         problem.contrast, len(kinds), _weights_of(problem.weights, sources)
     )

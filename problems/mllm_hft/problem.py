@@ -59,8 +59,8 @@ class HierarchicalFineTuning:
     """Align pictures and text in a multimodal language model so that it hallucinates less."""
 
     formulation: Formulation = "weighted"
-    """Which variables are upper: weighted, two_variable, proximal; none, and all at both levels: simple;
-    or none, an arm to compare with: task_only, joint."""
+    """Which variables are upper: weighted, task_weighted, two_variable, proximal; none, and all at both
+    levels: simple; or none, an arm to compare with: task_only, joint."""
     source: Annotated[Source, Slot("mllm_sources")] = Field(default_factory=Shapes)
     encoder: Annotated[Encoder | None, Slot("mllm_encoders")] = None
     """Frozen vision encoder; None: what comes with the model (vit for tiny)."""

@@ -31,10 +31,12 @@ pytest.importorskip("peft", reason="LoRA goes through peft")
 
 pytestmark = pytest.mark.usefixtures("cache")
 
+MIXED = Mixture(parts={"true": Shapes(), "odd": Shapes(pairing=1)}, clean=Shapes())
+
 
 @pytest.mark.parametrize("formulation", FORMS)
 def test_two_steps_of_the_engine(formulation):
-    problem = prepared(formulation=formulation)
+    problem = prepared(formulation=formulation, source=MIXED)
     made = setup(problem)
     events = list(engine.run(made, engine.start(made)))
     steps = [event for event in events if isinstance(event, Stepped)]
@@ -51,6 +53,11 @@ def test_two_steps_of_the_engine(formulation):
     assert len(drawn["embeddings"].axes) == 4
     assert len(drawn["captions"].axes) == 2 * min(8, len(problem._prepared.evaluation.scenes))
     assert isinstance(events[-1], Finished)
+
+
+def test_weights_of_sources_alone_are_refused_where_there_is_one_source():
+    with pytest.raises(ProblemError, match="task_weighted learns weights of sources.*mixture"):
+        prepared(formulation="task_weighted")
 
 
 def test_preparing_reports_stages_and_the_language_models_accuracy(monkeypatch, tmp_path):

@@ -1,0 +1,6 @@
+"""Arms × seeds × regimes of one question: tuned alike, computed cell by cell, compared with intervals.
+
+`file` reads the study's YAML, `plan` lists its cells in their order and says with what settings each is run, `mixtures`
+draws and chooses weights, `results` is what is kept of each cell, `statistics` the hierarchical bootstrap, `summary` the
+numbers, `figure` and `page` how they are shown. Everything but a run itself is here; the command line gives that.
+"""
