@@ -28,6 +28,7 @@ FLOORS = [
     ["recipe", "testing"],
     ["comparing", "report"],
     ["sweeping"],
+    ["studying"],
     ["cli"],
 ]
 """From the ground up: a room imports from floors below its own, and from no neighbour."""

@@ -448,6 +448,62 @@ def sweep(
 
 
 @app.command()
+def study(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", help="A YAML file, or the name of one that is shipped."),
+    ],
+    regime: Annotated[
+        str | None, typer.Option("--regime", metavar="A,B", help="These alone; all if not given.")
+    ] = None,
+    arm: Annotated[str | None, typer.Option("--arm", metavar="A,B", help="These alone.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0..4", help="These alone.")
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option("--phase", help="tune: development seeds alone; test: test seeds.")
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            "--again",
+            help="Compute again what failed, or what was run with other settings: altered.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", metavar="N", min=0, help="Cells at a time; 0: within this process."
+        ),
+    ] = 1,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Run nothing: show what is there, and write the page.")
+    ] = False,
+    runs_dir: RunsOption = Path("runs"),
+    quiet: QuietOption = False,
+    json: JSONOption = False,
+) -> None:
+    """Compare arms over seeds: tune each alike, run what is missing, show intervals and verdicts."""
+    with computing(json) as answer:
+        from bilevel.cli.study import study as run_study
+
+        run_study(
+            _console(json),
+            file,
+            regimes=regime,
+            arms=arm,
+            seeds=seeds,
+            phase=phase,
+            again=again,
+            workers=workers,
+            runs=runs_dir,
+            only_show=no_run,
+            quiet=quiet,
+            answer=answer,
+        )
+
+
+@app.command()
 def report(
     run: Annotated[
         list[str] | None,

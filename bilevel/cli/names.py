@@ -10,14 +10,24 @@ from bilevel import registry
 from bilevel.errors import RecipeError
 
 SUFFIXES = (".yaml", ".yml")
+STUDIES = "studies"
+"""Folder of studies beside the recipes."""
 SCHEMA_KEY = "# yaml-language-server: $schema="
 """Begins the comment by which editors find the schema of a recipe, and complete its keys."""
 
 
 def shipped() -> dict[str, Path]:
     """The recipes that are installed with the package, by name."""
-    paths = [path for folder in _folders() for path in sorted(Path(folder).rglob("*.yaml"))]
-    return {path.stem: path for path in paths}
+    return {path.stem: path for path in _files() if path.parent.name != STUDIES}
+
+
+def shipped_studies() -> dict[str, Path]:
+    """The studies that are installed with the package, by name."""
+    return {path.stem: path for path in _files() if path.parent.name == STUDIES}
+
+
+def _files() -> list[Path]:
+    return [path for folder in _folders() for path in sorted(Path(folder).rglob("*.yaml"))]
 
 
 def schema_path() -> Path:
@@ -31,19 +41,19 @@ def _folders() -> list[str]:
     return list(spec.submodule_search_locations or []) if spec else []
 
 
-def locate(reference: str) -> Path:
-    """The file of a recipe given by path or by shipped name."""
-    path = Path(reference)
+def locate(reference: str, what: str = "recipe") -> Path:
+    """The file of a recipe, or of a study, given by path or by shipped name."""
+    path, known = Path(reference), shipped() if what == "recipe" else shipped_studies()
     if path.suffix in SUFFIXES:
         if os.path.isfile(path):  # which no odd name makes raise
             return path
-        hint = f" There is a recipe called {path.stem!r}." if path.stem in shipped() else ""
+        hint = f" There is a {what} called {path.stem!r}." if path.stem in known else ""
         raise RecipeError(f"{reference}: there is no such file.{hint}")
-    if reference in shipped():
-        return shipped()[reference]
+    if reference in known:
+        return known[reference]
     local = f"{path}.yaml"
     hint = f" Did you mean {local}?" if os.path.isfile(local) else ""
-    raise RecipeError(registry.unknown(reference, shipped(), "recipe") + hint)
+    raise RecipeError(registry.unknown(reference, known, what) + hint)
 
 
 def summary(path: Path) -> str:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ LOSSES = ("upper_loss", "lower_loss", "hypergradient_norm")
 REPORTS = 20
 """Times that a run tells how it stands, of a measure that every step says."""
 PRUNED = "pruned"
+Work = Callable[[Mapping[str, Any]], None]
+"""What a process does with its specification: "place", "threads" and its own."""
 
 
 @dataclass
@@ -146,12 +148,12 @@ def _ended(status: str, values: Sequence[float], began: float) -> dict[str, Any]
 
 
 class Process:
-    """A trial in a process that is forked from a warm server."""
+    """A trial, or other `work`, in a process that is forked from a warm server."""
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Mapping[str, Any], work: Work | None = None) -> None:
         self._said = Path(spec["place"]) / drive.SAID
         context = processes.context(__name__, "optuna")
-        self._process = context.Process(target=_main, args=(dict(spec),))
+        self._process = context.Process(target=_main, args=(dict(spec), work or _trial))
         self._process.start()
 
     def ended(self) -> str | None:
@@ -185,7 +187,7 @@ def on_a_cluster(spec: Mapping[str, Any]) -> None:
         in_this_process(spec)
 
 
-def _main(spec: dict[str, Any]) -> None:
+def _main(spec: dict[str, Any], work: Work) -> None:
     processes.detach(str(Path(spec["place"]) / drive.SAID))
     threading.Thread(target=_end_with_the_driver, daemon=True).start()
     if spec["threads"]:
@@ -193,10 +195,13 @@ def _main(spec: dict[str, Any]) -> None:
 
         torch.set_num_threads(spec["threads"])
     try:
-        result = run_trial(spec, Console(width=100))
+        work(spec)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
-    drive.write_result(Path(spec["place"]), result)
+
+
+def _trial(spec: Mapping[str, Any]) -> None:
+    drive.write_result(Path(spec["place"]), run_trial(spec, Console(width=100)))
 
 
 def _end_with_the_driver() -> None:

@@ -124,12 +124,13 @@ class Regime:
 
 
 @component
-class Content:
+class StudyFile:
     """A study's file."""
 
     name: Name
     recipe: str
     results: str
+    """Folder of what is kept, a file a cell; like `page` relative to where the command is given."""
     measure: str
     seeds: Seeds
     regimes: Annotated[dict[Name, Regime], Field(min_length=1)]
@@ -149,16 +150,17 @@ class Content:
     keep: tuple[str, ...] = ("*",)
     """Measures that a cell keeps, beside the one that counts; `*` stands for any words."""
     page: str | None = None
+    """Markdown in which the numbers are written between markers `<!-- study:… -->`."""
     axis: str = ""
     """What `at` of the regimes is."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study; paths are relative to its file."""
+    """A checked study; its recipe's path is relative to its file."""
 
     path: Path
-    content: Content
+    content: StudyFile
     development: tuple[int, ...]
     test: Mapping[str, tuple[int, ...]]
     """By regime."""
@@ -175,11 +177,11 @@ class Study:
 
     @cached_property
     def results(self) -> Path:
-        return self.path.parent / self.content.results
+        return Path(self.content.results)
 
     @cached_property
     def page(self) -> Path | None:
-        return self.path.parent / self.content.page if self.content.page else None
+        return Path(self.content.page) if self.content.page else None
 
     def load(self, assignments: list[str]) -> recipes.Recipe:
         """The recipe of a cell. Raises `RecipeError` where its settings do not go together."""
@@ -194,10 +196,10 @@ def read(path: Path) -> Study:
     """Read and check a study's file. Raises `RecipeError` with everything that is wrong."""
     source = parse(recipes.read(path), str(path))
     complaints = Complaints(source.title, source.origins)
-    built = Builder(complaints, path.parent).options(Content, source.data, ())
+    built = Builder(complaints, path.parent).options(StudyFile, source.data, ())
     complaints.finish()
     assert built is not None
-    content: Content = built.value
+    content: StudyFile = built.value
     checked = _Check(content, complaints)
     found = Study(path, content, checked.development, checked.test, checked.spaces)
     complaints.finish()
@@ -207,7 +209,7 @@ def read(path: Path) -> Study:
 class _Check:
     """What no field knows alone: names, seeds, spaces and the order of arms."""
 
-    def __init__(self, content: Content, complaints: Complaints) -> None:
+    def __init__(self, content: StudyFile, complaints: Complaints) -> None:
         self._content, self._complaints = content, complaints
         if content.version != VERSION:
             complaints.add(("version",), f"this release reads version {VERSION}", content.version)
@@ -256,7 +258,8 @@ class _Check:
             if other is not None and other not in before:
                 late = " above it in the file" if other in self._content.arms else ""
                 self._complaints.add(
-                    (*where, key), f"{unknown(other, before, 'arm')}{late and f': it must stand{late}'}"
+                    (*where, key),
+                    f"{unknown(other, before, 'arm')}{late and f': it must stand{late}'}",
                 )
         if arm.mixtures and (arm.vary or arm.tuned or not arm.hidden):
             self._complaints.add(
@@ -305,7 +308,7 @@ def words(settings: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, ensure_ascii=False) for key, value in settings.items()}
 
 
-def arms_of(content: Content, regime: str, named: Mapping[str, str]) -> list[str]:
+def arms_of(content: StudyFile, regime: str, named: Mapping[str, str]) -> list[str]:
     """The arms of a regime in the order of the file, with those that they come after or are tuned as.
 
     `named` are those that `ours` and `baseline` stand for, empty where they are not known yet.

@@ -56,11 +56,8 @@ def chosen(after: After, mixtures: Mixtures, seed: int, values: Sequence[float])
 
 def predicted(weights: Weights, values: Weights, at: Weights) -> Weights:
     """Kernel ridge regression of the centred values with k(u, v) = (1 + √S uᵀv)², S how many names there are."""
-    scale = math.sqrt(weights.shape[1])
+    from sklearn.kernel_ridge import KernelRidge
 
-    def kernel(left: Weights, right: Weights) -> Weights:
-        return (1 + scale * left @ right.T) ** 2
-
-    centre = values.mean()
-    inner = kernel(weights, weights) + RIDGE * np.eye(len(weights))
-    return kernel(at, weights) @ np.linalg.solve(inner, values - centre) + centre
+    gamma, centre = math.sqrt(weights.shape[1]), values.mean()
+    model = KernelRidge(alpha=RIDGE, kernel="poly", degree=2, gamma=gamma, coef0=1)
+    return model.fit(weights, values - centre).predict(at) + centre

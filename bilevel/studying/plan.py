@@ -164,7 +164,8 @@ class Plan:
             words(content.settings),
             words(content.regimes[cell.regime].settings),
             words(phase),
-            words(arm.settings),
+            self.tuned(cell.regime, arm.tuned).values if arm.tuned else {},
+            words(arm.settings),  # which say more of this arm than what was tuned of another
             self._values(cell, arm),
             self._taken(cell, arm.after) if arm.after else {},
             self._mixed(cell) if cell.point is not None else {},
@@ -173,10 +174,8 @@ class Plan:
         return [f"{key}={value}" for key, value in merged.items()]
 
     def _values(self, cell: Cell, arm: Arm) -> Words:
-        if arm.mixtures:
+        if arm.mixtures or arm.tuned:
             return {}
-        if arm.tuned:
-            return self.tuned(cell.regime, arm.tuned).values
         if cell.trial is not None:
             return self.trials[cell.arm][cell.trial]
         return self.tuned(cell.regime, cell.arm).values

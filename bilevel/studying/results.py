@@ -100,6 +100,11 @@ class Book:
         write_text(path, text, remedy=REMEDY, make_folder=True)
         return path
 
+    def drop(self, cell: Cell) -> None:
+        """Take a cell's file away, so that it is computed again."""
+        self.path(cell).unlink(missing_ok=True)
+        self._read.pop(cell, None)
+
 
 def collect(folder: Path, measure: str, keep: Sequence[str], cases: Cases | None) -> Kept:
     """What is kept of a run that is over, from its record and rows; `assignments` are left to the caller.
@@ -110,7 +115,9 @@ def collect(folder: Path, measure: str, keep: Sequence[str], cases: Cases | None
     evaluated = (record.last(folder, "evaluated") or {"metrics": {}})["metrics"]
     finished = record.last(folder, "finished") or {}
     found = {name: stepped[name] for name in LOSSES if name in stepped}
-    found |= {n: v for n, v in evaluated.items() if any(fnmatchcase(n, k) for k in (measure, *keep))}
+    found |= {
+        n: v for n, v in evaluated.items() if any(fnmatchcase(n, k) for k in (measure, *keep))
+    }
     if measure not in found:
         known = ", ".join([*LOSSES, *sorted(evaluated)])
         raise ValueError(f"measure {measure!r}: the run has none of that name; it has {known}")
@@ -131,7 +138,9 @@ def _cases(folder: Path, cases: Cases) -> dict[str, list[Any]]:
     """Numbers of units in order of appearance, scores to five digits, labels as 0 and 1."""
     path = folder / "rows" / f"{cases.table}.jsonl"
     if not path.is_file():
-        raise ValueError(f"cases: the run has no table {cases.table!r}; the recipe's sinks need rows")
+        raise ValueError(
+            f"cases: the run has no table {cases.table!r}; the recipe's sinks need rows"
+        )
     units: dict[Any, int] = {}
     found: dict[str, list[Any]] = {"unit": [], "score": []} | ({"label": []} if cases.label else {})
     for line in path.read_text(encoding="utf-8").splitlines():

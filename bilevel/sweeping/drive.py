@@ -103,7 +103,7 @@ class Driver:
         if self.is_stopped:
             return False
         with ExitStack() as asking:
-            _lock(self.folder, asking, patient=True)
+            hold(self.folder, asking, patient=True)
             for left in self._unfinished():
                 if left.params.keys() != {each.key for each in self.request.space}:
                     # its driver was killed between two of its lines in the journal
@@ -120,7 +120,7 @@ class Driver:
         place = self.folder / "trials" / f"{trial.number:04d}"
         place.mkdir(parents=True, exist_ok=True)
         held = ExitStack()
-        if not _lock(place, held) or self._is_busy(trial.number):
+        if not hold(place, held) or self._is_busy(trial.number):
             held.close()
             return False
         spec = {
@@ -210,7 +210,7 @@ def write_result(place: Path, result: Mapping[str, Any]) -> None:
     write_text(place / RESULT, json.dumps(result, ensure_ascii=False) + "\n", remedy=REMEDY)
 
 
-def _lock(folder: Path, held: ExitStack, patient: bool = False) -> bool:
+def hold(folder: Path, held: ExitStack, patient: bool = False) -> bool:
     """Hold a folder until `held` is closed; whether it could be had."""
     while True:
         try:

@@ -140,7 +140,9 @@ def test_units_are_drawn_whole_and_alike_for_every_arm(monkeypatch):
     found = drawn_answers()
     other = Answers(found.unit, found.score + 1, found.label)
     one, two = (each.resampled(50, np.random.default_rng(1)) for each in (found, other))
-    np.testing.assert_array_equal(one, two)  # a shift changes no order: the same pictures were drawn
+    np.testing.assert_array_equal(
+        one, two
+    )  # a shift changes no order: the same pictures were drawn
     seen = []
     monkeypatch.setattr(Answers, "measure", lambda self, w: seen.append(w) or np.zeros(len(w)))
     found.resampled(20, np.random.default_rng(2))

@@ -56,7 +56,7 @@ def test_two_steps_of_the_engine(formulation):
 
 
 def test_weights_of_sources_alone_are_refused_where_there_is_one_source():
-    with pytest.raises(ProblemError, match="task_weighted learns weights of sources.*mixture"):
+    with pytest.raises(ProblemError, match=r"task_weighted learns weights of sources.*mixture"):
         prepared(formulation="task_weighted")
 
 

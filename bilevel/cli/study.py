@@ -1,0 +1,265 @@
+"""`study`: arms × seeds × regimes, tuned alike and compared with intervals; any part of it, by any number of processes."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as Columns
+from rich.text import Text
+
+from bilevel.cli import study_cell, sweep_trial
+from bilevel.cli.answer import JSONAnswer
+from bilevel.cli.boundary import Stopped, complain
+from bilevel.cli.names import locate
+from bilevel.cli.output import going_on
+from bilevel.cli.signals import Signals
+from bilevel.cli.tables import print_fitted
+from bilevel.errors import RecipeError, unknown
+from bilevel.recipe.assemble import assemble
+from bilevel.recipe.seeds import parse_seeds
+from bilevel.run import engine
+from bilevel.sinks.numbers import duration, significant
+from bilevel.studying import figure, page
+from bilevel.studying import file as files
+from bilevel.studying.drive import Driver, specification
+from bilevel.studying.file import Study
+from bilevel.studying.plan import Plan, Selection, Waiting
+from bilevel.studying.results import Book, Cell
+from bilevel.studying.summary import Row, Summary, Table, document
+
+FAILED = 6
+"""Exit code where some cells failed."""
+PHASES = ("tune", "test")
+AGAIN = ("failed", "altered")
+SHOWN = 5
+
+
+def study(
+    console: Console,
+    reference: str,
+    *,
+    regimes: str | None,
+    arms: str | None,
+    seeds: str | None,
+    phase: str | None,
+    again: str | None,
+    workers: int,
+    runs: Path,
+    only_show: bool,
+    quiet: bool = False,
+    answer: JSONAnswer | None = None,
+) -> None:
+    """Run the cells that are missing, of those that are asked for; then show what all kept cells say, and write the page.
+
+    An `answer` has {"study", "regimes": a table each, as `bilevel.studying.summary.Table` has them}.
+    """
+    asked = files.read(locate(reference, "study"))
+    plan = Plan(asked, Book(asked.results))
+    selection = _selection(asked, regimes, arms, seeds, phase)
+    if again is not None and again not in AGAIN:
+        raise RecipeError(f"--again {unknown(again, AGAIN, 'choice')}")
+    _discard(plan, selection, again)
+    failed = False
+    if not only_show:
+        _check(plan, selection)
+        failed = _compute(Console(quiet=True) if quiet else console, plan, selection, runs, workers)
+    tables = Summary(plan).tables()
+    if answer:
+        answer.data = {"study": asked.name, "regimes": document(tables)}
+    for table in tables:
+        _show(console, asked, table)
+    for path in _write(asked, tables):
+        console.print(Text(f"{path}"), soft_wrap=True)
+    if failed:
+        raise Stopped(FAILED)
+
+
+def _selection(
+    asked: Study, regimes: str | None, arms: str | None, seeds: str | None, phase: str | None
+) -> Selection:
+    def names(option: str, given: str | None, known: Collection[str]) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in given.split(",")) if given else ()
+        for name in found:
+            if name not in known:
+                raise RecipeError(f"{option} {unknown(name, known, option.strip('-'))}")
+        return found
+
+    chosen = parse_seeds(seeds) if seeds is not None else ()
+    there = {*asked.development}.union(*asked.test.values())
+    for seed in chosen:
+        if seed not in there:
+            raise RecipeError(f"--seeds {seed}: is no seed of {asked.path}")
+    return Selection(
+        names("--phase", phase, PHASES),
+        names("--regime", regimes, asked.content.regimes),
+        names("--arm", arms, asked.content.arms),
+        chosen,
+    )
+
+
+def _discard(plan: Plan, selection: Selection, again: str | None) -> None:
+    """Take away what is to be computed again; raises `RecipeError` where cells were run with other settings."""
+    altered = {cell: what for cell in plan.all() if (what := plan.altered(cell)) is not None}
+    if altered and again != "altered":
+        cell, what = next(iter(altered.items()))
+        raise RecipeError(
+            f"{plan.book.path(cell)}: was run with other settings than {plan.study.path} has now ({what}), as "
+            f"were {len(altered)} cells in all. Put the file back as it was, give the study other results, or "
+            "have them computed again: --again altered"
+        )
+    found = [*altered]
+    if again == "failed":
+        for cell in plan.all():
+            kept = plan.book.get(cell)
+            if kept is not None and not kept.is_done:
+                found.append(cell)
+    for cell in found:
+        if cell in selection:
+            plan.book.drop(cell)
+
+
+def _check(plan: Plan, selection: Selection) -> None:
+    """Every arm in every regime has a recipe that can be run; raises what is wrong with the first that has not."""
+    seen: set[tuple[str, str]] = set()
+    for cell in plan.all():
+        if (cell.regime, cell.arm) in seen or cell not in selection:
+            continue
+        try:
+            overrides = plan.overrides(cell)
+        except Waiting:
+            continue
+        seen.add((cell.regime, cell.arm))
+        try:
+            engine.refuse_mismatch(assemble(plan.study.load(overrides)))
+        except RecipeError as error:
+            raise RecipeError(f"{plan.study.path}: {cell.regime}, {cell.arm}: {error}") from None
+
+
+def _compute(console: Console, plan: Plan, selection: Selection, runs: Path, workers: int) -> bool:
+    """Whether a cell failed, now or before."""
+    import torch
+
+    threads = max(1, torch.get_num_threads() // max(1, workers))
+
+    def start(cell: Cell, overrides: list[str], place: Path) -> Any:
+        spec = specification(plan.study.path.resolve(), cell, overrides, place)
+        spec["threads"] = threads if workers > 1 else None
+        if workers:
+            return sweep_trial.Process(spec, study_cell.main)
+        return study_cell.in_this_process(spec)
+
+    driver = Driver(plan, selection, runs / f"{plan.study.name}-study", start, workers)
+    driver.folder.mkdir(parents=True, exist_ok=True)
+    with going_on(f"the study in {driver.folder}"), Signals():
+        try:
+            with Live(console=console, auto_refresh=False, transient=True) as view:
+                for ended in driver.run():
+                    if ended is not None:
+                        _tell(console, driver, ended)
+                    if console.is_terminal:
+                        view.update(_running(driver), refresh=True)
+        except Stopped as stopped:
+            left = len(driver.missing())
+            raise Stopped(
+                stopped.code, f"stopped; {left} cells are left: the same command goes on"
+            ) from None
+    _leave(console, driver)
+    kept = [plan.book.get(cell) for cell in plan.all() if cell in selection]
+    return any(each is not None and not each.is_done for each in kept)
+
+
+def _tell(console: Console, driver: Driver, cell: Cell) -> None:
+    kept = driver.plan.book.get(cell)
+    assert kept is not None
+    measure = driver.plan.study.content.measure
+    said = significant(kept.measures[measure]) if kept.is_done else f"failed: {kept.reason}"
+    took = f" ({duration(kept.seconds)})" if kept.seconds else ""
+    text = f"{len(driver.missing())} left  {cell}: {said}{took}"
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _running(driver: Driver) -> Text:
+    names = ", ".join(map(str, driver.running))
+    return Text(f"{len(driver.missing())} left; running: {names}", style="bold")
+
+
+def _leave(console: Console, driver: Driver) -> None:
+    """Say what was not run and why."""
+    if driver.elsewhere:
+        console.print(f"{driver.elsewhere} cells are running in another process", highlight=False)
+    reasons = Counter(driver.waiting.values())
+    for reason, number in reasons.most_common(SHOWN):
+        text = f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, asked: Study, table: Table) -> None:
+    content = asked.content
+    failed = f", {table.failed} failed" if table.failed else ""
+    way = "largest" if content.maximize else "smallest"
+    console.print()
+    title = f"{table.regime}: {table.title}" if table.title else table.regime
+    console.print(title, style="bold", markup=False, highlight=False)
+    head = (
+        f"{table.done} of {table.cells} cells are there{failed}; {content.measure}, {way} is best"
+    )
+    console.print(head, markup=False, highlight=False)
+    if not table.done:
+        return
+    print_fitted(console, lambda left_out: _columns(table, left_out), SPARE)
+    if named := table.named.get(files.BASELINE):
+        text = f"difference from {named}, the baseline named on development seeds, 95 % interval"
+        console.print(text, style="dim", markup=False, highlight=False)
+
+
+SPARE = ["gradients", "group", "tuned", "verdict"]
+"""Columns that are left out where a terminal is narrow, the first first."""
+
+
+def _columns(table: Table, left_out: Collection[str]) -> Columns:
+    made = Columns(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    heads = ["arm", "group", "tuned", "seeds", "test", "difference", "verdict", "gradients"]
+    shown = [head for head in heads if head not in left_out]
+    for head in shown:
+        is_number = head in ("tuned", "seeds", "test", "gradients")
+        made.add_column(head, justify="right" if is_number else "left", no_wrap=True)
+    for row in table.rows:
+        cells = dict(zip(heads, _cells(row), strict=True))
+        made.add_row(*(Text(cells[head]) for head in shown))
+    return made
+
+
+def _cells(row: Row) -> Sequence[str]:
+    return (
+        row.arm,
+        row.group,
+        significant(row.tuned.mean) if row.tuned else "–",
+        f"{len(row.seeds)}" + (f" −{len(row.failed)}" if row.failed else ""),
+        significant(row.value.mean) if row.seeds else "–",
+        page.difference(row.against) if row.against.n else "–",
+        row.verdict or "–",
+        significant(row.cost.gradients) if row.cost else "–",
+    )
+
+
+def _write(asked: Study, tables: Sequence[Table]) -> list[Path]:
+    if asked.page is None:
+        return []
+    text = page.read(asked.page)
+    if not figure.is_possible():
+        complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
+        figures: list[Path] = []
+    else:
+        figures = figure.draw(asked, tables, asked.page.parent / asked.page.stem)
+    page.write(asked.page, page.filled(text, asked, tables, figures, _command(asked)))
+    return [asked.page, *figures]
+
+
+def _command(asked: Study) -> str:
+    return f"bilevel study {shlex.quote(str(asked.path))}"

@@ -1,0 +1,108 @@
+"""Differences from the baseline with their intervals, a panel a regime; and the measure along an axis of regimes.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; shapes and dashes say the same in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bilevel.studying.file import BASELINE, OURS, Study
+from bilevel.studying.statistics import Interval
+from bilevel.studying.summary import Row, Table
+
+STYLES = {OURS: ("#0072B2", "o", "-"), BASELINE: ("#D55E00", "s", "--")}
+"""Colour, shape and dash of a group."""
+OTHER = ("0.35", "D", ":")
+
+
+def is_possible() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(study: Study, tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Write differences.svg and axis.svg, each where there is something to draw; returns their paths."""
+    import matplotlib as mpl
+
+    made = {"differences": differences(study, tables), "axis": along(study, tables)}
+    found = []
+    for name, figure in made.items():
+        if figure is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{name}.svg"
+            with mpl.rc_context({"svg.hashsalt": study.name}):
+                figure.savefig(path, metadata={"Date": None})
+            found.append(path)
+    return found
+
+
+def differences(study: Study, tables: Sequence[Table]) -> Any:
+    """A panel a regime that has a difference; the arms from above as in the table, margins shaded."""
+    shown = [(t, rows) for t in tables if (rows := [row for row in t.rows if row.against.n])]
+    if not shown:
+        return None
+    most = max(len(rows) for _, rows in shown)
+    figure, panels = _panels(len(shown), 1.2 + 0.3 * most)
+    for axes, (table, rows) in zip(panels, shown, strict=True):
+        margin = study.content.margin
+        if margin:
+            axes.axvspan(-margin, margin, color="0.9", zorder=0)
+        axes.axvline(0, color="0.5", linewidth=0.8, zorder=1)
+        for place, row in enumerate(rows):
+            _bar(axes, row.against, place, row)
+        axes.set_yticks(range(len(rows)), [row.arm for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(f"{table.regime}: difference from {table.named[BASELINE]}", fontsize=9)
+        axes.set_xlabel(study.content.measure, fontsize=8)
+        axes.tick_params(labelsize=8)
+    return figure
+
+
+def _bar(axes: Any, found: Interval, place: float, row: Row) -> None:
+    colour, shape, dash = STYLES.get(row.group, OTHER)
+    if found.low is not None and found.high is not None:
+        axes.plot([found.low, found.high], [place, place], color=colour, linestyle=dash, zorder=2)
+    hollow = {"markerfacecolor": "white"} if row.group not in STYLES else {}
+    axes.plot([found.mean], [place], color=colour, marker=shape, markersize=5, zorder=3, **hollow)
+
+
+def along(study: Study, tables: Sequence[Table]) -> Any:
+    """The measure of ours and of the baseline over `at` of the regimes that have one, on a logarithmic axis."""
+    at = sorted((t for t in tables if t.at is not None), key=lambda t: t.at or 0.0)
+    lines: dict[str, list[tuple[float, Interval]]] = {OURS: [], BASELINE: []}
+    for table in at:
+        for group, points in lines.items():
+            for row in table.rows:
+                if row.arm == table.named.get(group) and row.seeds:
+                    points.append((table.at or 0.0, row.value))
+    if max(map(len, lines.values())) < 2:
+        return None
+    figure, (axes,) = _panels(1, 3.2)
+    for group, points in lines.items():
+        colour, shape, dash = STYLES[group]
+        places, means = [x for x, _ in points], [found.mean for _, found in points]
+        known = [(x, f) for x, f in points if f.low is not None and f.high is not None]
+        axes.plot(places, means, color=colour, marker=shape, linestyle=dash, label=group)
+        axes.vlines(
+            [x for x, _ in known], [f.low for _, f in known], [f.high for _, f in known], colour
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([t.at for t in at], [f"{t.at:g}" for t in at])
+    axes.set_xlabel(study.content.axis, fontsize=9)
+    axes.set_ylabel(study.content.measure, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _panels(number: int, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, height * number), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(number, 1, squeeze=False).flatten())

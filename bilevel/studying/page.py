@@ -1,0 +1,193 @@
+"""The parts of a page that a study writes, each between markers `<!-- study:NAME -->` and `<!-- /study:NAME -->`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bilevel.errors import RecipeError
+from bilevel.runfolder.files import write_text
+from bilevel.sinks.numbers import significant
+from bilevel.studying.file import BASELINE, OURS, Study
+from bilevel.studying.results import REMEDY
+from bilevel.studying.statistics import Interval
+from bilevel.studying.summary import Row, Table
+
+PARTS = ("answer", "tables", "figures", "tuned", "costs", "cells", "repeat")
+SAID = {
+    "win": "is ahead of",
+    "loss": "is behind",
+    "tie": "differs by no more than matters from",
+    "undecided": "cannot be told from",
+}
+"""What a verdict says in words."""
+
+
+def read(path: Path) -> str:
+    """The text of the page; one with all parts where there is none.
+
+    Raises `RecipeError` where no marker is on it.
+    """
+    if not path.is_file():
+        parts = (f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in PARTS)
+        return f"# {path.stem}\n\n" + "\n".join(parts)
+    text = path.read_text(encoding="utf-8")
+    if not any(f"<!-- study:{name} -->" in text for name in PARTS):
+        markers = ", ".join(f"<!-- study:{name} -->" for name in PARTS)
+        raise RecipeError(
+            f"{path}: has no place for the results; write one of {markers}, and its end with a /, "
+            "or delete the page to have one made"
+        )
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    write_text(path, text, remedy=REMEDY, make_folder=True)
+
+
+def filled(
+    text: str, study: Study, tables: Sequence[Table], figures: Sequence[Path], command: str
+) -> str:
+    """The page with its parts made anew from the tables. Every number of a part is computed."""
+    begun = [table for table in tables if table.done]
+    made: Mapping[str, str] = {
+        "answer": answer(study, tables),
+        "tables": "\n".join(
+            _table(study, table) for table in begun if any(r.seeds for r in table.rows)
+        ),
+        "figures": "\n".join(_figure(study, path) for path in figures),
+        "tuned": "\n".join(filter(None, (_tuned(study, table) for table in begun))),
+        "costs": "\n".join(_costs(table) for table in begun if any(r.cost for r in table.rows)),
+        "cells": _cells(tables),
+        "repeat": f"```console\n$ {command}\n```\n",
+    }
+    for name, part in made.items():
+        pattern = rf"(<!-- study:{name} -->\n).*?(<!-- /study:{name} -->)"
+        part = part or "Nothing yet.\n"
+        text = re.sub(pattern, lambda m, p=part: f"{m[1]}\n{p}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def answer(study: Study, tables: Sequence[Table]) -> str:
+    """What is known of the first regime, in a sentence; how far it is where it is not answered."""
+    table, row = tables[0], tables[0].primary
+    done, cells = sum(t.done for t in tables), sum(t.cells for t in tables)
+    wanted = len(study.test[table.regime])
+    if row is None or row.verdict is None or row.against.n + len(row.failed) < wanted:
+        named = f" Named on development seeds: {_named(table)}." if table.named else ""
+        return f"**Not yet answered**: {done:,} of the {cells:,} cells that are known by now are there.{named}\n"
+    seeds = f"{row.against.n} seeds"
+    return (
+        f"**In {table.regime}, `{row.arm}` {SAID[row.verdict]} `{table.named[BASELINE]}`**, the best baseline: "
+        f"{study.content.measure} {difference(row.against)} over {seeds}. "
+        f"{done:,} of {cells:,} cells are there.\n"
+    )
+
+
+def _named(table: Table) -> str:
+    return ", ".join(f"{group} is `{arm}`" for group, arm in table.named.items())
+
+
+def difference(found: Interval) -> str:
+    """+0.021 [+0.010, +0.032]: as many decimals as tell the ends of the interval apart."""
+    return _shown(found, "+")
+
+
+def _value(found: Interval) -> str:
+    return _shown(found, "")
+
+
+def _shown(found: Interval, sign: str) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.mean:{sign}.4g}"
+    width = found.high - found.low
+    decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 6
+    form = f"{sign}.{min(decimals, 9)}f"
+    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def _head(table: Table) -> str:
+    return f"**{table.regime}**: {table.title}\n" if table.title else f"**{table.regime}**\n"
+
+
+def _table(study: Study, table: Table) -> str:
+    """A row an arm; beside the measure the means of the others that are kept."""
+    first = study.content.measure
+    others = [
+        name
+        for name in next(row.measures for row in table.rows if row.seeds)
+        if name not in (first, "upper_loss", "lower_loss") and "learned/" not in name
+    ]
+    heads = [
+        "arm",
+        "seeds",
+        first,
+        f"− {table.named.get(BASELINE, 'baseline')}",
+        "verdict",
+        *others,
+    ]
+    lines = [_head(table), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in (row for row in table.rows if row.seeds):
+        failed = f" ({len(row.failed)} failed)" if row.failed else ""
+        lines.append(
+            _line(
+                f"`{row.arm}`" + (f": {row.title}" if row.title else ""),
+                f"{len(row.seeds)}{failed}",
+                _value(row.value),
+                difference(row.against) if row.against.n else "–",
+                row.verdict or "–",
+                *(f"{row.measures[n]:.4g}" if n in row.measures else "–" for n in others),
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _tuned(study: Study, table: Table) -> str:
+    """What was chosen on development seeds; an arm that takes another's settings has that one's."""
+    rows = [row for row in table.rows if row.tuned]
+    if not rows or study.tuning(table.regime) != table.regime:
+        return ""
+    lines = [_head(table), "| arm | group | tried | best | development seeds |", "|---" * 5 + "|"]
+    lines += [_line(f"`{r.arm}`", r.group, *_best(r)) for r in rows]
+    named = [f"\nNamed: {_named(table)}.\n"] if OURS in table.named else []
+    return "\n".join([*lines, *named]) + "\n"
+
+
+def _best(row: Row) -> tuple[str, str, str]:
+    assert row.tuned is not None
+    values = ", ".join(f"`{key}={value}`" for key, value in row.tuned.values.items())
+    each = ", ".join(f"{value:.4g}" for value in row.tuned.seeds)
+    return f"{row.tuned.tried}", values or "–", f"{row.tuned.mean:.4g} ({each})"
+
+
+def _costs(table: Table) -> str:
+    heads = ["arm", "runs", "gradients", "products", "seconds"]
+    lines = [_head(table), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in table.rows:
+        if row.cost:
+            numbers = (row.cost.runs, row.cost.gradients, row.cost.products, row.cost.seconds)
+            lines.append(_line(f"`{row.arm}`", *map(significant, numbers)))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(tables: Sequence[Table]) -> str:
+    lines = ["| regime | done | failed | known by now |", "|---" * 4 + "|"]
+    lines += [_line(t.regime, f"{t.done}", f"{t.failed}", f"{t.cells}") for t in tables]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(study: Study, path: Path) -> str:
+    assert study.page is not None
+    said = {
+        "differences": f"{study.content.measure}: differences from the baseline with 95 % intervals; shaded, "
+        f"± {study.content.margin:g}",
+        "axis": f"{study.content.measure} over {study.content.axis}, with 95 % intervals",
+    }
+    return f"![{said[path.stem]}]({os.path.relpath(path, study.page.parent)})\n"

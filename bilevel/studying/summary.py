@@ -1,0 +1,218 @@
+"""The numbers of a study: of each regime a row an arm, with its difference from the baseline that was named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from bilevel.studying.file import BASELINE, OURS, arms_of
+from bilevel.studying.mixtures import points
+from bilevel.studying.plan import Plan, Tuned, Waiting
+from bilevel.studying.results import Cell, Kept
+from bilevel.studying.statistics import (
+    RESAMPLED,
+    Floats,
+    Interval,
+    Verdict,
+    answers,
+    interval,
+    verdict,
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of an arm took, with the stages that it comes after: means over its seeds."""
+
+    gradients: float
+    products: float
+    """Hessian and cross products."""
+    seconds: float
+    runs: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm in a regime."""
+
+    arm: str
+    title: str
+    group: str
+    tuned: Tuned | None
+    """None until all its settings were tried, and where it is not tuned in any regime."""
+    seeds: tuple[int, ...]
+    """Test seeds that are done."""
+    failed: tuple[int, ...]
+    value: Interval
+    """Of the measure on test seeds."""
+    against: Interval
+    """Of the difference from the baseline, on the seeds that both have."""
+    verdict: Verdict | None
+    """None of the baseline itself, and where there is none yet."""
+    measures: Mapping[str, float]
+    """Means over test seeds."""
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A regime."""
+
+    regime: str
+    title: str
+    at: float | None
+    done: int
+    """Cells, tuning and testing."""
+    failed: int
+    cells: int
+    named: Mapping[str, str]
+    """The arms that `ours` and `baseline` are, once they are named."""
+    rows: tuple[Row, ...]
+
+    @property
+    def primary(self) -> Row | None:
+        """That of ours, against the baseline."""
+        return next((row for row in self.rows if row.arm == self.named.get(OURS)), None)
+
+
+@dataclass
+class Summary:
+    """Reads a plan; every number is computed from its kept cells."""
+
+    plan: Plan
+    _resampled: dict[Cell, Floats] = field(default_factory=dict)
+
+    def tables(self) -> list[Table]:
+        return [self.table(regime) for regime in self.plan.study.content.regimes]
+
+    def table(self, regime: str) -> Table:
+        plan, content = self.plan, self.plan.study.content
+        named = plan.named(regime)
+        cells = list(plan.cells(regime))
+        kept = [plan.book.get(cell) for cell in cells]
+        arms = [a for a in arms_of(content, regime, named) if not content.arms[a].hidden]
+        return Table(
+            regime,
+            content.regimes[regime].title,
+            content.regimes[regime].at,
+            sum(each is not None and each.is_done for each in kept),
+            sum(each is not None and not each.is_done for each in kept),
+            len(cells),
+            named,
+            tuple(self._row(regime, arm, named) for arm in arms),
+        )
+
+    def _row(self, regime: str, arm: str, named: Mapping[str, str]) -> Row:
+        content = self.plan.study.content
+        own = self._over(regime, arm)
+        values = {
+            seed: kept.measures[content.measure] for seed, kept in own.items() if kept.is_done
+        }
+        baseline = named.get(BASELINE)
+        is_compared = baseline is not None and baseline != arm
+        against = self.difference(regime, arm, baseline) if is_compared else interval([])
+        return Row(
+            arm,
+            content.arms[arm].title,
+            content.arms[arm].group,
+            self._tuned(regime, arm),
+            tuple(values),
+            tuple(seed for seed in own if seed not in values),
+            interval(list(values.values()), self._draws(regime, arm, list(values))),
+            against,
+            verdict(against, content.margin, content.maximize)
+            if is_compared and against.n
+            else None,
+            _means([own[seed].measures for seed in values]),
+            self.cost(regime, arm, list(values)),
+        )
+
+    def difference(self, regime: str, arm: str, other: str) -> Interval:
+        """The mean over the test seeds that both have of arm − other, each on the same resampled units."""
+        measure = self.plan.study.content.measure
+        one, two = self._over(regime, arm), self._over(regime, other)
+        seeds = [s for s in one if s in two and one[s].is_done and two[s].is_done]
+        values = [one[seed].measures[measure] - two[seed].measures[measure] for seed in seeds]
+        drawn, beside = self._draws(regime, arm, seeds), self._draws(regime, other, seeds)
+        if drawn is None or beside is None:
+            return interval(values)
+        return interval(values, [a - b for a, b in zip(drawn, beside, strict=True)])
+
+    def _over(self, regime: str, arm: str) -> dict[int, Kept]:
+        """The test cells of an arm that are over, by seed."""
+        seeds = self.plan.study.test[regime]
+        found = {seed: self.plan.book.get(Cell(regime, arm, "test", seed)) for seed in seeds}
+        return {seed: kept for seed, kept in found.items() if kept is not None}
+
+    def _draws(self, regime: str, arm: str, seeds: Sequence[int]) -> list[Floats] | None:
+        """The measure on resampled units, those of a seed the same for every arm; None without cases."""
+        found = []
+        for seed in seeds:
+            cell = Cell(regime, arm, "test", seed)
+            kept = self.plan.book.get(cell)
+            if kept is None or kept.cases is None:
+                return None
+            if cell not in self._resampled:
+                generator = np.random.default_rng([seed, 0])
+                self._resampled[cell] = answers(kept.cases).resampled(RESAMPLED, generator)
+            found.append(self._resampled[cell])
+        return found
+
+    def _tuned(self, regime: str, arm: str) -> Tuned | None:
+        try:
+            return self.plan.tuned(regime, arm)
+        except Waiting:
+            return None
+
+    def cost(self, regime: str, arm: str, seeds: Sequence[int]) -> Cost | None:
+        """Of an arm and of the stages before it, None where no seed is done."""
+        each = [list(self._stages(Cell(regime, arm, "test", seed))) for seed in seeds]
+        if not each:
+            return None
+
+        def total(name: str) -> float:
+            return fmean(sum(kept.totals.get(name, 0.0) for kept in stages) for stages in each)
+
+        return Cost(
+            total("gradients"),
+            total("hvps") + total("cross_products"),
+            fmean(sum(kept.seconds for kept in stages) for stages in each),
+            fmean(map(len, each)),
+        )
+
+    def _stages(self, cell: Cell) -> Iterator[Kept]:
+        arm = self.plan.study.content.arms[cell.arm]
+        cells = [cell]
+        if arm.mixtures:
+            number = len(points(arm.mixtures, cell.seed))
+            cells = [
+                Cell(cell.regime, cell.arm, cell.phase, cell.seed, point=p) for p in range(number)
+            ]
+        for each in cells:
+            if (kept := self.plan.book.get(each)) is not None:
+                yield kept
+        if arm.after:
+            yield from self._stages(Cell(cell.regime, arm.after.arm, cell.phase, cell.seed))
+
+
+def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the measures that all of them have."""
+    names = [n for n in (each[0] if each else ()) if all(n in one for one in each)]
+    return {name: fmean(one[name] for one in each) for name in names}
+
+
+def document(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """The tables as plain data."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "__dataclass_fields__"):
+            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return [plain(table) for table in tables]

@@ -1,0 +1,79 @@
+"""A study of the quadratic problem, of seconds, and cells of it that nobody ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bilevel.cli.names import shipped
+from bilevel.studying import file as files
+from bilevel.studying.plan import Plan
+from bilevel.studying.results import Book, Cell, Kept
+
+TEXT = """\
+name: small
+recipe: quadratic.yaml
+results: results
+page: page.md
+measure: upper value
+margin: 0.5
+axis: condition
+seeds: {sets: [seed, problem.data_seed], development: 100..101, test: 0..2}
+trials: 2
+settings: {upper.steps: 2, lower.steps: 5, evaluate: {every: 0, held: false}, sinks: [jsonl]}
+development: {problem.num_upper: 4}
+regimes:
+  easy: {title: well conditioned, settings: {problem.condition: 3}, at: 3}
+  hard: {settings: {problem.condition: 30}, tuned: easy, arms: [ours, baseline], at: 30}
+arms:
+  direct:
+    title: no implicit term
+    group: baseline
+    settings: {estimator: alternating}
+    vary: ["upper.optimizer.lr=0.1,0.5"]
+  rates:
+    hidden: true
+    settings: {estimator: alternating}
+    mixtures: {over: upper.optimizer, names: [lr, eps], points: 2}
+  mixed:
+    group: baseline
+    settings: {estimator: alternating}
+    after: {arm: rates, choose: best}
+  implicit:
+    group: ours
+    settings: {estimator: implicit}
+    vary: ["upper.optimizer.lr=0.1,0.5"]
+  again:
+    title: ρ is what the other came to
+    settings: {estimator: implicit}
+    tuned: implicit
+    after: {arm: implicit, take: {uppe* value: problem.*ho}}
+"""
+"""The last arm makes no sense, and is what one that takes weights of another has: measures as settings."""
+
+
+def lay(folder: Path, text: str = TEXT) -> Path:
+    """The study's file with its recipe beside it."""
+    (folder / "quadratic.yaml").write_text(shipped()["quadratic"].read_text("utf-8"), "utf-8")
+    path = folder / "small.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def made(folder: Path, text: str = TEXT) -> Plan:
+    """A plan of which nothing is kept."""
+    study = files.read(lay(folder, text))
+    return Plan(study, Book(folder / "results"))
+
+
+def plan_of(path: Path) -> Plan:
+    """A plan of which nothing is kept, of a file that is there."""
+    return Plan(files.read(path), Book(Path("nowhere")))
+
+
+def keep(plan: Plan, cell: Cell, value: float | None, **measures: float) -> None:
+    """Keep a cell that came to `value`, None for one that failed."""
+    status = "failed" if value is None else "done"
+    found = {} if value is None else {"upper value": value, **measures}
+    reason = "it diverged" if value is None else None
+    overrides = tuple(plan.overrides(cell))
+    plan.book.keep(cell, Kept(status, overrides, found, {"gradients": 10.0}, 1.5, reason))
