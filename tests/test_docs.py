@@ -22,6 +22,7 @@ from bilevel import recipe
 from bilevel.cli.app import app
 from bilevel.errors import RecipeError
 from bilevel.registry import presets
+from bilevel.studying import file as studies
 from tests.problems.mllm_hft import own_files
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,7 @@ NOT_RUN = {
     "bilevel check mllm_hft": "takes minutes",
     "bilevel resume mllm_hft": "there is no such run here",
     "bilevel report mllm_hft": "there is no such run here",
+    "bilevel study recipes/studies/mllm_hft.yaml": "takes a day; tests/cli/test_study.py runs a small one",
 }
 """Commands, by how they begin, that the pages show and this file does not run, and why."""
 
@@ -113,7 +115,10 @@ class Session:
         exec(compile(padded, str(block.page), "exec"), self.namespace)
 
     def _yaml(self, block):
-        """A whole recipe, or sections of one, which then get a problem."""
+        """A whole recipe, or sections of one, which then get a problem; or a study."""
+        if re.search(r"^arms:", block.text, re.MULTILINE):
+            studies.read(self.folder / block.text.split()[1])
+            return
         whole = re.search(r"^problem:", block.text, re.MULTILINE)
         text = block.text if whole else f"{block.text}\nproblem: quadratic\n"
         recipe.loads(text, title=block.place, base=self.folder)

@@ -27,11 +27,11 @@ from bilevel.run import engine
 from bilevel.sinks.numbers import duration, significant
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
-from bilevel.studying.drive import Driver, specification
+from bilevel.studying.drive import StudyDriver, specification
 from bilevel.studying.file import Study
-from bilevel.studying.plan import Plan, Selection, Waiting
-from bilevel.studying.results import Book, Cell
-from bilevel.studying.summary import Row, Summary, Table, document
+from bilevel.studying.plan import Asked, StudyPlan, Waiting
+from bilevel.studying.results import Book, StudyCell
+from bilevel.studying.summary import ArmRow, StudySummary, Table, document
 
 FAILED = 6
 """Exit code where some cells failed."""
@@ -60,7 +60,7 @@ def study(
     An `answer` has {"study", "regimes": a table each, as `bilevel.studying.summary.Table` has them}.
     """
     asked = files.read(locate(reference, "study"))
-    plan = Plan(asked, Book(asked.results))
+    plan = StudyPlan(asked, Book(asked.results))
     selection = _selection(asked, regimes, arms, seeds, phase)
     if again is not None and again not in AGAIN:
         raise RecipeError(f"--again {unknown(again, AGAIN, 'choice')}")
@@ -69,7 +69,7 @@ def study(
     if not only_show:
         _check(plan, selection)
         failed = _compute(Console(quiet=True) if quiet else console, plan, selection, runs, workers)
-    tables = Summary(plan).tables()
+    tables = StudySummary(plan).tables()
     if answer:
         answer.data = {"study": asked.name, "regimes": document(tables)}
     for table in tables:
@@ -82,7 +82,7 @@ def study(
 
 def _selection(
     asked: Study, regimes: str | None, arms: str | None, seeds: str | None, phase: str | None
-) -> Selection:
+) -> Asked:
     def names(option: str, given: str | None, known: Collection[str]) -> tuple[str, ...]:
         found = tuple(name.strip() for name in given.split(",")) if given else ()
         for name in found:
@@ -95,7 +95,7 @@ def _selection(
     for seed in chosen:
         if seed not in there:
             raise RecipeError(f"--seeds {seed}: is no seed of {asked.path}")
-    return Selection(
+    return Asked(
         names("--phase", phase, PHASES),
         names("--regime", regimes, asked.content.regimes),
         names("--arm", arms, asked.content.arms),
@@ -103,7 +103,7 @@ def _selection(
     )
 
 
-def _discard(plan: Plan, selection: Selection, again: str | None) -> None:
+def _discard(plan: StudyPlan, selection: Asked, again: str | None) -> None:
     """Take away what is to be computed again; raises `RecipeError` where cells were run with other settings."""
     altered = {cell: what for cell in plan.all() if (what := plan.altered(cell)) is not None}
     if altered and again != "altered":
@@ -124,7 +124,7 @@ def _discard(plan: Plan, selection: Selection, again: str | None) -> None:
             plan.book.drop(cell)
 
 
-def _check(plan: Plan, selection: Selection) -> None:
+def _check(plan: StudyPlan, selection: Asked) -> None:
     """Every arm in every regime has a recipe that can be run; raises what is wrong with the first that has not."""
     seen: set[tuple[str, str]] = set()
     for cell in plan.all():
@@ -141,20 +141,20 @@ def _check(plan: Plan, selection: Selection) -> None:
             raise RecipeError(f"{plan.study.path}: {cell.regime}, {cell.arm}: {error}") from None
 
 
-def _compute(console: Console, plan: Plan, selection: Selection, runs: Path, workers: int) -> bool:
+def _compute(console: Console, plan: StudyPlan, selection: Asked, runs: Path, workers: int) -> bool:
     """Whether a cell failed, now or before."""
     import torch
 
     threads = max(1, torch.get_num_threads() // max(1, workers))
 
-    def start(cell: Cell, overrides: list[str], place: Path) -> Any:
+    def start(cell: StudyCell, overrides: list[str], place: Path) -> Any:
         spec = specification(plan.study.path.resolve(), cell, overrides, place)
         spec["threads"] = threads if workers > 1 else None
         if workers:
             return sweep_trial.Process(spec, study_cell.main)
         return study_cell.in_this_process(spec)
 
-    driver = Driver(plan, selection, runs / f"{plan.study.name}-study", start, workers)
+    driver = StudyDriver(plan, selection, runs / f"{plan.study.name}-study", start, workers)
     driver.folder.mkdir(parents=True, exist_ok=True)
     with going_on(f"the study in {driver.folder}"), Signals():
         try:
@@ -174,7 +174,7 @@ def _compute(console: Console, plan: Plan, selection: Selection, runs: Path, wor
     return any(each is not None and not each.is_done for each in kept)
 
 
-def _tell(console: Console, driver: Driver, cell: Cell) -> None:
+def _tell(console: Console, driver: StudyDriver, cell: StudyCell) -> None:
     kept = driver.plan.book.get(cell)
     assert kept is not None
     measure = driver.plan.study.content.measure
@@ -184,12 +184,12 @@ def _tell(console: Console, driver: Driver, cell: Cell) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _running(driver: Driver) -> Text:
+def _running(driver: StudyDriver) -> Text:
     names = ", ".join(map(str, driver.running))
     return Text(f"{len(driver.missing())} left; running: {names}", style="bold")
 
 
-def _leave(console: Console, driver: Driver) -> None:
+def _leave(console: Console, driver: StudyDriver) -> None:
     """Say what was not run and why."""
     if driver.elsewhere:
         console.print(f"{driver.elsewhere} cells are running in another process", highlight=False)
@@ -235,7 +235,7 @@ def _columns(table: Table, left_out: Collection[str]) -> Columns:
     return made
 
 
-def _cells(row: Row) -> Sequence[str]:
+def _cells(row: ArmRow) -> Sequence[str]:
     return (
         row.arm,
         row.group,

@@ -18,7 +18,7 @@ from bilevel.recipe import recipe as recipes
 from bilevel.runfolder import RunFolder
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.studying import file as files
-from bilevel.studying.results import Book, Cell, Kept, collect
+from bilevel.studying.results import Book, Kept, StudyCell, collect
 from bilevel.sweeping import drive
 
 
@@ -28,7 +28,7 @@ def run_cell(spec: Mapping[str, Any], console: Console) -> None:
     A run that fails is kept as failed, with the reason and its folder. Raises `Stopped` where it was told to stop;
     the same call goes on later.
     """
-    study, cell = files.read(Path(spec["study"])), Cell(**spec["cell"])
+    study, cell = files.read(Path(spec["study"])), StudyCell(**spec["cell"])
     overrides, content = list(spec["overrides"]), study.content
     whole = RunFolder(Path(spec["place"]) / "run")
     try:

@@ -2,5 +2,5 @@
 
 `file` reads the study's YAML, `plan` lists its cells in their order and says with what settings each is run, `mixtures`
 draws and chooses weights, `results` is what is kept of each cell, `statistics` the hierarchical bootstrap, `summary` the
-numbers, `figure` and `page` how they are shown. Everything but a run itself is here; the command line gives that.
+numbers, `figure` and `page` how they are shown. Nothing here makes a run: the command line does.
 """

@@ -13,31 +13,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bilevel.studying.plan import Plan, Selection, Waiting
-from bilevel.studying.results import Cell, Kept
+from bilevel.studying.plan import Asked, StudyPlan, Waiting
+from bilevel.studying.results import Kept, StudyCell
 from bilevel.sweeping.drive import PAUSE, Handle, hold
 
-Start = Callable[[Cell, list[str], Path], Handle]
+Start = Callable[[StudyCell, list[str], Path], Handle]
 """Starts a cell with its overrides, in a folder of its own."""
 
 
 @dataclass
-class Driver:
+class StudyDriver:
     """Runs the cells that are asked for and not over, at most `workers` at a time."""
 
-    plan: Plan
-    selection: Selection
+    plan: StudyPlan
+    selection: Asked
     folder: Path
     """Of the runs, a folder a cell."""
     start: Start
     workers: int = 1
-    running: dict[Cell, tuple[Handle, ExitStack, list[str]]] = field(default_factory=dict)
-    waiting: Mapping[Cell, str] = field(default_factory=dict)
+    running: dict[StudyCell, tuple[Handle, ExitStack, list[str]]] = field(default_factory=dict)
+    waiting: Mapping[StudyCell, str] = field(default_factory=dict)
     """Cells that could not begin, and what they wait for."""
     elsewhere: int = 0
     """Cells that another process is at."""
 
-    def run(self) -> Iterator[Cell | None]:
+    def run(self) -> Iterator[StudyCell | None]:
         """The cells that have ended, one by one; None now and then in between, so that what runs can be shown."""
         try:
             while True:
@@ -52,12 +52,12 @@ class Driver:
         finally:
             self._stop()
 
-    def missing(self) -> list[Cell]:
+    def missing(self) -> list[StudyCell]:
         """Those that are asked for and not over, in the order of the plan."""
         return [c for c in self.plan.all() if c in self.selection and self.plan.book.get(c) is None]
 
     def _begin(self) -> bool:
-        waiting: dict[Cell, str] = {}
+        waiting: dict[StudyCell, str] = {}
         self.elsewhere = 0
         for cell in self.missing():
             if cell in self.running:
@@ -73,7 +73,7 @@ class Driver:
         self.waiting = waiting
         return False
 
-    def _take(self, cell: Cell, overrides: list[str]) -> bool:
+    def _take(self, cell: StudyCell, overrides: list[str]) -> bool:
         place = self.folder / cell.regime / cell.arm / cell.name
         place.mkdir(parents=True, exist_ok=True)
         held = ExitStack()
@@ -89,7 +89,7 @@ class Driver:
             raise
         return True
 
-    def _ended(self) -> Iterator[Cell]:
+    def _ended(self) -> Iterator[StudyCell]:
         for cell, (handle, held, overrides) in list(self.running.items()):
             died = handle.ended()
             if died is None:
@@ -111,7 +111,9 @@ class Driver:
         self.running.clear()
 
 
-def specification(study: Path, cell: Cell, overrides: list[str], place: Path) -> dict[str, Any]:
+def specification(
+    study: Path, cell: StudyCell, overrides: list[str], place: Path
+) -> dict[str, Any]:
     """What a process needs to run a cell."""
     return {
         "study": str(study),

@@ -12,7 +12,7 @@ from typing import Any
 
 from bilevel.studying.file import BASELINE, OURS, Study
 from bilevel.studying.statistics import Interval
-from bilevel.studying.summary import Row, Table
+from bilevel.studying.summary import ArmRow, Table
 
 STYLES = {OURS: ("#0072B2", "o", "-"), BASELINE: ("#D55E00", "s", "--")}
 """Colour, shape and dash of a group."""
@@ -62,7 +62,7 @@ def differences(study: Study, tables: Sequence[Table]) -> Any:
     return figure
 
 
-def _bar(axes: Any, found: Interval, place: float, row: Row) -> None:
+def _bar(axes: Any, found: Interval, place: float, row: ArmRow) -> None:
     colour, shape, dash = STYLES.get(row.group, OTHER)
     if found.low is not None and found.high is not None:
         axes.plot([found.low, found.high], [place, place], color=colour, linestyle=dash, zorder=2)

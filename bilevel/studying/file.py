@@ -90,7 +90,7 @@ class After:
 
 
 @component
-class Arm:
+class StudyArm:
     """A way to do it, with what is tuned."""
 
     title: str = ""
@@ -134,7 +134,7 @@ class StudyFile:
     measure: str
     seeds: Seeds
     regimes: Annotated[dict[Name, Regime], Field(min_length=1)]
-    arms: Annotated[dict[Name, Arm], Field(min_length=1)]
+    arms: Annotated[dict[Name, StudyArm], Field(min_length=1)]
     version: int = VERSION
     maximize: bool = False
     margin: NonNegativeFloat = 0.0
@@ -238,7 +238,7 @@ class _Check:
             )
         return found
 
-    def _space(self, name: str, arm: Arm) -> tuple[Dimension, ...]:
+    def _space(self, name: str, arm: StudyArm) -> tuple[Dimension, ...]:
         where = ("arms", name, "vary")
         try:
             varied, fixed = parse_space(arm.vary)
@@ -249,7 +249,7 @@ class _Check:
             self._complaints.add(where, f"{word!r} varies nothing; put it below settings")
         return tuple(varied)
 
-    def _arm(self, name: str, arm: Arm) -> None:
+    def _arm(self, name: str, arm: StudyArm) -> None:
         where = ("arms", name)
         before = [*self._content.arms][: [*self._content.arms].index(name)]
         if arm.tuned is not None and arm.vary:

@@ -59,5 +59,5 @@ def predicted(weights: Weights, values: Weights, at: Weights) -> Weights:
     from sklearn.kernel_ridge import KernelRidge
 
     gamma, centre = math.sqrt(weights.shape[1]), values.mean()
-    model = KernelRidge(alpha=RIDGE, kernel="poly", degree=2, gamma=gamma, coef0=1)
+    model = KernelRidge(kernel="poly", degree=2, gamma=gamma, coef0=1).set_params(alpha=RIDGE)
     return model.fit(weights, values - centre).predict(at) + centre

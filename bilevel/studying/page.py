@@ -14,7 +14,7 @@ from bilevel.sinks.numbers import significant
 from bilevel.studying.file import BASELINE, OURS, Study
 from bilevel.studying.results import REMEDY
 from bilevel.studying.statistics import Interval
-from bilevel.studying.summary import Row, Table
+from bilevel.studying.summary import ArmRow, Table
 
 PARTS = ("answer", "tables", "figures", "tuned", "costs", "cells", "repeat")
 SAID = {
@@ -160,7 +160,7 @@ def _tuned(study: Study, table: Table) -> str:
     return "\n".join([*lines, *named]) + "\n"
 
 
-def _best(row: Row) -> tuple[str, str, str]:
+def _best(row: ArmRow) -> tuple[str, str, str]:
     assert row.tuned is not None
     values = ", ".join(f"`{key}={value}`" for key, value in row.tuned.values.items())
     each = ", ".join(f"{value:.4g}" for value in row.tuned.seeds)

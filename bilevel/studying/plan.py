@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from statistics import fmean
 
-from bilevel.studying.file import BASELINE, OURS, After, Arm, Study, arms_of, words
-from bilevel.studying.mixtures import chosen, points
-from bilevel.studying.results import Book, Cell, Kept
+from bilevel.studying.file import BASELINE, OURS, After, Study, StudyArm, arms_of, words
+from bilevel.studying.mixtures import Weights, chosen, points
+from bilevel.studying.results import Book, Kept, StudyCell
 from bilevel.sweeping.space import MOST_POINTS, Choices, Dimension, Range, written
 
 Words = Mapping[str, str]
@@ -44,7 +44,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Asked:
     """Which cells are asked for; () stands for all."""
 
     phases: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Selection:
     arms: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
 
-    def __contains__(self, cell: Cell) -> bool:
+    def __contains__(self, cell: StudyCell) -> bool:
         asked = (
             (self.phases, cell.phase),
             (self.regimes, cell.regime),
@@ -63,7 +63,7 @@ class Selection:
 
 
 @dataclass
-class Plan:
+class StudyPlan:
     """A study with what is kept of it."""
 
     study: Study
@@ -71,7 +71,7 @@ class Plan:
     _tuned: dict[tuple[str, str], Tuned] = field(default_factory=dict)
 
     @property
-    def _arms(self) -> Mapping[str, Arm]:
+    def _arms(self) -> Mapping[str, StudyArm]:
         return self.study.content.arms
 
     @cached_property
@@ -80,7 +80,7 @@ class Plan:
         most, seed = self.study.content.trials, self.study.content.sampler_seed
         return {name: tried(space, most, seed) for name, space in self.study.spaces.items()}
 
-    def cells(self, regime: str) -> Iterator[Cell]:
+    def cells(self, regime: str) -> Iterator[StudyCell]:
         """All cells of a regime that are known by now, in the order in which they are run.
 
         Tuning arm by arm; then the test seeds, all arms of one before the next.
@@ -90,24 +90,24 @@ class Plan:
                 for trial, seed in itertools.product(
                     range(len(self.trials[arm])), self.study.development
                 ):
-                    yield from self._of(Cell(regime, arm, "tune", seed, trial))
+                    yield from self._of(StudyCell(regime, arm, "tune", seed, trial))
         arms = arms_of(self.study.content, regime, self.named(regime))
         for seed, arm in itertools.product(self.study.test[regime], arms):
-            yield from self._of(Cell(regime, arm, "test", seed))
+            yield from self._of(StudyCell(regime, arm, "test", seed))
 
-    def _of(self, cell: Cell) -> Iterator[Cell]:
+    def _of(self, cell: StudyCell) -> Iterator[StudyCell]:
         """A cell, or one a mixture."""
         mixtures = self._arms[cell.arm].mixtures
         if mixtures is None:
             yield cell
             return
         for point in range(len(points(mixtures, cell.seed))):
-            yield Cell(cell.regime, cell.arm, cell.phase, cell.seed, point=point)
+            yield StudyCell(cell.regime, cell.arm, cell.phase, cell.seed, point=point)
 
-    def all(self) -> Iterator[Cell]:
+    def all(self) -> Iterator[StudyCell]:
         return (cell for regime in self.study.content.regimes for cell in self.cells(regime))
 
-    def value(self, cell: Cell) -> float | None:
+    def value(self, cell: StudyCell) -> float | None:
         """The measure; None where the cell is not over, NaN where it failed."""
         kept = self.book.get(cell)
         if kept is None:
@@ -125,7 +125,7 @@ class Plan:
         seeds = self.study.development
         found: list[Tuned] = []
         for trial, values in enumerate(self.trials[arm]):
-            each = [self.value(Cell(regime, arm, "tune", seed, trial)) for seed in seeds]
+            each = [self.value(StudyCell(regime, arm, "tune", seed, trial)) for seed in seeds]
             if None in each:
                 raise Waiting(f"{regime}/{arm} is not tuned yet")
             known = tuple(value for value in each if value is not None)
@@ -156,7 +156,7 @@ class Plan:
                 found[group] = best(means, key=lambda name: means[name])
         return found
 
-    def overrides(self, cell: Cell) -> list[str]:
+    def overrides(self, cell: StudyCell) -> list[str]:
         """The overrides of the recipe that a cell is run with. Raises `Waiting` for what it rests on."""
         content, arm = self.study.content, self._arms[cell.arm]
         phase = content.development if cell.phase == "tune" else content.test
@@ -173,18 +173,20 @@ class Plan:
         )
         return [f"{key}={value}" for key, value in merged.items()]
 
-    def _values(self, cell: Cell, arm: Arm) -> Words:
+    def _values(self, cell: StudyCell, arm: StudyArm) -> Words:
         if arm.mixtures or arm.tuned:
             return {}
         if cell.trial is not None:
             return self.trials[cell.arm][cell.trial]
         return self.tuned(cell.regime, cell.arm).values
 
-    def _taken(self, cell: Cell, after: After) -> Words:
+    def _taken(self, cell: StudyCell, after: After) -> Words:
         if after.choose:
             return self._chosen(cell, after)
         trial = self.tuned(cell.regime, after.arm).trial if cell.phase == "tune" else None
-        measures = self._over(Cell(cell.regime, after.arm, cell.phase, cell.seed, trial)).measures
+        measures = self._over(
+            StudyCell(cell.regime, after.arm, cell.phase, cell.seed, trial)
+        ).measures
         found: dict[str, str] = {}
         for pattern, setting in after.take.items():
             before, _, behind = pattern.partition("*")
@@ -196,12 +198,12 @@ class Plan:
             raise Waiting(f"{cell}: {after.arm} has no measure {' or '.join(after.take)}", True)
         return found
 
-    def _chosen(self, cell: Cell, after: After) -> Words:
+    def _chosen(self, cell: StudyCell, after: After) -> Words:
         mixtures = self._arms[after.arm].mixtures
         assert mixtures is not None
         values = []
         for point in range(len(points(mixtures, cell.seed))):
-            at = Cell(cell.regime, after.arm, cell.phase, cell.seed, point=point)
+            at = StudyCell(cell.regime, after.arm, cell.phase, cell.seed, point=point)
             if (kept := self.book.get(at)) is None:
                 raise Waiting(f"{at} is not over")
             values.append(kept.measures.get(after.by, math.nan))
@@ -209,13 +211,13 @@ class Plan:
             raise Waiting(f"{cell}: no run of {after.arm} came to a {after.by}", True)
         return _weights(mixtures.over, mixtures.names, chosen(after, mixtures, cell.seed, values))
 
-    def _mixed(self, cell: Cell) -> Words:
+    def _mixed(self, cell: StudyCell) -> Words:
         mixtures = self._arms[cell.arm].mixtures
         assert mixtures is not None
         assert cell.point is not None
         return _weights(mixtures.over, mixtures.names, points(mixtures, cell.seed)[cell.point])
 
-    def _over(self, cell: Cell) -> Kept:
+    def _over(self, cell: StudyCell) -> Kept:
         kept = self.book.get(cell)
         if kept is None:
             raise Waiting(f"{cell} is not over")
@@ -223,7 +225,7 @@ class Plan:
             raise Waiting(f"{cell} failed", True)
         return kept
 
-    def altered(self, cell: Cell) -> str | None:
+    def altered(self, cell: StudyCell) -> str | None:
         """What is other now than when a kept cell was run, None where nothing is."""
         kept = self.book.get(cell)
         if kept is None:
@@ -275,7 +277,7 @@ def _written(space: Sequence[Dimension], values: Sequence[float | str]) -> Words
     }
 
 
-def _weights(over: str, names: Sequence[str], weights: Sequence[float]) -> Words:
+def _weights(over: str, names: Sequence[str], weights: Weights) -> Words:
     return {
         f"{over}.{name}": f"{float(weight):.6g}"
         for name, weight in zip(names, weights, strict=True)

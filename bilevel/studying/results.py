@@ -21,7 +21,7 @@ Phase = Literal["tune", "test"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One run: an arm in a regime at a seed, of a setting that is tried or of a mixture."""
 
     regime: str
@@ -67,12 +67,12 @@ class Book:
     """The kept cells of a study, read when they are asked for."""
 
     folder: Path
-    _read: dict[Cell, Kept] = field(default_factory=dict)
+    _read: dict[StudyCell, Kept] = field(default_factory=dict)
 
-    def path(self, cell: Cell) -> Path:
+    def path(self, cell: StudyCell) -> Path:
         return self.folder / cell.regime / cell.arm / f"{cell.name}.json"
 
-    def get(self, cell: Cell) -> Kept | None:
+    def get(self, cell: StudyCell) -> Kept | None:
         """None where the cell is not over. Raises `CheckpointError` where its file is damaged."""
         if cell not in self._read:
             path = self.path(cell)
@@ -91,7 +91,7 @@ class Book:
                 ) from error
         return self._read[cell]
 
-    def keep(self, cell: Cell, kept: Kept) -> Path:
+    def keep(self, cell: StudyCell, kept: Kept) -> Path:
         """Write a cell's file, a line each part."""
         parts = {k: v for k, v in asdict(kept).items() if v is not None}
         lines = [record.line({key: value}).strip()[1:-1] for key, value in parts.items()]
@@ -100,7 +100,7 @@ class Book:
         write_text(path, text, remedy=REMEDY, make_folder=True)
         return path
 
-    def drop(self, cell: Cell) -> None:
+    def drop(self, cell: StudyCell) -> None:
         """Take a cell's file away, so that it is computed again."""
         self.path(cell).unlink(missing_ok=True)
         self._read.pop(cell, None)

@@ -82,7 +82,9 @@ def answers(cases: Any) -> Answers:
     return Answers(np.array(cases["unit"]), np.array(cases["score"], dtype=float), label)
 
 
-def interval(values: Sequence[float], resampled: Sequence[Floats] | None = None) -> Interval:
+def interval(
+    values: Sequence[float] | Floats, resampled: Sequence[Floats] | None = None
+) -> Interval:
     """Of the mean of a value a seed, with the values of each seed on resampled units where there are any.
 
     The same numbers give the same interval: it has a generator of its own.

@@ -11,8 +11,8 @@ import numpy as np
 
 from bilevel.studying.file import BASELINE, OURS, arms_of
 from bilevel.studying.mixtures import points
-from bilevel.studying.plan import Plan, Tuned, Waiting
-from bilevel.studying.results import Cell, Kept
+from bilevel.studying.plan import StudyPlan, Tuned, Waiting
+from bilevel.studying.results import Kept, StudyCell
 from bilevel.studying.statistics import (
     RESAMPLED,
     Floats,
@@ -36,7 +36,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """An arm in a regime."""
 
     arm: str
@@ -71,20 +71,20 @@ class Table:
     cells: int
     named: Mapping[str, str]
     """The arms that `ours` and `baseline` are, once they are named."""
-    rows: tuple[Row, ...]
+    rows: tuple[ArmRow, ...]
 
     @property
-    def primary(self) -> Row | None:
+    def primary(self) -> ArmRow | None:
         """That of ours, against the baseline."""
         return next((row for row in self.rows if row.arm == self.named.get(OURS)), None)
 
 
 @dataclass
-class Summary:
+class StudySummary:
     """Reads a plan; every number is computed from its kept cells."""
 
-    plan: Plan
-    _resampled: dict[Cell, Floats] = field(default_factory=dict)
+    plan: StudyPlan
+    _resampled: dict[StudyCell, Floats] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
         return [self.table(regime) for regime in self.plan.study.content.regimes]
@@ -106,16 +106,16 @@ class Summary:
             tuple(self._row(regime, arm, named) for arm in arms),
         )
 
-    def _row(self, regime: str, arm: str, named: Mapping[str, str]) -> Row:
+    def _row(self, regime: str, arm: str, named: Mapping[str, str]) -> ArmRow:
         content = self.plan.study.content
         own = self._over(regime, arm)
         values = {
             seed: kept.measures[content.measure] for seed, kept in own.items() if kept.is_done
         }
         baseline = named.get(BASELINE)
-        is_compared = baseline is not None and baseline != arm
-        against = self.difference(regime, arm, baseline) if is_compared else interval([])
-        return Row(
+        other = baseline if baseline != arm else None
+        against = self.difference(regime, arm, other) if other else interval([])
+        return ArmRow(
             arm,
             content.arms[arm].title,
             content.arms[arm].group,
@@ -124,9 +124,7 @@ class Summary:
             tuple(seed for seed in own if seed not in values),
             interval(list(values.values()), self._draws(regime, arm, list(values))),
             against,
-            verdict(against, content.margin, content.maximize)
-            if is_compared and against.n
-            else None,
+            verdict(against, content.margin, content.maximize) if against.n else None,
             _means([own[seed].measures for seed in values]),
             self.cost(regime, arm, list(values)),
         )
@@ -145,14 +143,14 @@ class Summary:
     def _over(self, regime: str, arm: str) -> dict[int, Kept]:
         """The test cells of an arm that are over, by seed."""
         seeds = self.plan.study.test[regime]
-        found = {seed: self.plan.book.get(Cell(regime, arm, "test", seed)) for seed in seeds}
+        found = {seed: self.plan.book.get(StudyCell(regime, arm, "test", seed)) for seed in seeds}
         return {seed: kept for seed, kept in found.items() if kept is not None}
 
     def _draws(self, regime: str, arm: str, seeds: Sequence[int]) -> list[Floats] | None:
         """The measure on resampled units, those of a seed the same for every arm; None without cases."""
         found = []
         for seed in seeds:
-            cell = Cell(regime, arm, "test", seed)
+            cell = StudyCell(regime, arm, "test", seed)
             kept = self.plan.book.get(cell)
             if kept is None or kept.cases is None:
                 return None
@@ -170,7 +168,7 @@ class Summary:
 
     def cost(self, regime: str, arm: str, seeds: Sequence[int]) -> Cost | None:
         """Of an arm and of the stages before it, None where no seed is done."""
-        each = [list(self._stages(Cell(regime, arm, "test", seed))) for seed in seeds]
+        each = [list(self._stages(StudyCell(regime, arm, "test", seed))) for seed in seeds]
         if not each:
             return None
 
@@ -184,19 +182,20 @@ class Summary:
             fmean(map(len, each)),
         )
 
-    def _stages(self, cell: Cell) -> Iterator[Kept]:
+    def _stages(self, cell: StudyCell) -> Iterator[Kept]:
         arm = self.plan.study.content.arms[cell.arm]
         cells = [cell]
         if arm.mixtures:
             number = len(points(arm.mixtures, cell.seed))
             cells = [
-                Cell(cell.regime, cell.arm, cell.phase, cell.seed, point=p) for p in range(number)
+                StudyCell(cell.regime, cell.arm, cell.phase, cell.seed, point=p)
+                for p in range(number)
             ]
         for each in cells:
             if (kept := self.plan.book.get(each)) is not None:
                 yield kept
         if arm.after:
-            yield from self._stages(Cell(cell.regime, arm.after.arm, cell.phase, cell.seed))
+            yield from self._stages(StudyCell(cell.regime, arm.after.arm, cell.phase, cell.seed))
 
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:

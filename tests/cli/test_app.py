@@ -60,6 +60,18 @@ COMMANDS = {
         "--runs-dir",
         *ANSWERS,
     ],
+    "study": [
+        "FILE",
+        "--regime",
+        "--arm",
+        "--seeds",
+        "--phase",
+        "--again",
+        "--workers",
+        "--no-run",
+        "--runs-dir",
+        *ANSWERS,
+    ],
     "report": ["RUN?", "--output", "--where", "--runs-dir"],
     "export": ["RUN", "--to", "--merged", "--best", "--runs-dir"],
     "runs": [

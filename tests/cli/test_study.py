@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bilevel.runfolder import RunFolder
-from bilevel.studying.results import Book, Cell
+from bilevel.studying.results import Book, StudyCell
 from bilevel.studying.statistics import interval
 from tests.cli.commands import invoke
 from tests.studying import small
@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_the_cells(there):
     book = Book(there / "results")
 
     def values(arm, regime="easy"):
-        cells = [book.get(Cell(regime, arm, "test", seed)) for seed in range(3)]
+        cells = [book.get(StudyCell(regime, arm, "test", seed)) for seed in range(3)]
         return [cell.measures["upper value"] for cell in cells if cell]
 
     baseline = easy["named"]["baseline"]
@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_cells(there):
     assert row["value"]["mean"] == pytest.approx(sum(values("implicit")) / 3)
     means = {
         trial: sum(
-            book.get(Cell("easy", "implicit", "tune", seed, trial)).measures["upper value"]  # type: ignore[union-attr]
+            book.get(StudyCell("easy", "implicit", "tune", seed, trial)).measures["upper value"]  # type: ignore[union-attr]
             for seed in (100, 101)
         )
         / 2
@@ -172,11 +172,11 @@ def test_a_run_that_fails_is_a_cell_that_failed(tmp_path, monkeypatch):
     result = invoke("study", "small.yaml", "--regime", "easy", "--workers", "0", code=6)
     assert "easy/direct/tune-trial01-seed100: failed: " in result.output
     book = Book(tmp_path / "results")
-    failed = book.get(Cell("easy", "direct", "tune", 100, 1))
+    failed = book.get(StudyCell("easy", "direct", "tune", 100, 1))
     assert failed is not None
     assert failed.reason
     assert Path("runs/small-study/easy/direct/tune-trial01-seed100").is_dir()
-    done = book.get(Cell("easy", "direct", "test", 0))
+    done = book.get(StudyCell("easy", "direct", "test", 0))
     assert done is not None  # the other setting was taken
     assert "upper.optimizer.lr=0.1" in done.assignments
     times = {p: p.stat().st_mtime_ns for p in Path("results").rglob("*.json")}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bilevel.cli.names import shipped
 from bilevel.studying import file as files
-from bilevel.studying.plan import Plan
-from bilevel.studying.results import Book, Cell, Kept
+from bilevel.studying.plan import StudyPlan
+from bilevel.studying.results import Book, Kept, StudyCell
 
 TEXT = """\
 name: small
@@ -59,18 +59,18 @@ def lay(folder: Path, text: str = TEXT) -> Path:
     return path
 
 
-def made(folder: Path, text: str = TEXT) -> Plan:
+def made(folder: Path, text: str = TEXT) -> StudyPlan:
     """A plan of which nothing is kept."""
     study = files.read(lay(folder, text))
-    return Plan(study, Book(folder / "results"))
+    return StudyPlan(study, Book(folder / "results"))
 
 
-def plan_of(path: Path) -> Plan:
+def plan_of(path: Path) -> StudyPlan:
     """A plan of which nothing is kept, of a file that is there."""
-    return Plan(files.read(path), Book(Path("nowhere")))
+    return StudyPlan(files.read(path), Book(Path("nowhere")))
 
 
-def keep(plan: Plan, cell: Cell, value: float | None, **measures: float) -> None:
+def keep(plan: StudyPlan, cell: StudyCell, value: float | None, **measures: float) -> None:
     """Keep a cell that came to `value`, None for one that failed."""
     status = "failed" if value is None else "done"
     found = {} if value is None else {"upper value": value, **measures}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bilevel.studying.plan import Selection, Tuned, Waiting, tried
-from bilevel.studying.results import Cell
+from bilevel.studying.plan import Asked, Tuned, Waiting, tried
+from bilevel.studying.results import StudyCell
 from bilevel.sweeping.space import parse
 from tests.studying import small
 
@@ -20,19 +20,19 @@ def tune(plan, arm, *means):
         for seed in DEVELOPMENT:
             away = 0.25 if seed == DEVELOPMENT[0] else -0.25
             value = None if mean is None else mean + away
-            small.keep(plan, Cell("easy", arm, "tune", seed, trial), value)
+            small.keep(plan, StudyCell("easy", arm, "tune", seed, trial), value)
 
 
 def tune_all(plan, implicit=(3.0, 2.0)):
     tune(plan, "direct", 7.0, 6.0)
     for point in (0, 1):
         for seed in DEVELOPMENT:
-            cell = Cell("easy", "rates", "tune", seed, point=point)
+            cell = StudyCell("easy", "rates", "tune", seed, point=point)
             small.keep(plan, cell, 1.0, upper_loss=5.0 - point)
     tune(plan, "mixed", 6.5)
     for trial, mean in enumerate(implicit):
         for seed in DEVELOPMENT:
-            small.keep(plan, Cell("easy", "implicit", "tune", seed, trial), mean)
+            small.keep(plan, StudyCell("easy", "implicit", "tune", seed, trial), mean)
     tune(plan, "again", 2.5)
 
 
@@ -56,7 +56,9 @@ def test_a_regime_tuned_elsewhere_has_the_two_arms_that_were_named(plan):
     tune_all(plan)
     assert plan.named("hard") == {"ours": "implicit", "baseline": "direct"}
     arms = ("direct", "implicit")
-    assert list(plan.cells("hard")) == [Cell("hard", a, "test", s) for s in range(3) for a in arms]
+    assert list(plan.cells("hard")) == [
+        StudyCell("hard", a, "test", s) for s in range(3) for a in arms
+    ]
 
 
 def test_the_setting_with_the_best_mean_is_taken(plan):
@@ -65,7 +67,7 @@ def test_the_setting_with_the_best_mean_is_taken(plan):
     tune(plan, "direct", 7.0, 6.0)
     values = {"upper.optimizer.lr": "0.5"}
     assert plan.tuned("hard", "direct") == Tuned(1, values, 6.0, (6.25, 5.75), 2)
-    overrides = plan.overrides(Cell("hard", "direct", "test", 2))
+    overrides = plan.overrides(StudyCell("hard", "direct", "test", 2))
     assert overrides[-5:] == [
         "problem.condition=30",
         'estimator="alternating"',
@@ -74,7 +76,7 @@ def test_the_setting_with_the_best_mean_is_taken(plan):
         "problem.data_seed=2",
     ]
     assert not any("num_upper" in each for each in overrides)  # which is of development runs
-    development = plan.overrides(Cell("easy", "direct", "tune", 100, 0))
+    development = plan.overrides(StudyCell("easy", "direct", "tune", 100, 0))
     assert "problem.num_upper=4" in development
     assert "upper.optimizer.lr=0.1" in development
 
@@ -90,41 +92,41 @@ def test_a_setting_that_failed_on_a_seed_is_not_taken(plan):
     tune(plan, "direct", 7.0, None)
     assert plan.tuned("easy", "direct").trial == 0
     tune(plan, "direct", None, None)
-    other = small.Plan(plan.study, small.Book(plan.book.folder))
+    other = small.StudyPlan(plan.study, small.Book(plan.book.folder))
     with pytest.raises(Waiting, match="every setting failed") as caught:
         other.tuned("easy", "direct")
     assert caught.value.is_final
 
 
 def test_measures_of_another_arm_at_the_same_seed_are_taken_as_settings(plan):
-    cell = Cell("easy", "again", "test", 1)
+    cell = StudyCell("easy", "again", "test", 1)
     with pytest.raises(Waiting, match="implicit is not tuned yet"):
         plan.overrides(cell)
     tune_all(plan, implicit=(2.0, 3.0))
     with pytest.raises(Waiting, match="easy/implicit/test-seed1 is not over"):
         plan.overrides(cell)
-    small.keep(plan, Cell("easy", "implicit", "test", 1), 0.75)
+    small.keep(plan, StudyCell("easy", "implicit", "test", 1), 0.75)
     found = plan.overrides(cell)
     assert "problem.rho=0.75" in found  # with the words that the star stands for
     assert "upper.optimizer.lr=0.1" in found  # tuned as the other is
-    tuning = plan.overrides(Cell("easy", "again", "tune", 100, 0))
+    tuning = plan.overrides(StudyCell("easy", "again", "tune", 100, 0))
     assert "problem.rho=2.0" in tuning  # of the trial that was taken
 
 
 def test_an_arm_whose_stage_failed_never_runs(plan):
     tune_all(plan)
-    small.keep(plan, Cell("easy", "implicit", "test", 1), None)
+    small.keep(plan, StudyCell("easy", "implicit", "test", 1), None)
     with pytest.raises(Waiting, match="failed") as caught:
-        plan.overrides(Cell("easy", "again", "test", 1))
+        plan.overrides(StudyCell("easy", "again", "test", 1))
     assert caught.value.is_final
 
 
 def test_weights_are_those_of_the_mixture_that_was_best(plan):
-    mixed = Cell("easy", "mixed", "test", 0)
+    mixed = StudyCell("easy", "mixed", "test", 0)
     tune_all(plan)
     with pytest.raises(Waiting, match="rates/test-seed0-point00 is not over"):
         plan.overrides(mixed)
-    points = [Cell("easy", "rates", "test", 0, point=point) for point in (0, 1)]
+    points = [StudyCell("easy", "rates", "test", 0, point=point) for point in (0, 1)]
     for point, loss in zip(points, (2.0, 3.0), strict=True):
         small.keep(plan, point, 1.0, upper_loss=loss)
 
@@ -133,28 +135,28 @@ def test_weights_are_those_of_the_mixture_that_was_best(plan):
 
     assert weights(mixed) == weights(points[0]) != weights(points[1])
     assert sum(float(each.partition("=")[2]) for each in weights(mixed)) == pytest.approx(1)
-    other = Cell("easy", "rates", "test", 1, point=0)
+    other = StudyCell("easy", "rates", "test", 1, point=0)
     assert weights(other) != weights(points[0])  # each seed has its own
 
 
 def test_a_cell_that_was_run_with_other_settings_is_told(tmp_path, plan):
-    cell = Cell("easy", "direct", "tune", 100, 0)
+    cell = StudyCell("easy", "direct", "tune", 100, 0)
     small.keep(plan, cell, 1.0)
     assert plan.altered(cell) is None
-    assert plan.altered(Cell("easy", "direct", "tune", 101, 0)) is None
+    assert plan.altered(StudyCell("easy", "direct", "tune", 101, 0)) is None
     other = small.made(tmp_path, small.TEXT.replace("condition: 3}", "condition: 4}"))
     assert other.altered(cell) == "problem.condition=4"
 
 
 def test_a_part_is_chosen_by_regime_arm_seed_and_phase():
-    cell = Cell("easy", "direct", "tune", 100, 0)
-    assert cell in Selection()
-    assert cell in Selection(("tune",), ("easy",), ("direct", "mixed"), (100, 101))
+    cell = StudyCell("easy", "direct", "tune", 100, 0)
+    assert cell in Asked()
+    assert cell in Asked(("tune",), ("easy",), ("direct", "mixed"), (100, 101))
     for other in (
-        Selection(phases=("test",)),
-        Selection(regimes=("hard",)),
-        Selection(arms=("mixed",)),
-        Selection(seeds=(101,)),
+        Asked(phases=("test",)),
+        Asked(regimes=("hard",)),
+        Asked(arms=("mixed",)),
+        Asked(seeds=(101,)),
     ):
         assert cell not in other
 
