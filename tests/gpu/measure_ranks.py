@@ -1,7 +1,8 @@
 """What ranks cost on a device: `python -m tests.gpu.measure_ranks`, a table for docs/many_devices.md.
 
 A Hessian product of a small transformer's loss, alone and over ranks: one rank of a group of its own,
-whose sums are of nothing (what spreading costs), and two that share the one device by gloo.
+whose sums are of nothing (what spreading costs), and two that share the one device by gloo, which have
+all of y each, or half of it, with graphs that keep wholes or gather them again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch.func import functional_call
 
 from bilevel import calculus, tree
 from bilevel.problem.levels import Levels
+from bilevel.problem.sharded import sharded
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE, Ranks
+from bilevel.sharding.parts import Keep, teams
 from bilevel.types import Params, Point
 from tests.ranks import on_ranks
 
@@ -97,12 +100,19 @@ class Product:
     norm: float
 
 
-def product(ranks: Ranks, size: Size, device: str, dtype: torch.dtype) -> Product:
-    """Of the loss over these ranks."""
+def product(
+    ranks: Ranks, size: Size, device: str, dtype: torch.dtype, keep: Keep | None = None
+) -> Product:
+    """Of the loss over these ranks; with `keep`, all of them hold y together."""
     problem = Transformer(size, dtype)
-    problem.model.to(device)
-    levels = Levels(spread(problem, ranks))
     x, y = (tree.to(params, torch.device(device), dtype) for params in problem.init(None))
+    if keep:
+        ranks = teams(ranks, shard=ranks.size, keep=keep)
+        ranks.team.levels = {"y"}
+        levels = Levels(sharded(spread(problem, ranks), ranks.team))
+        y = ranks.team.cut(y)
+    else:
+        levels = Levels(spread(problem, ranks))
     batch = {name: entry.to(device) for name, entry in problem.batch().items()}
     losses, at = levels.losses(batch, batch), Point(x, y)
     is_cuda = torch.device(device).type == "cuda"
@@ -138,11 +148,15 @@ def measured(
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
     work = functools.partial(product, **arguments)
     found = {"one process": product(ALONE, **arguments)}
-    for name, ranks, group in (
-        (f"one rank, {backend.split(':')[-1]}", 1, backend),
-        ("two ranks on the device, gloo", 2, "gloo"),
+    for name, ranks, group, keep in (
+        (f"one rank, {backend.split(':')[-1]}", 1, backend, None),
+        ("two ranks on the device, gloo", 2, "gloo", None),
+        ("the same, half of y each, `whole`", 2, "gloo", "whole"),
+        ("the same, half of y each, `again`", 2, "gloo", "again"),
     ):
-        one = on_ranks(ranks, work, 600.0, start=start, backend=group)[0]
+        one = on_ranks(
+            ranks, functools.partial(work, keep=keep), 600.0, start=start, backend=group
+        )[0]
         if isinstance(one, Exception):
             raise one
         found[name] = one

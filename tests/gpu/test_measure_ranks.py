@@ -11,13 +11,18 @@ SMALL = Size(width=8, layers=1, tokens=4, words=16, rows=5)
 
 def test_products_over_ranks_are_those_of_one_process_and_send_the_size_of_y():
     found = measured("cpu", SMALL, torch.float64, start="fork")
-    alone, one, two = found.values()
+    alone, one, two, *shared = found.values()
     assert one.norm == pytest.approx(alone.norm, rel=1e-13)
     assert two.norm == pytest.approx(alone.norm, rel=1e-13)
     assert (alone.calls, alone.bytes) == (0, 0)
     numbers = tree.size(Transformer(SMALL).init(None)[1])
     assert two.calls == one.calls == 1
     assert two.bytes == one.bytes == 8 * numbers
+    for half in shared:
+        assert half.norm == pytest.approx(alone.norm, rel=1e-13)
+    whole, again = shared
+    assert whole.bytes == 2 * 8 * numbers  # gathered, and scattered
+    assert again.bytes > whole.bytes
 
 
 def test_the_table_has_ratios_and_what_is_off():
