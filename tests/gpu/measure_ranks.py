@@ -24,6 +24,7 @@ from bilevel.problem.levels import Levels
 from bilevel.problem.sharded import sharded
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE, Ranks
+from bilevel.sharding.again import gathering_again
 from bilevel.sharding.parts import Keep, teams
 from bilevel.types import Params, Point
 from tests.ranks import on_ranks
@@ -118,11 +119,12 @@ def product(
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    linearized = calculus.linearize(losses.lower, at)
-    found = linearized.hvp_yy(y)
-    mark = ranks.ledger.mark()
-    taken = [_seconds(lambda: linearized.hvp_yy(y), device) for _ in range(ROUNDS)]
-    calls, sent = ranks.ledger.since(mark)
+    with gathering_again(ranks):
+        linearized = calculus.linearize(losses.lower, at)
+        found = linearized.hvp_yy(y)
+        mark = ranks.ledger.mark()
+        taken = [_seconds(lambda: linearized.hvp_yy(y), device) for _ in range(ROUNDS)]
+        calls, sent = ranks.ledger.since(mark)
     return Product(
         statistics.median(taken),
         calls // ROUNDS,
