@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,15 +117,15 @@ def _end(member: Member, code: int) -> int:
     notices = member.notices
     if notices is None:
         return code
+    heard: list[int] = []
     for name in REASONS:
         if number := getattr(signal, name, None):
-            is_deaf = member.is_first or name != "SIGTERM"  # by which a launcher ends the others
-            signal.signal(number, signal.SIG_IGN if is_deaf else signal.SIG_DFL)
+            signal.signal(number, lambda number, frame: heard.append(number))
     if member.is_first:
         sys.stdout.flush()
         notices.end(code)
     else:
-        code = _code_of_the_first(notices, code)
+        code = _code_of_the_first(notices, code, heard)
     with suppress(Exception):
         from bilevel import ranks
 
@@ -133,13 +133,17 @@ def _end(member: Member, code: int) -> int:
     return code
 
 
-def _code_of_the_first(notices: Notices, code: int) -> int:
-    """That with which the first rank ends, once it does; one's own where the first does not know of an end."""
+def _code_of_the_first(notices: Notices, code: int, heard: Sequence[int]) -> int:
+    """That with which the first rank ends, once it does.
+
+    One's own where the first knows of no end, is gone, or a launcher says that it is over.
+    """
     until = time.monotonic() + PATIENCE
     with suppress(LostRankError):
         while (ended := notices.ended()) is None:
-            if code and notices.word(0) is None and time.monotonic() > until:
-                return code
+            is_late = code and notices.word(0) is None and time.monotonic() > until
+            if is_late or signal.SIGTERM in heard:
+                return code or 128 + signal.SIGTERM
             time.sleep(PERIOD)
         return ended
     return code
