@@ -118,9 +118,7 @@ def _end(member: Member, code: int) -> int:
     if notices is None:
         return code
     heard: list[int] = []
-    for name in REASONS:
-        if number := getattr(signal, name, None):
-            signal.signal(number, lambda number, frame: heard.append(number))
+    _on_signals(lambda number, frame: heard.append(number))
     if member.is_first:
         sys.stdout.flush()
         notices.end(code)
@@ -130,7 +128,14 @@ def _end(member: Member, code: int) -> int:
         from bilevel import ranks
 
         ranks.depart()
+    _on_signals(signal.SIG_IGN)  # a handler of Python's is gone before the process is
     return code
+
+
+def _on_signals(handler: Any) -> None:
+    for name in REASONS:
+        if number := getattr(signal, name, None):
+            signal.signal(number, handler)
 
 
 def _code_of_the_first(notices: Notices, code: int, heard: Sequence[int]) -> int:

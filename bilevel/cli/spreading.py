@@ -22,6 +22,9 @@ def spreading(
     With `ranks`, so many processes are started with the `words` of the command line, and this one ends
     with their code.
     """
+    if os.environ.get("WORLD_SIZE"):
+        # before torch is imported: what it logs of connections that close is said in fewer words
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     refusal = _refusal() if ranks is not None else None
     if ranks is not None and ranks > 1 and refusal is None:
         _start(as_json, ranks, words)

@@ -92,14 +92,16 @@ class Notices:
         missing = self._missing()
         if not missing:
             return LostRankError(f"rank {self.rank} of {self.size} waited in vain: {why}")
-        verb = "is" if len(missing) == 1 else "are"
         return LostRankError(
-            f"{_named(missing)} of {self.size} {verb} gone without a word: killed, as the system does "
-            "where memory runs out, or stopped from outside"
+            f"rank {' or '.join(map(str, missing))} of {self.size} is gone without a word: killed, as the "
+            "system does where memory runs out, or stopped from outside"
         )
 
     def _missing(self) -> list[int]:
-        """The ranks that do not say that they live, after they were given time to."""
+        """The ranks that do not say that they live, after they were given time to.
+
+        Of several some may live and wait for this one, which they hear of once it ends.
+        """
         self._try(lambda: self._store.set(f"lives {self.rank}", ""))
         others = [rank for rank in range(self.size) if rank != self.rank]
         until = time.monotonic() + GRACE

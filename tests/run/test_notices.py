@@ -46,7 +46,7 @@ def test_one_that_waits_in_vain_tells_the_word_of_another_with_its_code(three):
     ("alive", "said"),
     [
         ([1], "rank 2 of 3 is gone without a word: killed"),
-        ([], "ranks 1, 2 of 3 are gone without a word: killed"),
+        ([], "rank 1 or 2 of 3 is gone without a word: killed"),
         ([1, 2], "rank 0 of 3 waited in vain: it took too long"),
     ],
 )
@@ -99,4 +99,4 @@ def test_a_store_that_is_gone_says_nothing_and_has_an_error(monkeypatch):
     assert gone.cause() is None
     with pytest.raises(LostRankError, match="the store of the ranks is gone"):
         gone.ended()
-    assert str(gone.lost("closed")).startswith("ranks 0, 2 of 3 are gone")
+    assert str(gone.lost("closed")).startswith("rank 0 or 2 of 3 is gone")
