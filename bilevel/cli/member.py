@@ -38,6 +38,7 @@ class Member:
     notices: Notices | None = None
     signals: Signals | None = None
     timeout: float = 600.0
+    """Seconds to wait for others before the recipe is known, which has a time of its own."""
 
     @property
     def is_first(self) -> bool:
@@ -67,8 +68,8 @@ class Member:
         local = int(os.environ.get("LOCAL_RANK", self.notices.rank))
         here = ranks.Ranks(self.notices.rank, self.notices.size, local)
         kind = placement.device(runtime.device, ranks=here).type
-        self.notices.meet(self.timeout)
-        return ranks.join(kind, self.timeout, self.notices)
+        self.notices.meet(runtime.timeout)
+        return ranks.join(kind, runtime.timeout, self.notices)
 
 
 def leave_word(notices: Notices | None, error: BaseException) -> None:

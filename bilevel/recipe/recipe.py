@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -85,6 +86,8 @@ class Runtime:
     mesh: Mesh = Field(default_factory=Mesh)
     keep: Literal["whole", "again"] = "whole"
     """Whether the graph of a loss keeps whole variables that ranks hold together, or gathers them again."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a rank waits for the others in a sum before it gives up; not while the first works alone."""
 
     @model_validator(mode="after")
     def _autocast_needs_float32(self) -> Self:

@@ -14,7 +14,7 @@ from bilevel.errors import RecipeError
 
 NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
 """Those of a run; an ensemble has `seeds` in the place of `seed`."""
-_NOT_NUMERIC = ("upper.steps", "runtime.mesh.", "runtime.keep")
+_NOT_NUMERIC = ("upper.steps", "runtime.mesh.", "runtime.keep", "runtime.timeout")
 _DIGEST = re.compile(r"^(.+:\w+):([0-9a-f]{64})$")
 SHOWN = 5
 """Differences between two recipes that a message has room for."""

@@ -92,9 +92,15 @@ class Notices:
         missing = self._missing()
         if not missing:
             return LostRankError(f"rank {self.rank} of {self.size} waited in vain: {why}")
+        who = f"rank {' or '.join(map(str, missing))} of {self.size}"
+        if "timed out" in why.lower():
+            return LostRankError(
+                f"{who} does not come to a sum: it hangs, or its work takes longer than runtime.timeout "
+                f"({why})"
+            )
         return LostRankError(
-            f"rank {' or '.join(map(str, missing))} of {self.size} is gone without a word: killed, as the "
-            "system does where memory runs out, or stopped from outside"
+            f"{who} is gone without a word: killed, as the system does where memory runs out, or "
+            "stopped from outside"
         )
 
     def _missing(self) -> list[int]:

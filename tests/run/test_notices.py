@@ -58,6 +58,13 @@ def test_who_does_not_say_that_he_lives_is_gone(alive, said, three):
     assert (error.exit_code, error.is_told) == (1, False)
 
 
+def test_who_does_not_come_in_time_need_not_be_gone(three):
+    three[1].lost("")
+    said = str(three[0].lost("Timed out waiting 1000ms for recv operation to complete"))
+    assert said.startswith("rank 2 of 3 does not come to a sum: it hangs, or its work takes longer")
+    assert "1000ms" in said
+
+
 def test_ranks_meet_once_all_are_there(three):
     with pytest.raises(LostRankError, match=r"^ranks 1, 2 of 3 did not come within 0 s$"):
         three[0].meet(0.05)
