@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from bilevel.problem.over_tasks import OverTasks
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE, Ranks
 from bilevel.run import Setup, Upper, engine
-from bilevel.sharding.parts import collected, teams
+from bilevel.run import setup as set_up
+from bilevel.sharding.parts import X_FROM, collected, teams
 from bilevel_problems.sinusoid import Sinusoid
 from tests.ranks import on_ranks
 
@@ -117,6 +118,15 @@ class Diagonal(Whole):
         return {"weight": weight.expand(CLASSES, FEATURES).clone(), "bias": torch.ones(CLASSES)}
 
 
+class Stepped(Whole):
+    """x has one learning rate for all of y, and a momentum for each coordinate or output."""
+
+    def init(self, streams: Any) -> tuple[Any, Any]:
+        x, y = super().init(streams)
+        keep = {"keep.weight": torch.linspace(-1.0, 0.4, CLASSES * FEATURES).reshape(CLASSES, -1)}
+        return {**x, "rate": torch.tensor(-1.0), **keep, "keep.bias": torch.zeros(1) - 0.5}, y
+
+
 class Started(Whole):
     """x is where y starts, and the centre of a penalty on it."""
 
@@ -138,7 +148,18 @@ class Started(Whole):
 
 PROBLEMS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (Classes, Whole, Model, Constrained, Projected, Proximal, Mapped, Diagonal, Started)
+    for kind in (
+        Classes,
+        Whole,
+        Model,
+        Constrained,
+        Projected,
+        Proximal,
+        Mapped,
+        Diagonal,
+        Stepped,
+        Started,
+    )
 }
 PROBLEMS["OverTasks"] = lambda: OverTasks(
     problem=Sinusoid(shots=3, queries=4, width=3, proximal=0.5),  # pyright: ignore
@@ -188,11 +209,11 @@ def table(cases: Mapping[str, Case], size: int) -> Table:
     Where something is raised on a rank, or alone, its words stand there. One set of forked ranks: they
     divide the runs on the whole among them, then take those over ranks together.
     """
-    return tables(cases, size, (1,))[0]
+    return tables(cases, size, {})[0]
 
 
-def tables(cases: Mapping[str, Case], size: int, shards: Sequence[int]) -> list[Table]:
-    """A table for each number of ranks that hold y together; 1 where each has all of it."""
+def tables(cases: Mapping[str, Case], size: int, *meshes: Mapping[str, Any]) -> list[Table]:
+    """A table for each mesh, as `teams` takes it; `x_from` is how many numbers of x are held in parts."""
     _import_what_is_lazy()
 
     def work(ranks: Ranks) -> list[dict[str, Any]]:
@@ -204,17 +225,20 @@ def tables(cases: Mapping[str, Case], size: int, shards: Sequence[int]) -> list[
                 if k % size == ranks.rank
             }
         truth = {name: found for one in ranks.gather(mine) for name, found in one.items()}
-        meshes = [teams(ranks, shard=shard) for shard in shards]
-        return [
-            {name: _compared(truth[name], case, mesh) for name, case in cases.items()}
-            for mesh in meshes
-        ]
+        found = []
+        for mesh in meshes:
+            set_up.X_FROM = mesh.get("x_from", X_FROM)
+            spread = teams(ranks, **{k: v for k, v in mesh.items() if k != "x_from"})
+            found.append(
+                {name: _compared(truth[name], case, spread) for name, case in cases.items()}
+            )
+        return found
 
     found = on_ranks(size, work)
     for one in found:
         if isinstance(one, Exception):
             raise one
-    return [{name: [one[k][name] for one in found] for name in cases} for k in range(len(shards))]
+    return [{name: [one[k][name] for one in found] for name in cases} for k in range(len(meshes))]
 
 
 def _told(function: Callable[[], Any]) -> Any:

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ProblemError
+from bilevel.sharding.parts import for_rows
 from bilevel.types import Optimizer, Params
 
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,7 +54,7 @@ class Learned:
             ProblemError: there are none.
         """
         if self.upper in x:
-            return {self.upper: x[self.upper]}
+            return {name: entry for name, entry in x.items() if name == self.upper}
         found = {name: entry for name, entry in x.items() if name.startswith(f"{self.upper}.")}
         if found:
             return found
@@ -77,13 +79,15 @@ class Learned:
                     f"an option of the lower optimizer is {self}, and x has no entry {key!r} for "
                     f"y[{name!r}]; give it one, or one entry {self.upper!r} for all of y"
                 )
-            if not _broadcasts(entries[key].shape, entry.shape):
+            shape = torch.Size(tree.shapes({name: entry})[name])
+            if not _broadcasts(torch.Size(tree.shapes(entries)[key]), shape):
                 raise ProblemError(
                     f"x[{key!r}], an option of the lower optimizer, has shape "
                     f"{tuple(entries[key].shape)}, expected a scalar or what broadcasts to y[{name!r}] "
-                    f"of shape {tuple(entry.shape)}"
+                    f"of shape {tuple(shape)}"
                 )
-            values[name] = TRANSFORMS[self.transform](entries[key]).to(entry.dtype)
+            value = for_rows(name, next(k for k in entries if k == key), entries[key])
+            values[name] = TRANSFORMS[self.transform](value).to(entry.dtype)
         return values
 
 

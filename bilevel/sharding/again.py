@@ -69,9 +69,11 @@ def gathering_again(ranks: Ranks) -> Iterator[None]:
     if ranks.team is None or ranks.team.keep != "again":
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
-        yield
-    _known.clear()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+            yield
+    finally:
+        _known.clear()
 
 
 def _packed(tensor: Tensor) -> Any:

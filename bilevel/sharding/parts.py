@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bilevel import ranks as over
 from bilevel import tree
-from bilevel.errors import RecipeError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.ranks import Ranks
 from bilevel.sharding.again import remember
 from bilevel.tree import Part
@@ -334,6 +334,32 @@ def cut(whole: Params, like: Params) -> Params:
     wholes = [whole[name] for name in pairs]
     found = iter(Cut.apply(team, tuple(map(len, wholes)), *wholes) if wholes else ())
     return {name: next(found) if name.rows else whole[name] for name in names}
+
+
+def for_rows(name: str, key: str, value: Tensor) -> Tensor:
+    """What a value that broadcasts to an entry, such as its learning rate, is for this rank's rows of it.
+
+    `name` is the entry's, `key` that of the value; whole ones are as they are. The gradient is that of
+    all rows.
+
+    Raises:
+        ProblemError: ranks hold the value's own rows together, and they are not those of the entry.
+    """
+    if not isinstance(name, Part) or name.rows is None:
+        return value
+    team, own = team_of({name: value}), key if isinstance(key, Part) and key.rows else None
+    assert team is not None
+    if own and own.shape != name.shape:
+        raise ProblemError(
+            f"x[{str(key)!r}] of shape {tuple(own.shape)} is for y[{str(name)!r}] of shape "
+            f"{tuple(name.shape)}, and ranks hold the rows of each together; give it the shape of "
+            "the entry, or set runtime.mesh.shard=1"
+        )
+    if own:
+        return value
+    if value.dim() == len(name.shape) and len(value) == name.shape[0] > 1:
+        return Cut.apply(team, (len(value),), value)[0]
+    return over.enter(team.within, [value])[0]
 
 
 def _whole(a: Params, function: Any, enter: Callable[[list[Tensor]], list[Tensor]]) -> Params:

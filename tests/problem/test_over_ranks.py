@@ -9,12 +9,18 @@ import torch
 from bilevel import ranks as over
 from bilevel import registry
 from bilevel.registry import presets
-from tests.over_ranks import table, tables
+from bilevel.sharding.parts import Collect
+from tests.over_ranks import tables
 
 FEW = {"name": "lbfgs", "steps": 5}
 """Its pairs are differences of neighbours: near the solution they are little more than rounding."""
 TIGHT = {"name": "cg", "tolerance": 1e-13}
 TASKWISE = {"name": "task_cg", "tolerance": 1e-13}
+LEARNED = {
+    "name": "sgd",
+    "lr": {"upper": "rate", "transform": "softplus"},
+    "momentum": {"upper": "keep", "transform": "sigmoid"},
+}
 MOMENTUM = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
 
 
@@ -85,6 +91,11 @@ OTHERS = {
         "problem": "Projected",
         "estimator": {"name": "unroll", "memory": "traced"},
     },
+    "learned steps": {
+        "problem": "Stepped",
+        "lower": lower(optimizer=LEARNED),
+        "estimator": "unroll",
+    },
     "adam, mixed": {
         "lower": lower(optimizer="adam"),
         "estimator": {"name": "unroll", "memory": "mixed"},
@@ -117,6 +128,7 @@ THREE += ("direction: saga", "lower: gradient")
 FOUR = ("estimator: implicit", "linear: minres", "linear: neumann", "estimator: penalty")
 FOUR += ("estimator: one_step", "estimator: sama", "memory: store", "memory: recompute")
 FOUR += ("memory: checkpoint", "memory: traced", "preconditioner: recycled", "other: projected")
+FOUR += ("other: learned steps",)
 
 WHOLE = ("kkt", "shine", "betty", "lbfgs", "augmented_lagrangian", "constrained gap", "newton")
 WHOLE += ("dense", "task_cg", "tasks, by task_cg", "kfac", "ekfac", "nystrom")
@@ -126,7 +138,7 @@ WHOLE += ("dense", "task_cg", "tasks, by task_cg", "kfac", "ekfac", "nystrom")
 @pytest.fixture(scope="module")
 def both():
     """On two ranks, each with all of y, and with its rows."""
-    return tables(CASES, 2, (1, 2))
+    return tables(CASES, 2, {}, {"shard": 2})
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +148,17 @@ def two(both):
 
 @pytest.fixture(scope="module")
 def three():
-    return tables({name: CASES[name] for name in THREE}, 3, (1, 3))
+    return tables({name: CASES[name] for name in THREE}, 3, {}, {"shard": 3})
 
 
 @pytest.fixture(scope="module")
 def four():
-    return tables({name: CASES[name] for name in FOUR}, 4, (2,))[0]
+    return tables(
+        {name: CASES[name] for name in FOUR},
+        4,
+        {"shard": 2},
+        {"shard": 2, "keep": "again", "x_from": 0},
+    )
 
 
 def require_same(name, found):
@@ -197,15 +214,26 @@ def test_on_three_ranks_that_hold_y_together(name, three):
 
 @pytest.mark.parametrize("name", FOUR)
 def test_on_two_teams_of_two_ranks(name, four):
-    require_same(name, four[name])
+    require_same(name, four[0][name])
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_on_two_teams_that_hold_x_too_and_gather_again(name, four):
+    if "learned" in name:
+        said = (
+            "x['keep.bias'] of shape (1,) is for y['bias'] of shape (3,), and ranks hold the rows"
+        )
+        assert all(said in one for one in four[1][name])
+        return
+    require_same(name, four[1][name])
 
 
 # controls: what would be wrong is seen
 
 
-def seen(name):
+def seen(name, **mesh):
     """What a case that is wrong is told by: a rank's error, or a number that is off."""
-    rows = table({name: CASES[name]}, 2)[name]
+    rows = tables({name: CASES[name]}, 2, mesh)[0][name]
     try:
         require_same(name, rows)
     except AssertionError:
@@ -231,3 +259,17 @@ def seen(name):
 def test_a_sum_that_is_left_out_is_seen(name, target, wrong, told, monkeypatch):
     monkeypatch.setattr(f"bilevel.{target}", wrong)
     assert seen(name) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "wrong", "told"),
+    [
+        ("linear: cg", "Team.total", lambda team, value: value, "RankError"),
+        ("linear: cg", "Gather.backward", Collect.backward, "off"),
+        ("other: learned steps", "over.enter", lambda ranks, values: [*values], "RankError"),
+    ],
+)
+def test_a_sum_over_parts_that_is_left_out_is_seen(name, target, wrong, told, monkeypatch):
+    """Dots of a rank's own rows, a gradient of its own rows of the batch, a rate's of its own rows."""
+    monkeypatch.setattr(f"bilevel.sharding.parts.{target}", wrong)
+    assert seen(name, shard=2) == told
