@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# which torch.autograd.grad imports when it is first given vectors: once, and not in every process
+import torch.fx.experimental.symbolic_shapes
 from torch import distributed
 from torch.multiprocessing import start_processes
 
