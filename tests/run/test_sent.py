@@ -8,6 +8,7 @@ import pytest
 from bilevel.problem.spread import spread
 from bilevel.run import Setup, Upper, engine
 from bilevel.run.upper_step import advance
+from bilevel.sharding.parts import teams
 from tests.over_ranks import CLASSES, FEATURES, Classes, Whole
 from tests.ranks import on_ranks
 
@@ -29,9 +30,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "many_devices.md"
 
 
 def told(text=None):
-    """method ↦ (what it sends of the size of y, of x), by the page."""
+    """method ↦ (what it sends of the size of y, of x, of y where that is in parts), by the page."""
     rows = re.findall(
-        r"^\| `([^|]+)` \| ([^|]+) · Ny \| ([^|]+) · Nx \|$",
+        r"^\| `([^|]+)` \| ([^|]+) · Ny \| ([^|]+) · Nx \| ([^|]+) · Ny \|$",
         text or PAGE.read_text("utf-8"),
         re.MULTILINE,
     )
@@ -41,7 +42,7 @@ def told(text=None):
         made = re.sub(r"(\d)([KTS])", r"\1*\2", words)
         return eval(made, {"__builtins__": {}}, values)
 
-    return {name: (number(y), number(x)) for name, y, x in rows}
+    return {name: (number(y), number(x), number(part)) for name, y, x, part in rows}
 
 
 class Both:
@@ -77,7 +78,13 @@ def sent(name, ranks):
 
 @pytest.fixture(scope="module")
 def measured():
-    return on_ranks(2, lambda ranks: {name: sent(name, ranks) for name in METHODS})
+    """On two ranks, each with all of y, and with its rows."""
+
+    def work(ranks):
+        meshes = ranks, teams(ranks, shard=2)
+        return [{name: sent(name, mesh) for name in METHODS} for mesh in meshes]
+
+    return on_ranks(2, work)
 
 
 def test_every_method_is_on_the_page():
@@ -86,16 +93,27 @@ def test_every_method_is_on_the_page():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_sent_is_what_the_page_says(name, measured):
-    for one in measured:
+    for one, _ in measured:
         y, x, rest, event, calls = one[name]
-        assert (y, x) == told()[name]
+        assert (y, x) == told()[name][:2]
         # beside them the losses' values, and the message in which two ranks compare eight integers
         assert sorted(rest) == [*[1] * (len(rest) - 1), 16]
         assert event.calls == calls
         assert event.bytes == 4 * (y * Ny + x * Nx + len(rest) - 1) + 8 * 16
-    assert measured[0][name] == measured[1][name]
+    assert measured[0][0][name] == measured[1][0][name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_sent_of_y_in_parts_is_what_the_page_says(name, measured):
+    for _, one in measured:
+        y, x, rest, event, calls = one[name]
+        assert (x, y) == told()[name][1:]
+        assert sorted(rest) == [*[1] * (len(rest) - 1), 16]
+        assert event.calls == calls
+    assert measured[0][1][name] == measured[1][1][name]
 
 
 def test_a_page_that_says_otherwise_would_be_seen():
-    said = told("| `penalty` | K + 2S + 3 · Ny | 3 · Nx |")
-    assert said == {"penalty": (K + 2 * S + 3, 3)} != {"penalty": told()["penalty"]}
+    said = told("| `penalty` | K + 2S + 3 · Ny | 3 · Nx | 2K + 4S + 5 · Ny |")
+    assert said == {"penalty": (K + 2 * S + 3, 3, 2 * K + 4 * S + 5)}
+    assert said["penalty"] != told()["penalty"]
