@@ -48,6 +48,7 @@ class Given:
         **options: str,
     ) -> RunFolder:
         """A new run folder, begun by so many ranks; options are those of `runfolder.create`."""
+        shard = recipe.runtime.mesh.shard
         return runfolder.create(
             runs,
             name or recipe.name,
@@ -60,6 +61,7 @@ class Given:
                 "settings": settings_of_run(recipe.content),
                 "code": code(recipe.content),
                 "ranks": ranks,
+                "mesh": {"data": ranks // shard, "shard": shard},
                 **runfolder.environment(),
             },
             **options,

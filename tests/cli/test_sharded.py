@@ -1,5 +1,6 @@
 """A run whose ranks hold y together, on the command line: its checkpoints are whole, its ends those of any."""
 
+import json
 import shutil
 
 import pytest
@@ -51,6 +52,11 @@ def test_it_is_stopped_and_resumed_on_any_number_of_ranks(rows, runs):
     assert [each.code for each in found] == [0, 0], found
     assert 0 < off(the_run(runs / "whole"), alone) < 1e-9  # its pairs amplify rounding
     truth = end(the_run(runs / "whole"))
+    about = json.loads((the_run(runs / "whole") / "environment.json").read_text())
+    assert (about["ranks"], about["mesh"]) == (2, {"data": 1, "shard": 2})
+    without = json.loads((the_run(runs / "alone") / "environment.json").read_text())
+    assert without["mesh"] == {"data": 1, "shard": 1}
+    assert about["hash"] == without["hash"]  # it says how, not what
     acts = "1:3:SIGTERM"
     stopped = on_command_line(2, "run", rows, *IN_PARTS, "--runs-dir", runs / "2", acts=acts)
     assert [each.code for each in stopped] == [143, 143], stopped
