@@ -133,6 +133,19 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Traced:
+    """An upper step was recorded, and those after it are replayed (`runtime.compile`)."""
+
+    step: int
+    count: int
+    """Which record of the run it is."""
+    operations: int
+    why: str
+    """Where the step departed from the records before it; empty of the first."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint lies complete on disk."""
 
@@ -159,5 +172,15 @@ COMPLETE = ("done", EARLY)
 """Reasons of a run that has come to its end: there is nothing to go on with."""
 
 Event = (
-    Progress | Started | Stepped | Evaluated | Held | Tabulated | Drawn | Warned | Saved | Finished
+    Progress
+    | Started
+    | Stepped
+    | Evaluated
+    | Held
+    | Tabulated
+    | Drawn
+    | Warned
+    | Traced
+    | Saved
+    | Finished
 )

@@ -120,7 +120,7 @@ def hypergradient(
     found = estimate(method, losses, at, state)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
-        found = replace(found, reasons=reasons(Step(method, found, solved)))
+    found = replace(found, reasons=reasons(Step(method, found, solved)))
     if found.reasons and method.claim == "solution":
         warnings.warn("; ".join(found.reasons), UntrustedWarning, stacklevel=2)
     if tied[0].trivial and found.moved is None:

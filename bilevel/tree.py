@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import CheckError, ProblemError
+from bilevel.scalars.functions import sqrt
+from bilevel.scalars.scalar import Scalar
 from bilevel.types import Params
 
 
@@ -146,8 +148,10 @@ def sub(a: Params, b: Params) -> Params:
 def scale(alpha: float, a: Params) -> Params:
     """alpha · a."""
     if len(a) == 1 or _recorded(a):
-        return {name: entry * alpha for name, entry in a.items()}
-    return _like(a, torch._foreach_mul(list(a.values()), alpha)) if a else {}
+        mul = torch.mul if not isinstance(alpha, Scalar) else alpha.of(torch.mul)
+        return {name: mul(entry, alpha) for name, entry in a.items()}
+    mul = torch._foreach_mul if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_mul)
+    return _like(a, mul(list(a.values()), alpha)) if a else {}
 
 
 def axpy(alpha: float, a: Params, b: Params) -> Params:
@@ -155,10 +159,14 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
     if alpha == 0 or not a:
         return b
     # one entry gains nothing from a foreach function, which takes twice as long to call
+    if len(b) == 1 and a.keys() == b.keys() and type(alpha) is float and abs(alpha) <= HALF_MAX:
+        ((name, entry),) = b.items()
+        return {name: torch.add(entry, a[name], alpha=alpha)}
     if len(b) == 1 or _recorded(a, b) or _exceeds(alpha, b):
         _require_same(b, a)
         return {name: add_scaled(entry, alpha, a[name]) for name, entry in b.items()}
-    return _like(b, torch._foreach_add(*_pair(b, a), alpha=alpha))
+    add = torch._foreach_add if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_add)
+    return _like(b, add(*_pair(b, a), alpha=alpha))
 
 
 def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = None) -> Tensor:
@@ -168,7 +176,8 @@ def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = 
     may well be below it: the sum is then taken in float64.
     """
     if -HALF_MAX <= alpha <= HALF_MAX or not _exceeds(alpha, {"": entry}):
-        return torch.add(entry, other, alpha=alpha, out=out)
+        add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
+        return add(entry, other, alpha=alpha, out=out)
     result = (entry.double() + alpha * other.double()).to(entry.dtype)
     return result if out is None else out.copy_(result)
 
@@ -200,14 +209,20 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
         for name, entry in y.items():
             entry.copy_(add_scaled(entry, alpha, a[name]))
     elif y:
-        torch._foreach_add_(*_pair(y, a), alpha=alpha)
+        add_ = (
+            torch._foreach_add_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_add_)
+        )
+        add_(*_pair(y, a), alpha=alpha)
     return y
 
 
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
     if y:
-        torch._foreach_mul_(list(y.values()), alpha)
+        mul_ = (
+            torch._foreach_mul_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_mul_)
+        )
+        mul_(list(y.values()), alpha)
     return y
 
 
@@ -226,17 +241,25 @@ HALF = (torch.bfloat16, torch.float16)
 
 def dot(a: Params, b: Params) -> float:
     """⟨a, b⟩ over all entries, as a Python float (one synchronisation)."""
-    if not a:
+    if len(a) == 1 and len(b) == 1:  # as most are: the ways of several cost as much as the product
+        ((name, p),) = a.items()
+        if type(name) is Part:
+            return _dot_of_parts(a, b)
+        if name not in b:
+            _require_same(a, b)
+        q = b[name]
+        if p.dim() == 1 and p.dtype not in HALF:
+            found = torch.dot(p, q).item()
+        else:
+            found = torch.dot(flat_wide(p), flat_wide(q)).item()
+    elif not a:
         return 0.0
-    if type(next(iter(a))) is Part:
+    elif type(next(iter(a))) is Part:
         return _dot_of_parts(a, b)
-    if a is b:
-        flat = [flat_wide(p) for p in a.values()]
-        found = total([torch.dot(p, p) for p in flat])
     else:
         _require_same(a, b)
         found = total([torch.dot(flat_wide(p), flat_wide(b[name])) for name, p in a.items()])
-    if not 1e-30 < abs(found) < math.inf:
+    if not 1e-30 < (found if a is b else abs(found)) < math.inf:
         # float32 may have lost what makes up the sum: to 0, or to infinity
         found = total(
             [torch.dot(flat_wide(p).double(), flat_wide(b[name]).double()) for name, p in a.items()]
@@ -331,7 +354,8 @@ def total(parts: list[Tensor]) -> float:
 
 def norm(a: Params) -> float:
     """‖a‖₂ over all entries, as a Python float."""
-    return math.sqrt(dot(a, a))
+    square = dot(a, a)
+    return math.sqrt(square) if not isinstance(square, Scalar) else sqrt(square)
 
 
 def eps(a: Params) -> float:
@@ -355,7 +379,7 @@ def is_finite(a: Params) -> bool:
     """Whether no entry holds NaN or an infinity."""
     # the sum, in one pass, has any that there is; finite entries may have an infinite one
     here = all(
-        math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+        -math.inf < value.sum().item() < math.inf or bool(torch.isfinite(value).all())
         for value in a.values()
     )
     return everywhere(a, here)

@@ -344,8 +344,8 @@ class Estimate:
     step: float | None = None
     """How far x is to go along −hypergradient, for one whose `needs` say that it moves x."""
     reasons: tuple[str, ...] = ()
-    """Why not to trust it, each with its remedy: set by the call of the estimator from `stats`, and
-    from the lower solve where that is known. Empty where no evidence speaks against it."""
+    """Why not to trust it, each with its remedy: set by `bilevel.hypergradient` from `stats`, and from
+    the lower solve where that is known. Empty where no evidence speaks against it."""
 
     @property
     def trusted(self) -> bool:

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bilevel"
 
 FLOORS = [
-    ["errors", "rng", "notebook"],
+    ["errors", "rng", "notebook", "scalars"],
     ["types", "components", "runfolder"],
     ["tree", "events", "registry"],
     ["ranks"],
     ["sharding"],
-    ["calculus", "linear", "optimizers", "sinks"],
+    ["calculus", "linear", "optimizers", "replay", "sinks"],
     ["preconditioners", "directions", "unrolling", "lower"],
     ["problem", "adjoint"],
     ["estimators", "functional"],

@@ -30,7 +30,7 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
     """
     result = scalar(loss, x, y)
     number = result.item()
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ConvergenceError(_not_finite(f"{loss.level}_loss = {number}", x, y))
     return result
 

@@ -109,7 +109,9 @@ class Implicit:
 
         b, bound = lower.restrict(F_y), self._bound
         size = tree.norm(b) if bound else 0.0  # before the solver writes into b
-        system = System(matvec, b, losses, at, self.damping, state["spent"])
+        system = System(
+            matvec if self.damping else product, b, losses, at, self.damping, state["spent"]
+        )
         h, solve, state = self._adjoint.solve(system, h_of, state)
         stats = bound.stats(solve, size, lower.gradient) if bound else solve.stats
         return Estimate(h, value, state, stats)

@@ -18,6 +18,7 @@ from bilevel import tree
 from bilevel.components import component
 from bilevel.linear import guards
 from bilevel.linear.lanczos import Tridiagonal
+from bilevel.scalars.functions import larger, smaller, sqrt
 from bilevel.types import Matvec, Params, Solve, SolverOption, Stopped
 
 WATCHED = 5000
@@ -89,7 +90,7 @@ class CG:
         stopped: Stopped = "iterations"
         budget, by_entry = self._budget(b, watched=stop is not None), _on_cpu(v)
         while steps < budget:
-            left = math.sqrt(rr)
+            left = sqrt(rr)
             if stop and stop(
                 SolveProgress(steps, v, rz, ritz, left, size, largest, left <= target)
             ):
@@ -99,16 +100,16 @@ class CG:
                 stopped = "tolerance"
                 break
             if not stop and guards.is_below_rounding(left, eps, size, largest, far):
-                far = max(reach, tree.norm(v))
+                far = larger(reach, tree.norm(v))
                 if guards.is_below_rounding(left, eps, size, largest, far):
                     stopped = "rounding"
                     break
             Ap = matvec(p)
             steps += 1
             pAp = guards.require_finite(tree.dot(p, Ap), p)
-            curvature, largest = min(curvature, pAp / pp), max(largest, pAp / pp)
+            curvature, largest = smaller(curvature, pAp / pp), larger(largest, pAp / pp)
             if not (pAp > flat * largest * pp and rz > 0):
-                stopped, curvature = "curvature", min(curvature, 0.0 if rz > 0 else curvature)
+                stopped, curvature = "curvature", smaller(curvature, 0.0 if rz > 0 else curvature)
                 break
             alpha = rz / pAp
             rr = _update_residual(r, alpha, Ap, by_entry)
@@ -119,13 +120,13 @@ class CG:
             previous = rz
             rz = tree.dot(r, z) if precondition else rr
             beta = rz / previous
-            ritz.append(alpha, max(beta, 0.0), previous)
+            ritz.append(alpha, larger(beta, 0.0), previous)
             _update_direction(v, alpha, p, beta, z, by_entry)
-            far += alpha * math.sqrt(pp)
+            far += alpha * sqrt(pp)
             pp = tree.dot(p, p) if precondition else rr + beta**2 * pp
         largest = largest if precondition else ritz.largest
         length = tree.norm(v)
-        residual = guards.attainable_residual(math.sqrt(rr), v, size, largest, reach, length)
+        residual = guards.attainable_residual(sqrt(rr), v, size, largest, reach, length)
         stats = guards.ended(
             stopped,
             residual,
@@ -133,7 +134,7 @@ class CG:
             v,
             guards.relative_floor(v, size, largest, length=length),
             iterations=steps,
-            curvature=None if math.isinf(curvature) else curvature,
+            curvature=None if curvature == math.inf else curvature,
             # of positive Ritz values alone, where A is not positive definite
             condition=ritz.condition if curvature > 0 else None,
         )

@@ -10,6 +10,7 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import ConvergenceError, require_kind
+from bilevel.scalars.functions import larger, smaller
 from bilevel.types import LinearSolver, Matvec, Params, Solve, Stats, Stopped
 
 RESOLVED = 1e-2
@@ -53,7 +54,7 @@ def begin(
 def checked_norm(b: Params) -> float:
     """‖b‖, or `ConvergenceError` where b or its square is not a number of its dtype."""
     size = tree.norm(b)
-    if math.isfinite(size) and (size > 0 or not any(bool(entry.any()) for entry in b.values())):
+    if size < math.inf and (size > 0 or not any(bool(entry.any()) for entry in b.values())):
         return size
     for name, entry in b.items():
         if not bool(entry.isfinite().all()):
@@ -71,7 +72,7 @@ def checked_norm(b: Params) -> float:
 
 def require_finite(product: float, b: Params) -> float:
     """pᵀA p, or `ConvergenceError` if it is NaN or infinite: such a product must not pass for zero."""
-    if not math.isfinite(product):
+    if not -math.inf < product < math.inf:
         raise ConvergenceError(
             "a product with the lower Hessian is not finite at this point: a second derivative "
             "is singular there (√, norm or abs at 0), or overflows; move y off it, smooth "
@@ -129,7 +130,7 @@ def relative_floor(
     """
     if not size:
         return 0.0
-    length = max(tree.norm(v) if length is None else length, reach)
+    length = larger(tree.norm(v) if length is None else length, reach)
     return rounding_floor(tree.eps(v), size, largest, length) / size
 
 
@@ -147,7 +148,7 @@ def attainable_residual(
     """
     if size == 0 or recursive == 0:
         return 0.0
-    return max(recursive / size, relative_floor(v, size, largest, reach, length))
+    return larger(recursive / size, relative_floor(v, size, largest, reach, length))
 
 
 def ended(
@@ -171,7 +172,7 @@ def ended(
         elif stopped == "tolerance":
             stopped = "rounding"
     solved = stopped in ("tolerance", "asked") or (
-        stopped == "rounding" and residual <= min(resolved(v), 100 * floor)
+        stopped == "rounding" and residual <= smaller(resolved(v), 100 * floor)
     )
     return Stats(residual=residual, converged=solved, stopped=stopped, **evidence)
 

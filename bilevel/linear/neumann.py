@@ -11,6 +11,7 @@ from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.linear import guards
+from bilevel.scalars.functions import larger, smaller
 from bilevel.types import Matvec, Params, Solve, Stopped
 
 
@@ -46,7 +47,7 @@ class Neumann:
             Ar = matvec(r)
             steps, previous = steps + 1, norm
             bend = guards.require_finite(tree.dot(r, Ar), r) / norm**2
-            lowest, largest = min(lowest, bend), max(largest, abs(bend))
+            lowest, largest = smaller(lowest, bend), larger(largest, abs(bend))
             norm = tree.norm(tree.axpy_(r, -self.scale, Ar))
             del Ar  # or the next product is computed beside it: one vector more at the peak
             growth = growth + 1 if norm > previous else 0
@@ -60,7 +61,7 @@ class Neumann:
             v,
             guards.relative_floor(v, size, largest),
             iterations=steps,
-            curvature=None if math.isinf(lowest) else lowest,
+            curvature=None if lowest == math.inf else lowest,
         )
         if stats.stopped == "iterations" and self.tolerance == 0:
             stats = replace(stats, converged=None)  # a number of terms was asked for, no residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bilevel.errors import ConvergenceError
+from bilevel.scalars.functions import larger
 
 BURN_IN = 4
 """Steps that set the scale: Adam leaves a point of rest by as much as its lr, within a few steps."""
@@ -21,8 +22,8 @@ class Growth:
     def note(self, value: float, norm: float) -> None:
         """What one step evaluated."""
         if self._seen < BURN_IN:
-            self._largest_value = max(self._largest_value, value)
-            self._largest_norm = max(self._largest_norm, norm)
+            self._largest_value = larger(self._largest_value, value)
+            self._largest_norm = larger(self._largest_norm, norm)
         self._seen += 1
         self._value, self._before, self._norm = value, self._norm, norm
 

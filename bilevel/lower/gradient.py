@@ -149,7 +149,7 @@ class Gradient:
                     raise
                 failed, skipped = error, skipped + 1
                 continue
-            value, norm, batch = float(last_value), last_norm, drawn
+            value, norm, batch = last_value.item(), last_norm, drawn
             growth.note(value, norm)
             if steps == 0 and is_relative:
                 spent = stop.begin(here, x, y, g)
@@ -201,7 +201,7 @@ def _look(
             raise
         raise blaming_the_start(error) from error
     norm = tree.norm(g)
-    if not math.isfinite(norm):
+    if not norm < math.inf:
         require_finite(loss, x, y, g, k)
     return value, g, norm
 

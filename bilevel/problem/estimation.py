@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from bilevel.optimizers.learned import upper_entries
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.problem.states import require_state
-from bilevel.problem.trust import Step, reasons
+from bilevel.scalars.functions import clock
 from bilevel.types import Counts, Estimate, Estimator, Losses, Moved, Point, Stats
 from bilevel.unrolling.path import refuse_learned, require_steps
 
@@ -31,7 +30,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         ConvergenceError: a loss or the hypergradient is not finite, or the adjoint solve diverges.
         CheckError: it returned no `Estimate`, or other names, shapes or dtypes than those of x.
     """
-    began, first = time.perf_counter(), state is None
+    began, first = clock(), state is None
     require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
     require_steps(at.path, estimator.needs.path, type(estimator).__name__)
     refuse_learned(estimator, upper_entries(at.path.optimizer, at.x) if at.path else {})
@@ -62,10 +61,9 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         gradients=counts.gradients,
         hvps=counts.hvps,
         cross_products=counts.cross_products,
-        seconds=time.perf_counter() - began,
+        seconds=clock() - began,
     )
-    found = replace(found, stats=stats)
-    return replace(found, reasons=reasons(Step(estimator, found)))
+    return replace(found, stats=stats)
 
 
 def _require_answer(estimator: Estimator, found: Any, at: Point) -> None:

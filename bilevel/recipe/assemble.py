@@ -34,6 +34,7 @@ def assemble(recipe: Recipe, ranks: Ranks | None = None, *, resumed: bool = Fals
         device=device(recipe.runtime.device, ranks=ranks),
         dtype=DTYPES[recipe.runtime.dtype],
         autocast=DTYPES[recipe.runtime.autocast] if recipe.runtime.autocast else None,
+        compile=recipe.runtime.compile,
         evaluate_every=recipe.evaluate.every,
         evaluate_held=recipe.evaluate.held,
         stop=recipe.evaluate.stop,

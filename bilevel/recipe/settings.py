@@ -14,7 +14,13 @@ from bilevel.errors import RecipeError
 
 NUMERIC = ("seed", "problem", "lower", "upper", "estimator", "runtime")
 """Those of a run; an ensemble has `seeds` in the place of `seed`."""
-_NOT_NUMERIC = ("upper.steps", "runtime.mesh.", "runtime.keep", "runtime.timeout")
+_NOT_NUMERIC = (
+    "upper.steps",
+    "runtime.compile",
+    "runtime.keep",
+    "runtime.mesh.",
+    "runtime.timeout",
+)
 _DIGEST = re.compile(r"^(.+:\w+):([0-9a-f]{64})$")
 SHOWN = 5
 """Differences between two recipes that a message has room for."""
@@ -37,7 +43,8 @@ def settings_of_run(content: Mapping[str, Any]) -> dict[str, str]:
 def settings(content: Mapping[str, Any]) -> dict[str, str]:
     """What the numbers of a run depend on, flat: `lower.optimizer.lr` is "0.1".
 
-    How many steps it has, what it writes and where, and how its ranks share it is not among it.
+    How many steps it has, what it writes and where, how its ranks share it and whether
+    its steps are replayed is not among it.
     """
     flat = flattened({key: content[key] for key in (*NUMERIC, "seeds") if key in content})
     return {key: value for key, value in flat.items() if not key.startswith(_NOT_NUMERIC)}

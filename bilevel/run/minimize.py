@@ -108,6 +108,7 @@ def iterate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     autocast: Literal["bfloat16"] | None = None,
+    compile: Literal["off", "step"] = "off",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -132,6 +133,7 @@ def iterate(
             device=placement.device(device, "device") if isinstance(device, str) else device,
             dtype=placement.dtype(dtype) if isinstance(dtype, str) else dtype,
             autocast=placement.autocast(autocast),
+            compile=compile,
             evaluate_every=evaluate_every,
             evaluate_held=evaluate_held,
             stop=None if stop is None else made(EarlyStop, stop, "stop"),
@@ -151,6 +153,7 @@ def minimize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     autocast: Literal["bfloat16"] | None = None,
+    compile: Literal["off", "step"] = "off",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -175,6 +178,8 @@ def minimize(
         dtype: of x, y and the batches.
         autocast: "bfloat16" takes the products in both losses in it (`torch.autocast`); x, y and all
             sums stay in float32.
+        compile: "step" records an upper step once and replays it without the Python around its
+            operations, to the same bits; a warning says why where it cannot.
         evaluate_every: also take the problem's own measures every so many steps.
         evaluate_held: take them at the end also with x as it began and y trained as long
             (`Result.held`): only what is above that is owed to x. `bilevel run` does unless its
@@ -205,6 +210,7 @@ def minimize(
         device=device,
         dtype=dtype,
         autocast=autocast,
+        compile=compile,
         evaluate_every=evaluate_every,
         evaluate_held=evaluate_held,
         stop=stop,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,6 +44,8 @@ class Setup:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     """In what the losses are evaluated below float32 (`bilevel.problem.autocast`)."""
+    compile: Literal["off", "step"] = "off"
+    """Whether the upper step is recorded once and replayed (`bilevel.run.replayed`)."""
     evaluate_every: int = 0
     """Upper steps between evaluations; 0 evaluates before and after only."""
     evaluate_held: bool = False
@@ -64,6 +66,8 @@ class Setup:
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
 
+        if self.compile not in ("off", "step"):
+            raise RecipeError(f"compile = {self.compile!r}; must be 'off' or 'step'")
         if self.autocast is not None and self.dtype != torch.float32:
             raise RecipeError(NEEDS_FLOAT32)
         problem = under_autocast(self.problem, self.device, self.autocast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,17 @@ from bilevel.run.warnings import warn
 from bilevel.sharding.again import gathering_again
 from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
 
+Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
 
-def advance(setup: Setup, state: State) -> Iterator[Event]:
-    """One upper step. `state` changes only once all that can fail has not."""
+
+def advance(setup: Setup, state: State, rounds: Rounds | None = None) -> Iterator[Event]:
+    """One upper step. `state` changes only once all that can fail has not.
+
+    `rounds` stands in the place of the function of that name, and gives the same.
+    """
     began, answer, sent = time.perf_counter(), None, setup.ranks.ledger.mark()
     try:
-        taken = _taken(setup, state)
+        taken = _taken(setup, state, rounds)
     except ConvergenceError as error:
         answer = nonfinite.ANSWERS[setup.upper.nonfinite](setup, state, _taken, error)
         taken = answer.found
@@ -64,7 +69,9 @@ def advance(setup: Setup, state: State) -> Iterator[Event]:
     )
 
 
-def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params, Any]:
+def _taken(
+    setup: Setup, state: State, rounds: Rounds | None = None
+) -> tuple[LowerSolution, Estimate, Params, Any]:
     """What a step from `state` leads to: the lower solution, the estimate, x and its optimizer's state.
 
     Raises:
@@ -73,7 +80,7 @@ def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params,
     """
     try:
         with gathering_again(setup.ranks):
-            solution, estimate = rounds(setup, state)
+            solution, estimate = (rounds or take_rounds)(setup, state)
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
     with torch.no_grad():
@@ -93,7 +100,7 @@ def _taken(setup: Setup, state: State) -> tuple[LowerSolution, Estimate, Params,
     return solution, estimate, x, upper
 
 
-def rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
+def take_rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
     """The lower solve of a step and the hypergradient after it: the mean over `upper.accumulate`.
 
     There is one lower solve, and each hypergradient is on an upper and a lower batch of its own; one

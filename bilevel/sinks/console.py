@@ -24,6 +24,7 @@ from bilevel.events import (
     Saved,
     Started,
     Stepped,
+    Traced,
     Warned,
 )
 from bilevel.sinks.evidence import CALLS, EVIDENCE, Clock, Column
@@ -67,6 +68,8 @@ class ConsoleReceiver:
             if event.kind not in self._warned:
                 self._warned.add(event.kind)
                 self._warn(event)
+        elif isinstance(event, Traced):
+            self._console.print(Text(_recorded(event), style="dim"))
         elif isinstance(event, Finished):
             self.close()
             self._finish(event)
@@ -183,6 +186,14 @@ def _headline(event: Started) -> Text:
         f": {event.num_upper:,} upper and {event.num_lower:,} lower variables, "
         f"{event.device} {event.dtype}{resumed}",
     )
+
+
+def _recorded(event: Traced) -> str:
+    """What `runtime.compile` has done."""
+    what = f"step {event.step} recorded, to be replayed"
+    if event.count > 1:
+        what = f"step {event.step} recorded ({event.count}: {event.why})"
+    return f"{what}: {event.operations:,} operations, {duration(event.seconds)}"
 
 
 def _losses(step: Stepped) -> dict[str, float]:

@@ -24,6 +24,7 @@ from bilevel.events import (
     Started,
     Stepped,
     Tabulated,
+    Traced,
     Warned,
 )
 from bilevel.runfolder import record
@@ -68,7 +69,7 @@ class JSONLinesWriter:
             raise _unwritten(self._file.name, error) from error
 
     def _is_news(self, event: Event) -> bool:
-        if isinstance(event, (Progress, Saved, Tabulated)):
+        if isinstance(event, (Progress, Saved, Tabulated, Traced)):
             return False
         if isinstance(event, Started):
             again, self._has_started = self._has_started, True

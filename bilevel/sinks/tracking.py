@@ -26,7 +26,17 @@ from bilevel.errors import (
     TrackerError,
     reason_of,
 )
-from bilevel.events import Drawn, Event, Finished, Progress, Saved, Started, Tabulated, Warned
+from bilevel.events import (
+    Drawn,
+    Event,
+    Finished,
+    Progress,
+    Saved,
+    Started,
+    Tabulated,
+    Traced,
+    Warned,
+)
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RESOLVED
 from bilevel.sinks.jsonl import plain
@@ -97,7 +107,7 @@ class TrackerReceiver:
             raise TrackerError(f"{self._name}: {reason}; {_LEFT_OUT}") from error
 
     def _tell(self, event: Event) -> None:
-        if isinstance(event, (Progress, Saved, Started, Tabulated)):
+        if isinstance(event, (Progress, Saved, Started, Tabulated, Traced)):
             return
         if isinstance(event, Drawn):
             self._tracker.figure(event.step, event.name, event.figure)

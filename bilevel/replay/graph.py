@@ -1,0 +1,103 @@
+"""The graph of a recorded step made shorter, to the same bits.
+
+Operations that no result and no expectation needs go; so do detached aliases, since a replay has no
+autograd; so does what is computed twice, such as the second derivatives that every Hessian product
+of one point takes again. What is left is called by torch's own names where it has them, which cost
+half as much from Python as the overloads of a dispatch mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from bilevel.replay.recorder import LARGE
+
+aten = torch.ops.aten
+_OWN: Any = torch._C._VariableFunctions  # pyright: ignore[reportAttributeAccessIssue]
+_ALIASES = {aten.detach.default, aten.alias.default}
+
+
+def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
+    """All of it, in place; what is computed once is returned, for placeholders at the front.
+
+    `written` is memory that the step writes into, whose operations stay.
+    """
+    results = {id(node) for node in graph.output_node().all_input_nodes}
+    _drop_aliases(graph, written)
+    _merge(graph, written, results)
+    _drop_unused(graph)
+    fixed = _take_out_fixed(graph, written, results)
+    _drop_unused(graph)
+    for node in graph.nodes:
+        node.target = _quick(node)
+    return fixed
+
+
+def _drop_aliases(graph: fx.Graph, written: Set[int]) -> None:
+    for node in graph.nodes:
+        if node.target in _ALIASES and node.meta["memory"] not in written:
+            node.replace_all_uses_with(node.args[0])
+
+
+def _merge(graph: fx.Graph, written: Set[int], results: Set[int]) -> None:
+    """One of operations that are the same, unless it writes or reads what is written, or is large."""
+    seen: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+            continue
+        touched = {one.meta.get("memory") for one in (node, *node.all_input_nodes)}
+        if id(node) in results or touched & written or node.meta.get("size", LARGE) >= LARGE:
+            continue
+        key = (node.target, _key((node.args, sorted(node.kwargs.items()))))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+
+
+def _key(value: Any) -> Any:
+    """Equal where arguments are the same: 1 is not 1.0, and 0.0 not −0.0."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(part) for part in value)
+    return value if isinstance(value, fx.Node) else repr(value)
+
+
+def _take_out_fixed(graph: fx.Graph, written: Set[int], results: Set[int]) -> list[Tensor]:
+    """Operations of shapes alone, and of their results: computed when they were recorded."""
+    values: list[Tensor] = []
+    for node in list(graph.nodes):
+        if "value" not in node.meta or node.meta["memory"] in written or id(node) in results:
+            continue
+        if all("value" in user.meta for user in node.users):
+            continue  # which are taken out themselves
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node.replace_all_uses_with(graph.placeholder(f"fixed_{len(values)}"))
+        values.insert(0, node.meta["value"])
+    return values
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and not _has_effect(node):
+            graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """An expectation, a draw, or an operation that writes."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
+    return node.meta.get("writes", False) or getattr(node.target, "has_effect", False)
+
+
+def _quick(node: fx.Node) -> Any:
+    """torch's own function for an operation: the same by another way in."""
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
+        return node.target
+    name = node.target.overloadpacket.__name__
+    if node.target._overloadname == "out" or not node.target._schema.is_mutable:
+        return getattr(_OWN, name, node.target)
+    return node.target

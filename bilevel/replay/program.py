@@ -1,0 +1,170 @@
+"""A recorded step as something to call: from its inputs and the next batches to its result.
+
+Raises `Departed` in the place of a result where the step takes another way than the one recorded.
+The batches that it has drawn by then are those that the step itself draws first, and are given again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from bilevel import tree
+from bilevel.replay.graph import shorten
+from bilevel.replay.layout import GIVEN, Rebuild, is_given, rebuilder, spread
+from bilevel.replay.recorder import Departed, Recorder, Unrecordable
+from bilevel.scalars.scalar import Scalar
+
+__all__ = ["Departed", "Draws", "Feed", "Program", "Unrecordable", "record"]
+
+Draws = dict[str, Iterator[Any]]
+"""Where batches come from, by level."""
+Step = Callable[[Any, Draws], Any]
+"""(inputs, draws) ↦ result: nested values of tensors and numbers."""
+
+
+class Feed:
+    """Batches that a replay draws, kept for the step that is taken again where it departs."""
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+        self._taken: dict[str, list[Any]] = {level: [] for level in draws}
+
+    def draw(self, level: str) -> Any:
+        batch = next(self.draws[level])
+        self._taken[level].append(batch)
+        return batch
+
+    def iterators(self) -> Draws:
+        """Batches that are kept as they are drawn."""
+
+        def endless(level: str) -> Iterator[Any]:
+            while True:
+                yield self.draw(level)
+
+        return {level: endless(level) for level in self.draws}
+
+    def again(self) -> Draws:
+        """The same batches from the first on, and then the next ones."""
+        return {
+            level: itertools.chain(kept, self.draws[level]) for level, kept in self._taken.items()
+        }
+
+
+class Program:
+    """A step that was recorded: how its inputs look, its operations, and its result."""
+
+    def __init__(
+        self, look: Any, function: GraphModule, constants: list[Tensor], rebuild: Rebuild
+    ) -> None:
+        self._look, self._function, self._constants = look, function, constants
+        self._rebuild = rebuild
+        self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, feed: Feed) -> Any:
+        """Raises `Departed` where the step is another one, and says at which line of code."""
+        leaves: list[Any] = []
+        if spread(inputs, leaves) != self._look:
+            raise Departed("shapes or settings of what it begins with")
+        return self._rebuild(iter(self._function(*self._constants, feed, *leaves)))
+
+
+def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
+    """The result of a step that is taken now, and the record of it.
+
+    Raises:
+        Unrecordable: it does what no replay could do again.
+        Exception: what the step raises; also where it is not made for `bilevel.scalars.scalar.Scalar`.
+    """
+    recorder = Recorder()
+    feed = recorder.graph.placeholder("feed")
+    look = spread(inputs, [])
+    names = (f"input_{k}" for k in itertools.count())
+    given = tree.map_nested(
+        lambda leaf: recorder.input(leaf, next(names)) if is_given(leaf) else leaf, inputs
+    )
+    drawn: Draws = {
+        level: _Recorded(level, source, recorder, feed) for level, source in draws.items()
+    }
+    with recorder:
+        found = step(given, drawn)
+    nodes: list[Any] = []
+
+    def held(leaf: Any) -> Any:
+        if not isinstance(leaf, (Tensor, Scalar)):
+            return leaf
+        nodes.append(recorder.node_of(leaf))
+        return GIVEN
+
+    rebuild = rebuilder(tree.map_nested(held, found)) or (lambda _: found)
+    recorder.graph.output(tuple(nodes))
+    constants = [*shorten(recorder.graph, recorder.written), *recorder.constants[::-1]]
+    function = GraphModule(torch.nn.Module(), recorder.graph)
+    plain = tree.map_nested(lambda leaf: leaf.value if isinstance(leaf, Scalar) else leaf, found)
+    return plain, Program(look, function, constants, rebuild)
+
+
+class _Recorded:
+    """An iterator of batches whose draws are recorded."""
+
+    def __init__(self, level: str, source: Iterator[Any], recorder: Recorder, feed: Any) -> None:
+        self._level, self._source, self._recorder, self._feed = level, source, recorder, feed
+        self._seen: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        recorder = self._recorder
+        batch = recorder.apart(lambda: next(self._source))
+        leaves: list[Any] = []
+        layout = spread(batch, leaves)
+        known = [self._seen.get(id(leaf)) for leaf in leaves]
+        same = {k: recorder.node_of(one) for k, one in enumerate(known) if one is not None}
+        draw = _drawing(self._level, layout, list(same))
+        node = recorder.graph.call_function(draw, (self._feed, *same.values()))
+        places = itertools.count()
+        return tree.map_nested(
+            lambda leaf: self._given(leaf, node, next(places)) if is_given(leaf) else leaf, batch
+        )
+
+    def _given(self, leaf: Any, node: Any, place: int) -> Any:
+        """What the step is given: the same tensor where it was given that before."""
+        known = self._seen.get(id(leaf))
+        if known is not None:
+            return known
+        given = self._recorder.result(self._recorder.graph.call_function(part, (node, place)), leaf)
+        if isinstance(leaf, Tensor):
+            self._seen[id(leaf)] = given
+            self._kept.append(leaf)  # so that the id stays its own
+        return given
+
+
+def _drawing(level: str, layout: Any, same: list[int]) -> Callable[..., list[Any]]:
+    """What draws a batch in a replay, and gives its tensors and numbers.
+
+    Those at the places `same` are given to it: they were drawn before, and are to be drawn again.
+    """
+
+    def draw(feed: Feed, *before: Tensor) -> list[Any]:
+        leaves: list[Any] = []
+        if spread(feed.draw(level), leaves) != layout:
+            raise Departed(f"another shape of {level} batches")
+        for place, one in zip(same, before, strict=True):
+            if leaves[place] is not one:
+                raise Departed(f"other tensors in {level} batches")
+        return leaves
+
+    draw.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+    return draw
+
+
+def part(values: list[Any], k: int) -> Any:
+    return values[k]

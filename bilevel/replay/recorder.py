@@ -1,0 +1,311 @@
+"""The record of a step while it is taken: its tensor operations, its numbers, and what they decide.
+
+A dispatch mode sees every operation, those of autograd's backward passes included, on the real
+tensors. It notes them in a graph of `torch.fx`, holds none of the tensors, and changes none. Differs
+from `make_fx` in:
+
+1. Numbers read from tensors (`bilevel.scalars`) stay variable, and go into later operations as such.
+2. What Python decides on a number is noted as an expectation. One that a replay does not find again
+   says that this step takes another way, from which on nothing of the record holds.
+3. Numbers that leave in another way are expected to be the same: so a branch on `x.sum() > 0` is safe.
+4. Batches are drawn by the replay, where the step drew them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bilevel.scalars.scalar import Recording, Scalar
+
+aten = torch.ops.aten
+_PACKAGE = Path(__file__).parents[1]
+_PASSED_OVER = tuple(
+    str(path)
+    for path in (
+        Path(__file__).parent,
+        _PACKAGE / "scalars",
+        _PACKAGE / "tree.py",
+        Path(torch.__file__).parent,
+    )
+)
+_UNSEEN = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+"""They read a tensor's numbers past every dispatch."""
+
+
+_OF_SHAPES = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full"}
+LARGE = 2**16
+"""Numbers of a tensor from which on none is kept that can be computed again: an option of an
+estimator that saves memory so would else be undone."""
+
+
+class Departed(Exception):
+    """A replay does not find what its record expects."""
+
+
+class Unrecordable(Exception):
+    """A step does what no replay could do again."""
+
+
+def expect(value: Any, where: str, found: Any) -> None:
+    """Raise `Departed` where a replay finds another number than the record has."""
+    if found is not value and found != value and (found == found or value == value):
+        raise Departed(where)
+
+
+expect.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@cache
+def _answering(function: Callable[..., bool]) -> Callable[..., None]:
+    """What raises `Departed` where a replay finds another answer of a function than the record has."""
+
+    def expect_answer(value: bool, where: str, *given: Any) -> None:
+        if function(*given) is not value:
+            raise Departed(where)
+
+    expect_answer.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+    return expect_answer
+
+
+class Recorder(TorchDispatchMode):
+    """A tape (`bilevel.scalars.scalar.Tape`) that is a dispatch mode: what is done within it is recorded."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler with the first operation, which takes a second
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.written: set[int] = set()
+        """Memory that the step writes into, by its address."""
+        self.constants: list[Tensor] = []
+        """Tensors that the step finds, and that are none of its inputs: data, weights."""
+        self._constant_nodes: dict[int, fx.Node] = {}
+        self._given: set[int] = set()
+        self._known = WeakTensorKeyDictionary()
+        self._is_paused = False
+        self._reads = _Reads(self)
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()
+        self._reads.__enter__()
+        Recording.tape = self
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        Recording.tape = None
+        self._reads.__exit__(*raised)
+        super().__exit__(*raised)
+
+    def input(self, leaf: Any, name: str) -> Any:
+        """What the step is to take for a leaf of its inputs: a tensor or a number."""
+        return self.result(self.graph.placeholder(name), leaf)
+
+    def result(self, node: fx.Node, leaf: Any) -> Any:
+        """What the step is to take for a leaf that a node of the graph gives."""
+        if isinstance(leaf, Tensor):  # another object: the step may find the same one elsewhere
+            leaf = self.apart(leaf.detach)
+            self._given.add(_memory(leaf))
+        return self._bound(node, leaf)
+
+    def node_of(self, leaf: Any) -> Any:
+        """The node that gives a tensor or scalar; anything else is itself."""
+        if isinstance(leaf, Scalar):
+            return leaf.node
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = self._known.get(leaf)
+        return self._constant(leaf) if known is None else known
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Unrecordable(f"{where()} draws random numbers ({func})")
+        if func is torch.ops.aten.lift_fresh.default:  # numbers of Python, new in each step
+            given = self.node_of(args[0].clone())  # which the step may write into
+            return self._bound(self.graph.call_function(aten.clone.default, (given,)), func(*args))
+        for changed in _written(func, args, kwargs):
+            self._note_written(changed)
+        node = self.graph.call_function(func, *map_aggregate((args, kwargs), self.node_of))
+        found = func(*args, **kwargs)
+        if isinstance(found, (bool, int, float)):  # .item(), bool(...), torch.equal
+            self._expect(node, found)
+            return found
+        if isinstance(found, Tensor) and found.numel() < LARGE and _is_fixed(node):
+            node.meta["value"] = found.detach()
+        return self._bound(node, found)
+
+    def read(self, value: Tensor) -> Any:
+        """The number that a tensor holds."""
+        node = self.graph.call_function(Tensor.item, (self.node_of(value),))
+        return self._bound(node, self.apart(value.item))
+
+    def call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        plain = map_aggregate((given, options), _plain)
+        tensors = [leaf for leaf in _leaves((given, options)) if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors):
+            return function(*map_aggregate(given, _fixed), **map_aggregate(options, _fixed))
+        written = [] if options.get("out") is None else [options["out"]]
+        if function.__name__.endswith("_"):  # as torch calls what writes into its first argument
+            written += _leaves(given[0])
+        for changed in written:
+            self._note_written(changed)
+        node = self.graph.call_function(function, *map_aggregate((given, options), self.node_of))
+        node.meta["writes"] = bool(written)
+        return self._bound(node, self.apart(lambda: function(*plain[0], **plain[1])))
+
+    def expect(self, function: Callable[..., bool], *given: Any) -> bool:
+        found = function(*(_plain(one) for one in given))
+        nodes = (self.node_of(one) for one in given)
+        self.graph.call_function(_answering(function), (found, where(), *nodes))
+        return found
+
+    def specialise(self, scalar: Scalar) -> Any:
+        self._expect(scalar.node, scalar.value)
+        return scalar.value
+
+    def _expect(self, node: fx.Node, found: Any) -> None:
+        self.graph.call_function(expect, (found, where(), node))
+
+    def _note_written(self, changed: Tensor) -> None:
+        memory = _memory(changed)
+        if self._known.get(changed) is None or memory in self._given:
+            raise Unrecordable(f"{where()} writes into a tensor that is kept from step to step")
+        self.written.add(memory)
+
+    def apart(self, call: Callable[[], Any]) -> Any:
+        """What a call gives that is none of the step's operations."""
+        before, self._is_paused, Recording.tape = Recording.tape, True, None
+        try:
+            return call()
+        finally:
+            self._is_paused, Recording.tape = False, before
+
+    def _bound(self, node: fx.Node, found: Any) -> Any:
+        """Notes which node gives a result; numbers come back as scalars."""
+        if isinstance(found, Tensor):
+            node.meta.update(memory=_memory(found), size=found.numel())
+            if self._known.get(found) is None:  # what is written into in place stays who it is
+                self._known[found] = node
+            return found
+        if isinstance(found, (list, tuple)):
+            parts = [
+                self._bound(self.graph.call_function(_item, (node, k)), part)
+                for k, part in enumerate(found)
+            ]
+            return type(found)(parts)
+        if type(found) in (int, float):
+            return Scalar(found, node, self)
+        return found
+
+    def _constant(self, leaf: Tensor) -> fx.Node:
+        if id(leaf) not in self._constant_nodes:
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(f"constant_{len(self.constants)}")
+            node.meta.update(memory=_memory(leaf), size=leaf.numel())
+            self._constant_nodes[id(leaf)] = node
+            self.constants.append(leaf)  # kept, so that the id stays its own
+        return self._constant_nodes[id(leaf)]
+
+
+class _Reads(TorchFunctionMode):
+    """Makes scalars of numbers that are read, and refuses what reads them unseen by a dispatch mode."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if Recording.tape and func is Tensor.item:
+            return self._recorder.read(args[0])
+        if Recording.tape and func in _UNSEEN:
+            raise Unrecordable(f"{where()} reads numbers by {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a pure operation gives the same in every replay: of shapes alone, or of what is fixed."""
+    assert isinstance(node.target, OpOverload)
+    name = node.target.overloadpacket.__name__
+    if node.target._schema.is_mutable:
+        return False
+    return name in _OF_SHAPES or all("value" in one.meta for one in node.all_input_nodes)
+
+
+def _item(values: Any, k: int) -> Any:
+    return values[k]
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Scalar) else leaf
+
+
+def _fixed(leaf: Any) -> Any:
+    return float(leaf) if isinstance(leaf, Scalar) else leaf
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list, tuple)):
+        yield value
+        return
+    for part in parts:
+        yield from _leaves(part)
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in _leaves(given) if isinstance(leaf, Tensor)]
+    return found
+
+
+def where() -> str:
+    """The line of code that is being run: file and number, those of tensors' own code left out."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_PASSED_OVER):
+        frame = frame.f_back
+    return _short(frame.f_code.co_filename, frame.f_lineno)
+
+
+@cache
+def _short(name: str, line: int) -> str:
+    path = Path(name)
+    return f"{path.parent.name}/{path.name}:{line}"

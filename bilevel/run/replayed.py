@@ -1,0 +1,186 @@
+"""`runtime.compile: step`: the lower steps and the estimate of an upper step, recorded once and replayed.
+
+A replay does the tensor operations that the step does, without the Python around them, and comes to
+the same bits. Where a step takes another way than the one recorded (another number of iterations,
+another shape of a batch, a number that is not finite) the replay departs, nothing of it is kept, and
+the step is taken by itself, with the same batches, and recorded. So checks raise at the step that
+they would raise at.
+
+What Python remembers is in no tensor: a record itself, its first replay and every 50th after it are
+compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ProblemError
+from bilevel.events import Event, Traced, Warned
+from bilevel.replay.program import Departed, Draws, Feed, Program, Unrecordable, record
+from bilevel.replay.python_state import PythonState
+from bilevel.run.setup import Setup, State
+from bilevel.types import Estimate, LowerSolution
+
+EVERY = 50
+"""Replays from one comparison with the step itself to the next."""
+LIMIT = 16
+"""Records that are kept."""
+TRIED = 4
+"""Of those that were used last: what departs late costs most of a step."""
+IN_VAIN = 5
+"""Records beyond a quarter of the replays from which on none are made."""
+
+OTHER = (
+    "from its record it comes to other bits than by itself: a loss or a component depends on what Python "
+    "remembers (a counter, a global, an entry of a list), or torch computes an operation in another way "
+    "while it is recorded"
+)
+
+Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
+
+
+class Replayed:
+    """`rounds` from a record of it, where there is one that holds."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._programs: list[_Kept] = []
+        self._recorded = self._replays = 0
+        self._is_off = False
+        self.news: list[Event] = []
+        """What there is to say since it was last emptied."""
+
+    def __call__(self, setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
+        if self._is_off or state.estimator is None:  # the first estimate has checks of its own
+            return self._rounds(setup, state)
+        reason = unfit(setup)
+        if reason:
+            self._end(state, reason)
+            return self._rounds(setup, state)
+        inputs = {name: getattr(state, name) for name in ("x", "y", "lower", "estimator")}
+        feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
+
+        def step(inputs: Any, draws: Draws) -> tuple[LowerSolution, Estimate]:
+            batches = {f"{level}_batches": source for level, source in draws.items()}
+            solution, estimate = self._rounds(setup, replace(state, **inputs, **batches))
+            return replace(solution, batch=None, path=None, pairs=None), estimate
+
+        why = ""
+        for kept in self._programs[:TRIED]:
+            try:
+                found = kept.replay(inputs, feed)
+            except Departed as departed:
+                why, feed = str(departed), Feed(feed.again())
+                continue
+            self._replays += 1
+            self._programs.remove(kept)
+            self._programs.insert(0, kept)
+            return self._compared(state, kept, found, partial(step, inputs, feed.again()))
+        return self._record(setup, state, step, inputs, feed, why)
+
+    def _record(
+        self, setup: Setup, state: State, step: Any, inputs: Any, feed: Feed, why: str
+    ) -> tuple[LowerSolution, Estimate]:
+        if self._recorded > IN_VAIN + self._replays // 4:
+            self._end(state, f"steps go on to depart from those recorded ({why})")
+            return step(inputs, feed.again())
+        began, feed = time.perf_counter(), Feed(feed.again())
+        found, program, reason = None, None, ""
+        try:
+            found, program = record(step, inputs, feed.iterators())
+        except Exception as error:  # the step itself raises what is wrong with it
+            reason = _said(error)
+        seconds = time.perf_counter() - began
+        truth = step(inputs, feed.again())
+        if program is None or not is_same(found, truth):
+            self._end(state, reason or OTHER)
+            return truth
+        self._recorded += 1
+        self._programs = [_Kept(program, PythonState(setup.problem)), *self._programs[: LIMIT - 1]]
+        self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
+        return truth
+
+    def _compared(
+        self, state: State, kept: _Kept, found: Any, step: Callable[[], Any]
+    ) -> tuple[LowerSolution, Estimate]:
+        """What a replay has found, or at the first and every so many the step, once they are the same."""
+        if kept.due:
+            kept.due -= 1
+            return found
+        truth = step()
+        if not is_same(found, truth):
+            if kept.is_trusted:
+                raise ProblemError(
+                    f"runtime.compile: step {state.step + 1}: {OTHER}. Up to {EVERY} steps before it may "
+                    "be others too: make the loss a function of (x, y, batch), or start again with "
+                    "runtime.compile: off"
+                )
+            self._end(state, OTHER)
+        kept.is_trusted, kept.due = True, EVERY - 1
+        return truth
+
+    def _end(self, state: State, reason: str) -> None:
+        self._is_off, self._programs = True, []
+        message = f"runtime.compile: from here on steps are taken as with off: {reason}"
+        if "compile" not in state.warned:
+            self.news.append(Warned(state.step + 1, "compile", message))
+        state.warned["compile"] = 0
+
+
+class _Kept:
+    """A record, and what Python remembered when it was made."""
+
+    def __init__(self, program: Program, memory: PythonState) -> None:
+        self._program, self._memory = program, memory
+        self.due, self.is_trusted = 0, False
+        """Replays until the next comparison; whether there was one."""
+
+    def replay(self, inputs: Any, feed: Feed) -> Any:
+        self._require_same()
+        found = self._program(inputs, feed)
+        self._require_same()  # drawing a batch may have changed it
+        return found
+
+    def _require_same(self) -> None:
+        changed = self._memory.changed()
+        if changed:
+            raise Departed(f"the problem's {changed} has changed")
+
+
+def unfit(setup: Setup) -> str | None:
+    """Why no step of a run can be recorded, where that is known before."""
+    if not setup.ranks.is_alone:
+        return "sums over several ranks are no operations of one"
+    if "episodes" in setup.levels and setup.upper.accumulate > 1:
+        return "upper.accumulate with a problem of episodes draws in rounds"
+    return None
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two results are the same bits, but for what is called seconds."""
+    leaves = [
+        [(where, leaf) for where, leaf in tree.named(value) if not where.endswith(".seconds")]
+        for value in (one, other)
+    ]
+    if [where for where, _ in leaves[0]] != [where for where, _ in leaves[1]]:
+        return False
+    return all(_equal(a, b) for (_, a), (_, b) in zip(*leaves, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a is b or bool(a == b or (a != a and b != b))
+
+
+def _said(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, Unrecordable) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,42 @@
+"""Functions of numbers that may be scalars of a step that is recorded, and else are those of Python."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bilevel.scalars.scalar import Recording, Scalar
+
+
+def sqrt(a: float) -> float:
+    """√a."""
+    return a.tape.call(math.sqrt, a) if isinstance(a, Scalar) else math.sqrt(a)
+
+
+def larger(a: float, b: float) -> float:
+    """max(a, b)."""
+    if isinstance(a, Scalar):
+        return a.tape.call(max, a, b)
+    return b.tape.call(max, a, b) if isinstance(b, Scalar) else max(a, b)
+
+
+def smaller(a: float, b: float) -> float:
+    """min(a, b)."""
+    if isinstance(a, Scalar):
+        return a.tape.call(min, a, b)
+    return b.tape.call(min, a, b) if isinstance(b, Scalar) else min(a, b)
+
+
+def call(function: Callable[..., Any], *numbers: float) -> Any:
+    """function(*numbers), a pure function of numbers alone that gives a number, or several."""
+    for number in numbers:
+        if isinstance(number, Scalar):
+            return number.tape.call(function, *numbers)
+    return function(*numbers)
+
+
+def clock() -> float:
+    """Seconds, for differences."""
+    return time.perf_counter() if Recording.tape is None else Recording.tape.call(time.perf_counter)

@@ -1,0 +1,49 @@
+"""What is left of a recorded graph."""
+
+from collections import Counter
+
+import torch
+
+from bilevel.replay.program import Feed, record
+from bilevel.replay.recorder import LARGE
+
+
+def left(function, size=3):
+    """How often each operation stays, of a function of one vector, whose replay is its own."""
+    x = torch.linspace(0.1, 1, size, dtype=torch.float64)
+    found, program = record(lambda inputs, draws: function(inputs), x, Feed({}).iterators())
+    assert torch.equal(program(x, Feed({})), found)
+    targets = (n.target for n in program._function.graph.nodes if n.op == "call_function")
+    return Counter(getattr(target, "__name__", str(target)) for target in targets)
+
+
+def test_what_is_computed_twice_is_computed_once():
+    assert left(lambda x: x.exp() * x.exp().detach()) == {"exp": 1, "mul": 1}
+    # control: what is not the same is not
+    assert left(lambda x: (x * 0.0) + (x * -0.0))["mul"] == 2
+    assert left(lambda x: torch.pow(x, 2) + torch.pow(x, 2.0))["pow"] == 2
+
+
+def test_large_tensors_are_computed_again():
+    assert left(lambda x: x.exp() * x.exp(), size=LARGE) == {"exp": 2, "mul": 1}
+
+
+def test_what_reads_memory_that_is_written_stays():
+    def written(x):
+        total = x.clone()
+        first = total.exp()
+        total.add_(1.0)
+        return first + total.exp() + total.detach()
+
+    assert left(written)["exp"] == 2
+
+
+def test_what_nothing_needs_goes_and_what_is_fixed_is_kept():
+    assert left(lambda x: (x.sin(), x + (torch.ones_like(x) * 2).neg())[1]) == {"add": 1}
+
+
+def test_results_are_tensors_of_their_own():
+    x = torch.ones(2)
+    _, program = record(lambda x, _: [x.exp(), x.exp()], x, Feed({}).iterators())
+    a, b = program(x, Feed({}))
+    assert a.data_ptr() != b.data_ptr()

@@ -1,0 +1,155 @@
+"""A step recorded and replayed: what is followed, what departs, and what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bilevel import tree
+from bilevel.replay.program import Departed, Feed, Unrecordable, record
+from bilevel.scalars.functions import call, larger, smaller, sqrt
+
+A = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64)}
+B = {"a": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+
+
+def feed(*batches):
+    return Feed({"lower": iter(batches or itertools.repeat(None))})
+
+
+def replayed(step, *others, at=A):
+    """What replays of a step that was recorded at `at` give at others."""
+    found, program = record(step, at, feed().iterators())
+    again = program(at, feed())
+    assert torch.equal(torch.as_tensor(again), torch.as_tensor(found))
+    return [program(one, feed()) for one in others]
+
+
+def of(function):
+    return lambda inputs, draws: function(inputs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        tree.norm,
+        lambda a: 2 * tree.dot(a, B) - tree.norm(a) ** 2 / 3 % 2 // 1,
+        lambda a: -abs(1 - tree.dot(a, B)) + 1 / tree.norm(a),
+        lambda a: larger(tree.dot(a, B), 0.0) + smaller(2.0, tree.norm(a)) + larger(1, 2),
+        lambda a: call(math.hypot, tree.norm(a), 1.0) + sqrt(tree.dot(a, a)),
+        lambda a: tree.axpy(tree.dot(a, B), a, B)["a"],
+        lambda a: tree.scale(tree.norm(a), a)["a"],
+        lambda a: tree.axpy_(tree.clone(a), tree.norm(a), B)["a"],
+        lambda a: tree.scale_({"a": a["a"] + 1, "b": a["a"] - 1}, tree.norm(a))["a"],
+        lambda a: a["a"] / tree.norm(a) + tree.norm(a) * a["a"],
+        lambda a: torch.add(a["a"], 1, out=torch.zeros(2, dtype=torch.float64)) * a["a"],
+    ],
+)
+def test_numbers_go_on_as_numbers(function):
+    """Of another input too, to the bit."""
+    for one, found in zip((B, A), replayed(of(function), B, A), strict=True):
+        expected = function(one)
+        if isinstance(expected, float):
+            assert found == expected
+        else:
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: 1.0 if tree.dot(a, B) > 0 else 2.0,  # -5 of A, 5 of B
+        lambda a: 1.0 if tree.norm(a) == 5 else 2.0,
+        lambda a: math.exp(tree.norm(a)),  # a float of it: another number, another step
+        lambda a: float(f"{tree.norm(a):.3f}"),
+        lambda a: float(a["a"][0]),
+        lambda a: 1.0 if bool(a["a"][1] > 0) else 2.0,
+        lambda a: float(torch.equal(a["a"], A["a"])),
+        lambda a: sum([1.0] * int(a["a"][0].abs())),
+    ],
+)
+def test_what_is_decided_on_a_number_is_looked_at_again(function):
+    with pytest.raises(Departed, match=r"replay/test_program\.py:\d+"):
+        replayed(of(function), B)
+    assert replayed(of(function), A) == [function(A)]
+
+
+def test_a_shape_or_an_entry_more_departs():
+    for other in (
+        {"a": torch.zeros(3, dtype=torch.float64)},
+        {"a": A["a"].float()},
+        {**A, "b": A["a"]},
+    ):
+        with pytest.raises(Departed, match="begins with"):
+            replayed(of(tree.norm), other)
+
+
+def test_derivatives_are_recorded_with_their_backward_passes():
+    def second(a):
+        a = {"a": a["a"].detach().requires_grad_()}
+        (g,) = torch.autograd.grad(a["a"].pow(3).sum(), a["a"], create_graph=True)
+        return torch.autograd.grad(g @ B["a"], a["a"])[0]
+
+    (found,) = replayed(of(second), B)
+    assert torch.equal(found, 6 * B["a"] * B["a"])
+
+
+def test_numbers_that_are_inputs_stay_inputs():
+    def step(inputs, draws):
+        return {"x": inputs["x"] * inputs["rate"], "rate": inputs["rate"] / 2, "name": "n"}
+
+    given = {"x": A["a"], "rate": 0.5}
+    _, program = record(step, given, feed().iterators())
+    found = program({"x": B["a"], "rate": 0.25}, feed())
+    assert torch.equal(found["x"], B["a"] * 0.25)
+    assert (found["rate"], found["name"]) == (0.125, "n")
+
+
+def test_batches_are_drawn_in_turn_and_given_again():
+    def step(inputs, draws):
+        first, second = next(draws["lower"]), next(draws["lower"])
+        return inputs["a"] @ first["w"] + 10 * second["w"].sum()
+
+    one, two, three = ({"w": torch.tensor([float(k), 0.0], dtype=torch.float64)} for k in (1, 2, 3))
+    _, program = record(step, A, feed(one, two).iterators())
+    assert program(A, feed(two, three)) == 3 * 2 + 30
+    short = {"w": torch.zeros(1, dtype=torch.float64)}
+    drawn = feed(three, short, one)
+    with pytest.raises(Departed, match="another shape of lower batches"):
+        program(A, drawn)
+    assert list(drawn.again()["lower"]) == [three, short, one]
+    # one tensor twice is recorded as one, and is to be one again
+    _, program = record(step, A, feed(one, one).iterators())
+    assert program(A, feed(two, two)) == 3 * 2 + 20
+    with pytest.raises(Departed, match="other tensors in lower batches"):
+        program(A, feed(two, three))
+
+
+KEPT = torch.zeros(2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda a: torch.rand(2), "draws random numbers"),
+        (lambda a: KEPT.add_(a["a"]), "writes into a tensor that is kept from step to step"),
+        (lambda a: a["a"].add_(1.0), "writes into a tensor that is kept from step to step"),
+        (lambda a: tree.scale_(a, tree.norm(a)), "writes into a tensor that is kept"),
+        (lambda a: a["a"].numpy(), "reads numbers by numpy"),
+        (lambda a: a["a"].tolist(), "reads numbers by tolist"),
+    ],
+)
+def test_what_no_replay_could_do_again_is_refused(function, said):
+    with pytest.raises(Unrecordable, match=rf"replay/test_program\.py:\d+ {said}"):
+        record(of(function), A, feed().iterators())
+    assert KEPT.sum() == 0
+    assert tree.norm(A) == 5  # and nothing is recorded any more
+
+
+def test_a_tensor_of_python_numbers_is_new_in_each_replay():
+    """Written into, it would else go on from one replay to the next."""
+    assert torch.equal(
+        replayed(of(lambda a: torch.tensor([1.0, 1.0]).add_(a["a"].float())), A, A)[1],
+        1 + A["a"].float(),
+    )

@@ -1,0 +1,350 @@
+"""Upper steps that are recorded and replayed: the same bits, the same errors, and nothing frozen."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel import rng
+from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
+from bilevel.events import Stepped, Traced, Warned
+from bilevel.linear.cg import CG
+from bilevel.linear.neumann import Neumann
+from bilevel.lower.gradient import Gradient
+from bilevel.optimizers import SGD, Adam, Clip, Schedule
+from bilevel.run import replayed
+from bilevel.run.engine import restore, run, start
+from bilevel.run.replayed import is_same, unfit
+from bilevel.run.upper import Upper
+from bilevel_problems.logistic import Logistic
+from bilevel_problems.quadratic import Quadratic
+from tests.run.setups import Noisy, frozen, same, setup
+
+FIXED = CG(iterations=3, tolerance=0.0)
+LOGISTIC = Logistic(data="synthetic", num_features=6)
+
+
+def ended(s, state=None):
+    """(state, steps, what was recorded, why steps were taken by themselves) of a run."""
+    state = state or start(s)
+    events = list(run(s, state))
+    found = [[e for e in events if isinstance(e, kind)] for kind in (Stepped, Traced, Warned)]
+    return state, *found[:2], [e.message for e in found[2] if e.kind == "compile"]
+
+
+def require_same(one, other):
+    for name in ("x", "y", "lower", "upper", "estimator", "totals", "warned"):
+        assert same(getattr(one[0], name), getattr(other[0], name)), name
+    assert len(one[1]) == len(other[1])
+    for a, b in zip(one[1], other[1], strict=True):
+        assert is_same(replace(a, seconds=0.0), replace(b, seconds=0.0))
+
+
+def both(s, traces=1):
+    """A run as it is and one from records, which must be the same."""
+    plain, compiled = ended(s), ended(replace(s, compile="step"))
+    require_same(plain, compiled)
+    assert compiled[3] == []
+    assert len(compiled[2]) == traces
+    return compiled
+
+
+class Counted:
+    """A problem whose losses are counted."""
+
+    def __init__(self, problem):
+        self.problem, self.calls = problem, []
+
+    def __getattr__(self, name):
+        if name not in ("upper_loss", "lower_loss"):
+            return getattr(self.problem, name)
+        return lambda *given: self.calls.append(name) or getattr(self.problem, name)(*given)
+
+
+class Parts:
+    """Two entries a level: w of shape (2, 3) and a bias; G has a branch on a sum of x if it is `torn`."""
+
+    torn = False
+
+    def __init__(self):
+        self.rows = torch.randn(8, 3, dtype=torch.float64, generator=rng.stream(0, "rows"))
+        self.aim = torch.ones(8, 2, dtype=torch.float64)
+
+    def init(self, streams):
+        zeros = torch.zeros(2, 3, dtype=torch.float64)
+        return {"w": zeros - 1, "b": zeros[:, 0] + 0.02}, {
+            "w": zeros.clone(),
+            "b": zeros[:, 0].clone(),
+        }
+
+    def upper_loss(self, x, y, batch):
+        return (self.rows @ y["w"].T + y["b"] - self.aim).square().mean()
+
+    def lower_loss(self, x, y, batch):
+        w = 1.0 if self.torn and x["b"].sum() > 0 else 2.0
+        return self.upper_loss(x, y, batch) + w * sum(
+            (x[name].exp() * y[name].square()).sum() for name in y
+        )
+
+    def upper_batches(self, generator):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+SETUPS = {
+    "cg": setup(LOGISTIC, Implicit(solver=FIXED)),
+    "neumann": setup(LOGISTIC, Implicit(solver=Neumann(iterations=4, scale=0.3))),
+    "gradients": setup(Quadratic(), Implicit(solver=FIXED, damping=0.1)),
+    "unroll": setup(LOGISTIC, Unroll()),
+    "recompute": setup(LOGISTIC, Unroll(memory="recompute", last=3)),
+    "one_step": setup(LOGISTIC, OneStep()),
+    "differences": setup(LOGISTIC, OneStep(finite_difference=True)),
+    "penalty": setup(LOGISTIC, Penalty(lower=Gradient(steps=3, optimizer=SGD(lr=0.1)))),
+    "several entries": setup(Parts(), Implicit(solver=FIXED), optimizer=SGD(lr=0.1, momentum=0.9)),
+    "adam below": setup(LOGISTIC, Unroll(), lower=Gradient(steps=3, optimizer=Adam(lr=0.1))),
+    "float32": setup(LOGISTIC, Implicit(solver=FIXED), dtype=torch.float32),
+    "clip and schedule": replace(
+        setup(
+            LOGISTIC,
+            Implicit(solver=FIXED),
+            lower=Gradient(steps=3, optimizer=SGD(lr=0.3), clip=Clip(norm=0.05)),
+        ),
+        upper=Upper(steps=6, schedule=Schedule(name="ExponentialLR", options={"gamma": 0.5})),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_run_from_a_record_is_the_run(name):
+    both(SETUPS[name])
+
+
+def test_the_losses_are_evaluated_in_no_replay():
+    problem = Counted(LOGISTIC)
+    s = replace(setup(problem, Implicit(solver=FIXED), steps=9), compile="step")
+    state, taken = start(s), []
+    for event in run(s, state):
+        if isinstance(event, Stepped):
+            taken.append(len(problem.calls))
+            problem.calls.clear()
+    # step 1 by itself; 2 recorded and by itself; 3 compared; then replays alone
+    assert taken[1] == 2 * taken[2] > 0
+    assert taken[3:] == [0] * 6
+
+
+# what differs from step to step
+
+
+def test_batches_of_another_shape_are_recorded_again():
+    """20 rows in batches of 6, 6, 6 and 2, five a step: a period of four steps, each recorded once."""
+    s = setup(Noisy(), Implicit(solver=FIXED), steps=14)
+    state, _, traces, _ = both(s, traces=4)
+    assert [trace.step for trace in traces] == [2, 3, 4, 5]
+    assert [trace.why for trace in traces] == ["", *["another shape of lower batches"] * 3]
+    assert state.lower_batches.drawn == 5 * 14  # each once, also where a replay departs
+
+
+def test_a_solve_of_another_length_is_recorded_again():
+    s = setup(LOGISTIC, Implicit(solver=CG(iterations=6, tolerance=1e-3)), steps=12)
+    _, taken, traces, _ = both(s, traces=3)
+    assert {step.estimate.iterations for step in taken[1:]} == {1, 2, 3}
+    assert traces[1].why.startswith("linear/cg.py:")
+
+
+def test_a_branch_of_a_loss_is_taken_where_it_is_taken_without():
+    """F moves x["b"] to below 0; what G is there is another function."""
+    torn = Parts()
+    torn.torn = True
+    s = setup(torn, Implicit(solver=FIXED), optimizer=SGD(lr=0.2))
+    state, _, traces, _ = both(s, traces=2)
+    assert state.x["b"].sum() < 0
+    assert traces[1].why.startswith("run/test_replayed.py:")
+
+
+def test_a_run_that_is_resumed_is_the_one_that_was_not():
+    s = replace(setup(Noisy(), Implicit(solver=FIXED), steps=9), compile="step")
+    whole = ended(s)
+    state = start(s)
+    for event in run(s, state):
+        if isinstance(event, Stepped) and event.step == 4:
+            break
+    resumed = ended(s, restore(s, frozen(state.save())))
+    assert same(resumed[0].save(), whole[0].save())
+    assert [trace.count for trace in resumed[2]] == [1, 2, 3, 4]  # of its own
+
+
+class Scaled(Parts):
+    """F or G times what the batch says, which is NaN in the batch of a step."""
+
+    def __init__(self, level, at):
+        super().__init__()
+        self.level, self.at = level, at
+
+    def upper_loss(self, x, y, batch):
+        return super().upper_loss(x, y, batch) * batch
+
+    lower_loss = Parts.lower_loss
+
+    def batches(self, level, each):
+        for drawn in itertools.count():
+            is_bad = level == self.level and drawn == self.at * each
+            yield torch.tensor(torch.nan if is_bad else 1.0, dtype=torch.float64)
+
+    def upper_batches(self, generator):
+        return self.batches("upper", 1)
+
+    def lower_batches(self, generator):
+        return self.batches("lower", 5)
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+@pytest.mark.parametrize("nonfinite", ["halt", "skip"])
+def test_what_is_not_finite_is_found_at_the_step_that_makes_it(level, nonfinite):
+    """In the upper batch of step 7, or the first lower batch of it."""
+
+    def fails(mode):
+        s = setup(Scaled(level, at=6), Implicit(solver=FIXED), steps=9)
+        s = replace(s, upper=replace(s.upper, nonfinite=nonfinite), compile=mode)
+        state, said = start(s), []
+        try:
+            for event in run(s, state):
+                if isinstance(event, Warned):
+                    said.append((event.step, event.kind, event.message))
+        except ConvergenceError as error:
+            said.append(str(error))
+        return state, said
+
+    (plain, said), (compiled, also) = fails("off"), fails("step")
+    if nonfinite == "halt":
+        assert said == also
+        assert said[-1].startswith(f"step 7: {level}_loss = nan")
+        assert compiled.step == 6
+    else:
+        assert said == [event for event in also if event[1] != "compile"]
+        assert (7, "skipped") in [event[:2] for event in said]
+        assert compiled.step == 9
+    assert same(plain.x, compiled.x)
+    assert same(plain.y, compiled.y)
+
+
+# what Python remembers
+
+
+class Remembering(Parts):
+    """G's weight is what `weight` says, which changes after step `change`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.drawn, self.box = change, 0, [0.0]
+
+    def lower_loss(self, x, y, batch):
+        return super().lower_loss(x, y, batch) * (1 + self.weight() / 10)
+
+    def project_upper(self, x):
+        """Called once a step, at its end."""
+        self.box[1:] = [*self.box[1:], None]
+        if len(self.box) > self.change:
+            self.remember()
+        return x
+
+
+class ByAttribute(Remembering):
+    def remember(self):
+        self.drawn = 1.0
+
+    def weight(self):
+        return self.drawn
+
+
+class ByEntry(Remembering):
+    """In a list, where only a comparison finds it."""
+
+    def remember(self):
+        self.box[0] = 1.0
+
+    def weight(self):
+        return self.box[0]
+
+
+def test_an_attribute_that_changes_is_seen_at_once():
+    plain = ended(setup(ByAttribute(4), Implicit(solver=FIXED)))
+    compiled = ended(replace(setup(ByAttribute(4), Implicit(solver=FIXED)), compile="step"))
+    require_same(plain, compiled)
+    assert [(trace.step, trace.why) for trace in compiled[2]][1:] == [
+        (5, "the problem's drawn has changed")
+    ]
+
+
+def test_what_changes_before_the_first_replay_is_taken_without():
+    plain = ended(setup(ByEntry(2), Implicit(solver=FIXED)))
+    compiled = ended(replace(setup(ByEntry(2), Implicit(solver=FIXED)), compile="step"))
+    compiled[0].warned.pop("compile")
+    require_same(plain, compiled)
+    assert len(compiled[3]) == 1
+    assert "what Python remembers" in compiled[3][0]
+
+
+def test_what_changes_later_ends_the_run(monkeypatch):
+    monkeypatch.setattr(replayed, "EVERY", 4)
+    s = replace(setup(ByEntry(4), Implicit(solver=FIXED), steps=20), compile="step")
+    state = start(s)
+    with pytest.raises(ProblemError, match=r"step 7: .* Up to 4 steps before it may be others too"):
+        list(run(s, state))
+    assert state.step == 6
+    # control: where nothing changes nothing is found
+    assert (
+        ended(replace(setup(ByEntry(99), Implicit(solver=FIXED), steps=20), compile="step"))[3]
+        == []
+    )
+
+
+# what cannot be recorded
+
+
+class Reading(Parts):
+    """Reads y past torch's dispatch, which no record would see."""
+
+    def lower_loss(self, x, y, batch):
+        weight = 1 + y["w"].detach().numpy()[0, 0] ** 2
+        return super().lower_loss(x, y, batch) * weight
+
+
+class Drawing(Penalty):
+    """An estimator that draws random numbers, and does not use them."""
+
+    def estimate(self, losses, at, state):
+        torch.randn(3, generator=torch.Generator().manual_seed(0))
+        return super().estimate(losses, at, state)
+
+
+@pytest.mark.parametrize(
+    ("s", "reason"),
+    [
+        (setup(Reading(), Implicit(solver=FIXED)), r"test_replayed.py:\d+ reads numbers by numpy"),
+        (setup(LOGISTIC, Drawing()), r"test_replayed.py:\d+ draws random numbers"),
+        (setup(LOGISTIC, lower="newton", steps=8), "depart from those recorded"),
+    ],
+    ids=["numpy", "random", "a line search"],
+)
+def test_what_no_record_holds_is_said_and_taken_without(s, reason):
+    plain, compiled = ended(s), ended(replace(s, compile="step"))
+    assert compiled[0].warned.pop("compile") == 0
+    require_same(plain, compiled)
+    (said,) = compiled[3]
+    assert said.startswith("runtime.compile: from here on steps are taken as with off: ")
+    assert re.search(reason, said)
+
+
+def test_several_ranks_are_unfit():
+    s = setup(LOGISTIC)
+    assert unfit(s) is None
+
+    class Two:
+        is_alone = False
+
+    object.__setattr__(s, "ranks", Two())
+    assert "ranks" in unfit(s)
