@@ -17,10 +17,10 @@ from torch.fx import GraphModule
 from bilevel import tree
 from bilevel.replay.graph import shorten
 from bilevel.replay.layout import GIVEN, Rebuild, is_given, rebuilder, spread
-from bilevel.replay.recorder import Departed, Recorder, Unrecordable
+from bilevel.replay.recorder import Departed, Recorder, NotReplayable
 from bilevel.scalars.scalar import Scalar
 
-__all__ = ["Departed", "Draws", "Feed", "Program", "Unrecordable", "record"]
+__all__ = ["Departed", "Draws", "Feed", "Program", "NotReplayable", "record"]
 
 Draws = dict[str, Iterator[Any]]
 """Where batches come from, by level."""
@@ -79,7 +79,7 @@ def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
     """The result of a step that is taken now, and the record of it.
 
     Raises:
-        Unrecordable: it does what no replay could do again.
+        NotReplayable: it does what no replay could do again.
         Exception: what the step raises; also where it is not made for `bilevel.scalars.scalar.Scalar`.
     """
     recorder = Recorder()

@@ -54,7 +54,7 @@ class Departed(Exception):
     """A replay does not find what its record expects."""
 
 
-class Unrecordable(Exception):
+class NotReplayable(Exception):
     """A step does what no replay could do again."""
 
 
@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
         if self._is_paused:
             return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Unrecordable(f"{where()} draws random numbers ({func})")
+            raise NotReplayable(f"{where()} draws random numbers ({func})")
         if func is torch.ops.aten.lift_fresh.default:  # numbers of Python, new in each step
             given = self.node_of(args[0].clone())  # which the step may write into
             return self._bound(self.graph.call_function(aten.clone.default, (given,)), func(*args))
@@ -191,7 +191,7 @@ class Recorder(TorchDispatchMode):
     def _note_written(self, changed: Tensor) -> None:
         memory = _memory(changed)
         if self._known.get(changed) is None or memory in self._given:
-            raise Unrecordable(f"{where()} writes into a tensor that is kept from step to step")
+            raise NotReplayable(f"{where()} writes into a tensor that is kept from step to step")
         self.written.add(memory)
 
     def apart(self, call: Callable[[], Any]) -> Any:
@@ -247,7 +247,7 @@ class _Reads(TorchFunctionMode):
         if Recording.tape and func is Tensor.item:
             return self._recorder.read(args[0])
         if Recording.tape and func in _UNSEEN:
-            raise Unrecordable(f"{where()} reads numbers by {func.__name__}")
+            raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
         return func(*args, **(kwargs or {}))
 
 

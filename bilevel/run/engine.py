@@ -16,7 +16,7 @@ from bilevel.run.early_stop import ending, is_best, is_over
 from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
-from bilevel.run.replayed import Replayed
+from bilevel.run.replayed import ReplayedSteps
 from bilevel.run.setup import Setup, State, restore, start
 from bilevel.run.upper_step import advance, take_rounds
 
@@ -71,7 +71,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     yield from caution(setup, state)
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
-    replayed = Replayed(take_rounds) if setup.compile == "step" else None
+    replayed = ReplayedSteps(take_rounds) if setup.compile == "step" else None
     while not is_over(setup, state):
         yield from advance(setup, state, replayed)
         if replayed:

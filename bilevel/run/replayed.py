@@ -24,7 +24,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Event, Traced, Warned
-from bilevel.replay.program import Departed, Draws, Feed, Program, Unrecordable, record
+from bilevel.replay.program import Departed, Draws, Feed, Program, NotReplayable, record
 from bilevel.replay.python_state import PythonState
 from bilevel.run.setup import Setup, State
 from bilevel.types import Estimate, LowerSolution
@@ -47,7 +47,7 @@ OTHER = (
 Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
 
 
-class Replayed:
+class ReplayedSteps:
     """`rounds` from a record of it, where there is one that holds."""
 
     def __init__(self, rounds: Rounds) -> None:
@@ -183,4 +183,4 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _said(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, Unrecordable) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, NotReplayable) else f"{type(error).__name__}: {text}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel import tree
-from bilevel.replay.program import Departed, Feed, Unrecordable, record
+from bilevel.replay.program import Departed, Feed, NotReplayable, record
 from bilevel.scalars.functions import call, larger, smaller, sqrt
 
 A = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64)}
@@ -141,7 +141,7 @@ KEPT = torch.zeros(2, dtype=torch.float64)
     ],
 )
 def test_what_no_replay_could_do_again_is_refused(function, said):
-    with pytest.raises(Unrecordable, match=rf"replay/test_program\.py:\d+ {said}"):
+    with pytest.raises(NotReplayable, match=rf"replay/test_program\.py:\d+ {said}"):
         record(of(function), A, feed().iterators())
     assert KEPT.sum() == 0
     assert tree.norm(A) == 5  # and nothing is recorded any more
