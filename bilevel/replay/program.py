@@ -17,10 +17,10 @@ from torch.fx import GraphModule
 from bilevel import tree
 from bilevel.replay.graph import shorten
 from bilevel.replay.layout import GIVEN, Rebuild, is_given, rebuilder, spread
-from bilevel.replay.recorder import Departed, Recorder, NotReplayable
+from bilevel.replay.recorder import Departed, NotReplayable, Recorder
 from bilevel.scalars.scalar import Scalar
 
-__all__ = ["Departed", "Draws", "Feed", "Program", "NotReplayable", "record"]
+__all__ = ["Departed", "Draws", "Feed", "NotReplayable", "Program", "record"]
 
 Draws = dict[str, Iterator[Any]]
 """Where batches come from, by level."""

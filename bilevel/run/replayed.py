@@ -24,7 +24,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Event, Traced, Warned
-from bilevel.replay.program import Departed, Draws, Feed, Program, NotReplayable, record
+from bilevel.replay.program import Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.run.setup import Setup, State
 from bilevel.types import Estimate, LowerSolution
