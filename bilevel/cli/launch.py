@@ -48,13 +48,6 @@ def launch(size: int, words: Sequence[str]) -> tuple[int, str]:
     return 0, ""
 
 
-def register(rank: int) -> None:
-    """Have signals to the process that started this rank passed on to it; nothing under torchrun."""
-    if folder := os.environ.get(MARK):
-        with suppress(OSError):
-            Path(folder, str(rank)).write_text(str(os.getpid()), encoding="ascii")
-
-
 def verdict(size: int, failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
     """(exit code, what is to be said where no rank did): of the rank that ended the others.
 

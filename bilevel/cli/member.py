@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.cli.boundary import Stopped, outcome
 from bilevel.cli.options import settings
-from bilevel.cli.signals import REASONS, Signals
+from bilevel.cli.signals import MARK, REASONS, Signals
 from bilevel.errors import LostRankError
 from bilevel.run.notices import PERIOD, Notices
 
@@ -38,7 +39,7 @@ class Member:
     notices: Notices | None = None
     signals: Signals | None = None
     timeout: float = 600.0
-    """Seconds to wait for others before the recipe is known, which has a time of its own."""
+    """Seconds to wait for others before all are there; a recipe has a time of its own for sums."""
 
     @property
     def is_first(self) -> bool:
@@ -68,8 +69,15 @@ class Member:
         local = int(os.environ.get("LOCAL_RANK", self.notices.rank))
         here = ranks.Ranks(self.notices.rank, self.notices.size, local)
         kind = placement.device(runtime.device, ranks=here).type
-        self.notices.meet(runtime.timeout)
+        self.notices.meet(self.timeout)
         return ranks.join(kind, runtime.timeout, self.notices)
+
+
+def register(rank: int) -> None:
+    """Have signals to the process that started this rank passed on to it; nothing under torchrun."""
+    if folder := os.environ.get(MARK):
+        with suppress(OSError):
+            Path(folder, str(rank)).write_text(str(os.getpid()), encoding="ascii")
 
 
 def leave_word(notices: Notices | None, error: BaseException) -> None:

