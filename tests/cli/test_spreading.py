@@ -117,7 +117,6 @@ FIRST, OTHER = "0", "1"
         (f"{FIRST}:3:raise", 7, "error: Rows.batches failed in step 3: KeyError: 'mine'", 2),
         (f"{OTHER}:3:raise", 7, "rank 1: Rows.batches failed in step 3: KeyError: 'mine'", 2),
         (f"{OTHER}:3:memory", 7, "rank 1: Rows.batches failed in step 3: too little memory", 2),
-        (f"{OTHER}:1:raise", 7, "rank 1: Rows.batches failed in step 1: KeyError: 'mine'", None),
         (f"{OTHER}:init:raise", 7, "rank 1: Rows.init failed: KeyError: 'mine'", None),
         (f"{FIRST}:evaluate1:raise", 7, "Rows.evaluate failed in step 1: KeyError: 'mine'", None),
         # a loss that is not finite is so on all
@@ -125,7 +124,6 @@ FIRST, OTHER = "0", "1"
         # gone without a word
         (f"{OTHER}:3:SIGKILL", 1, "rank 1 of 2 is gone without a word: killed", 2),
         (f"{OTHER}:1:SIGKILL", 1, "rank 1 of 2 is gone without a word: killed", 0),
-        (f"{OTHER}:prepare:exit", 1, "rank 1 of 2 is gone without a word: killed", 0),
     ],
 )
 def test_a_rank_that_ends_is_told_once_and_the_run_resumes(
@@ -161,7 +159,7 @@ def test_where_the_first_rank_is_killed_the_others_end_and_the_run_resumes(rows,
     assert 0 < off(end(the_run(runs)), truth[0]) < 1e-12
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_rank_killed_at_a_random_instant_leaves_a_run_that_resumes(seed, rows, runs, truth):
     """Of a run that waits for nothing but its ranks; none of them outlives another."""
     chance = random.Random(seed)
@@ -197,8 +195,7 @@ def test_a_rank_killed_at_a_random_instant_leaves_a_run_that_resumes(seed, rows,
 @pytest.mark.parametrize(
     ("acts", "code", "step"),
     [
-        (f"{FIRST}:3:SIGTERM", 143, 3),  # to one rank
-        (f"{OTHER}:3:SIGHUP", 129, 3),
+        (f"{FIRST}:3:SIGHUP", 129, 3),  # to one rank
         ("*:3:SIGINT", 130, 3),  # to the process group, as a terminal does
         (f"{FIRST}:3:SIGINT {OTHER}:3:SIGTERM", 143, 3),
         (f"{OTHER}:6:SIGINT", 0, 6),  # in the last step: there is nothing left to stop
@@ -235,7 +232,6 @@ def test_a_signal_while_x_is_held_leaves_that_measure_out(rows, runs):
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["upper.stepz=3"], 2, "Did you mean 'steps'?"),
         (["runtime.device=cuda:1"], 2, "is one device, and there are 2 ranks"),
         (["seeds=0..2"], 2, "2 ranks compute one run, and this recipe has seeds"),
         (["--runs-dir", "/dev/null/runs"], 1, "no run folder can be made"),
