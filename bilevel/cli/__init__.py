@@ -3,8 +3,9 @@
 A file bears its command's name. Beside them: `app` has the commands and their options, `run_loop` is
 what `run` and `resume` share, `boundary` turns errors into messages and exit codes, `user_code`
 those of somebody's own code, `names` finds recipes and completes, `selection` chooses runs, `signals` is Ctrl-C,
-`spreading`, `member`, `follow` and `launch` are for several ranks, `output` the standard streams, `answer` what machines read, `shown` what is seen of a run. What computes is elsewhere: a command loads, calls and prints, and nothing else in the package prints
-but the console sink.
+`output` the standard streams, `answer` what machines read, `shown` what is seen of a run; `spreading`,
+`member`, `follow` and `launch` are for several ranks. What computes is elsewhere: a command loads, calls
+and prints, and nothing else in the package prints but the console sink.
 """
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bilevel.cli import member
-from bilevel.cli.signals import Signals
+from bilevel.cli.signals import MARK, Signals
 from bilevel.runfolder import RunFolder, checkpoint, record
 from tests.cli.commands import invoke
 from tests.cli.over_ranks import on_command_line, recipe
@@ -203,8 +203,9 @@ def test_a_rank_killed_at_a_random_instant_leaves_a_run_that_resumes(seed, rows,
         (f"{OTHER}:prepare:SIGTERM", 143, None),
     ],
 )
-def test_a_signal_ends_all_ranks_after_the_same_step(acts, code, step, rows, runs, truth):
-    found = on_command_line(2, "run", rows, "--runs-dir", runs, acts=acts)
+def test_a_signal_ends_all_ranks_after_the_same_step(acts, code, step, rows, runs, tmp_path):
+    launched = {MARK: str(tmp_path)}  # by --ranks: under torchrun two signals are one
+    found = on_command_line(2, "run", rows, "--runs-dir", runs, acts=acts, environment=launched)
     assert [each.code for each in found] == [code, code], found
     assert (found[1].output, found[1].stderr) == ("", "")
     assert "Traceback" not in found[0].stderr
