@@ -25,19 +25,21 @@ def is_possible() -> bool:
 
 
 def draw(study: Study, tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Write differences.svg and axis.svg, each where there is something to draw; returns their paths."""
+    """Write what `composed` gives; returns the paths."""
     import matplotlib as mpl
 
+    made = composed(study, tables, folder)
+    for path, figure in made.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context({"svg.hashsalt": study.name}):
+            figure.savefig(path, metadata={"Date": None})
+    return list(made)
+
+
+def composed(study: Study, tables: Sequence[Table], folder: Path) -> dict[Path, Any]:
+    """differences.svg and axis.svg in a folder, each where there is something to draw."""
     made = {"differences": differences(study, tables), "axis": along(study, tables)}
-    found = []
-    for name, figure in made.items():
-        if figure is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{name}.svg"
-            with mpl.rc_context({"svg.hashsalt": study.name}):
-                figure.savefig(path, metadata={"Date": None})
-            found.append(path)
-    return found
+    return {folder / f"{name}.svg": figure for name, figure in made.items() if figure is not None}
 
 
 def differences(study: Study, tables: Sequence[Table]) -> Any:

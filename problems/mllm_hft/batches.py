@@ -37,9 +37,13 @@ class Data:
     """A number each picture: two scenes of one file have the same."""
     origin: Int[Tensor, "scene"] | None = None
     """The number of the part that each scene comes from; None where there are no parts."""
+    drawn_from: Int[Tensor, "kept"] | None = None
+    """The scenes that batches are drawn from, which are then of one part; None: all."""
 
     def draw(self, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"]:
         """Scenes of a batch, as many from each origin as from another, but for one."""
+        if self.drawn_from is not None:
+            return self.drawn_from[drawn(len(self.drawn_from), batch, stream)]
         if self.origin is None:
             return drawn(len(self.pictures), batch, stream)
         each, more = divmod(batch, len(self._places))

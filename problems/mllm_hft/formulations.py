@@ -178,7 +178,15 @@ def task(
     network: Network, parameters: Params, batch: dict[str, Tensor], micro_batch: int | None = None
 ) -> Tensor:
     """L_T on a batch of conversations about pictures, weighed by source where there are several."""
-    weights, scalars = split(parameters)
+    each = row_losses(network, parameters, batch, micro_batch)
+    return mean_of_answers(each, batch["counted"], by_source(split(parameters)[1], batch))
+
+
+def row_losses(
+    network: Network, parameters: Params, batch: dict[str, Tensor], micro_batch: int | None = None
+) -> Tensor:
+    """[row]: what each conversation adds to L_T, the sum of −log p over its answer tokens."""
+    weights, _ = split(parameters)
     trained, heads = network.heads_apart(weights)
 
     def answers(weights: Params, rows: dict[str, Tensor]) -> tuple[Tensor]:
@@ -189,7 +197,7 @@ def task(
 
     rows = {name: batch[name] for name in ("ids", "mask", "prefix", "counted", "places")}
     (each,) = in_chunks(answers, trained, rows | seen(batch), micro_batch)
-    return mean_of_answers(each, batch["counted"], by_source(scalars, batch))
+    return each
 
 
 def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from .batches import Data, numbered, origin_numbers, origins
 from .contrast_first import contrast_first
 from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
 from .evaluation.questions import cooccurrence
+from .filtering import filtered
 from .formulations import SCALARS
 from .models.adapters import start_lora
 from .models.instructions import conversations
@@ -88,15 +89,18 @@ def prepare(
         problem.micro_batch,
     )
     yield from warm_up(loaded.network, train.pictures, train.dialogues, how)
+    if problem.kept < 1:
+        train = yield from filtered(problem, loaded.network, train, upper, device)
     if problem.heads == "hacl":
         hacl_heads(loaded.network, rng.stream(problem.seed, "heads"))
     if problem.text_head == "residual":
         residual_head(loaded.network, rng.stream(problem.seed, "text_head"))
-    sources, kinds = origins(scenes), problem.source.kinds
+    sources = origins(scenes) if train.drawn_from is None else ()
+    kinds = problem.source.kinds
     if problem.form.upper == ("source_scores",) and not sources:
         raise ProblemError(
             f"formulation {problem.formulation} learns weights of sources, and all training pictures come "
-            "from one; use source: mixture, or files of several origins"
+            "from one; use source: mixture, or files of several origins, and kept: 1"
         )
     scalars = formulations.start_scalars(
         problem.contrast, len(kinds), _weights_of(problem.weights, sources)

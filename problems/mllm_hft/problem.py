@@ -88,6 +88,9 @@ class HierarchicalFineTuning:
     contrast_first: NonNegativeInt = 0
     """Steps of L_C alone on projector, heads and LoRA before the first lower step, at
     `warm_up_rate`: with task_only the arm that contrasts first and then learns the task."""
+    kept: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training pictures that are drawn: those whose answers a model of the upper data alone
+    finds likeliest, from whatever source; a baseline for weights of sources."""
     lower_batch: Annotated[int, Field(ge=2)] = 32
     """Conversations of a lower step."""
     contrast_batch: Annotated[int, Field(ge=2)] = 32
@@ -141,6 +144,11 @@ class HierarchicalFineTuning:
             self.learned,
             contrast_first=self.contrast_first > 0,
         )
+        if self.kept < 1 and (self.queue or self.contrast_loss != "hacl"):
+            raise ProblemError(
+                "kept below 1 with a queue, or with a preference: these draw from all training pictures; leave "
+                "one of them out"
+            )
 
     @property
     def form(self) -> Form:

@@ -40,6 +40,8 @@ class World:
     """Objects stand in different cells of a grid × grid board."""
     most: int
     """Most objects in a scene, copies included."""
+    mistaken: tuple[Kind, ...] = ()
+    """Kinds of hallucinated captions that are true of biased scenes, in other words."""
     order: tuple[str, ...] = ()
     """The order that captions name objects in; () for that of the pairs."""
 
@@ -70,7 +72,8 @@ class World:
         names = self._expected(random)
         if not biased:
             names = random.sample(self.names, len(names))
-        return self._described(self._place(names, random), random)
+        things = self._place(names, random)
+        return self._described(things, random, self.mistaken if biased else ())
 
     def misdescribe(
         self, scenes: tuple[Scene, ...], share: float, generator: torch.Generator
@@ -87,9 +90,11 @@ class World:
         present = tuple(dict.fromkeys(thing.name for thing in scene.things))
         target, name = self._swap(present, 1.0, random)
         told = [replace(t, name=name) if t.name == target else t for t in scene.things]
-        return replace(self._described(tuple(told), random), id=scene.id)
+        return replace(self._described(tuple(told), random, self.mistaken), id=scene.id)
 
-    def _described(self, things: tuple[Thing, ...], random: Random) -> Scene:
+    def _described(
+        self, things: tuple[Thing, ...], random: Random, mistaken: tuple[Kind, ...] = ()
+    ) -> Scene:
         """A scene of these things with its caption and its hallucinated captions."""
         truth = describe(things, self.names, random)
         lies: dict[Kind, Statement | None] = {
@@ -98,8 +103,17 @@ class World:
             "relation": _swap_relation(truth),
             "count": self._swap_count(truth, random),
         }
+        lies |= {kind: self._told_again(truth) for kind in mistaken if lies[kind]}
         hallucinated: dict[Kind, str] = {k: write(lie) for k, lie in lies.items() if lie}
         return Scene(things, write(truth), hallucinated)
+
+    def _told_again(self, truth: Statement) -> Statement | None:
+        """The same groups from behind, and the relation from its other side; None where that reads alike."""
+        told = truth.ordered(self.names[::-1])
+        if (held := told.relation) is not None:
+            other = replace(held, first=held.second, word=OPPOSITE[held.word], second=held.first)
+            told = replace(told, relation=other)
+        return None if told == truth else told
 
     def _expected(self, random: Random) -> list[str]:
         """Names as the prior has them: whole pairs, mostly."""

@@ -58,6 +58,8 @@ class Shapes:
     invented: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the training pictures whose author tells of an object that is not there, one that
     the bias leads to expect, in place of one that is."""
+    mistaken: tuple[Kind, ...] = ()
+    """Kinds whose hallucinated captions are, of training pictures, true in other words: negatives that are none."""
     pixels: Annotated[int, Field(ge=32)] = 64
     """Height and width of a picture."""
     noise: Annotated[float, Field(ge=0)] = 12.0
@@ -65,7 +67,9 @@ class Shapes:
 
     @cached_property
     def _world(self) -> World:
-        return World(PAIRS, self.colours, self.bias, grid=GRID, most=5).paired(self.pairing)
+        return World(
+            PAIRS, self.colours, self.bias, grid=GRID, most=5, mistaken=self.mistaken
+        ).paired(self.pairing)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ OTHER: dict[str, Any] = {
 """Another value than the default."""
 OF_DATA_AND_MODEL = {
     *("source", "encoder", "model", "seed", "train", "upper", "warm_up", "warm_up_rate"),
-    *("contrast_first",),
+    *("contrast_first", "kept"),
     *("lower_batch", "upper_batch", "formulation"),
 }
 """What every formulation is made of: its data, the model that it begins at, F's batches."""

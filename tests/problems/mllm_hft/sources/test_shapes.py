@@ -255,3 +255,22 @@ def test_the_size_of_a_picture_is_an_option():
     assert empty.images.shape == (0, 3, 32, 32)
     scene = Scene((Thing("star", "red", 0.5, 0.5),), "one red star .", {})
     assert Shapes(pixels=32).render((scene,), stream(0, "r")).images.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "relation"])
+def test_mistaken_kinds_are_true_in_other_words_of_training_scenes_alone(kind):
+    source = Shapes(mistaken=(kind,))
+    told = source.scenes(60, biased=True, generator=stream(0, "s"))
+    plain = Shapes().scenes(60, biased=True, generator=stream(0, "s"))
+    for scene, other in zip(told, plain, strict=True):
+        assert (scene.things, scene.caption) == (other.things, other.caption)
+        rest = {k: v for k, v in scene.hallucinated.items() if k != kind}
+        assert rest == {k: v for k, v in other.hallucinated.items() if k != kind}
+        if kind in scene.hallucinated:
+            assert not errors(scene.hallucinated[kind], scene.things)
+            assert scene.hallucinated[kind] != scene.caption
+            assert errors(other.hallucinated[kind], scene.things)  # control: else it is false
+    assert sum(kind in scene.hallucinated for scene in told) > 30
+    for split in ("upper", "test"):
+        a, b = (s.corpus(split, 8, generator=stream(0, "c")).scenes for s in (source, Shapes()))
+        assert a == b
