@@ -125,10 +125,10 @@ def _discard(plan: StudyPlan, selection: Asked, again: str | None) -> None:
 
 
 def _check(plan: StudyPlan, selection: Asked) -> None:
-    """Every arm in every regime has a recipe that can be run; raises what is wrong with the first that has not."""
+    """Every arm that is to be run has a recipe that can be; raises what is wrong with the first that has not."""
     seen: set[tuple[str, str]] = set()
-    for cell in plan.all():
-        if (cell.regime, cell.arm) in seen or cell not in selection:
+    for cell in plan.missing(selection):
+        if (cell.regime, cell.arm) in seen:
             continue
         try:
             overrides = plan.overrides(cell)

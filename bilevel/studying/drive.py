@@ -53,8 +53,8 @@ class StudyDriver:
             self._stop()
 
     def missing(self) -> list[StudyCell]:
-        """Those that are asked for and not over, in the order of the plan."""
-        return [c for c in self.plan.all() if c in self.selection and self.plan.book.get(c) is None]
+        """Those that are asked for and not over."""
+        return self.plan.missing(self.selection)
 
     def _begin(self) -> bool:
         waiting: dict[StudyCell, str] = {}

@@ -47,8 +47,7 @@ def differences(study: Study, tables: Sequence[Table]) -> Any:
     shown = [(t, rows) for t in tables if (rows := [row for row in t.rows if row.against.n])]
     if not shown:
         return None
-    most = max(len(rows) for _, rows in shown)
-    figure, panels = _panels(len(shown), 1.2 + 0.3 * most)
+    figure, panels = _panels([0.8 + 0.25 * len(rows) for _, rows in shown])
     for axes, (table, rows) in zip(panels, shown, strict=True):
         margin = study.content.margin
         if margin:
@@ -83,7 +82,7 @@ def along(study: Study, tables: Sequence[Table]) -> Any:
                     points.append((table.at or 0.0, row.value))
     if max(map(len, lines.values())) < 2:
         return None
-    figure, (axes,) = _panels(1, 3.2)
+    figure, (axes,) = _panels([3.2])
     for group, points in lines.items():
         colour, shape, dash = STYLES[group]
         places, means = [x for x, _ in points], [found.mean for _, found in points]
@@ -97,14 +96,16 @@ def along(study: Study, tables: Sequence[Table]) -> Any:
     axes.set_xlabel(study.content.axis, fontsize=9)
     axes.set_ylabel(study.content.measure, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
-def _panels(number: int, height: float) -> tuple[Any, list[Any]]:
+def _panels(heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    """One below the other, of these heights in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height * number), layout="constrained")
+    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(number, 1, squeeze=False).flatten())
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    return figure, list(panels.flatten())

@@ -107,6 +107,10 @@ class StudyPlan:
     def all(self) -> Iterator[StudyCell]:
         return (cell for regime in self.study.content.regimes for cell in self.cells(regime))
 
+    def missing(self, asked: Asked) -> list[StudyCell]:
+        """Those that are asked for and not over, in their order."""
+        return [cell for cell in self.all() if cell in asked and self.book.get(cell) is None]
+
     def value(self, cell: StudyCell) -> float | None:
         """The measure; None where the cell is not over, NaN where it failed."""
         kept = self.book.get(cell)

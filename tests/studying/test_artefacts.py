@@ -27,10 +27,9 @@ def test_a_seed_of_an_arm_is_computed_again(tmp_path, monkeypatch):
     plan, cell = plan_of("condition"), StudyCell("c3", "implicit", "test", 0)
     kept = plan.book.get(cell)
     assert kept is not None
+    spec = specification(plan.study.path, cell, plan.overrides(cell), tmp_path)
     monkeypatch.chdir(tmp_path)
-    study_cell.run_cell(
-        specification(plan.study.path, cell, plan.overrides(cell), tmp_path), Console(quiet=True)
-    )
+    study_cell.run_cell(spec, Console(quiet=True))
     again = Book(plan.study.results).get(cell)
     assert again is not None
     assert again.assignments == kept.assignments
