@@ -441,12 +441,21 @@ def cast(vector: Tensor, like: Params) -> Params:
     return {name: part.to(like[name].dtype) for name, part in parts.items()}
 
 
-def contiguous(value: Any) -> Any:
-    """Tensors inside nested dicts and lists in plain row-major memory; copied only if they are not."""
+def contiguous(value: Any, known: Any = None) -> Any:
+    """Tensors inside nested dicts and lists in plain row-major memory; copied only if they are not.
+
+    `known` is what this returned before: those of its parts that are in `value` are not looked at again.
+    """
+    if value is known:
+        return value
     if isinstance(value, Tensor):
         return value.contiguous()
     if isinstance(value, dict):
-        return {key: contiguous(item) for key, item in value.items()}
+        before = known if isinstance(known, dict) else {}
+        return {
+            key: item if item is (old := before.get(key)) else contiguous(item, old)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [contiguous(item) for item in value]
     return value
@@ -467,8 +476,10 @@ def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
 
 
 def _stands(values: dict[Any, Any], device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether all are tensors that are where `to` would put them."""
+    """Whether all are numbers, or tensors that are where `to` would put them."""
     for leaf in values.values():
+        if isinstance(leaf, (int, float)):
+            continue
         if not isinstance(leaf, Tensor) or leaf.device != device:
             return False
         if leaf.dtype != dtype and leaf.is_floating_point():

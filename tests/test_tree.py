@@ -178,3 +178,32 @@ def test_what_is_too_large_for_the_dtype_is_infinite_still():
     b = {"p": torch.ones(2, dtype=torch.float16)}
     assert tree.axpy(1e6, b, b)["p"].tolist() == [math.inf, math.inf]
     assert tree.axpy(math.inf, b, b)["p"].tolist() == [math.inf, math.inf]
+
+
+def test_contiguous_does_not_look_again_at_what_it_returned():
+    """A state of many parts, one of which is new: the others stay the very objects that they were."""
+    wide = torch.arange(6.0).reshape(2, 3)
+    before = tree.contiguous({"rows": {"0": wide.T, "1": wide}, "age": 1, "list": [wide.T]})
+    assert before["rows"]["0"].is_contiguous()
+    now = {"rows": {**before["rows"], "1": wide.T}, "age": 2, "list": before["list"]}
+    after = tree.contiguous(now, before)
+    assert after["rows"]["0"] is before["rows"]["0"]
+    assert after["list"] is before["list"]
+    assert torch.equal(after["rows"]["1"], wide.T)
+    assert after["rows"]["1"].is_contiguous()
+    assert after["age"] == 2
+    # what is new is looked at wherever it stands, and whatever `known` is
+    assert tree.contiguous({"a": {"b": wide.T}}, {"a": 3})["a"]["b"].is_contiguous()
+    assert tree.contiguous(wide.T, wide).is_contiguous()
+
+
+def test_a_batch_that_stands_is_given_back_in_a_new_dictionary():
+    """Numbers beside its tensors are as they were, and hold nothing up; lists are gone into."""
+    batch = {"a": torch.ones(2), "block": 3, "scale": 0.5, "last": True}
+    got = tree.to(batch, torch.device("cpu"), torch.float32)
+    assert got == batch
+    assert got is not batch
+    assert got["a"] is batch["a"]
+    moved = tree.to({**batch, "more": [torch.ones(2)]}, torch.device("cpu"), torch.float64)
+    assert moved["more"][0].dtype == moved["a"].dtype == torch.float64
+    assert moved["block"] == 3

@@ -131,7 +131,7 @@ class Oracle:
         if self.wanted == ("lower",):
             row = _mean(_slopes(sample.lower, point))
             return OracleValues({"lower": {"lower": row["slope"]}}, row["value"]["G"])
-        upper = _mean(iter([self._gradients(loss, point) for loss in sample.upper]))
+        upper = _mean(self._gradients(loss, point) for loss in sample.upper)
         F, F_x, F_y = upper["value"]["F"], upper["x"], upper["y"]
         if sample.series is None:
             v, products = at.v, ("hvp", "cross")
@@ -175,9 +175,11 @@ def _rows(
     for loss in losses:
         lower = linearize(loss, point)
         row = {"value": {"G": lower.value}, "slope": lower.gradient}
-        if "hvp" in products:
+        if products == ("hvp", "cross"):
+            row["hvp"], row["cross"] = lower.pull(v)
+        elif "hvp" in products:
             row["hvp"] = lower.hvp_yy(v)
-        if "cross" in products:
+        elif "cross" in products:
             row["cross"] = lower.vjp_xy(v)
         if right is not None:
             row["right"] = lower.restrict(right)

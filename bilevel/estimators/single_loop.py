@@ -9,6 +9,7 @@ alg. 3.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -76,7 +77,7 @@ class SingleLoop:
             raise ValueError("a series has no direction: adjoint_direction is for adjoint: steps")
         return self
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         one = self.order == "together" and self.lower_steps == 1 and self.adjoint == "steps"
         by_block = any(direction.by_block for direction in self._directions.values())
@@ -100,7 +101,7 @@ class SingleLoop:
             steps["adjoint_steps"] = TIGHT
         return replace(self, **directions, **steps)
 
-    @property
+    @cached_property
     def _directions(self) -> dict[str, Direction]:
         return {
             "lower": self.lower_direction,

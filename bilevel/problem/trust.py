@@ -30,6 +30,14 @@ class Step:
         return self.estimate.stats
 
     @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing that any rule could hold of, as single-loop methods leave it."""
+        stats, lower = self.stats, self.lower
+        if not (stats.residual is stats.curvature is stats.degenerate is stats.converged is None):
+            return False
+        return lower is None or (lower.stats.converged is None and not lower.stats.infeasible)
+
+    @property
     def has_negative_curvature(self) -> bool:
         """Or none that stands clear of rounding."""
         stats = self.stats
@@ -237,6 +245,8 @@ def reasons(step: Step) -> tuple[str, ...]:
 
 def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, str]:
     """The kinds of warning that hold at a step, with their messages, in the order of the table."""
+    if step.is_silent:
+        return {}
     holding = [row for row in table if row.holds(step)]
     kinds = {row.kind for row in holding}
     return {row.kind: row.message(step) for row in holding if not kinds.intersection(row.unless)}

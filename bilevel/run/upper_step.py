@@ -157,7 +157,7 @@ def end_lower(state: State, solution: LowerSolution, estimate: Estimate | None =
     # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
     state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
     if estimate is not None:
-        state.estimator = tree.contiguous(estimate.state)
+        state.estimator = tree.contiguous(estimate.state, state.estimator)
     renew(state)
 
 

@@ -18,7 +18,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
-from bilevel.problem.trust import TABLE, Step, found
+from bilevel.problem.trust import LOWER, TABLE, Step, found
 from bilevel.run.engine import restore, run, start
 from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
 from bilevel_problems.quadratic import Quadratic
@@ -75,6 +75,24 @@ def test_no_line_is_left_out():
 
 def test_what_is_right_is_not_warned_of():
     assert not found(step())
+
+
+SILENT = {
+    "nothing": Stats(),
+    "work alone": Stats(gradients=3, hvps=2, iterations=1, stopped="iterations"),
+}
+
+
+@pytest.mark.parametrize("stats", SILENT.values(), ids=SILENT)
+def test_where_no_evidence_is_left_no_line_can_hold(stats):
+    """So none is asked: a step of a single-loop method leaves none."""
+    free = LowerSolution({"y": torch.ones(1)}, None, LowerStats(3, 3, 0.0, 0.3), None)
+    silent = replace(step(stats), lower=free)
+    assert silent.is_silent
+    assert not any(row.holds(silent) for row in (*TABLE, *LOWER))
+    assert not any(case.is_silent for case, _ in CASES.values())
+    unconverged = replace(free, stats=replace(free.stats, converged=False))
+    assert not replace(silent, lower=unconverged).is_silent
 
 
 def test_what_explains_the_others_speaks_alone():
