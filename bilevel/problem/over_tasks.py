@@ -109,20 +109,14 @@ class OverTasks:
 
     def _map(self, function: Callable[..., Any], dims: tuple[Any, ...], *arguments: Any) -> Any:
         """`function` of one task for all at once, over those arguments that have a 0 in `dims`."""
-        parts = [list(tree.named(argument)) for argument in arguments]
-        inputs = [leaf for part in parts for _, leaf in part if isinstance(leaf, Tensor)]
-        # what it depends on beside the tensors
-        others = [
-            [(where, None if isinstance(leaf, Tensor) else leaf) for where, leaf in part]
-            for part in parts
-        ]
+        inputs: list[Tensor] = []
+        form = dims, tuple(_spread(argument, inputs) for argument in arguments)
 
         def by_vmap(given: Sequence[Tensor]) -> Any:
             return self._by_vmap(function, dims, arguments, given)
 
         if not self.replayed:
             return by_vmap(inputs)
-        form = dims, tuple(map(tuple, others))
         return self._replayed(function.__name__, form, by_vmap, inputs)
 
     def _by_vmap(
@@ -161,6 +155,16 @@ class OverTasks:
 
     def _tasks(self, y: Params) -> Iterator[tuple[int, Params]]:
         return ((i, at(y, i)) for i in range(len(next(iter(y.values())))))
+
+
+def _spread(value: Any, tensors: list[Tensor]) -> Any:
+    """What a nested value is beside its tensors, which are added to `tensors`."""
+    if type(value) is dict and all(isinstance(part, Tensor) for part in value.values()):
+        tensors.extend(value.values())  # as x, y and most batches are
+        return tuple(value)
+    named = list(tree.named(value))
+    tensors.extend(leaf for _, leaf in named if isinstance(leaf, Tensor))
+    return tuple((where, None if isinstance(leaf, Tensor) else leaf) for where, leaf in named)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

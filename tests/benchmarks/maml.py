@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from bilevel.types import Params
 from bilevel_problems.sinusoid import Sinusoid
 from tests.benchmarks.batched import ask
 
-STEPS, LR = 5, 0.02
+STEPS, LR, WARM_UP = 5, 0.02, 3
 Way = Callable[[Params, Params, Params], Params]
 
 
@@ -80,7 +81,29 @@ def by_hand(x: Params, shots: Params, queries: Params) -> Params:
     return dict(zip(x, slopes, strict=True))
 
 
+def by_torchopt(x: Params, shots: Params, queries: Params) -> Params:
+    """torchopt 0.7.3 (`pip install torchopt optree`): a loop over the tasks, as its examples have it."""
+    import torchopt  # pyright: ignore[reportMissingImports]
+
+    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    sgd, found = torchopt.sgd(LR), []
+    for i in range(len(shots["a"])):
+        shot, query = ({n: v[i] for n, v in part.items()} for part in (shots, queries))
+        y = tuple(x.values())
+        state = sgd.init(y)
+        for _ in range(STEPS):
+            loss = error(dict(zip(x, y, strict=True)), shot)
+            slopes = torch.autograd.grad(loss, y, create_graph=True)
+            updates, state = sgd.update(slopes, state, inplace=False)
+            y = torchopt.apply_updates(y, updates, inplace=False)
+        found.append(error(dict(zip(x, y, strict=True)), query))
+    slopes = torch.autograd.grad(torch.stack(found).mean(), list(x.values()))
+    return dict(zip(x, slopes, strict=True))
+
+
 WAYS: dict[str, Way] = {"by hand": by_hand, "vmap": by_vmap, "loop": by_loop}
+if find_spec("torchopt"):  # in an environment of your own: this project does without it
+    WAYS["torchopt"] = by_torchopt
 
 
 def as_a_run(num_tasks: int, dtype: torch.dtype) -> Callable[[], Params]:
@@ -116,15 +139,15 @@ def works(num_tasks: int, dtype: torch.dtype) -> dict[str, Callable[[], Params]]
 
 
 def times(num_tasks: int, repetitions: int = 9) -> dict[str, list[float]]:
-    """CPU seconds of each way, taken in turn; the first round is left out."""
+    """CPU seconds of each way, taken in turn; the first rounds, in which losses are recorded, are left out."""
     calls = works(num_tasks, torch.float32)
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions + 1):
+    for _ in range(repetitions + WARM_UP):
         for name, call in calls.items():
             began = time.process_time()
             call()
             found[name].append(time.process_time() - began)
-    return {name: each[1:] for name, each in found.items()}
+    return {name: each[WARM_UP:] for name, each in found.items()}
 
 
 def ratio(found: dict[str, list[float]], name: str, other: str) -> float:
@@ -135,14 +158,19 @@ def ratio(found: dict[str, list[float]], name: str, other: str) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = ("a run", "`hypergradient`", *WAYS)
-    print("| tasks | " + " | ".join(names) + " | a run / by hand | loop / a run |")
-    print("|---|" + "---|" * (len(names) + 2))
+    names, others = (
+        ("a run", "`hypergradient`", *WAYS),
+        [name for name in WAYS if name != "by hand"],
+    )
+    ratios = ["a run / by hand", *(f"{name} / a run" for name in others)]
+    print("| tasks | " + " | ".join([*names, *ratios]) + " |")
+    print("|---|" + "---|" * (len(names) + len(ratios)))
     for num_tasks in (8, 32, 128):
         found = times(num_tasks)
         cells = [f"{1000 * statistics.median(found[name]):.0f} ms" for name in names]
-        ratios = ratio(found, "a run", "by hand"), ratio(found, "loop", "a run")
-        print("| " + " | ".join([str(num_tasks), *cells, *(f"{r:.1f}" for r in ratios)]) + " |")
+        cells += [f"{ratio(found, 'a run', 'by hand'):.2f}"]
+        cells += [f"{ratio(found, name, 'a run'):.1f}" for name in others]
+        print("| " + " | ".join([str(num_tasks), *cells]) + " |")
 
 
 if __name__ == "__main__":
