@@ -1,24 +1,30 @@
 """Upper steps that are recorded and replayed: the same bits, the same errors, and nothing frozen."""
 
+import io
 import itertools
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from bilevel import rng
-from bilevel.errors import ConvergenceError, ProblemError
+from bilevel.errors import ConvergenceError, ProblemError, RecipeError
 from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
 from bilevel.events import Stepped, Traced, Warned
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD, Adam, Clip, Schedule
+from bilevel.recipe.assemble import assemble
+from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
 from bilevel.run.replayed import is_same, unfit
 from bilevel.run.upper import Upper
+from bilevel.sinks.console import ConsoleReceiver
+from bilevel.sinks.jsonl import JSONLines
 from bilevel_problems.logistic import Logistic
 from bilevel_problems.quadratic import Quadratic
 from tests.run.setups import Noisy, frozen, same, setup
@@ -348,3 +354,35 @@ def test_several_ranks_are_unfit():
 
     object.__setattr__(s, "ranks", Two())
     assert "ranks" in unfit(s)
+
+
+# from a recipe, and what is said
+
+
+def test_a_recipe_asks_for_it_and_it_is_no_part_of_what_a_run_is():
+    text = "problem: quadratic"
+    off, step = loads(text), loads(text, ["runtime.compile=step"])
+    assert (assemble(off).compile, assemble(step).compile) == ("off", "step")
+    assert off.hash == step.hash
+    with pytest.raises(RecipeError, match="'off' or 'step'"):
+        replace(setup(), compile="scan")
+
+
+def test_the_terminal_says_what_was_recorded_and_the_record_does_not(tmp_path):
+    out = io.StringIO()
+    receiver = ConsoleReceiver(Console(file=out, width=80))
+    writer = JSONLines().open(tmp_path, None)
+    for event in run_events():
+        receiver.receive(event)
+        writer.receive(event)
+    writer.close()
+    said = [line for line in out.getvalue().splitlines() if "recorded" in line]
+    assert len(said) == 4
+    assert re.match(r"step 2 recorded, to be replayed: \d+ operations, \d", said[0])
+    assert re.match(r"step 3 recorded \(2: another shape of lower batches\): ", said[1])
+    assert "traced" not in (tmp_path / "events.jsonl").read_text()
+
+
+def run_events():
+    s = replace(setup(Noisy(), Implicit(solver=FIXED)), compile="step")
+    return [*run(s, start(s))]
