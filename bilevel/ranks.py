@@ -342,6 +342,7 @@ def grid(ranks: Ranks, size: int) -> tuple[Ranks, Ranks]:
         own.notices = ranks.notices
         _groups[group.group_name] = own
         found.append(own)
+    ranks.every(0)  # or one that is done first may end while others still connect to it
     return found[0], found[1]
 
 
