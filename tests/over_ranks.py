@@ -213,7 +213,10 @@ def table(cases: Mapping[str, Case], size: int) -> Table:
 
 
 def tables(cases: Mapping[str, Case], size: int, *meshes: Mapping[str, Any]) -> list[Table]:
-    """A table for each mesh, as `teams` takes it; `x_from` is how many numbers of x are held in parts."""
+    """A table for each mesh, as `teams` takes it.
+
+    Beside that, `x_from` is how many numbers of x are held in parts, and `only` which cases are taken.
+    """
     _import_what_is_lazy()
 
     def work(ranks: Ranks) -> list[dict[str, Any]]:
@@ -228,17 +231,18 @@ def tables(cases: Mapping[str, Case], size: int, *meshes: Mapping[str, Any]) -> 
         found = []
         for mesh in meshes:
             set_up.X_FROM = mesh.get("x_from", X_FROM)
-            spread = teams(ranks, **{k: v for k, v in mesh.items() if k != "x_from"})
-            found.append(
-                {name: _compared(truth[name], case, spread) for name, case in cases.items()}
-            )
+            only, how = mesh.get("only", cases), {*mesh} - {"x_from", "only"}
+            over_teams = teams(ranks, **{key: mesh[key] for key in how})
+            found.append({name: _compared(truth[name], cases[name], over_teams) for name in only})
         return found
 
     found = on_ranks(size, work)
     for one in found:
         if isinstance(one, Exception):
             raise one
-    return [{name: [one[k][name] for one in found] for name in cases} for k in range(len(meshes))]
+    return [
+        {name: [one[k][name] for one in found] for name in found[0][k]} for k in range(len(meshes))
+    ]
 
 
 def _told(function: Callable[[], Any]) -> Any:
