@@ -414,8 +414,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.ranks, *values = inputs
-        ctx.like = [(value.shape, value.dtype, value.device) for value in values]
+        ctx.ranks, ctx.like = inputs[0], likeness(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -425,10 +424,7 @@ class Enter(torch.autograd.Function):
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         _, *tangents = inputs
         # a view has a view for its tangent, also one of zeros
-        return tuple(
-            (torch.zeros(shape, dtype=dtype, device=device) if t is None else t).view(shape)
-            for t, (shape, dtype, device) in zip(tangents, ctx.like, strict=True)
-        )
+        return tuple(tangent.view(tangent.shape) for tangent in with_zeros(tangents, ctx.like))
 
 
 class Leave(torch.autograd.Function):
@@ -441,16 +437,16 @@ class Leave(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.ranks = inputs[0]
+        ctx.ranks, ctx.like = inputs[0], likeness(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *_present(Enter, ctx.ranks, gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         _, *tangents = inputs
-        return _present(Leave, ctx.ranks, tangents)
+        return with_zeros(_present(Leave, ctx.ranks, tangents), ctx.like)
 
 
 def _present(
@@ -460,6 +456,22 @@ def _present(
     live = [value for value in values if value is not None]
     found = iter(function.apply(ranks, *live) if live else ())
     return tuple(None if value is None else next(found) for value in values)
+
+
+Likeness = list[tuple[torch.Size, torch.dtype, torch.device]]
+
+
+def likeness(values: Sequence[Tensor]) -> Likeness:
+    """What zeros like these are made of, without their memory."""
+    return [(value.shape, value.dtype, value.device) for value in values]
+
+
+def with_zeros(tangents: Sequence[Tensor | None], like: Likeness) -> tuple[Tensor, ...]:
+    """Tangents with zeros where there is none: torch fails where one of several outputs has None."""
+    return tuple(
+        torch.zeros(shape, dtype=dtype, device=device) if tangent is None else tangent
+        for tangent, (shape, dtype, device) in zip(tangents, like, strict=True)
+    )
 
 
 def by_rows(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:

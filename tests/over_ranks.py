@@ -146,6 +146,20 @@ class Started(Whole):
         return cross_entropy(self.scores(x, y, batch), batch["label"])
 
 
+class Odd(Whole):
+    """y has a number, fewer rows than ranks, none at all, and an entry that G is linear in."""
+
+    def init(self, streams: Any) -> tuple[Any, Any]:
+        x, y = super().init(streams)
+        y |= {"number": torch.tensor(0.2), "one": torch.full((1, 2), 0.3), "none": torch.zeros(0)}
+        return x, {**y, "linear": torch.ones(2)}
+
+    def penalised(self, x: Any, y: Any, scores: Tensor, batch: Any) -> Tensor:
+        more = (y["number"] - x["class"].sum()).square() + y["one"].square().sum()
+        whole = super().penalised(x, y, scores * (1 + y["number"]), batch)
+        return whole + more + 0.1 * y["linear"].sum() + y["none"].sum()
+
+
 PROBLEMS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
@@ -161,6 +175,7 @@ PROBLEMS: dict[str, Any] = {
         Started,
     )
 }
+PROBLEMS["Odd"] = Odd
 PROBLEMS["OverTasks"] = lambda: OverTasks(
     problem=Sinusoid(shots=3, queries=4, width=3, proximal=0.5),  # pyright: ignore
     num_tasks=5,

@@ -60,6 +60,8 @@ def _memory(tensor: Tensor) -> Any:
     """Its storage; None for one without numbers, or that stands for others in a trace or a transform."""
     if type(tensor) is not Tensor or is_functorch_wrapped_tensor(tensor) or not tensor.numel():
         return None
+    if tensor._is_zerotensor():  # a tangent that forward mode knows to be zero has no memory
+        return None
     return tensor.untyped_storage()
 
 

@@ -224,6 +224,7 @@ Rows = tuple[int, ...]
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.team, ctx.rows, *_ = inputs
+    ctx.like = over.likeness(output)
 
 
 def _present(function: Any, ctx: Any, values: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -256,8 +257,8 @@ class Gather(torch.autograd.Function):
         return None, None, *_present(Scatter, ctx, gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        return _present(Gather, ctx, inputs[2:])
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return over.with_zeros(_present(Gather, ctx, inputs[2:]), ctx.like)
 
 
 class Scatter(torch.autograd.Function):
@@ -274,8 +275,8 @@ class Scatter(torch.autograd.Function):
         return None, None, *_present(Gather, ctx, gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        return _present(Scatter, ctx, inputs[2:])
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return over.with_zeros(_present(Scatter, ctx, inputs[2:]), ctx.like)
 
 
 class Collect(torch.autograd.Function):
@@ -289,8 +290,8 @@ class Collect(torch.autograd.Function):
         return None, None, *_present(Cut, ctx, gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        return _present(Collect, ctx, inputs[2:])
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return over.with_zeros(_present(Collect, ctx, inputs[2:]), ctx.like)
 
 
 class Cut(torch.autograd.Function):
@@ -307,8 +308,8 @@ class Cut(torch.autograd.Function):
         return None, None, *_present(Collect, ctx, gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        return _present(Cut, ctx, inputs[2:])
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return over.with_zeros(_present(Cut, ctx, inputs[2:]), ctx.like)
 
 
 def gathered(a: Params) -> Params:

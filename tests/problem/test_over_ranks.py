@@ -106,6 +106,8 @@ OTHERS = {
         "upper": {"accumulate": 2},
         "lower": lower(accumulate=2),
     },
+    "odd shapes, one_step": {"problem": "Odd", "estimator": "one_step"},
+    "odd shapes, mixed": {"problem": "Odd", "estimator": {"name": "unroll", "memory": "mixed"}},
     "tasks, by task_cg": {"problem": "OverTasks", **implicit(solver=TASKWISE)},
     "tasks, unrolled": {"problem": "OverTasks", "estimator": "unroll"},
 }
@@ -224,6 +226,19 @@ def test_on_two_ranks_that_hold_x_too_and_gather_again(name, both):
         assert all(said in one for one in both[2][name])
         return
     require_same(name, both[2][name])
+
+
+AGAIN = ("memory: mixed", "memory: traced", "estimator: implicit", "other: odd shapes, mixed")
+
+
+@pytest.fixture(scope="module")
+def again():
+    return tables({name: CASES[name] for name in AGAIN}, 2, {"shard": 2, "keep": "again"})[0]
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_on_two_ranks_that_gather_y_again(name, again):
+    require_same(name, again[name])
 
 
 # controls: what would be wrong is seen
