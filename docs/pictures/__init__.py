@@ -11,6 +11,7 @@ from docs.pictures import (
     panel,
     quadrants,
     seeds,
+    speed,
     steps,
     tables,
     training,
@@ -28,6 +29,7 @@ PICTURES = {
     **{name: chart.picture() for name, chart in training.CHARTS.items()},
     **panel.PICTURES,
     **seeds.PICTURES,
+    **speed.PICTURES,
     **{f"gallery_{name}": picture for name, picture in gallery.PICTURES.items()},
 }
 """By the name of their files."""

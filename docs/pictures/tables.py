@@ -1,34 +1,37 @@
-"""Pictures of tables that pages already hold, so that both say the same."""
+"""Time against memory of two rows of the benchmark, from what its tables are written from."""
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from docs.pictures.style import BLUE, INK, ORANGE, PALE, canvas
 
-PAGE = Path(__file__).parent.parent / "benchmarks.md"
+KEPT = Path(__file__).parent.parent / "benchmarks"
 TITLE = "Time and memory beside other libraries"
 TASKS = {"cg": "ten CG products", "unroll": "fifty steps unrolled"}
+WRONG = 1e-2
 
 
-def rows(text: str, name: str) -> dict[str, list[float]]:
-    """{row: [time, memory], both relative to the first row} of a marked table of the benchmarks."""
-    part = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
-    assert part, f"no table {name!r}"
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in part[1].strip().splitlines()]
-    return {
-        row[0] + (" (wrong)" if "wrong" in row[5] else ""): [float(row[2]), float(row[4])]
-        for row in cells[2:]
-    }
+def rows(name: str) -> dict[str, list[float]]:
+    """{method: [time, memory], both relative to the first} of a row that is kept."""
+    methods = json.loads((KEPT / f"{name}.json").read_text("utf-8"))["methods"]
+    first = methods[0]
+    found = {}
+    for method in methods:
+        pairs = zip(method["seconds"], first["seconds"], strict=True)
+        label = method["name"] + (" (wrong)" if (method["error"] or 0) > WRONG else "")
+        memory = method["bytes"] / max(first["bytes"], 1)
+        found[label] = [round(median(a / b for a, b in pairs), 2), round(memory, 2)]
+    return found
 
 
 def compute() -> dict[str, Any]:
-    text = PAGE.read_text("utf-8")
-    return {name: rows(text, name) for name in TASKS}
+    return {name: rows(name) for name in TASKS}
 
 
 SIDES = {
@@ -70,5 +73,6 @@ def draw(data: dict[str, Any]) -> Figure:
             if name == "cg":
                 axes.set(ylabel="memory, first row = 1", xlim=(0.95, 1.42))
             else:
-                axes.set(xlim=(0.85, 1.95))
+                times = [time for time, _ in data[name].values()]
+                axes.set(xlim=(min(0.85, min(times) - 0.1), max(1.95, max(times) + 0.2)))
         return figure

@@ -28,6 +28,16 @@ PEERS = {
     "boat-torch": Peer("with_boat", ("boat-torch==1.1.1", "higher==0.2.1")),
     "torchopt": Peer("with_torchopt", ("torchopt==0.7.3", "optree==0.17.0", "graphviz==0.21")),
     "higher": Peer("with_higher", ("higher==0.2.1",)),
+    "jax": Peer(
+        "with_jax",
+        (
+            "jax==0.10.2",
+            "jaxlib==0.10.2",
+            "jaxopt==0.8.5",
+            "ml_dtypes==0.6.0",
+            "opt_einsum==3.4.0",
+        ),
+    ),
 }
 
 

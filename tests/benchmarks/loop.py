@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ FEATURES, LOWER_STEPS, CG_STEPS, UPPER_STEPS, LR, UPPER_LR = 100, 10, 5, 60, 0.5
 PROBLEM = Logistic(data="synthetic", num_features=FEATURES)
 
 
-def by_hand() -> Tensor:
+def by_hand(steps: int | None = None) -> Tensor:
     """The x of the last step."""
     (A, b), (C, d) = (
         (PROBLEM.splits[name]["A"], PROBLEM.splits[name]["b"]) for name in ("lower", "upper")
@@ -45,7 +45,7 @@ def by_hand() -> Tensor:
 
     x = torch.full((FEATURES,), PROBLEM.initial_log_penalty, dtype=torch.float64)
     w, v, m, s = (torch.zeros(FEATURES, dtype=torch.float64) for _ in range(4))
-    for step in range(1, UPPER_STEPS + 1):
+    for step in range(1, (steps or UPPER_STEPS) + 1):
         for _ in range(LOWER_STEPS):
             w = w.detach().requires_grad_()
             w = w.detach() - LR * torch.autograd.grad(lower(x, w), w)[0]
@@ -76,18 +76,22 @@ def conjugate_gradient(G_w: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     return v
 
 
-def as_a_run(compile: Literal["off", "step"] = "off") -> Tensor:
-    """The same by the engine, event by event, as `bilevel run` and `minimize` drive it."""
-    setup = Setup(
+def setup(steps: int, **options: Any) -> Setup:
+    return Setup(
         PROBLEM,
         Gradient(steps=LOWER_STEPS, optimizer=SGD(lr=LR)),
-        Upper(steps=UPPER_STEPS, optimizer=Adam(lr=UPPER_LR)),
+        Upper(steps=steps, optimizer=Adam(lr=UPPER_LR)),
         Implicit(solver=CG(iterations=CG_STEPS, tolerance=0.0)),
         dtype=torch.float64,
-        compile=compile,
+        **options,
     )
-    state = engine.start(setup)
-    for event in engine.run(setup, state):
+
+
+def as_a_run(compile: Literal["off", "step"] = "off") -> Tensor:
+    """The same by the engine, event by event, as `bilevel run` and `minimize` drive it."""
+    chosen = setup(UPPER_STEPS, compile=compile)
+    state = engine.start(chosen)
+    for event in engine.run(chosen, state):
         if isinstance(event, Stepped) and event.step == UPPER_STEPS:
             break
     return state.x["log_penalty"]

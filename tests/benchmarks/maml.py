@@ -106,9 +106,13 @@ if find_spec("torchopt"):  # in an environment of your own: this project does wi
     WAYS["torchopt"] = by_torchopt
 
 
+def problem(num_tasks: int) -> OverTasks:
+    return OverTasks(problem=Sinusoid(), num_tasks=num_tasks)
+
+
 def as_a_run(num_tasks: int, dtype: torch.dtype) -> Callable[[], Params]:
     """The lower solve and the estimate of an upper step, as `bilevel run` and `minimize` take it."""
-    levels, streams = Levels(OverTasks(problem=Sinusoid(), num_tasks=num_tasks)), Streams(0)
+    levels, streams = Levels(problem(num_tasks)), Streams(0)
     drawn = levels.problem.init(streams), next(levels.problem.episodes(streams["waves"]))
     (x, y), (shots, queries) = tree.to(drawn, torch.device("cpu"), dtype)
     solver, estimator = Gradient(steps=STEPS, optimizer=SGD(lr=LR)), Unroll()
@@ -125,7 +129,7 @@ def as_a_run(num_tasks: int, dtype: torch.dtype) -> Callable[[], Params]:
 
 def works(num_tasks: int, dtype: torch.dtype) -> dict[str, Callable[[], Params]]:
     """A call of each way at the same x, on the same tasks."""
-    made = OverTasks(problem=Sinusoid(), num_tasks=num_tasks)
+    made = problem(num_tasks)
     streams = Streams(0)
     x, _ = made.init(streams)
     shots, queries = next(made.episodes(streams["waves"]))

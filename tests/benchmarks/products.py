@@ -29,7 +29,7 @@ from bilevel.preconditioners.nystrom import Nystrom
 from bilevel.rng import Streams, stream
 from bilevel.types import Counts, Loss, Params, Point
 from bilevel_problems.logistic import Logistic
-from tests.benchmarks.table import write
+from docs.pages import put
 
 ERROR = 1e-3
 
@@ -193,7 +193,8 @@ def main() -> None:
     text = table(given.steps)
     print(text)
     if given.page:
-        write(given.page, "products", text)
+        page = given.page.read_text(encoding="utf-8")
+        given.page.write_text(put(page, "products", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -181,3 +181,5 @@ def kind(name: str) -> str:
 
 SCALE = 0.1
 """The step of the Neumann series: below 2 / largest eigenvalue of the transformer's Hessian."""
+EPSILON = 0.1
+"""Of the finite difference of one step: y is moved by this along ∇y F, either way."""

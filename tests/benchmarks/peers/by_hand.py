@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tests.benchmarks.tasks import SCALE, Params, Task
+from tests.benchmarks import loop, maml, stochastic
+from tests.benchmarks.hold import Held
+from tests.benchmarks.products import ERROR, cold_products
+from tests.benchmarks.tasks import EPSILON, SCALE, Params, Task
+from tests.benchmarks.whole import Loop, Maml, Prepared
 
 
 def floor(task: Task) -> Params:
@@ -56,11 +63,70 @@ def unroll(task: Task) -> Params:
     return _named(x, torch.autograd.grad(value, list(x.values())))
 
 
-METHODS = {
+def one_step(task: Task) -> Params:
+    """DARTS: the step of SGD, and ∇x G at y ± ε ∇y F / ‖∇y F‖ for the product."""
+    x, y = _leaves(task.x), _leaves(task.y)
+    G_y = torch.autograd.grad(task.lower(x, y, task.train), list(y.values()))
+    stepped = {n: e.detach() - task.lr * g for (n, e), g in zip(y.items(), G_y, strict=True)}
+    stepped = _leaves(stepped)
+    F_y = torch.autograd.grad(task.upper(x, stepped, task.held_out), list(stepped.values()))
+    size = EPSILON / _dot(F_y, F_y).sqrt()
+    sides = []
+    for sign in (1, -1):
+        moved = {n: e.detach() + sign * size * g for (n, e), g in zip(y.items(), F_y, strict=True)}
+        sides.append(torch.autograd.grad(task.lower(x, moved, task.train), list(x.values())))
+    return _named(x, [-task.lr * (a - b) / (2 * size) for a, b in zip(*sides, strict=True)])
+
+
+def whole_loop(task: Loop) -> Params:
+    return {"log_penalty": loop.by_hand(task.steps)}
+
+
+def maml_batched(task: Maml) -> Callable[[], Params]:
+    drawn = task.drawn()
+    return lambda: maml.by_hand(*drawn)
+
+
+def maml_vmap(task: Maml) -> Callable[[], Params]:
+    drawn = task.drawn()
+    return lambda: maml.by_vmap(*drawn)
+
+
+def maml_loop(task: Maml) -> Callable[[], Params]:
+    drawn = task.drawn()
+    return lambda: maml.by_loop(*drawn)
+
+
+class ToldByTheTruth:
+    """Cold conjugate gradient, stopped at its first good iterate, which no method could know."""
+
+    def __init__(self, task: Held) -> None:
+        self._task = task
+
+    def products(self) -> int:
+        return cold_products(self._task.points, ERROR)
+
+    def __call__(self) -> Params:
+        return self._task.truth()
+
+
+ITERATIONS = Prepared(lambda task: stochastic.ByHand(task).advance)
+METHODS: dict[str, dict[str, Any]] = {
+    "by hand": {
+        "loop": whole_loop,
+        "maml": Prepared(maml_batched),
+        "one step": one_step,
+        **dict.fromkeys(("soba", "saba", "srba"), ITERATIONS),
+    },
+    "by hand, vmap": {"maml": Prepared(maml_vmap)},
+    "by hand, a loop over tasks": {"maml": Prepared(maml_loop)},
+    "by hand, told when to stop": {"products": Prepared(ToldByTheTruth)},
     "floor": {"cg": floor, "neumann": floor},
     "autograd, all graphs kept": {"unroll": unroll},
 }
-TRUTH = {"cg": cg, "neumann": neumann, "unroll": unroll}
+TRUTH = {"cg": cg, "neumann": neumann, "unroll": unroll, **METHODS["by hand"]}
+TRUTH["products"] = Held.truth
+"""Evaluated in float64."""
 
 
 def _linearized(task):

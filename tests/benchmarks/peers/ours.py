@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
 from bilevel import hypergradient
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.unroll import Unroll
+from bilevel.events import Stepped
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
+from bilevel.run import engine
+from bilevel.run.setup import Setup
 from bilevel.types import Point
-from tests.benchmarks.tasks import SCALE, Params, Task
+from tests.benchmarks import loop, maml, stochastic
+from tests.benchmarks.hold import Held
+from tests.benchmarks.products import ASKED, At
+from tests.benchmarks.tasks import EPSILON, SCALE, Params, Task
+from tests.benchmarks.whole import Loop, Maml, Prepared
 
 
 def ask(task: Task, estimator) -> Params:
@@ -44,8 +58,99 @@ def unroll(**options):
     return run
 
 
+def one_step(task: Task) -> Params:
+    return ask(task, OneStep(lr=task.lr, finite_difference=True, epsilon=EPSILON))
+
+
+LONG = 1_000_000
+"""Upper steps of a run that is timed piece by piece."""
+WARM_UP = 5
+"""Its first steps, with the checks that are made once: not timed."""
+
+
+class Stepping:
+    """The upper steps of a run, event by event as `bilevel run` drives it; called, `steps` of them."""
+
+    def __init__(self, make: Callable[[Any, int], Setup], task: Any, steps: int = LONG) -> None:
+        self._make, self._task, self._steps = make, task, steps
+        self.again()
+
+    def again(self) -> None:
+        """From the start, which is not timed."""
+        setup = self._make(self._task, self._steps)
+        self._state = engine.start(setup)
+        self._events = engine.run(setup, self._state)
+        if self._steps == LONG:
+            self.advance(WARM_UP)
+
+    def advance(self, steps: int) -> Params:
+        for event in self._events:
+            steps -= isinstance(event, Stepped)
+            if not steps:
+                break
+        return self._state.x
+
+    def __call__(self) -> Params:
+        return self.advance(self._task.steps)
+
+
+def steps_of(make: Callable[[Any, int], Setup]) -> Prepared[Any]:
+    return Prepared(
+        lambda task: Stepping(make, task), lambda task: Stepping(make, task, task.steps)()
+    )
+
+
+def maml_estimate(task: Maml) -> Callable[[], Params]:
+    return maml.as_a_run(task.num_tasks, task.dtype)
+
+
+class HoldsError:
+    """`target_error` along the points of a run, with nothing else asked."""
+
+    def __init__(self, task: Held) -> None:
+        self._task, self._state, self._spent = task, None, 0
+        self._found = {f"{k:03}": self._at(point) for k, point in enumerate(task.points)}
+
+    def _at(self, point: At) -> Tensor:
+        got = point.ask(ASKED, self._state)
+        # one cross product is in every hypergradient, and counted for no method
+        self._state, self._spent = (
+            got.state,
+            self._spent + got.stats.hvps + got.stats.cross_products - 1,
+        )
+        return got.hypergradient["log_penalty"]
+
+    def products(self) -> int:
+        return self._spent
+
+    def __call__(self) -> Params:
+        return self._found
+
+
+def whole_loop(task: Loop, steps: int, **options: Any) -> Setup:
+    return loop.setup(steps, **options)
+
+
+def replayed(make: Callable[..., Setup]) -> Prepared[Any]:
+    """The same with the upper step recorded once, in the steps that are not timed."""
+    return steps_of(partial(make, compile="step"))
+
+
+STOCHASTIC = steps_of(stochastic.setup)
 METHODS = {
-    "bilevel": {"cg": cg, "neumann": neumann},
+    "bilevel": {
+        "cg": cg,
+        "neumann": neumann,
+        "one step": one_step,
+        "products": Prepared(HoldsError),
+        "loop": steps_of(whole_loop),
+        "maml": Prepared(maml_estimate),
+        **dict.fromkeys(("soba", "saba", "srba"), STOCHASTIC),
+    },
+    "bilevel, compile: step": {
+        "loop": replayed(whole_loop),
+        **dict.fromkeys(("soba", "saba", "srba"), replayed(stochastic.setup)),
+    },
     "bilevel, store": {"unroll": unroll()},
     "bilevel, recompute": {"unroll": unroll(memory="recompute")},
     "bilevel, traced": {"unroll": unroll(memory="traced")},

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
 from betty.hypergradient import get_grads  # pyright: ignore[reportMissingImports]
 
-from tests.benchmarks.tasks import SCALE, Module, Params, Task
+from tests.benchmarks.tasks import EPSILON, SCALE, Module, Params, Task
 
 
 class Node:
@@ -48,4 +49,24 @@ def neumann(task: Task) -> Params:
     return implicit(task, type="neumann", neumann_iterations=task.work, neumann_alpha=SCALE)
 
 
-METHODS = {"betty-ml": {"cg": cg, "neumann": neumann}}
+def one_step(task: Task) -> Params:
+    """Its "darts" at y, the vector from the step of SGD that it leaves to an optimizer."""
+    module: Module = task.module()
+    x = {name: entry.detach().clone().requires_grad_() for name, entry in task.x.items()}
+    upper = Node(x.values(), None)
+    lower = Node(
+        module.parameters(),
+        lambda: task.lower(x, module(), task.train),
+        type="darts",
+        darts_alpha=EPSILON,
+        darts_multitask=False,
+    )
+    entries = list(module.parameters())
+    G_y = torch.autograd.grad(task.lower(x, module(), task.train), entries)
+    stepped = {n: e - task.lr * g for (n, e), g in zip(module().items(), G_y, strict=True)}
+    loss = task.upper(x, stepped, task.held_out)
+    found = get_grads(loss, [upper, lower, upper], True, False)
+    return {name: task.lr * part for name, part in zip(x, found, strict=True)}
+
+
+METHODS = {"betty-ml": {"cg": cg, "neumann": neumann, "one step": one_step}}

@@ -1,12 +1,15 @@
-"""boat-torch 1.1.1: its operations CG, NS and RAD, with the lower steps of its NGD (higher's)."""
+"""boat-torch 1.1.1: its operations CG, NS, RAD and FD, with the lower steps of its NGD (higher's)."""
 
 from __future__ import annotations
 
 import higher  # pyright: ignore[reportMissingImports]
 import torch
-from boat_torch.na_ol import CG, NS, RAD  # pyright: ignore[reportMissingImports]
+from boat_torch.na_ol import CG, FD, NS, RAD  # pyright: ignore[reportMissingImports]
+from boat_torch.utils.op_utils import cg_step  # pyright: ignore[reportMissingImports]
 
-from tests.benchmarks.tasks import SCALE, Params, Task
+from tests.benchmarks.hold import Held, Told
+from tests.benchmarks.tasks import EPSILON, SCALE, Params, Task
+from tests.benchmarks.whole import Prepared
 
 
 def operation(kind, task: Task, run, lr: float) -> Params:
@@ -17,6 +20,7 @@ def operation(kind, task: Task, run, lr: float) -> Params:
         "gm_op": [],
         "lower_level_opt": optimizer,
         "CG": {"tolerance": 0.0, "k": task.work},
+        "FD": {"r": EPSILON},
         "GDA": {"alpha_init": 0.0, "alpha_decay": 0.0},
     }
     made = kind(
@@ -55,4 +59,33 @@ def unroll(task: Task) -> Params:
     return operation(RAD, task, run, task.lr)
 
 
-METHODS = {"boat-torch": {"cg": cg, "neumann": neumann, "unroll": unroll}}
+def one_step(task: Task) -> Params:
+    """Its FD: the step of SGD is higher's, differences are taken at the module's own y."""
+
+    def run(made, module, optimizer, x) -> None:
+        with higher.innerloop_ctx(module, optimizer, track_higher_grads=False) as (net, steps):
+            steps.step(task.lower(x, net(), task.train))
+            made.compute_gradients({}, {}, net)
+
+    return operation(FD, task, run, task.lr)
+
+
+def held(task: Held) -> Told:
+    """Its conjugate gradient, from zero, its tolerance relative to the right-hand side."""
+
+    def solve(product, b, v, tolerance):
+        bound = tolerance * float(b.norm())
+        return cg_step(lambda vs: [product(vs[0])], [b], max_iter=1000, epsilon=bound)[0]
+
+    return Told(task, solve)
+
+
+METHODS = {
+    "boat-torch": {
+        "cg": cg,
+        "neumann": neumann,
+        "unroll": unroll,
+        "one step": one_step,
+        "products": Prepared(held),
+    }
+}
