@@ -142,11 +142,14 @@ def config(size: int, *, start: str = "spawn", words: str = os.devnull) -> Launc
 
 @contextmanager
 def _environment(size: int, folder: str) -> Iterator[None]:
-    """The mark, and as many threads for each rank as there are cores for it."""
-    threads = max(1, _cores() // size)
-    added = {MARK: folder} | (
-        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    )
+    """The mark, and as many threads for each rank as there are cores for it.
+
+    What torch warns of from C++, as of connections to a process that was killed, only with `--debug`.
+    """
+    wanted = {"OMP_NUM_THREADS": str(max(1, _cores() // size))}
+    if not settings.debug:
+        wanted["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    added = {MARK: folder} | {k: v for k, v in wanted.items() if k not in os.environ}
     os.environ |= added
     try:
         yield

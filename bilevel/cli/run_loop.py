@@ -79,8 +79,7 @@ class RunLoop:
                     state = engine.start(self.setup)
             except BaseException as error:
                 self._discard()
-                if isinstance(error, Stopped):
-                    raise Stopped(error.code, "stopped before the first step: no run") from None
+                _say_stopped(error)
                 raise
             try:
                 self._drive(state, early, None)
@@ -95,6 +94,7 @@ class RunLoop:
                 lasting = not isinstance(cause, passing) or getattr(cause, "is_told", False)
                 if lasting and state.step == 0 and self.saved is None:
                     self._discard()
+                    _say_stopped(error)
                 else:
                     self._report_on(error)
                 raise
@@ -383,6 +383,15 @@ def _require_receiver(opened: object, method: str) -> None:
         raise CheckError(
             f"{method} must return what has receive(event) and close(); got a {type(opened).__name__}"
         )
+
+
+def _say_stopped(error: BaseException) -> None:
+    """Raise `Stopped` where a signal ended a run of which nothing is left, also one to another rank."""
+    code = error.code if isinstance(error, Stopped) else 0
+    if isinstance(error, LostRankError) and error.is_told and error.exit_code > 128:
+        code = error.exit_code
+    if code:
+        raise Stopped(code, "stopped before the first step: no run") from None
 
 
 def _close(receiver: Receiver) -> None:

@@ -7,6 +7,7 @@ same bits. A component that a run is made of does not see the difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -113,6 +114,7 @@ class Spread:
                     return  # refused by name where a loss is called
                 if getattr(self.problem, "part", None) is None:
                     self._refuse_failing(level, lambda a=at, p=part: function(*a, p))
+                self._refuse_drifted(level, whole)
                 own = weight * tree.wide(function(*at, part)).reshape(())
                 both = torch.stack([own, own.abs()])
                 self._refuse_unlike(level, whole, *self.ranks.sum_of(both).tolist())
@@ -154,11 +156,25 @@ class Spread:
                 f"part of rank {rank} of {self.ranks.size} ({said.splitlines()[0]}). Remedy: {over.PART}"
             )
 
+    def _refuse_drifted(self, level: str, whole: Tensor) -> None:
+        """Raise `RankError` where ranks find other values of the same loss on the same whole batch."""
+        values = self.ranks.gather(float(whole))
+        for rank, value in enumerate(values):
+            if abs(value - values[0]) > _rough(whole) * (abs(value) + abs(values[0])):
+                raise RankError(
+                    f"{level}_loss of {self._name} is {values[0]:.9g} on the whole batch on rank 0, and "
+                    f"{value:.9g} on rank {rank} of {self.ranks.size}: they have other x, y or batches "
+                    "than each other. Draw random numbers from the streams that init and batches are "
+                    "given, and read the same files in the same order on every rank"
+                )
+
     def _refuse_unlike(self, level: str, whole: Tensor, parts: float, size: float) -> None:
         value = float(whole)
         rough = _rough(whole)
         if abs(value - parts) <= rough * (abs(value) + size) or value != value:
             return
+        if not (math.isfinite(value) or math.isfinite(parts)):
+            return  # a divergence, which is told as one
         raise ProblemError(
             f"{level}_loss of {self._name} is {value:.9g} on the whole batch, and {parts:.9g} as the "
             f"weighted sum of its parts on {self.ranks.size} ranks: it is not a mean over rows. "

@@ -30,6 +30,7 @@ if "deaf" not in sys.argv:
 if "unregistered" not in sys.argv:
     Path(os.environ["BILEVEL_LAUNCH"], rank).write_text(str(os.getpid()))
 (folder / f"is-{rank}").write_text(os.environ["OMP_NUM_THREADS"])
+(folder / f"level-{rank}").write_text(os.environ.get("TORCH_CPP_LOG_LEVEL", ""))
 for what in [each[2:] for each in sys.argv[2:] if each.startswith(rank + ":")]:
     if what.isdigit(): sys.exit(int(what))
     if what.startswith("SIG"): os.kill(os.getpid(), getattr(signal, what))
@@ -145,6 +146,16 @@ def test_each_rank_has_its_share_of_the_cores(start, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what is set stays
     start("0:0", "1:0")
     assert [path.read_text() for path in tmp_path.glob("is-*")] == ["5", "5"]
+
+
+def test_what_torch_warns_of_in_cpp_is_for_debugging(start, tmp_path, monkeypatch):
+    """As of connections to a process that was killed: forty lines a rank, and twice."""
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    for is_wanted, level in ((False, "ERROR"), (True, "")):
+        monkeypatch.setattr(launch.settings, "debug", is_wanted)
+        start("0:0", "1:0")
+        assert [path.read_text() for path in tmp_path.glob("level-*")] == [level, level]
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ
 
 
 def test_a_rank_is_the_same_command_line(monkeypatch):

@@ -1,6 +1,7 @@
 """A problem over ranks: the losses of the whole, or a refusal before they are used."""
 
 import itertools
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from bilevel import calculus, registry, tree
 from bilevel import ranks as over
 from bilevel import recipe as recipes
 from bilevel.components import component
-from bilevel.errors import ProblemError, RankError
+from bilevel.errors import ConvergenceError, ProblemError, RankError
 from bilevel.estimators import Implicit
 from bilevel.linear import CG
 from bilevel.lower import Gradient
@@ -141,6 +142,43 @@ def test_parts_that_do_not_make_the_whole_are_refused_before_the_first_step(kind
         assert parts == pytest.approx(sum(values), rel=1e-8)
     for remedy in ("bilevel.ranks.share", "bilevel.ranks.rows", "part(batch, rank, ranks)"):
         assert remedy in said
+
+
+class OwnStart(Ridge):
+    """Draws where it starts from numbers of its own rank."""
+
+    by = 1.0
+
+    def init(self, streams):
+        x, y = super().init(streams)
+        far = self.by * int(os.environ.get("LOCAL_RANK", "0"))
+        return {name: entry + far for name, entry in x.items()}, {n: e + 0.1 for n, e in y.items()}
+
+
+def test_ranks_that_start_apart_are_told_so_rather_than_of_rows():
+    problem = OwnStart(data="synthetic")
+    said = on_ranks(2, lambda ranks: ends(problem, ranks))
+    assert [type(one) for one in said] == [RankError] * 2
+    assert str(said[0]) == str(said[1])
+    assert str(said[0]).startswith("lower_loss of OwnStart is ")
+    assert "they have other x, y or batches than each other" in str(said[0])
+    problem.by = 0.0  # control: from the same point it runs
+    one, other = on_ranks(2, lambda ranks: ends(problem, ranks))
+    assert same_bits(one, other)
+
+
+class Infinite(Ridge):
+    def upper_loss(self, x, y, batch):
+        return super().upper_loss(x, y, batch) + torch.inf
+
+
+def test_a_loss_that_is_infinite_is_a_divergence_as_on_one_rank():
+    problem = Infinite(data="synthetic")
+    with pytest.raises(ConvergenceError, match="upper_loss = inf") as alone:
+        ends(problem, ALONE)
+    for said in on_ranks(2, lambda ranks: ends(problem, ranks)):
+        assert isinstance(said, ConvergenceError)
+        assert str(said) == str(alone.value)
 
 
 def test_a_loss_that_fails_on_one_part_alone_is_refused_by_both_ranks():
