@@ -59,7 +59,8 @@ python_maximum_signature_line_length = 80
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|pathlib|pydantic|annotated_types)\..*"),
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
-    (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError|Literal\[.*"),
+    (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError"),
+    (r"py:.*", r"(typing\.|Annotated\[)?Literal\[.*"),
     (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast"),
     # of runs over several ranks, not offered to users
     (r"py:class", r"bilevel\.(ranks\.Ranks|problem\.over_tasks\.SomeTasks)"),
@@ -67,7 +68,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"bilevel\.(types\.Annotated|components\.Slot)|preconditioners"),
     (
         r"py:.*",
-        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast)|sinks\.mlflow\._without_password)",
+        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast|teams)|sinks\.mlflow\._without_password)",
     ),  # a type variable, validators
 ]
 
