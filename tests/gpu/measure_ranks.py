@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,9 @@ from bilevel.problem.levels import Levels
 from bilevel.problem.sharded import sharded
 from bilevel.problem.spread import spread
 from bilevel.ranks import ALONE, Ranks
+from bilevel.run import Setup, Upper, engine
+from bilevel.run.upper_step import advance
+from bilevel.runfolder import checkpoint
 from bilevel.sharding.again import gathering_again
 from bilevel.sharding.parts import Keep, teams
 from bilevel.types import Params, Point
@@ -165,6 +171,56 @@ def measured(
     return found
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Of the state of a run whose y two ranks hold together, after a step, in seconds."""
+
+    gathered: float
+    written: float
+    read: float
+    """And cut, on every rank."""
+    bytes: int
+    """Of the checkpoint."""
+    is_same: bool
+
+
+def saving(ranks: Ranks, size: Size, device: str, dtype: torch.dtype) -> Saving:
+    """Where the ranks are one team."""
+    ranks = teams(ranks, shard=ranks.size)
+    setup = Setup(
+        spread(Transformer(size, dtype), ranks), "gradient", Upper(steps=9), "one_step",
+        ranks=ranks, device=torch.device(device), dtype=dtype,
+    )  # fmt: skip
+    state = engine.start(setup)
+    list(advance(setup, state))
+    taken = [time.perf_counter()]
+    whole = state.save()
+    taken.append(time.perf_counter())
+    with tempfile.TemporaryDirectory() as own:
+        if ranks.is_first:
+            checkpoint.save(Path(own), {"state": whole}, step=1)
+        folder = Path(ranks.from_first(own))
+        taken.append(time.perf_counter())
+        path = next(folder.iterdir())
+        found = engine.restore(setup, checkpoint.load(path)["state"])
+        taken.append(time.perf_counter())
+        count = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        ranks.every(0)  # the first removes the folder
+    gathered, written, read = (after - before for before, after in pairwise(taken))
+    return Saving(gathered, written, read, count, tree.equal(found.y, state.y))
+
+
+def saved(
+    device: str, size: Size, dtype: torch.dtype = torch.float32, start: str = "spawn"
+) -> Saving:
+    """By two ranks on the device."""
+    work = functools.partial(saving, size=size, device=device, dtype=dtype)
+    one = on_ranks(2, work, 600.0, start=start)[0]
+    if isinstance(one, Exception):
+        raise one
+    return one
+
+
 def table(found: dict[str, Product]) -> str:
     """As the page has it."""
     alone = found["one process"]
@@ -189,11 +245,18 @@ def main() -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("what ranks cost is not measured: no CUDA device")
         return
-    size = Size()
+    # on a GPU one of some hundred million numbers
+    size = Size(width=1024, layers=8, words=32_000) if device.startswith("cuda") else Size()
     count = sum(entry.numel() for entry in Transformer(size).init(None)[1].values())
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "a CPU"
     print(f"{name}, torch {torch.__version__}, y of {count / 1e6:.1f} million numbers, float32\n")
     print(table(measured(device, size)))
+    found = saved(device, size)
+    print(
+        f"\nA checkpoint of {found.bytes / 1e6:,.0f} MB: gathered in {found.gathered:.2f} s, written in "
+        f"{found.written:.2f} s, read and cut in {found.read:.2f} s; "
+        f"{'the same bits' if found.is_same else 'NOT THE SAME BITS'}."
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bilevel import tree
-from tests.gpu.measure_ranks import Product, Size, Transformer, measured, table
+from tests.gpu.measure_ranks import Product, Size, Transformer, measured, saved, table
 
 SMALL = Size(width=8, layers=1, tokens=4, words=16, rows=5)
 
@@ -29,3 +29,11 @@ def test_the_table_has_ratios_and_what_is_off():
     alone, two = Product(0.01, 0, 0, 0, 2.0), Product(0.03, 1, 4_000_000, 9_000_000, 2.002)
     last = table({"one process": alone, "two": two}).splitlines()[-1]
     assert last == "| two | 30.0 ms, 3.00 times | 1 | 4.0 | 9 | 1.0e-03 |"
+
+
+def test_a_state_in_parts_is_saved_whole_and_read_as_parts():
+    found = saved("cpu", SMALL, torch.float64, start="fork")
+    assert found.is_same
+    numbers = tree.size(Transformer(SMALL).init(None)[1])
+    assert found.bytes > 8 * numbers  # y, and what the optimizers keep
+    assert min(found.gathered, found.written, found.read) > 0
