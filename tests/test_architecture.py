@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -309,3 +310,15 @@ def test_the_repository_speaks_of_the_project_alone():
         if path.suffix in kinds and path.is_file():
             text = path.read_text(errors="ignore")
             assert not [w for w in words if w in text], name
+
+
+def test_every_folder_is_in_the_wheel():
+    """What the list leaves out is there in a checkout and missing where it is installed."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["tool"]
+    listed = settings["setuptools"]["packages"]
+    there = {
+        ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for path in PACKAGE.rglob("__init__.py")
+        if "templates" not in path.parts
+    }
+    assert {name for name in listed if name.partition(".")[0] == "bilevel"} == there
