@@ -58,7 +58,10 @@ def test_the_doctor_says_which_second_derivatives_of_torch_are_wrong(monkeypatch
         assert re.search(said, " ".join(invoke("doctor").output.split()))
 
 
-def test_the_doctor_starts_ranks_and_compares_them():
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # where output is captured
+def test_the_doctor_starts_ranks_and_compares_them(monkeypatch):
+    monkeypatch.setattr(doctor_ranks, "START", "fork")  # which imports torch once
     text = invoke("doctor", "--ranks", "2").output
     assert re.search(r"ok +group +2 ranks by gloo", text)
     assert re.search(r"ok +sum over ranks +exact", text)
@@ -113,6 +116,7 @@ def _look(ranks, is_broken):
         return doctor_ranks._look(ranks, "cpu", 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # where output is captured
 def test_a_rank_that_fails_is_one_message(monkeypatch):
     monkeypatch.setattr(doctor_ranks, "look", _raise)
