@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -203,6 +204,8 @@ class Ranks:
                 raise RankError(f"rank {rank} failed in {what}: {said}")
 
 
+T = TypeVar("T")
+
 ALONE = Ranks()
 _groups: dict[str, Ranks] = {}
 """Those that were joined, by the name of their group."""
@@ -291,7 +294,15 @@ def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Any = None) -> 
             f"{torch.__version__} was built without; install another build, or run one rank"
         )
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local())
+    return heedful(lambda: _join(backend, timeout, notices))
+
+
+def _join(backend: str, timeout: float, notices: Any) -> Ranks:
+    from torch import distributed
+
+    if backend == "nccl":
+        torch.cuda.set_device(_local())  # which a thread has of its own
     if not distributed.is_initialized():
         both = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
         try:
@@ -302,6 +313,33 @@ def join(device: str = "cpu", timeout: float = TIMEOUT, notices: Any = None) -> 
                 f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}: {error}"
             ) from error
     return adopt(distributed.group.WORLD, notices)
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def heedful(work: Callable[[], T]) -> T:
+    """What a work that waits for other ranks comes to, done where it keeps no signal from being heard.
+
+    Ranks that connect wait in torch's C++ for one that was killed before it connected, and nothing
+    closes that would wake them. A signal's handler runs in the main thread, between two steps of Python.
+    """
+    found: list[T] = []
+    raised: list[BaseException] = []
+
+    def whole() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # raised where it was asked for
+            raised.append(error)
+
+    thread = threading.Thread(target=whole, name="joining ranks", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return found[0]
 
 
 def adopt(group: Any, notices: Any = None) -> Ranks:
@@ -331,7 +369,7 @@ def grid(ranks: Ranks, size: int) -> tuple[Ranks, Ranks]:
 
     shape = ranks.size // size, size
     kind = "cpu" if is_gloo(ranks.group) else "cuda"
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=("column", "row"))
+    mesh = heedful(lambda: init_device_mesh(kind, shape, mesh_dim_names=("column", "row")))
     found = []
     for name in ("row", "column"):
         group = mesh.get_group(name)

@@ -3,10 +3,13 @@
 import ast
 import builtins
 import re
+import signal
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.distributed import HashStore
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel import minimize
@@ -310,3 +313,21 @@ def test_what_is_no_number_of_ranks_is_refused(said, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", said)
     with pytest.raises(RankError, match=f"WORLD_SIZE='{said}'; expected how many ranks"):
         over.join()
+
+
+def test_a_signal_is_heard_while_ranks_connect():
+    """One that connects waits in torch's C++, for ever where another was killed before it connected."""
+    store = HashStore()
+    wait = lambda seconds: store.wait(["heard"], timedelta(seconds=seconds))  # noqa: E731
+    before = signal.signal(signal.SIGALRM, lambda number, frame: store.set("heard", ""))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert over.heedful(lambda: (wait(60.0), 7)) == (None, 7)
+        store.delete_key("heard")
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(RuntimeError, match="timeout"):  # control: what waits in the main thread
+            wait(0.5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(KeyError, match="mine"):  # and what the work raises is raised here
+        over.heedful(lambda: {}["mine"])
