@@ -19,7 +19,7 @@ from bilevel.cli.member import leave_word
 from bilevel.cli.options import settings as given
 from bilevel.cli.output import going_on
 from bilevel.cli.shown import Shown
-from bilevel.cli.signals import Signals
+from bilevel.cli.signals import Signals, unheard
 from bilevel.cli.user_code import explained, explaining
 from bilevel.errors import (
     BilevelError,
@@ -334,7 +334,8 @@ class RunLoop:
                 closing.callback(_close, receiver)
 
     def _discard(self) -> None:
-        shutil.rmtree(self.folder.path, ignore_errors=True)
+        with unheard():
+            shutil.rmtree(self.folder.path, ignore_errors=True)
 
     def _without_console(self) -> AbstractContextManager[None]:
         return going_on(f"the run in {self.folder.path}")

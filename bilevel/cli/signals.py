@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,18 @@ MARK = "BILEVEL_LAUNCH"
 """Where ranks that `--ranks` has started write their process ids."""
 REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within, no signal of `REASONS` interrupts what would be left half done, as a folder half removed."""
+    numbers = [number for name in REASONS if (number := getattr(signal, name, None))]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Signals:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from bilevel import runfolder
+from bilevel.cli.boundary import Stopped
+from bilevel.cli.signals import Signals
 from bilevel.runfolder import checkpoint, record
 from tests.cli.commands import invoke, run, unfinished
 from tests.cli.ends import assert_same_end, timeless
@@ -258,6 +260,23 @@ def test_a_signal_while_preparing_leaves_nothing_behind(number, code, tmp_path):
     assert "before the first step" in result.stderr
     assert "preparing: 0 of 2" in result.stdout
     assert not list((tmp_path / "runs").glob("*/*"))
+
+
+def test_what_is_removed_is_removed_whole(tmp_path, monkeypatch):
+    """A signal that comes while the folder of a run without a step goes leaves none of it."""
+    real, heard = shutil.rmtree, []
+
+    def interrupted(folder, *rest, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(folder)
+        real(folder, *rest, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    test_a_signal_while_preparing_leaves_nothing_behind(signal.SIGINT, 130, tmp_path)
+    assert heard
+    with pytest.raises(Stopped), Signals():  # control: one that comes without that is heard
+        interrupted(tmp_path)
+    assert len(heard) == 1
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(case, tmp_path):
