@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,11 @@ PATIENCE = 1.0
 
 After them it ends, which wakes a first rank that waits for it.
 """
+FAREWELL = 5.0
+"""Seconds for which the first rank puts off its end, having failed, until the others have begun.
+
+At its end a launcher ends them, and one that hears of it by then ends with the first rank's code.
+"""
 
 
 @dataclass
@@ -37,13 +42,26 @@ class Member:
     """One of the processes that the environment announces, or one alone."""
 
     notices: Notices | None = None
-    signals: Signals | None = None
+    signals: Signals = field(default_factory=Signals)
+    heard: list[int] = field(default_factory=list)
+    """Signals that came while `signals` was not entered, but from `begin` on."""
     timeout: float = 600.0
     """Seconds to wait for others before all are there; a recipe has a time of its own for sums."""
 
     @property
     def is_first(self) -> bool:
         return self.notices is None or self.notices.rank == 0
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Hear signals: within, as `signals` says; afterwards they are noted, until the process ends."""
+        assert self.notices is not None
+        _on_signals(lambda number, frame: self.heard.append(number))
+        with self.signals:
+            if self.heard:
+                raise Stopped(128 + self.heard[0])
+            self.notices.begin()
+            yield
 
     def from_first(self, work: Callable[[], Any]) -> Any:
         """What the first rank finds, in plain values, on every rank; before they are a group."""
@@ -126,19 +144,25 @@ def _end(member: Member, code: int) -> int:
     notices = member.notices
     if notices is None:
         return code
-    heard: list[int] = []
-    _on_signals(lambda number, frame: heard.append(number))
     if member.is_first:
         sys.stdout.flush()
         notices.end(code)
+        if 0 < code <= 128:  # of a signal the others hear themselves
+            _await_the_others(notices, member.heard)
     else:
-        code = _code_of_the_first(notices, code, heard)
+        code = _code_of_the_first(notices, code, member.heard)
     with suppress(Exception):
         from bilevel import ranks
 
         ranks.depart()
     _on_signals(signal.SIG_IGN)  # a handler of Python's is gone before the process is
     return code
+
+
+def _await_the_others(notices: Notices, heard: Sequence[int]) -> None:
+    until = time.monotonic() + FAREWELL
+    while not (heard or notices.have_begun() or time.monotonic() > until):
+        time.sleep(PERIOD)
 
 
 def _on_signals(handler: Any) -> None:

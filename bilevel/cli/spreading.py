@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import announced, boundary, refuse_copies
 from bilevel.cli.member import Member, ending_together, leaving_a_word, register
-from bilevel.cli.signals import Signals
 from bilevel.errors import RankError, RecipeError
 
 
@@ -33,8 +32,7 @@ def spreading(
         member = Member()
         with ending_together(is_first, member), boundary(as_json) as answer:
             _find_others(member)
-            assert member.signals is not None
-            with member.signals, leaving_a_word(member):
+            with member.begin(), leaving_a_word(member):
                 yield answer, member
     else:
         with boundary(as_json) as answer:
@@ -86,5 +84,4 @@ def _find_others(member: Member) -> None:
     from bilevel.run.notices import Notices
 
     member.notices = Notices(*find_others(member.timeout))
-    member.signals = Signals()
     register(member.notices.rank)

@@ -73,6 +73,14 @@ class Notices:
         """The first rank has written and said all, and ends with this code."""
         self._try(lambda: self._store.set("end", str(code)))
 
+    def begin(self) -> None:
+        """This rank hears signals from here on, and ends with the code of the first."""
+        self._try(lambda: self._store.set(f"began {self.rank}", ""))
+
+    def have_begun(self) -> bool:
+        """Whether all ranks have."""
+        return self._has(*(f"began {rank}" for rank in range(self.size)))
+
     def ended(self) -> int | None:
         """The code that the first rank ends with, None before that.
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bilevel.cli import member
+from bilevel.cli import member, spreading
 from bilevel.cli.signals import MARK, Signals
 from bilevel.runfolder import RunFolder, checkpoint, record
 from tests.cli.commands import invoke
@@ -188,9 +188,12 @@ def test_a_rank_killed_at_a_random_instant_leaves_a_run_that_resumes(seed, rows,
     assert not said or said.count("error: ") + said.count("stopped before") == 1, found
     for folder in runs.glob("*/*"):
         before = checkpoint.latest(folder / "checkpoints")
-        again = on_command_line(2, "resume", folder, acts="1:2:SIGINT")
+        step = (
+            before.step if before else 0
+        ) + 2  # what was drawn before is drawn again, unsignalled
+        again = on_command_line(2, "resume", folder, acts=f"1:{step}:SIGINT")
         assert [each.code for each in again] == [130, 130], again
-        assert end(folder)[0] > (before.step if before else 0)
+        assert end(folder)[0] == step
 
 
 @pytest.mark.parametrize(
@@ -279,6 +282,18 @@ def test_a_run_that_somebody_is_at_is_not_resumed(rows, runs):
     done = on_command_line(2, "resume", folder)
     assert [each.code for each in done] == [2, 2]
     assert "this run is done" in done[0].stderr
+
+
+def test_who_begins_late_still_ends_with_the_code_of_the_first(rows, runs, monkeypatch):
+    """The first rank waits with its end, at which a launcher ends the others, until they hear of it."""
+    late = lambda rank: time.sleep(0.5 * rank)  # noqa: E731
+    monkeypatch.setattr(spreading, "register", late)
+    found = on_command_line(2, "resume", runs / "none")
+    assert [each.code for each in found] == [2, 2], found
+    assert "error: " in found[0].stderr
+    # control: one that does not wait
+    monkeypatch.setattr(member, "FAREWELL", 0.0)
+    assert [each.code for each in on_command_line(2, "resume", runs / "none")] == [2, -15]
 
 
 def test_machines_read_the_first_rank_alone(rows, runs):

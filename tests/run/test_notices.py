@@ -107,3 +107,10 @@ def test_a_store_that_is_gone_says_nothing_and_has_an_error(monkeypatch):
     with pytest.raises(LostRankError, match="the store of the ranks is gone"):
         gone.ended()
     assert str(gone.lost("closed")).startswith("rank 0 or 2 of 3 is gone")
+
+
+def test_all_have_begun_once_each_says_so(three):
+    for one in three:
+        assert not three[0].have_begun()
+        one.begin()
+    assert three[0].have_begun()
