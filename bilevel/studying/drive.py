@@ -15,7 +15,7 @@ from typing import Any
 
 from bilevel.studying.plan import Asked, StudyPlan, Waiting
 from bilevel.studying.results import Kept, StudyCell
-from bilevel.sweeping.drive import PAUSE, Handle, hold
+from bilevel.sweeping.drive import PAUSE, Handle, hold, leave
 
 Start = Callable[[StudyCell, list[str], Path], Handle]
 """Starts a cell with its overrides, in a folder of its own."""
@@ -50,7 +50,7 @@ class StudyDriver:
                 if self.running or self.elsewhere:
                     time.sleep(PAUSE if self.running else 10 * PAUSE)
         finally:
-            self._stop()
+            leave(self.running)
 
     def missing(self) -> list[StudyCell]:
         """Those that are asked for and not over."""
@@ -100,15 +100,6 @@ class StudyDriver:
             del self.running[cell]
             held.close()
             yield cell
-
-    def _stop(self) -> None:
-        """What still runs saves its state, and is taken up later."""
-        for handle, _, _ in self.running.values():
-            handle.stop()
-        for handle, held, _ in self.running.values():
-            handle.wait()
-            held.close()
-        self.running.clear()
 
 
 def specification(

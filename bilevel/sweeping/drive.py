@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ class Driver:
                 if self.running:
                     time.sleep(PAUSE)
         finally:
-            self._stop()
+            leave(self.running)
 
     def elsewhere(self) -> int:
         """Trials that another process is at."""
@@ -165,15 +165,6 @@ class Driver:
         value = result["value"] if result["status"] == "done" else None
         tell(self.study, number, value, _state(result["status"]))
 
-    def _stop(self) -> None:
-        """What still runs saves its state; it stays unfinished in the journal, and is taken up later."""
-        for handle, _, _ in self.running.values():
-            handle.stop()
-        for handle, held, _ in self.running.values():
-            handle.wait()
-            held.close()
-        self.running.clear()
-
 
 class Over:
     """A trial that ended before its driver could tell so."""
@@ -208,6 +199,16 @@ def _result(place: Path, died: str) -> dict[str, Any]:
 def write_result(place: Path, result: Mapping[str, Any]) -> None:
     """Keep what became of a trial, whole or not at all."""
     write_text(place / RESULT, json.dumps(result, ensure_ascii=False) + "\n", remedy=REMEDY)
+
+
+def leave(running: MutableMapping[Any, tuple[Handle, ExitStack, Any]]) -> None:
+    """What still runs saves its state; it is kept as unfinished, and is taken up later."""
+    for handle, _, _ in running.values():
+        handle.stop()
+    for handle, held, _ in running.values():
+        handle.wait()
+        held.close()
+    running.clear()
 
 
 def hold(folder: Path, held: ExitStack, patient: bool = False) -> bool:
