@@ -171,8 +171,8 @@ def measures(folder: RunFolder) -> dict[str, dict[str, float]]:
         kind = {"evaluated": "after", "held": "x held"}.get(event["event"])
         for name, value in event["metrics"].items() if kind else ():
             row = found.setdefault(name, {})
-            row.setdefault("before" if kind == "after" else "x held", record.number(value))
-            row[str(kind)] = record.number(value)
+            is_first = kind == "after" and not event["step"]
+            row["before" if is_first else str(kind)] = record.number(value)
     return found
 
 

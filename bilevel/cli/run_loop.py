@@ -346,8 +346,8 @@ class RunLoop:
     def _first_measures(self) -> dict[str, float] | None:
         """Reads the whole record, so that damage is told before the problem's slow work."""
         events = list(record.read(self.folder.path))
-        measured = (event["metrics"] for event in events if event["event"] == "evaluated")
-        first = next(measured, None)
+        measured = [event for event in events if event["event"] == "evaluated"]
+        first = measured[0]["metrics"] if measured and not measured[0]["step"] else None
         return first and {name: record.number(value) for name, value in first.items()}
 
     def _how_to_resume(self) -> str:

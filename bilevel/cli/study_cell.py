@@ -21,6 +21,9 @@ from bilevel.studying import file as files
 from bilevel.studying.results import Book, Kept, StudyCell, collect
 from bilevel.sweeping import drive
 
+UNSEEN = ("evaluate.before=false", "evaluate.figures=false")
+"""What a run may leave out of which nothing is kept; a study that sets it has its way."""
+
 
 def run_cell(spec: Mapping[str, Any], console: Console) -> None:
     """Run a cell, or go on with it, and keep what it came to; the run's folder is then taken away.
@@ -32,12 +35,9 @@ def run_cell(spec: Mapping[str, Any], console: Console) -> None:
     overrides, content = list(spec["overrides"]), study.content
     whole = RunFolder(Path(spec["place"]) / "run")
     try:
-        recipe = study.load([*overrides, "report=false"])
-        given = Given(
-            recipes.read(study.recipe),
-            [*overrides, "report=false"],
-            ("bilevel", "run", str(study.recipe)),
-        )
+        run = [*UNSEEN, *overrides, "report=false"]
+        recipe = study.load(run)
+        given = Given(recipes.read(study.recipe), run, ("bilevel", "run", str(study.recipe)))
         folder = run_seed(console, recipe, given, whole, recipe.seed, False, ConsoleReceiver)
         found = collect(folder.path, content.measure, content.keep, content.cases)
     except Stopped:

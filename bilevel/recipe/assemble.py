@@ -35,8 +35,10 @@ def assemble(recipe: Recipe, ranks: Ranks | None = None, *, resumed: bool = Fals
         dtype=DTYPES[recipe.runtime.dtype],
         autocast=DTYPES[recipe.runtime.autocast] if recipe.runtime.autocast else None,
         compile=recipe.runtime.compile,
+        evaluate_before=recipe.evaluate.before,
         evaluate_every=recipe.evaluate.every,
         evaluate_held=recipe.evaluate.held,
+        draw=recipe.evaluate.figures,
         stop=recipe.evaluate.stop,
         best=recipe.checkpoint.best,
     )

@@ -101,13 +101,17 @@ class Runtime:
 
 @component
 class Evaluate:
-    """When the problem's own measures are taken: always before and after the run."""
+    """When the problem's own measures are taken: always after the run."""
 
+    before: bool = True
+    """Also before the first step. The run is the same without, and no measure has a `before`."""
     every: NonNegativeInt = 0
     """Also every so many steps; 0 for never."""
     held: bool = True
     """At the end also with x as it began and y trained as long: what is above that is owed to x.
     Costs the lower solves of the run again, and one evaluation."""
+    figures: bool = True
+    """Whether the problem draws its figures at the end."""
     stop: EarlyStop | None = None
     """When a measure that gains nothing ends the run; needs `every`."""
 

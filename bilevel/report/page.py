@@ -147,6 +147,7 @@ def _measures(history: History) -> tuple[list[str], list[tuple[str, list[str]]]]
     """(heads, rows) of the table of measures; of a problem without any, of its losses."""
     curves = {name: history.metric(name) for name in history.metrics}
     curves = {name: curve for name, curve in curves.items() if curve}
+    is_late = bool(curves) and history.evaluations[0][0] > 0  # not taken before the first step
     if not curves:
         losses = {"upper loss F": "upper_loss", "lower loss G": "lower_loss"}
         curves = {name: history.curve(column) for name, column in losses.items()}
@@ -156,6 +157,8 @@ def _measures(history: History) -> tuple[list[str], list[tuple[str, list[str]]]]
     rows = []
     for name, curve in curves.items():
         (_, first), (_, last) = curve[0], curve[-1]
+        if is_late:
+            first = math.nan
         held = history.held.get(name, math.nan)
         row = {
             "before": significant(first),

@@ -18,8 +18,12 @@ def is_due(setup: Setup, state: State) -> bool:
     """Whether the problem's own measures, if it has any, are taken at the present step."""
     if "evaluate" not in setup.levels:
         return False
+    if state.step == setup.upper.steps:
+        return True
+    if not state.step:
+        return setup.evaluate_before
     every = setup.evaluate_every
-    return state.step in (0, setup.upper.steps) or bool(every and state.step % every == 0)
+    return bool(every and state.step % every == 0)
 
 
 def evaluate(setup: Setup, state: State) -> Iterator[Event]:
@@ -69,7 +73,7 @@ def measured(
 
 
 def draw_figures(setup: Setup, state: State) -> Iterator[Event]:
-    draw = setup.levels.get("figures")
+    draw = setup.levels.get("figures") if setup.draw else None
     if draw is None:
         return
     yield Progress("figures", 0)

@@ -46,10 +46,14 @@ class Setup:
     """In what the losses are evaluated below float32 (`bilevel.problem.autocast`)."""
     compile: Literal["off", "step"] = "off"
     """Whether the upper step is recorded once and replayed (`bilevel.run.replayed`)."""
+    evaluate_before: bool = True
+    """Whether to evaluate before the first step."""
     evaluate_every: int = 0
     """Upper steps between evaluations; 0 evaluates before and after only."""
     evaluate_held: bool = False
     """Whether to evaluate at the end x as it began, with y trained as long (`bilevel.run.held`)."""
+    draw: bool = True
+    """Whether the problem draws its figures at the end."""
     stop: EarlyStop | None = None
     """When to end before all steps are taken."""
     best: Best | None = None

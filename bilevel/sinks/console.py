@@ -58,7 +58,7 @@ class ConsoleReceiver:
             self._resumed_at = event.step
             self._console.print(_headline(event), highlight=False)
         if isinstance(event, Evaluated):
-            self._before = self._before or event.metrics
+            self._before = self._before if event.step else event.metrics
             self._after = event.metrics
         if isinstance(event, Held):
             self._held = event.metrics
@@ -91,8 +91,8 @@ class ConsoleReceiver:
         self._console.print(text)
 
     def _finish(self, event: Finished) -> None:
-        if self._before and self._after:
-            self._console.print(_comparison(self._before, self._after, self._held))
+        if self._after:
+            self._console.print(_comparison(self._before or {}, self._after, self._held))
             if self._held:
                 self._console.print(Text(HELD_NOTE, style="dim"))
         elif self._first and self._last:  # a problem without measures has its losses

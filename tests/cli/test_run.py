@@ -13,6 +13,7 @@ import pytest
 
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
+from bilevel.cli.ensemble import measures
 from bilevel.cli.names import shipped
 from bilevel.errors import CheckpointError
 from bilevel.runfolder import checkpoint, record
@@ -25,6 +26,24 @@ def test_shipped_recipes_run_for_two_steps_without_a_warning(name, runs):
     kinds = [event["event"] for event in record.read(folder)]
     end = ["evaluated", "held", "finished"]
     assert kinds == ["started", "evaluated", "stepped", "stepped", *end]
+
+
+def test_what_was_not_measured_before_is_not_shown_as_before(runs):
+    """The first measures of such a run are those of its second step."""
+    words = ("quadratic", *SHORT, "evaluate.held=false", "--runs-dir", runs)
+    less = invoke("run", *words, "evaluate.before=false")
+    assert re.search(r"upper value +- +\d", less.output)
+    assert re.search(r"upper value +[\d.]+ +\d", invoke("run", *words).output)
+    by_steps = {}
+    for folder in map(runfolder.RunFolder, runs.glob("*/*")):
+        events = [e for e in record.read(folder.path) if e["event"] == "evaluated"]
+        by_steps[tuple(e["step"] for e in events)] = measures(folder)["upper value"]
+        text = report.write(folder).read_text()
+        cells = re.search(r"<t[hd][^>]*>upper value</t[hd]><td>(.*?)</td>", text)
+        assert cells is not None
+        assert (cells[1] == "–") == (events[0]["step"] == 2)
+    assert by_steps.keys() == {(0, 2, 4), (2, 4)}
+    assert by_steps[2, 4] == {"after": by_steps[0, 2, 4]["after"]}
 
 
 def test_a_dry_run_writes_nothing(runs):

@@ -172,6 +172,28 @@ def test_what_a_problem_may_add_is_called():
     assert [e.name for e in events if isinstance(e, Drawn)] == ["map"]
 
 
+def test_what_is_measured_before_and_drawn_may_be_left_out_and_the_run_is_the_same():
+    class Shown(Noisy):
+        def evaluate(self, x, y):
+            return {"largest": float(y["w"].max())}
+
+        def figures(self, x, y):
+            return {"map": "a figure"}
+
+    def seen(**options):
+        s = replace(setup(Shown(), steps=4), evaluate_every=2, **options)
+        state = start(s)
+        found = list(run(s, state))
+        measured = {e.step: e.metrics for e in found if isinstance(e, Evaluated)}
+        return measured, sum(isinstance(e, Drawn) for e in found), tree.flatten(state.x)
+
+    whole, drawn, x = seen()
+    assert ([*whole], drawn) == ([0, 2, 4], 1)
+    less, undrawn, same = seen(evaluate_before=False, draw=False)
+    assert (less, undrawn) == ({step: whole[step] for step in (2, 4)}, 0)
+    assert torch.equal(x, same)
+
+
 def test_a_problem_may_be_prepared_on_the_runs_device():
     """Once placed, `init` would come too late for what is trained in `prepare`."""
     calls: list[str] = []
