@@ -476,6 +476,13 @@ def study(
             "--workers", metavar="N", min=0, help="Cells at a time; 0: within this process."
         ),
     ] = 1,
+    without_headroom: Annotated[
+        bool,
+        typer.Option(
+            "--without-headroom",
+            help="Run test seeds though the study's headroom is not met; the page then says so.",
+        ),
+    ] = False,
     no_run: Annotated[
         bool, typer.Option("--no-run", help="Run nothing: show what is there, and write the page.")
     ] = False,
@@ -498,6 +505,7 @@ def study(
             workers=workers,
             runs=runs_dir,
             only_show=no_run,
+            insist=without_headroom,
             quiet=quiet,
             answer=answer,
         )

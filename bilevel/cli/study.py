@@ -29,9 +29,10 @@ from bilevel.studying import figure, page
 from bilevel.studying import file as files
 from bilevel.studying.drive import StudyDriver, specification
 from bilevel.studying.file import Study
+from bilevel.studying.headroom import HeadroomFound, headroom
 from bilevel.studying.plan import Asked, StudyPlan, Waiting
 from bilevel.studying.results import Book, StudyCell
-from bilevel.studying.summary import ArmRow, StudySummary, Table, document
+from bilevel.studying.summary import ArmRow, StudySummary, Table, document, plain
 
 FAILED = 6
 """Exit code where some cells failed."""
@@ -52,6 +53,7 @@ def study(
     workers: int,
     runs: Path,
     only_show: bool,
+    insist: bool = False,
     quiet: bool = False,
     answer: JSONAnswer | None = None,
 ) -> None:
@@ -67,14 +69,22 @@ def study(
     _discard(plan, selection, again)
     failed = False
     if not only_show:
+        if not insist:
+            _refuse_without_headroom(plan, selection)
         _check(plan, selection)
-        failed = _compute(Console(quiet=True) if quiet else console, plan, selection, runs, workers)
-    tables = StudySummary(plan).tables()
+        driven = _driver(plan, selection, runs, workers, insist)
+        failed = _compute(Console(quiet=True) if quiet else console, driven)
+    tables, gate = StudySummary(plan).tables(), headroom(plan)
     if answer:
         answer.data = {"study": asked.name, "regimes": document(tables)}
+        if gate:
+            answer.data["headroom"] = plain(gate) | {"mean": gate.mean, "verdict": gate.verdict}
     for table in tables:
         _show(console, asked, table)
-    for path in _write(asked, tables):
+    if gate:
+        console.print()
+        console.print(gate.said, markup=False, highlight=False)
+    for path in _write(asked, tables, gate):
         console.print(Text(f"{path}"), soft_wrap=True)
     if failed:
         raise Stopped(FAILED)
@@ -141,8 +151,20 @@ def _check(plan: StudyPlan, selection: Asked) -> None:
             raise RecipeError(f"{plan.study.path}: {cell.regime}, {cell.arm}: {error}") from None
 
 
-def _compute(console: Console, plan: StudyPlan, selection: Asked, runs: Path, workers: int) -> bool:
-    """Whether a cell failed, now or before."""
+def _refuse_without_headroom(plan: StudyPlan, selection: Asked) -> None:
+    """Raises `RecipeError` where every cell that is asked for would be held back."""
+    gate, missing = headroom(plan), plan.missing(selection)
+    if gate and missing and all(map(gate.holds, missing)):
+        raise RecipeError(
+            f"{plan.study.path}: {gate.said}. Nothing that is asked for is run before it is met: compute what "
+            f"is missing (--phase tune --regime {gate.regime}), or go on all the same, which the page then "
+            "says: --without-headroom"
+        )
+
+
+def _driver(
+    plan: StudyPlan, selection: Asked, runs: Path, workers: int, insist: bool
+) -> StudyDriver:
     import torch
 
     threads = max(1, torch.get_num_threads() // max(1, workers))
@@ -150,11 +172,18 @@ def _compute(console: Console, plan: StudyPlan, selection: Asked, runs: Path, wo
     def start(cell: StudyCell, overrides: list[str], place: Path) -> Any:
         spec = specification(plan.study.path.resolve(), cell, overrides, place)
         spec["threads"] = threads if workers > 1 else None
+        if insist and (gate := headroom(plan)) and gate.holds(cell):
+            spec["note"] = f"headroom {gate.verdict}"
         if workers:
             return sweep_trial.Process(spec, study_cell.main)
         return study_cell.in_this_process(spec)
 
-    driver = StudyDriver(plan, selection, runs / f"{plan.study.name}-study", start, workers)
+    folder = runs / f"{plan.study.name}-study"
+    return StudyDriver(plan, selection, folder, start, workers, insist)
+
+
+def _compute(console: Console, driver: StudyDriver) -> bool:
+    """Whether a cell failed, now or before."""
     driver.folder.mkdir(parents=True, exist_ok=True)
     with going_on(f"the study in {driver.folder}"), Signals():
         try:
@@ -170,7 +199,8 @@ def _compute(console: Console, plan: StudyPlan, selection: Asked, runs: Path, wo
                 stopped.code, f"stopped; {left} cells are left: the same command goes on"
             ) from None
     _leave(console, driver)
-    kept = [plan.book.get(cell) for cell in plan.all() if cell in selection]
+    plan = driver.plan
+    kept = [plan.book.get(cell) for cell in plan.all() if cell in driver.selection]
     return any(each is not None and not each.is_done for each in kept)
 
 
@@ -248,16 +278,16 @@ def _cells(row: ArmRow) -> Sequence[str]:
     )
 
 
-def _write(asked: Study, tables: Sequence[Table]) -> list[Path]:
+def _write(asked: Study, tables: Sequence[Table], gate: HeadroomFound | None) -> list[Path]:
     if asked.page is None:
         return []
-    text = page.read(asked.page)
+    text = page.read(asked.page, gate is not None)
     if not figure.is_possible():
         complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
         figures: list[Path] = []
     else:
         figures = figure.draw(asked, tables, asked.page.parent / asked.page.stem)
-    page.write(asked.page, page.filled(text, asked, tables, figures, _command(asked)))
+    page.write(asked.page, page.filled(text, asked, tables, figures, _command(asked), gate))
     return [asked.page, *figures]
 
 

@@ -45,11 +45,13 @@ def run_cell(spec: Mapping[str, Any], console: Console) -> None:
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, BilevelError) else f"{type(error).__name__}: "
         reason = f"{kind}{' '.join(str(error).split()) or reason_of(error)}"[:500]
-        Book(study.results).keep(cell, Kept("failed", tuple(overrides), {}, {}, 0.0, reason))
+        failed = Kept("failed", tuple(overrides), {}, {}, 0.0, reason, note=spec.get("note"))
+        Book(study.results).keep(cell, failed)
         return
     if cell.phase == "tune":
         found = replace(found, cases=None)  # the mean is all that is chosen by
-    Book(study.results).keep(cell, replace(found, assignments=tuple(overrides)))
+    found = replace(found, assignments=tuple(overrides), note=spec.get("note"))
+    Book(study.results).keep(cell, found)
     shutil.rmtree(folder.path, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bilevel.studying.headroom import headroom
 from bilevel.studying.plan import Asked, StudyPlan, Waiting
 from bilevel.studying.results import Kept, StudyCell
 from bilevel.sweeping.drive import PAUSE, Handle, hold, leave
@@ -31,6 +32,8 @@ class StudyDriver:
     """Of the runs, a folder a cell."""
     start: Start
     workers: int = 1
+    insist: bool = False
+    """Whether cells that the study's headroom holds back are run all the same."""
     running: dict[StudyCell, tuple[Handle, ExitStack, list[str]]] = field(default_factory=dict)
     waiting: Mapping[StudyCell, str] = field(default_factory=dict)
     """Cells that could not begin, and what they wait for."""
@@ -59,8 +62,12 @@ class StudyDriver:
     def _begin(self) -> bool:
         waiting: dict[StudyCell, str] = {}
         self.elsewhere = 0
+        gate = None if self.insist else headroom(self.plan)
         for cell in self.missing():
             if cell in self.running:
+                continue
+            if gate and gate.holds(cell):
+                waiting[cell] = gate.said
                 continue
             try:
                 overrides = self.plan.overrides(cell)

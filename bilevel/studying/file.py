@@ -124,6 +124,20 @@ class Regime:
 
 
 @component
+class Headroom:
+    """What there must be to be gained, on development seeds, before a test seed is run."""
+
+    bound: str
+    """The arm that knows more than the others may."""
+    at_least: float
+    """By how much it must be ahead, in the measure, in the mean over development seeds."""
+    over: str = BASELINE
+    """An arm, or the best of a group."""
+    regime: str | None = None
+    """None for the first."""
+
+
+@component
 class StudyFile:
     """A study's file."""
 
@@ -139,6 +153,8 @@ class StudyFile:
     maximize: bool = False
     margin: NonNegativeFloat = 0.0
     """Differences within ± margin are no difference that matters."""
+    headroom: Headroom | None = None
+    """Cells on test seeds are held back until it is met; None for no such gate."""
     trials: PositiveInt = 9
     """Settings that are tried of each arm, at most."""
     sampler_seed: NonNegativeInt = 0
@@ -225,6 +241,8 @@ class _Check:
             self._arm(name, arm)
         for name, regime in content.regimes.items():
             self._regime(name, regime)
+        if content.headroom:
+            self._headroom(content.headroom)
 
     def _seeds(self, given: Any, where: Where) -> tuple[int, ...]:
         try:
@@ -301,6 +319,25 @@ class _Check:
                 self._complaints.add(
                     (*where, "arms"), f"{arm} is named in the regime of `tuned`, which is missing"
                 )
+
+    def _headroom(self, asked: Headroom) -> None:
+        content, where = self._content, ("headroom",)
+        tuned = [name for name, each in content.regimes.items() if not each.tuned]
+        regime = asked.regime or next(iter(content.regimes))
+        if regime not in tuned:
+            self._complaints.add(
+                (*where, "regime"), unknown(regime, tuned, "regime that is tuned by itself")
+            )
+            return
+        there = arms_of(content, regime, {})
+        groups = {content.arms[name].group for name in there if not content.arms[name].hidden}
+        if asked.bound not in there:
+            self._complaints.add((*where, "bound"), unknown(asked.bound, there, f"arm of {regime}"))
+        if asked.over not in groups.union(there) or asked.over == asked.bound:
+            known = [*sorted(groups), *(name for name in there if name != asked.bound)]
+            self._complaints.add(
+                (*where, "over"), unknown(asked.over, known, f"group or arm of {regime}")
+            )
 
 
 def words(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from bilevel.errors import RecipeError
 from bilevel.runfolder.files import write_text
 from bilevel.sinks.numbers import significant
 from bilevel.studying.file import BASELINE, OURS, Study
+from bilevel.studying.headroom import HeadroomFound
 from bilevel.studying.results import REMEDY
 from bilevel.studying.statistics import Interval
 from bilevel.studying.summary import ArmRow, Table
 
-PARTS = ("answer", "tables", "figures", "tuned", "costs", "cells", "repeat")
+PARTS = ("answer", "tables", "figures", "tuned", "headroom", "costs", "cells", "repeat")
 SAID = {
     "win": "is ahead of",
     "loss": "is behind",
@@ -26,13 +28,14 @@ SAID = {
 """What a verdict says in words."""
 
 
-def read(path: Path) -> str:
-    """The text of the page; one with all parts where there is none.
+def read(path: Path, has_headroom: bool) -> str:
+    """The text of the page; one with all parts that the study has where there is none.
 
     Raises `RecipeError` where no marker is on it.
     """
     if not path.is_file():
-        parts = (f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in PARTS)
+        names = [name for name in PARTS if name != "headroom" or has_headroom]
+        parts = (f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in names)
         return f"# {path.stem}\n\n" + "\n".join(parts)
     text = path.read_text(encoding="utf-8")
     if not any(f"<!-- study:{name} -->" in text for name in PARTS):
@@ -49,17 +52,23 @@ def write(path: Path, text: str) -> None:
 
 
 def filled(
-    text: str, study: Study, tables: Sequence[Table], figures: Sequence[Path], command: str
+    text: str,
+    study: Study,
+    tables: Sequence[Table],
+    figures: Sequence[Path],
+    command: str,
+    gate: HeadroomFound | None = None,
 ) -> str:
     """The page with its parts made anew from the tables. Every number of a part is computed."""
     begun = [table for table in tables if table.done]
     made: Mapping[str, str] = {
-        "answer": answer(study, tables),
+        "answer": answer(study, tables, gate),
         "tables": "\n".join(
             _table(study, table) for table in begun if any(r.seeds for r in table.rows)
         ),
         "figures": "\n".join(_figure(study, path) for path in figures),
         "tuned": "\n".join(filter(None, (_tuned(study, table) for table in begun))),
+        "headroom": _headroom(gate) if gate else "",
         "costs": "\n".join(_costs(table) for table in begun if any(r.cost for r in table.rows)),
         "cells": _cells(tables),
         "repeat": f"```console\n$ {command}\n```\n",
@@ -71,8 +80,16 @@ def filled(
     return text
 
 
-def answer(study: Study, tables: Sequence[Table]) -> str:
-    """What is known of the first regime, in a sentence; how far it is where it is not answered."""
+def answer(study: Study, tables: Sequence[Table], gate: HeadroomFound | None = None) -> str:
+    """What is known of the first regime, in a sentence; how far it is where it is not answered.
+
+    Where there is no headroom, that is the answer.
+    """
+    if gate and gate.verdict == "not met" and not gate.early:
+        return (
+            f"**There is no headroom in {gate.regime}**: {_ahead(gate)}; at least {gate.at_least:g} was asked for, "
+            "so no test seed is run.\n"
+        )
     table, row = tables[0], tables[0].primary
     done, cells = sum(t.done for t in tables), sum(t.cells for t in tables)
     wanted = len(study.test[table.regime])
@@ -165,6 +182,33 @@ def _best(row: ArmRow) -> tuple[str, str, str]:
     values = ", ".join(f"`{key}={value}`" for key, value in row.tuned.values.items())
     each = ", ".join(f"{value:.4g}" for value in row.tuned.seeds)
     return f"{row.tuned.tried}", values or "–", f"{row.tuned.mean:.4g} ({each})"
+
+
+def _headroom(gate: HeadroomFound) -> str:
+    """The verdict, what it rests on, and whether someone went on all the same."""
+    asked = (
+        f"in {gate.regime} `{gate.bound}` is to be ahead of `{gate.over}` by {gate.at_least:g}, in the mean over "
+        "development seeds"
+    )
+    lines = [f"**{gate.verdict.capitalize()}**: {asked}."]
+    if gate.mean is not None:
+        each = ", ".join(f"{value:+.4g}" for value in gate.differences)
+        lines = [f"**{gate.verdict.capitalize()}**: {_ahead(gate)} ({each}); {asked}."]
+    elif gate.failed:
+        lines.append(f"It cannot be computed: {gate.failed}.")
+    else:
+        left = Counter(cell.arm for cell in gate.missing)
+        arms = ", ".join(f"{number} of `{arm}`" for arm, number in left.items())
+        lines.append(f"Cells that it rests on and that are not there: {arms}.")
+    if gate.early:
+        lines.append(
+            f"{gate.early:,} cells were run before it was met, because that was asked for (`--without-headroom`)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ahead(gate: HeadroomFound) -> str:
+    return f"the bound `{gate.bound}` is ahead of `{gate.over}` by {gate.mean:+.4g}"
 
 
 def _costs(table: Table) -> str:

@@ -141,24 +141,35 @@ class StudyPlan:
 
     def named(self, regime: str) -> dict[str, str]:
         """The arms of the groups `ours` and `baseline` with the best mean on development seeds, once all are tuned."""
-        regime, found = self.study.tuning(regime), {}
-        for group in (OURS, BASELINE):
-            arms = [
-                name
-                for name in arms_of(self.study.content, regime, {})
-                if self._arms[name].group == group and not self._arms[name].hidden
-            ]
-            means: dict[str, float] = {}
-            for name in arms:
-                try:
-                    means[name] = self.tuned(regime, name).mean
-                except Waiting as waiting:
-                    if not waiting.is_final:
-                        return {}
-            if means:
-                best = max if self.study.content.maximize else min
-                found[group] = best(means, key=lambda name: means[name])
-        return found
+        regime = self.study.tuning(regime)
+        try:
+            found = {group: self.best(regime, group) for group in (OURS, BASELINE)}
+        except Waiting:
+            return {}
+        return {group: arm for group, arm in found.items() if arm is not None}
+
+    def group(self, regime: str, group: str) -> list[str]:
+        """The arms of a group that a regime shows."""
+        return [
+            name
+            for name in arms_of(self.study.content, regime, {})
+            if self._arms[name].group == group and not self._arms[name].hidden
+        ]
+
+    def best(self, regime: str, group: str) -> str | None:
+        """The arm of a group with the best mean on development seeds; None where every arm of it failed.
+
+        Raises `Waiting` until all of them are tuned.
+        """
+        means: dict[str, float] = {}
+        for name in self.group(regime, group):
+            try:
+                means[name] = self.tuned(regime, name).mean
+            except Waiting as waiting:
+                if not waiting.is_final:
+                    raise
+        best = max if self.study.content.maximize else min
+        return best(means, key=lambda name: means[name]) if means else None
 
     def overrides(self, cell: StudyCell) -> list[str]:
         """The overrides of the recipe that a cell is run with. Raises `Waiting` for what it rests on."""

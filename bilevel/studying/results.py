@@ -54,6 +54,8 @@ class Kept:
     """Gradients, products and evaluations, as a run counts them."""
     seconds: float
     reason: str | None = None
+    note: str | None = None
+    """Why it would not have been run, had it not been asked for all the same."""
     cases: Mapping[str, Sequence[Any]] | None = None
     """Columns unit, score and label of the answers that the measure was computed from."""
 

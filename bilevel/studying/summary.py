@@ -206,12 +206,13 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def document(tables: Sequence[Table]) -> list[dict[str, Any]]:
     """The tables as plain data."""
-
-    def plain(value: Any) -> Any:
-        if hasattr(value, "__dataclass_fields__"):
-            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-        if isinstance(value, Mapping):
-            return {key: plain(part) for key, part in value.items()}
-        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
     return [plain(table) for table in tables]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as what JSON has."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value

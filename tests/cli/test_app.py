@@ -68,6 +68,7 @@ COMMANDS = {
         "--phase",
         "--again",
         "--workers",
+        "--without-headroom",
         "--no-run",
         "--runs-dir",
         *ANSWERS,

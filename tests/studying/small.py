@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bilevel.cli.names import shipped
@@ -9,6 +10,7 @@ from bilevel.studying import file as files
 from bilevel.studying.plan import StudyPlan
 from bilevel.studying.results import Book, Kept, StudyCell
 
+DEVELOPMENT = (100, 101)
 TEXT = """\
 name: small
 recipe: quadratic.yaml
@@ -77,3 +79,26 @@ def keep(plan: StudyPlan, cell: StudyCell, value: float | None, **measures: floa
     reason = "it diverged" if value is None else None
     overrides = tuple(plan.overrides(cell))
     plan.book.keep(cell, Kept(status, overrides, found, {"gradients": 10.0}, 1.5, reason))
+
+
+def tune(plan: StudyPlan, arm: str, *means: float | None) -> None:
+    """Keep development cells of these means, a quarter above and below; None for a setting that failed."""
+    for trial, mean in enumerate(means):
+        for seed in DEVELOPMENT:
+            away = 0.25 if seed == DEVELOPMENT[0] else -0.25
+            value = None if mean is None else mean + away
+            keep(plan, StudyCell("easy", arm, "tune", seed, trial), value)
+
+
+def tune_all(plan: StudyPlan, implicit: Sequence[float] = (3.0, 2.0)) -> None:
+    """Keep all development cells: the best baseline is `direct` at 6, `implicit` comes to 2, `again` to 2.5."""
+    tune(plan, "direct", 7.0, 6.0)
+    for point in (0, 1):
+        for seed in DEVELOPMENT:
+            cell = StudyCell("easy", "rates", "tune", seed, point=point)
+            keep(plan, cell, 1.0, upper_loss=5.0 - point)
+    tune(plan, "mixed", 6.5)
+    for trial, mean in enumerate(implicit):
+        for seed in DEVELOPMENT:
+            keep(plan, StudyCell("easy", "implicit", "tune", seed, trial), mean)
+    tune(plan, "again", 2.5)

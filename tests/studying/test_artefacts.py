@@ -10,6 +10,7 @@ from bilevel.cli.names import shipped_studies
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
 from bilevel.studying.drive import specification
+from bilevel.studying.headroom import headroom
 from bilevel.studying.plan import StudyPlan
 from bilevel.studying.results import Book, StudyCell
 from bilevel.studying.summary import StudySummary
@@ -50,12 +51,13 @@ def test_pages_are_what_the_cells_say(name, monkeypatch):
     assert [str(cell) for cell in plan.all() if plan.altered(cell) is not None] == []
     study = plan.study
     assert study.page is not None
-    text, tables = page.read(study.page), StudySummary(plan).tables()
+    text, tables = page.read(study.page, True), StudySummary(plan).tables()
     drawn = figure.composed(study, tables, study.page.parent / study.page.stem)
-    command = f"bilevel study {study.path.relative_to(ROOT)}"
-    assert page.filled(text, study, tables, list(drawn), command) == text
+    command, gate = f"bilevel study {study.path.relative_to(ROOT)}", headroom(plan)
+
+    def filled(text):
+        return page.filled(text, study, tables, list(drawn), command, gate)
+
+    assert filled(text) == text
     assert all(path.is_file() for path in drawn)
-    assert (
-        page.filled(text.replace("known by now", "that are"), study, tables, list(drawn), command)
-        == text
-    )
+    assert filled(text.replace("known by now", "that are")) == text

@@ -46,6 +46,21 @@ def test_arms_come_with_those_they_come_after(tmp_path):
         ("tuned: implicit", 'tuned: implicit\n    vary: ["a=1,2"]', "stands beside vary"),
         ("  direct:\n", "  di/rect:\n", "it names a folder"),
         ("group: ours", "group: {}", r"arms.implicit.group = \{\}; must be text"),
+        (
+            "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: agian, at_least: 1}",
+            r"small.yaml:7: headroom.bound: 'agian'.*'again'",
+        ),
+        (
+            "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: again, over: basline, at_least: 1}",
+            r"headroom.over: 'basline'.*'baseline'",
+        ),
+        (
+            "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: again, regime: hard, at_least: 1}",
+            r"headroom.regime: 'hard': unknown regime that is tuned by itself",
+        ),
         ("name: small", "name: small\nversion: 2", "this release reads version 1"),
     ],
 )

@@ -7,33 +7,10 @@ from bilevel.studying.results import StudyCell
 from bilevel.sweeping.space import parse
 from tests.studying import small
 
-DEVELOPMENT = (100, 101)
-
 
 @pytest.fixture
 def plan(tmp_path):
     return small.made(tmp_path)
-
-
-def tune(plan, arm, *means):
-    for trial, mean in enumerate(means):
-        for seed in DEVELOPMENT:
-            away = 0.25 if seed == DEVELOPMENT[0] else -0.25
-            value = None if mean is None else mean + away
-            small.keep(plan, StudyCell("easy", arm, "tune", seed, trial), value)
-
-
-def tune_all(plan, implicit=(3.0, 2.0)):
-    tune(plan, "direct", 7.0, 6.0)
-    for point in (0, 1):
-        for seed in DEVELOPMENT:
-            cell = StudyCell("easy", "rates", "tune", seed, point=point)
-            small.keep(plan, cell, 1.0, upper_loss=5.0 - point)
-    tune(plan, "mixed", 6.5)
-    for trial, mean in enumerate(implicit):
-        for seed in DEVELOPMENT:
-            small.keep(plan, StudyCell("easy", "implicit", "tune", seed, trial), mean)
-    tune(plan, "again", 2.5)
 
 
 def test_tuning_comes_arm_by_arm_then_test_seeds_with_all_arms_of_one_before_the_next(plan):
@@ -53,7 +30,7 @@ def test_tuning_comes_arm_by_arm_then_test_seeds_with_all_arms_of_one_before_the
 def test_a_regime_tuned_elsewhere_has_the_two_arms_that_were_named(plan):
     assert plan.named("easy") == plan.named("hard") == {}
     assert list(plan.cells("hard")) == []
-    tune_all(plan)
+    small.tune_all(plan)
     assert plan.named("hard") == {"ours": "implicit", "baseline": "direct"}
     arms = ("direct", "implicit")
     assert list(plan.cells("hard")) == [
@@ -64,7 +41,7 @@ def test_a_regime_tuned_elsewhere_has_the_two_arms_that_were_named(plan):
 def test_the_setting_with_the_best_mean_is_taken(plan):
     with pytest.raises(Waiting, match="easy/direct is not tuned yet"):
         plan.tuned("easy", "direct")
-    tune(plan, "direct", 7.0, 6.0)
+    small.tune(plan, "direct", 7.0, 6.0)
     values = {"upper.optimizer.lr": "0.5"}
     assert plan.tuned("hard", "direct") == Tuned(1, values, 6.0, (6.25, 5.75), 2)
     overrides = plan.overrides(StudyCell("hard", "direct", "test", 2))
@@ -83,15 +60,15 @@ def test_the_setting_with_the_best_mean_is_taken(plan):
 
 def test_the_largest_is_best_where_the_study_says_so(tmp_path):
     plan = small.made(tmp_path, f"maximize: true\n{small.TEXT}")
-    tune_all(plan)
+    small.tune_all(plan)
     assert plan.tuned("easy", "direct").mean == 7.0
     assert plan.named("easy")["baseline"] == "direct"
 
 
 def test_a_setting_that_failed_on_a_seed_is_not_taken(plan):
-    tune(plan, "direct", 7.0, None)
+    small.tune(plan, "direct", 7.0, None)
     assert plan.tuned("easy", "direct").trial == 0
-    tune(plan, "direct", None, None)
+    small.tune(plan, "direct", None, None)
     other = small.StudyPlan(plan.study, small.Book(plan.book.folder))
     with pytest.raises(Waiting, match="every setting failed") as caught:
         other.tuned("easy", "direct")
@@ -102,7 +79,7 @@ def test_measures_of_another_arm_at_the_same_seed_are_taken_as_settings(plan):
     cell = StudyCell("easy", "again", "test", 1)
     with pytest.raises(Waiting, match="implicit is not tuned yet"):
         plan.overrides(cell)
-    tune_all(plan, implicit=(2.0, 3.0))
+    small.tune_all(plan, implicit=(2.0, 3.0))
     with pytest.raises(Waiting, match="easy/implicit/test-seed1 is not over"):
         plan.overrides(cell)
     small.keep(plan, StudyCell("easy", "implicit", "test", 1), 0.75)
@@ -114,7 +91,7 @@ def test_measures_of_another_arm_at_the_same_seed_are_taken_as_settings(plan):
 
 
 def test_an_arm_whose_stage_failed_never_runs(plan):
-    tune_all(plan)
+    small.tune_all(plan)
     small.keep(plan, StudyCell("easy", "implicit", "test", 1), None)
     with pytest.raises(Waiting, match="failed") as caught:
         plan.overrides(StudyCell("easy", "again", "test", 1))
@@ -123,7 +100,7 @@ def test_an_arm_whose_stage_failed_never_runs(plan):
 
 def test_weights_are_those_of_the_mixture_that_was_best(plan):
     mixed = StudyCell("easy", "mixed", "test", 0)
-    tune_all(plan)
+    small.tune_all(plan)
     with pytest.raises(Waiting, match="rates/test-seed0-point00 is not over"):
         plan.overrides(mixed)
     points = [StudyCell("easy", "rates", "test", 0, point=point) for point in (0, 1)]

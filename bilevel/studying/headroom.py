@@ -1,0 +1,123 @@
+"""Is there anything to be gained? How far a bound is ahead on development seeds, asked before a test seed is run.
+
+A study in which no arm could win says nothing of its arms. Of an arm that knows more than the others may (the `bound`) and of
+one that it has to be ahead of, each as tuned on development seeds, the mean difference over these seeds must be `at_least` so
+much. It is computed from kept cells alone. Until they are there cells on test seeds are held back, and where they say
+no, every other regime is too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from bilevel.studying.file import StudyFile
+from bilevel.studying.plan import StudyPlan, Waiting
+from bilevel.studying.results import StudyCell
+
+
+@dataclass(frozen=True)
+class HeadroomFound:
+    """What is known of a study's headroom."""
+
+    regime: str
+    bound: str
+    over: str
+    """The arm that the bound is compared with; its group until that one is named."""
+    at_least: float
+    differences: tuple[float, ...]
+    """By development seed, positive where the bound is ahead; () until it is computed."""
+    missing: tuple[StudyCell, ...]
+    """Cells that it rests on and that are not over."""
+    failed: str | None
+    """Why these cells say nothing although all are over."""
+    early: int
+    """Test cells that were run before it was met, because that was asked for."""
+
+    @property
+    def mean(self) -> float | None:
+        return fmean(self.differences) if self.differences else None
+
+    @property
+    def verdict(self) -> Literal["met", "not met", "not yet computed", "failed"]:
+        if self.mean is None:
+            return "failed" if self.failed else "not yet computed"
+        return "met" if self.mean >= self.at_least else "not met"
+
+    def holds(self, cell: StudyCell) -> bool:
+        """Whether a cell is held back."""
+        if self.verdict == "met":
+            return False
+        return cell.phase == "test" or (self.verdict == "not met" and cell.regime != self.regime)
+
+    @property
+    def said(self) -> str:
+        """The verdict with the numbers that it rests on, in a line."""
+        asked = f"{self.bound} is to be ahead of {self.over} by {self.at_least:g} in {self.regime}"
+        if self.mean is not None:
+            each = ", ".join(f"{value:+.3g}" for value in self.differences)
+            return f"headroom {self.verdict}: {asked}, and is by {self.mean:+.3g} ({each})"
+        if self.failed:
+            return f"headroom failed: {asked}; {self.failed}"
+        left = Counter(cell.arm for cell in self.missing)
+        arms = ", ".join(f"{number} of {arm}" for arm, number in left.items())
+        return f"headroom not yet computed: {asked}; development cells are missing, {arms}"
+
+
+def headroom(plan: StudyPlan) -> HeadroomFound | None:
+    """None where the study asks for none."""
+    content = plan.study.content
+    asked = content.headroom
+    if asked is None:
+        return None
+    regime = asked.regime or next(iter(content.regimes))
+    rivals = [asked.over] if asked.over in content.arms else plan.group(regime, asked.over)
+    needed = behind(content, [asked.bound, *rivals])
+    tuning = [cell for cell in plan.cells(regime) if cell.phase == "tune" and cell.arm in needed]
+    missing = tuple(cell for cell in tuning if plan.book.get(cell) is None)
+    over: str | None = asked.over
+    differences: tuple[float, ...] = ()
+    failed = None
+    if not missing:
+        try:
+            over = asked.over if asked.over in content.arms else plan.best(regime, asked.over)
+            differences = _differences(plan, regime, asked.bound, over)
+        except Waiting as reason:
+            failed = str(reason)
+    early = sum(
+        kept is not None and kept.note is not None for kept in map(plan.book.get, plan.all())
+    )
+    return HeadroomFound(
+        regime,
+        asked.bound,
+        over or asked.over,
+        asked.at_least,
+        differences,
+        missing,
+        failed,
+        early,
+    )
+
+
+def _differences(plan: StudyPlan, regime: str, bound: str, over: str | None) -> tuple[float, ...]:
+    if over is None:
+        raise Waiting(f"every arm that {bound} is compared with failed", True)
+    sign = 1 if plan.study.content.maximize else -1
+    pairs = zip(plan.tuned(regime, bound).seeds, plan.tuned(regime, over).seeds, strict=True)
+    return tuple(sign * (one - other) for one, other in pairs)
+
+
+def behind(content: StudyFile, arms: Sequence[str]) -> Collection[str]:
+    """These arms with all that they come after or are tuned as."""
+    found: set[str] = set()
+    left = list(arms)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            arm = content.arms[name]
+            left += [each for each in (arm.tuned, arm.after and arm.after.arm) if each]
+    return found
