@@ -26,6 +26,7 @@ from torch import Tensor
 from bilevel.errors import CheckError, ProblemError
 from bilevel.scalars.functions import sqrt
 from bilevel.scalars.scalar import Scalar
+from bilevel.scalars.table import Table
 from bilevel.types import Params
 
 
@@ -450,6 +451,8 @@ def contiguous(value: Any, known: Any = None) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.contiguous()
+    if type(value) is Table:  # whose trees were made so as they were put into it
+        return value
     if isinstance(value, dict):
         before = known if isinstance(known, dict) else {}
         return {
@@ -487,28 +490,32 @@ def _stands(values: dict[Any, Any], device: torch.device | str, dtype: torch.dty
     return True
 
 
-def map_nested(function: Callable[..., Any], value: Any, *others: Any) -> Any:
+def map_nested(
+    function: Callable[..., Any], value: Any, *others: Any, whole: tuple[type, ...] = ()
+) -> Any:
     """function applied to the leaves of nested values of one structure, as a batch may be.
 
     Nested are mappings, lists, tuples, named tuples and dataclasses, each of which comes back as
-    what it was; a leaf is anything else.
+    what it was; a leaf is anything else, and what is `whole`.
     """
+    if isinstance(value, whole):
+        return function(value, *others)
     if isinstance(value, Mapping):
         entries = {
-            key: map_nested(function, part, *(other[key] for other in others))
+            key: map_nested(function, part, *(other[key] for other in others), whole=whole)
             for key, part in value.items()
         }
         return entries if type(value) is dict else _refilled(value, entries)
     if isinstance(value, (list, tuple)):
         rows = zip(value, *others, strict=True)
-        mapped = [map_nested(function, *row) for row in rows]
+        mapped = [map_nested(function, *row, whole=whole) for row in rows]
         return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # neither __init__ nor __post_init__ is run again: they need not take what they made
         made = copy.copy(value)
         for field in dataclasses.fields(value):
             row = (getattr(one, field.name) for one in (value, *others))
-            object.__setattr__(made, field.name, map_nested(function, *row))
+            object.__setattr__(made, field.name, map_nested(function, *row, whole=whole))
         return made
     return function(value, *others)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from bilevel import tree
 from bilevel.components import component
 from bilevel.directions.quantity import StochasticQuantity, total
+from bilevel.scalars.table import table
 from bilevel.types import Params
 
 
@@ -42,9 +43,7 @@ def _corrected(
     now: Params, memory: dict[str, Any] | None, block: int, blocks: int
 ) -> tuple[Params, dict[str, Any]]:
     memory = memory or {"mean": tree.zeros_like(now), "rows": {}}
-    row = memory["rows"].get(str(block))
-    off = now if row is None else tree.sub(now, row)
+    rows = table(memory["rows"], now)
+    off = tree.sub(now, rows.row(block))
     mean = tree.axpy(1 / blocks, off, memory["mean"])
-    # rows are shared with the state before, never written into: a step copies one row, not all
-    rows = {**memory["rows"], str(block): now}
-    return tree.add(off, memory["mean"]), {"mean": mean, "rows": rows}
+    return tree.add(off, memory["mean"]), {"mean": mean, "rows": rows.put(block, now)}

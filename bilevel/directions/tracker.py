@@ -48,7 +48,7 @@ class DirectionTracker:
         d, self._memory[quantity] = self._directions[quantity].take(oracle.draw(quantity), memory)
         found = oracle.latest
         if quantity == "lower":
-            self._lower = float(found.G), tree.norm(d)
+            self._lower = found.G.item(), tree.norm(d)
             self._left["lower"] = self._lower[1]
         if quantity == "adjoint" and self._tolerance:
             right = tree.norm(found.parts["adjoint"]["upper"])

@@ -123,17 +123,17 @@ class SingleLoop:
             Triple(at.x, at.y, state["v"]),
         )
         go = self._together if self.order == "together" else self._sequential
-        return go(losses.upper, losses.lower, tracker, start, f"series.{state['calls']}")
+        return go(losses.upper, losses.lower, tracker, start, state["calls"])
 
     def _together(
-        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, name: str
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, call: int
     ) -> Estimate:
         moving = ("lower", "adjoint") if self.adjoint == "steps" else ("lower",)
         steps, h = 0, at.x
         while steps < self.lower_steps and not tracker.rests(*moving, "upper"):
             if steps:
                 F, G = F.fresh(), G.fresh()
-            sample = self._sample(F, G, f"{name}.{steps}")
+            sample = self._sample(F, G, call, steps)
             oracle = tracker.oracle("together", sample, at, *moving, "upper")
             d = {quantity: tracker.take(quantity, oracle) for quantity in moving}
             h = tracker.take("upper", oracle)
@@ -141,7 +141,7 @@ class SingleLoop:
         return tracker.estimate(h, at, steps)
 
     def _sequential(
-        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, name: str
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, call: int
     ) -> Estimate:
         steps = 0
         while steps < self.lower_steps and not tracker.rests("lower"):
@@ -154,7 +154,7 @@ class SingleLoop:
             at = self._stepped(at, adjoint=d)
             if tracker.rests("adjoint"):
                 break
-        sample = self._sample(F, G.fresh(), f"{name}.0")
+        sample = self._sample(F, G.fresh(), call)
         h = tracker.take("upper", tracker.oracle("upper", sample, at, "upper"))
         return tracker.estimate(h, at, steps)
 
@@ -163,13 +163,13 @@ class SingleLoop:
         v = tree.axpy(-self.adjoint_lr, d["adjoint"], at.v) if "adjoint" in d else at.v
         return Triple(at.x, y, v)
 
-    def _sample(self, F: Loss, G: Loss, name: str) -> Batches:
+    def _sample(self, F: Loss, G: Loss, call: int, step: int = 0) -> Batches:
         """The batches of the upper direction, with those of the series where there is one."""
         if self.adjoint == "steps":
             return Batches([G], [F])
         count, series = self.adjoint_steps, Series(self.adjoint_lr, 1.0, True)
         if self.adjoint == "random_series":
             series = Series(self.adjoint_lr, float(count), False)
-            stream = rng.stream(self.seed, name)
+            stream = rng.stream(self.seed, f"series.{call}.{step}")
             count = int(torch.randint(count, (), generator=stream))
         return Batches([G], [F], [[G.fresh()] for _ in range(count)], series)

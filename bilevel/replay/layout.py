@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.scalars.table import Table
 
 Rebuild = Callable[[Iterator[Any]], Any]
 """The leaves that are given, in order ↦ the nested value."""
@@ -26,8 +27,8 @@ GIVEN = _Hole()
 
 
 def is_given(leaf: Any) -> bool:
-    """Whether a leaf is a tensor or a number."""
-    return isinstance(leaf, Tensor) or type(leaf) in (int, float)
+    """Whether a leaf is a tensor, a number or a table."""
+    return isinstance(leaf, Tensor) or type(leaf) in (int, float, Table)
 
 
 def spread(value: Any, leaves: list[Any]) -> Any:
@@ -40,6 +41,9 @@ def spread(value: Any, leaves: list[Any]) -> Any:
     if kind in (int, float):
         leaves.append(value)
         return kind
+    if kind is Table:
+        leaves.append(value)
+        return kind, value.look
     if kind is dict:
         return {key: spread(part, leaves) for key, part in value.items()}
     if tree.is_nested(value):

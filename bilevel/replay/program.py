@@ -19,6 +19,7 @@ from bilevel.replay.graph import shorten
 from bilevel.replay.layout import GIVEN, Rebuild, is_given, rebuilder, spread
 from bilevel.replay.recorder import Departed, NotReplayable, Recorder
 from bilevel.scalars.scalar import Scalar
+from bilevel.scalars.table import Table
 
 __all__ = ["Departed", "Draws", "Feed", "NotReplayable", "Program", "record"]
 
@@ -87,7 +88,7 @@ def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
     look = spread(inputs, [])
     names = (f"input_{k}" for k in itertools.count())
     given = tree.map_nested(
-        lambda leaf: recorder.input(leaf, next(names)) if is_given(leaf) else leaf, inputs
+        lambda leaf: recorder.input(leaf, next(names)) if is_given(leaf) else leaf, inputs, whole=(Table,)
     )
     drawn: Draws = {
         level: _Recorded(level, source, recorder, feed) for level, source in draws.items()
@@ -97,17 +98,23 @@ def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
     nodes: list[Any] = []
 
     def held(leaf: Any) -> Any:
-        if not isinstance(leaf, (Tensor, Scalar)):
+        if not isinstance(leaf, (Tensor, Scalar, Table)):
             return leaf
         nodes.append(recorder.node_of(leaf))
         return GIVEN
 
-    rebuild = rebuilder(tree.map_nested(held, found)) or (lambda _: found)
+    rebuild = rebuilder(tree.map_nested(held, found, whole=(Table,))) or (lambda _: found)
     recorder.graph.output(tuple(nodes))
     constants = [*shorten(recorder.graph, recorder.written), *recorder.constants[::-1]]
     function = GraphModule(torch.nn.Module(), recorder.graph)
-    plain = tree.map_nested(lambda leaf: leaf.value if isinstance(leaf, Scalar) else leaf, found)
-    return plain, Program(look, function, constants, rebuild)
+    return _plain(found), Program(look, function, constants, rebuild)
+
+
+def _plain(value: Any) -> Any:
+    """The same with numbers in the places of scalars."""
+    return tree.map_nested(
+        lambda leaf: leaf.value if isinstance(leaf, Scalar) else leaf, value, whole=(Table,)
+    )
 
 
 class _Recorded:
@@ -135,6 +142,24 @@ class _Recorded:
             lambda leaf: self._given(leaf, node, next(places)) if is_given(leaf) else leaf, batch
         )
 
+    def gather(self, function: Callable[..., Any], first: Any, *given: Any) -> Any:
+        """`bilevel.scalars.functions.gathered`: batches that function(self, first, *given) draws."""
+        recorder = self._recorder
+        found = recorder.apart(lambda: function(self._source, _plain(first), *given))
+        leaves: list[Any] = []
+        layout = spread(found, leaves)
+        draw = _gathering(self._level, layout, function, first, given)
+        nodes = [recorder.node_of(leaf) for _, leaf in tree.named(first) if _is_followed(leaf)]
+        node = recorder.graph.call_function(draw, (self._feed, *nodes))
+        places = itertools.count()
+
+        def bound(leaf: Any) -> Any:
+            if not is_given(leaf):
+                return leaf
+            return recorder.result(recorder.graph.call_function(part, (node, next(places))), leaf)
+
+        return tree.map_nested(bound, found)
+
     def _given(self, leaf: Any, node: Any, place: int) -> Any:
         """What the step is given: the same tensor where it was given that before."""
         known = self._seen.get(id(leaf))
@@ -160,6 +185,30 @@ def _drawing(level: str, layout: Any, same: list[int]) -> Callable[..., list[Any
         for place, one in zip(same, before, strict=True):
             if leaves[place] is not one:
                 raise Departed(f"other tensors in {level} batches")
+        return leaves
+
+    draw.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+    return draw
+
+
+def _is_followed(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, Scalar))
+
+
+def _gathering(
+    level: str, layout: Any, function: Callable[..., Any], first: Any, given: tuple[Any, ...]
+) -> Callable[..., list[Any]]:
+    """What has a function draw batches in a replay, and gives their tensors and numbers.
+
+    `first` is one that was drawn before, whose tensors and numbers are given to it.
+    """
+    again = rebuilder(tree.map_nested(lambda leaf: GIVEN if _is_followed(leaf) else leaf, first))
+
+    def draw(feed: Feed, *parts: Any) -> list[Any]:
+        leaves: list[Any] = []
+        batch = again(iter(parts)) if again else first
+        if spread(function(feed.iterators()[level], batch, *given), leaves) != layout:
+            raise Departed(f"another shape of {level} batches")
         return leaves
 
     draw.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bilevel.scalars.scalar import Recording, Scalar
+from bilevel.scalars.table import Table
 
 aten = torch.ops.aten
 _PACKAGE = Path(__file__).parents[1]
@@ -96,6 +97,8 @@ class Recorder(TorchDispatchMode):
         self._constant_nodes: dict[int, fx.Node] = {}
         self._given: set[int] = set()
         self._known = WeakTensorKeyDictionary()
+        self._tables: dict[int, tuple[fx.Node, Table]] = {}
+        """By their ids, which stay theirs as long as they are kept."""
         self._is_paused = False
         self._reads = _Reads(self)
 
@@ -116,6 +119,9 @@ class Recorder(TorchDispatchMode):
 
     def result(self, node: fx.Node, leaf: Any) -> Any:
         """What the step is to take for a leaf that a node of the graph gives."""
+        if isinstance(leaf, Table):
+            self._tables[id(leaf)] = node, leaf
+            return leaf
         if isinstance(leaf, Tensor):  # another object: the step may find the same one elsewhere
             leaf = self.apart(leaf.detach)
             self._given.add(_memory(leaf))
@@ -125,6 +131,8 @@ class Recorder(TorchDispatchMode):
         """The node that gives a tensor or scalar; anything else is itself."""
         if isinstance(leaf, Scalar):
             return leaf.node
+        if isinstance(leaf, Table):
+            return self._node_of_table(leaf)
         if not isinstance(leaf, Tensor):
             return leaf
         known = self._known.get(leaf)
@@ -180,6 +188,27 @@ class Recorder(TorchDispatchMode):
         nodes = (self.node_of(one) for one in given)
         self.graph.call_function(_answering(function), (found, where(), *nodes))
         return found
+
+    def table(self, rows: Any, like: dict[str, Tensor]) -> Table:
+        node = self.graph.call_function(Table, map_aggregate((rows, like), self.node_of))
+        return self.result(node, self.apart(lambda: Table(rows, like)))
+
+    def row(self, table: Table, number: Scalar) -> dict[str, Tensor]:
+        node = self.graph.call_function(Table.row, (self.node_of(table), number.node))
+        return {
+            name: self.result(self.graph.call_function(_item, (node, name)), entry)
+            for name, entry in table.row(number.value).items()
+        }
+
+    def put(self, table: Table, number: Scalar, tree: dict[str, Tensor]) -> Table:
+        given = {name: self.node_of(entry) for name, entry in tree.items()}
+        node = self.graph.call_function(Table.put, (self.node_of(table), number.node, given))
+        return self.result(node, self.apart(lambda: table.put(number.value, tree)))
+
+    def _node_of_table(self, table: Table) -> fx.Node:
+        if id(table) not in self._tables:
+            raise NotReplayable(f"{where()} looks into a table that it was not given")
+        return self._tables[id(table)][0]
 
     def specialise(self, scalar: Scalar) -> Any:
         self._expect(scalar.node, scalar.value)
@@ -260,7 +289,7 @@ def _is_fixed(node: fx.Node) -> bool:
     return name in _OF_SHAPES or all("value" in one.meta for one in node.all_input_nodes)
 
 
-def _item(values: Any, k: int) -> Any:
+def _item(values: Any, k: Any) -> Any:
     return values[k]
 
 

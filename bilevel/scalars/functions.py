@@ -37,6 +37,15 @@ def call(function: Callable[..., Any], *numbers: float) -> Any:
     return function(*numbers)
 
 
+def gathered(draws: Any, function: Callable[..., Any], *given: Any) -> Any:
+    """function(draws, *given), which draws as many batches as it wants, and computes nothing of them.
+
+    A replay calls it again, where it would else have to draw the same number of them.
+    """
+    gather = None if Recording.tape is None else getattr(draws, "gather", None)
+    return function(draws, *given) if gather is None else gather(function, *given)
+
+
 def clock() -> float:
     """Seconds, for differences."""
     return time.perf_counter() if Recording.tape is None else Recording.tape.call(time.perf_counter)

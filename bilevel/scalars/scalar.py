@@ -25,6 +25,18 @@ class Tape(Protocol):
         """The answer, which replays must find again."""
         ...
 
+    def table(self, rows: Any, like: dict[str, Tensor]) -> Any:
+        """A new `bilevel.scalars.table.Table`."""
+        ...
+
+    def row(self, table: Any, number: Scalar) -> dict[str, Tensor]:
+        """The tree of a number in a table."""
+        ...
+
+    def put(self, table: Any, number: Scalar, tree: dict[str, Tensor]) -> Any:
+        """The table with another tree for a number."""
+        ...
+
     def specialise(self, scalar: Scalar) -> Any:
         """Its number, which replays must find again."""
         ...
