@@ -26,7 +26,7 @@ from torch import Tensor
 from bilevel.errors import CheckError, ProblemError
 from bilevel.scalars.functions import sqrt
 from bilevel.scalars.scalar import Scalar
-from bilevel.scalars.table import Table
+from bilevel.scalars.table import RowTable
 from bilevel.types import Params
 
 
@@ -451,7 +451,7 @@ def contiguous(value: Any, known: Any = None) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.contiguous()
-    if type(value) is Table:  # whose trees were made so as they were put into it
+    if type(value) is RowTable:  # whose trees were made so as they were put into it
         return value
     if isinstance(value, dict):
         before = known if isinstance(known, dict) else {}

@@ -141,9 +141,10 @@ def _quadratic(x: Tensor, y: Tensor, k: dict[str, Any]) -> Tensor:
 
 def _drawn(blocks: Params, stream: torch.Generator) -> Iterator[dict[str, Any]]:
     count = len(blocks["y"])
+    rows = {k: v.unbind() for k, v in blocks.items()}
+    of = [{k: v[b] for k, v in rows.items()} | {"block": b, "blocks": count} for b in range(count)]
     while True:
-        block = int(torch.randint(count, (), generator=stream))
-        yield {**{k: v[block] for k, v in blocks.items()}, "block": block, "blocks": count}
+        yield of[int(torch.randint(count, (), generator=stream))].copy()
 
 
 def _mean(blocks: Params, x: Params) -> Params:

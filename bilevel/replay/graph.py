@@ -1,7 +1,7 @@
 """The graph of a recorded step made shorter, to the same bits.
 
 Operations that no result and no expectation needs go; so do detached aliases, since a replay has no
-autograd; so does what is computed twice, such as the second derivatives that every Hessian product
+autograd, and products with 1; so does what is computed twice, such as the second derivatives that every Hessian product
 of one point takes again. What is left is called by torch's own names where it has them, which cost
 half as much from Python as the overloads of a dispatch mode.
 """
@@ -29,6 +29,8 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
     """
     results = {id(node) for node in graph.output_node().all_input_nodes}
     _drop_aliases(graph, written)
+    _join_products(graph)
+    _drop_ones(graph, written)
     _merge(graph, written, results)
     _drop_unused(graph)
     fixed = _take_out_fixed(graph, written, results)
@@ -42,6 +44,50 @@ def _drop_aliases(graph: fx.Graph, written: Set[int]) -> None:
     for node in graph.nodes:
         if node.target in _ALIASES and node.meta["memory"] not in written:
             node.replace_all_uses_with(node.args[0])
+
+
+def _join_products(graph: fx.Graph) -> None:
+    """A vector times a matrix, which torch takes apart into three operations, as the one it was."""
+    for node in graph.nodes:
+        product = node.prev
+        if node.target not in _SQUEEZES or node.args != (product, 0):
+            continue
+        row = product.args[0] if product.target is aten.mm.default else None
+        if row is None or row.target is not aten.unsqueeze.default or row.args[1] != 0:
+            continue
+        with graph.inserting_before(product):
+            joined = graph.call_function(aten.matmul.default, (row.args[0], product.args[1]))
+        joined.meta.update(product.meta)
+        for old in (node, product):  # the second is used where the first was in place
+            old.replace_all_uses_with(joined)
+            graph.erase_node(old)
+
+
+def _drop_ones(graph: fx.Graph, written: Set[int]) -> None:
+    """A product with 1, of which backward passes take many, unless somebody may write into it."""
+    kept = written | {node.meta.get("memory") for node in graph.output_node().all_input_nodes}
+    for node in graph.nodes:
+        if node.target is not aten.mul.Tensor or node.meta["memory"] in kept:
+            continue
+        for one, other in (node.args, node.args[::-1]):
+            if _is_one(one) and isinstance(other, fx.Node) and _goes_on(node, other, written):
+                node.replace_all_uses_with(other)
+                break
+
+
+def _is_one(node: Any) -> bool:
+    value = node.meta.get("value") if isinstance(node, fx.Node) else None
+    return value is not None and not value.dim() and bool(value == 1)
+
+
+def _goes_on(node: fx.Node, other: fx.Node, written: Set[int]) -> bool:
+    """Whether a result of the dtype of what it was made of goes into tensor operations alone."""
+    if other.meta.get("dtype") is not node.meta["dtype"] or other.meta["memory"] in written:
+        return False
+    return all(isinstance(user.target, OpOverload) for user in node.users)
+
+
+_SQUEEZES = {aten.squeeze.dim, aten.squeeze_.dim}
 
 
 def _merge(graph: fx.Graph, written: Set[int], results: Set[int]) -> None:
@@ -98,6 +144,8 @@ def _quick(node: fx.Node) -> Any:
     if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return node.target
     name = node.target.overloadpacket.__name__
+    if name.endswith("_"):  # which writes into its first argument: a method
+        return getattr(torch._C.TensorBase, name, node.target)
     if node.target._overloadname == "out" or not node.target._schema.is_mutable:
         return getattr(_OWN, name, node.target)
     return node.target

@@ -16,13 +16,15 @@ from torch.fx import GraphModule
 
 from bilevel import tree
 from bilevel.replay.graph import shorten
-from bilevel.replay.layout import GIVEN, Rebuild, is_given, rebuilder, spread
+from bilevel.replay.layout import GIVEN, Rebuild, Take, given_leaves, is_given, rebuilder, taker
 from bilevel.replay.recorder import Departed, NotReplayable, Recorder
 from bilevel.scalars.scalar import Scalar
-from bilevel.scalars.table import Table
+from bilevel.scalars.table import RowTable
 
-__all__ = ["Departed", "Draws", "Feed", "NotReplayable", "Program", "record"]
+__all__ = ["OTHERS", "Departed", "Draws", "Feed", "NotReplayable", "Program", "record"]
 
+OTHERS = "other tensors in"
+"""How the reason begins where two draws of a record were the same tensors, and those of a replay are not."""
 Draws = dict[str, Iterator[Any]]
 """Where batches come from, by level."""
 Step = Callable[[Any, Draws], Any]
@@ -61,23 +63,27 @@ class Program:
     """A step that was recorded: how its inputs look, its operations, and its result."""
 
     def __init__(
-        self, look: Any, function: GraphModule, constants: list[Tensor], rebuild: Rebuild
+        self, take: Take, function: GraphModule, constants: list[Tensor], rebuild: Rebuild
     ) -> None:
-        self._look, self._function, self._constants = look, function, constants
-        self._rebuild = rebuild
+        self._take, self._rebuild, self._constants = take, rebuild, constants
+        self._function = function
+        self._forward = function.forward  # a call of the module looks for hooks, for 20 µs
         self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
 
     @torch.no_grad()
     def __call__(self, inputs: Any, feed: Feed) -> Any:
         """Raises `Departed` where the step is another one, and says at which line of code."""
-        leaves: list[Any] = []
-        if spread(inputs, leaves) != self._look:
+        leaves = self._take(inputs)
+        if leaves is None:
             raise Departed("shapes or settings of what it begins with")
-        return self._rebuild(iter(self._function(*self._constants, feed, *leaves)))
+        return self._rebuild(self._forward(*self._constants, feed, *leaves))
 
 
-def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
+def record(step: Step, inputs: Any, draws: Draws, *, apart: bool = False) -> tuple[Any, Program]:
     """The result of a step that is taken now, and the record of it.
+
+    A tensor that is drawn twice is to be drawn twice in a replay, and what is computed of it is
+    computed once; `apart` has each draw be one of its own.
 
     Raises:
         NotReplayable: it does what no replay could do again.
@@ -85,43 +91,48 @@ def record(step: Step, inputs: Any, draws: Draws) -> tuple[Any, Program]:
     """
     recorder = Recorder()
     feed = recorder.graph.placeholder("feed")
-    look = spread(inputs, [])
+    take = taker(inputs)
     names = (f"input_{k}" for k in itertools.count())
     given = tree.map_nested(
-        lambda leaf: recorder.input(leaf, next(names)) if is_given(leaf) else leaf, inputs, whole=(Table,)
+        lambda leaf: recorder.input(leaf, next(names)) if is_given(leaf) else leaf,
+        inputs,
+        whole=(RowTable,),
     )
     drawn: Draws = {
-        level: _Recorded(level, source, recorder, feed) for level, source in draws.items()
+        level: _Recorded(level, source, recorder, feed, apart) for level, source in draws.items()
     }
     with recorder:
         found = step(given, drawn)
     nodes: list[Any] = []
 
     def held(leaf: Any) -> Any:
-        if not isinstance(leaf, (Tensor, Scalar, Table)):
+        if not isinstance(leaf, (Tensor, Scalar, RowTable)):
             return leaf
         nodes.append(recorder.node_of(leaf))
         return GIVEN
 
-    rebuild = rebuilder(tree.map_nested(held, found, whole=(Table,))) or (lambda _: found)
+    rebuild = rebuilder(tree.map_nested(held, found, whole=(RowTable,)))
     recorder.graph.output(tuple(nodes))
     constants = [*shorten(recorder.graph, recorder.written), *recorder.constants[::-1]]
     function = GraphModule(torch.nn.Module(), recorder.graph)
-    return _plain(found), Program(look, function, constants, rebuild)
+    return _plain(found), Program(take, function, constants, rebuild)
 
 
 def _plain(value: Any) -> Any:
     """The same with numbers in the places of scalars."""
     return tree.map_nested(
-        lambda leaf: leaf.value if isinstance(leaf, Scalar) else leaf, value, whole=(Table,)
+        lambda leaf: leaf.value if isinstance(leaf, Scalar) else leaf, value, whole=(RowTable,)
     )
 
 
 class _Recorded:
     """An iterator of batches whose draws are recorded."""
 
-    def __init__(self, level: str, source: Iterator[Any], recorder: Recorder, feed: Any) -> None:
+    def __init__(
+        self, level: str, source: Iterator[Any], recorder: Recorder, feed: Any, apart: bool
+    ) -> None:
         self._level, self._source, self._recorder, self._feed = level, source, recorder, feed
+        self._apart = apart
         self._seen: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
 
@@ -131,11 +142,9 @@ class _Recorded:
     def __next__(self) -> Any:
         recorder = self._recorder
         batch = recorder.apart(lambda: next(self._source))
-        leaves: list[Any] = []
-        layout = spread(batch, leaves)
-        known = [self._seen.get(id(leaf)) for leaf in leaves]
+        known = [self._seen.get(id(leaf)) for leaf in given_leaves(batch)]
         same = {k: recorder.node_of(one) for k, one in enumerate(known) if one is not None}
-        draw = _drawing(self._level, layout, list(same))
+        draw = _drawing(self._level, taker(batch), list(same))
         node = recorder.graph.call_function(draw, (self._feed, *same.values()))
         places = itertools.count()
         return tree.map_nested(
@@ -146,9 +155,7 @@ class _Recorded:
         """`bilevel.scalars.functions.gathered`: batches that function(self, first, *given) draws."""
         recorder = self._recorder
         found = recorder.apart(lambda: function(self._source, _plain(first), *given))
-        leaves: list[Any] = []
-        layout = spread(found, leaves)
-        draw = _gathering(self._level, layout, function, first, given)
+        draw = _gathering(self._level, taker(found), function, first, given)
         nodes = [recorder.node_of(leaf) for _, leaf in tree.named(first) if _is_followed(leaf)]
         node = recorder.graph.call_function(draw, (self._feed, *nodes))
         places = itertools.count()
@@ -166,25 +173,25 @@ class _Recorded:
         if known is not None:
             return known
         given = self._recorder.result(self._recorder.graph.call_function(part, (node, place)), leaf)
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and not self._apart:
             self._seen[id(leaf)] = given
             self._kept.append(leaf)  # so that the id stays its own
         return given
 
 
-def _drawing(level: str, layout: Any, same: list[int]) -> Callable[..., list[Any]]:
+def _drawing(level: str, take: Take, same: list[int]) -> Callable[..., list[Any]]:
     """What draws a batch in a replay, and gives its tensors and numbers.
 
     Those at the places `same` are given to it: they were drawn before, and are to be drawn again.
     """
 
     def draw(feed: Feed, *before: Tensor) -> list[Any]:
-        leaves: list[Any] = []
-        if spread(feed.draw(level), leaves) != layout:
+        leaves = take(feed.draw(level))
+        if leaves is None:
             raise Departed(f"another shape of {level} batches")
         for place, one in zip(same, before, strict=True):
             if leaves[place] is not one:
-                raise Departed(f"other tensors in {level} batches")
+                raise Departed(f"{OTHERS} {level} batches")
         return leaves
 
     draw.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -196,7 +203,7 @@ def _is_followed(leaf: Any) -> bool:
 
 
 def _gathering(
-    level: str, layout: Any, function: Callable[..., Any], first: Any, given: tuple[Any, ...]
+    level: str, take: Take, function: Callable[..., Any], first: Any, given: tuple[Any, ...]
 ) -> Callable[..., list[Any]]:
     """What has a function draw batches in a replay, and gives their tensors and numbers.
 
@@ -205,9 +212,8 @@ def _gathering(
     again = rebuilder(tree.map_nested(lambda leaf: GIVEN if _is_followed(leaf) else leaf, first))
 
     def draw(feed: Feed, *parts: Any) -> list[Any]:
-        leaves: list[Any] = []
-        batch = again(iter(parts)) if again else first
-        if spread(function(feed.iterators()[level], batch, *given), leaves) != layout:
+        leaves = take(function(feed.iterators()[level], again(parts), *given))
+        if leaves is None:
             raise Departed(f"another shape of {level} batches")
         return leaves
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bilevel.scalars.scalar import Recording, Scalar
-from bilevel.scalars.table import Table
+from bilevel.scalars.table import RowTable
 
 aten = torch.ops.aten
 _PACKAGE = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
         self._constant_nodes: dict[int, fx.Node] = {}
         self._given: set[int] = set()
         self._known = WeakTensorKeyDictionary()
-        self._tables: dict[int, tuple[fx.Node, Table]] = {}
+        self._tables: dict[int, tuple[fx.Node, RowTable]] = {}
         """By their ids, which stay theirs as long as they are kept."""
         self._is_paused = False
         self._reads = _Reads(self)
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def result(self, node: fx.Node, leaf: Any) -> Any:
         """What the step is to take for a leaf that a node of the graph gives."""
-        if isinstance(leaf, Table):
+        if isinstance(leaf, RowTable):
             self._tables[id(leaf)] = node, leaf
             return leaf
         if isinstance(leaf, Tensor):  # another object: the step may find the same one elsewhere
@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
         """The node that gives a tensor or scalar; anything else is itself."""
         if isinstance(leaf, Scalar):
             return leaf.node
-        if isinstance(leaf, Table):
+        if isinstance(leaf, RowTable):
             return self._node_of_table(leaf)
         if not isinstance(leaf, Tensor):
             return leaf
@@ -189,23 +189,23 @@ class Recorder(TorchDispatchMode):
         self.graph.call_function(_answering(function), (found, where(), *nodes))
         return found
 
-    def table(self, rows: Any, like: dict[str, Tensor]) -> Table:
-        node = self.graph.call_function(Table, map_aggregate((rows, like), self.node_of))
-        return self.result(node, self.apart(lambda: Table(rows, like)))
+    def table(self, rows: Any, like: dict[str, Tensor]) -> RowTable:
+        node = self.graph.call_function(RowTable, map_aggregate((rows, like), self.node_of))
+        return self.result(node, self.apart(lambda: RowTable(rows, like)))
 
-    def row(self, table: Table, number: Scalar) -> dict[str, Tensor]:
-        node = self.graph.call_function(Table.row, (self.node_of(table), number.node))
+    def row(self, table: RowTable, number: Scalar) -> dict[str, Tensor]:
+        node = self.graph.call_function(RowTable.row, (self.node_of(table), number.node))
         return {
             name: self.result(self.graph.call_function(_item, (node, name)), entry)
             for name, entry in table.row(number.value).items()
         }
 
-    def put(self, table: Table, number: Scalar, tree: dict[str, Tensor]) -> Table:
+    def put(self, table: RowTable, number: Scalar, tree: dict[str, Tensor]) -> RowTable:
         given = {name: self.node_of(entry) for name, entry in tree.items()}
-        node = self.graph.call_function(Table.put, (self.node_of(table), number.node, given))
+        node = self.graph.call_function(RowTable.put, (self.node_of(table), number.node, given))
         return self.result(node, self.apart(lambda: table.put(number.value, tree)))
 
-    def _node_of_table(self, table: Table) -> fx.Node:
+    def _node_of_table(self, table: RowTable) -> fx.Node:
         if id(table) not in self._tables:
             raise NotReplayable(f"{where()} looks into a table that it was not given")
         return self._tables[id(table)][0]
@@ -234,7 +234,7 @@ class Recorder(TorchDispatchMode):
     def _bound(self, node: fx.Node, found: Any) -> Any:
         """Notes which node gives a result; numbers come back as scalars."""
         if isinstance(found, Tensor):
-            node.meta.update(memory=_memory(found), size=found.numel())
+            node.meta.update(memory=_memory(found), size=found.numel(), dtype=found.dtype)
             if self._known.get(found) is None:  # what is written into in place stays who it is
                 self._known[found] = node
             return found

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Event, Traced, Warned
-from bilevel.replay.program import Departed, Draws, Feed, NotReplayable, Program, record
+from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.run.setup import Setup, State
 from bilevel.types import Estimate, LowerSolution
@@ -54,16 +53,12 @@ class ReplayedSteps:
         self._rounds = rounds
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
-        self._is_off = False
+        self._is_off = self._are_apart = False
         self.news: list[Event] = []
         """What there is to say since it was last emptied."""
 
     def __call__(self, setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
         if self._is_off or state.estimator is None:  # the first estimate has checks of its own
-            return self._rounds(setup, state)
-        reason = unfit(setup)
-        if reason:
-            self._end(state, reason)
             return self._rounds(setup, state)
         inputs = {name: getattr(state, name) for name in ("x", "y", "lower", "estimator")}
         feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
@@ -81,21 +76,30 @@ class ReplayedSteps:
                 why, feed = str(departed), Feed(feed.again())
                 continue
             self._replays += 1
-            self._programs.remove(kept)
-            self._programs.insert(0, kept)
-            return self._compared(state, kept, found, partial(step, inputs, feed.again()))
+            if kept is not self._programs[0]:
+                self._programs.remove(kept)
+                self._programs.insert(0, kept)
+            if kept.due:
+                kept.due -= 1
+                return found
+            return self._compared(state, kept, found, step(inputs, feed.again()))
         return self._record(setup, state, step, inputs, feed, why)
 
     def _record(
         self, setup: Setup, state: State, step: Any, inputs: Any, feed: Feed, why: str
     ) -> tuple[LowerSolution, Estimate]:
+        reason = unfit(setup)
+        if reason:
+            self._end(state, reason)
+            return step(inputs, feed.again())
         if self._recorded > IN_VAIN + self._replays // 4:
             self._end(state, f"steps go on to depart from those recorded ({why})")
             return step(inputs, feed.again())
+        self._are_apart |= why.startswith(OTHERS)
         began, feed = time.perf_counter(), Feed(feed.again())
         found, program, reason = None, None, ""
         try:
-            found, program = record(step, inputs, feed.iterators())
+            found, program = record(step, inputs, feed.iterators(), apart=self._are_apart)
         except Exception as error:  # the step itself raises what is wrong with it
             reason = _said(error)
         seconds = time.perf_counter() - began
@@ -109,13 +113,9 @@ class ReplayedSteps:
         return truth
 
     def _compared(
-        self, state: State, kept: _Kept, found: Any, step: Callable[[], Any]
+        self, state: State, kept: _Kept, found: Any, truth: Any
     ) -> tuple[LowerSolution, Estimate]:
-        """What a replay has found, or at the first and every so many the step, once they are the same."""
-        if kept.due:
-            kept.due -= 1
-            return found
-        truth = step()
+        """The step itself, at the first replay and every so many, once that came to the same."""
         if not is_same(found, truth):
             if kept.is_trusted:
                 raise ProblemError(
@@ -144,15 +144,11 @@ class _Kept:
         """Replays until the next comparison; whether there was one."""
 
     def replay(self, inputs: Any, feed: Feed) -> Any:
-        self._require_same()
         found = self._program(inputs, feed)
-        self._require_same()  # drawing a batch may have changed it
-        return found
-
-    def _require_same(self) -> None:
-        changed = self._memory.changed()
+        changed = self._memory.changed()  # since it was recorded, or as a batch was drawn
         if changed:
             raise Departed(f"the problem's {changed} has changed")
+        return found
 
 
 def unfit(setup: Setup) -> str | None:

@@ -26,7 +26,7 @@ class Tape(Protocol):
         ...
 
     def table(self, rows: Any, like: dict[str, Tensor]) -> Any:
-        """A new `bilevel.scalars.table.Table`."""
+        """A new `bilevel.scalars.table.RowTable`."""
         ...
 
     def row(self, table: Any, number: Scalar) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from bilevel.scalars.scalar import Recording, Scalar
 Tree = dict[str, Tensor]
 
 
-class Table(dict[str, Tree]):
+class RowTable(dict[str, Tree]):
     """A tree by number, 0 where none was put; a dict to whoever saves it, with the number as text.
 
     Never written into: `put` gives another, which shares the other trees, for a copy of the references.
@@ -30,7 +30,7 @@ class Table(dict[str, Tree]):
         """The same for tables that one record serves."""
 
     def __reduce__(self) -> Any:
-        return Table, (dict(self), self.zero)
+        return RowTable, (dict(self), self.zero)
 
     def row(self, number: int) -> Tree:
         """The tree of a number."""
@@ -38,19 +38,19 @@ class Table(dict[str, Tree]):
             return number.tape.row(self, number)
         return self.get(str(number), self.zero)
 
-    def put(self, number: int, tree: Tree) -> Table:
+    def put(self, number: int, tree: Tree) -> RowTable:
         """A table with this tree in the place of that of a number."""
         if isinstance(number, Scalar):
             return number.tape.put(self, number, tree)
-        made = Table.__new__(Table)
+        made = RowTable.__new__(RowTable)
         made.update(self)
         made[str(number)] = {name: entry.contiguous() for name, entry in tree.items()}
         made.zero, made.look = self.zero, self.look
         return made
 
 
-def table(rows: Mapping[str, Tree], like: Tree) -> Table:
+def table(rows: Mapping[str, Tree], like: Tree) -> RowTable:
     """`rows` as a table: itself where it is one, a new one where it is a dict, as a saved state has it."""
-    if type(rows) is Table:
+    if type(rows) is RowTable:
         return rows
-    return Table(rows, like) if Recording.tape is None else Recording.tape.table(rows, like)
+    return RowTable(rows, like) if Recording.tape is None else Recording.tape.table(rows, like)

@@ -1,12 +1,15 @@
 """The benchmark's own side at toy size: right numbers, an honest table. `make benchmark` measures."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from bilevel.linear.cg import CG
 from tests.benchmarks import growth, measured, page, run, startup
 from tests.benchmarks.environments import PEERS
+from tests.benchmarks.hold import CannotHold, Told
 from tests.benchmarks.measured import Measured, Method
 from tests.benchmarks.peers import by_hand, ours
 from tests.benchmarks.rows import COMMANDS, ROWS, Row, is_by_hand
@@ -148,6 +151,36 @@ def test_products_are_counted_in_the_place_of_time():
     cold = timed.time()
     assert cold == int(cold) > 20
     assert Timed(ours.METHODS["bilevel"]["products"], task).time() != cold
+
+
+def test_a_solver_that_cannot_hold_the_error_is_absent_with_the_reason(tmp_path, monkeypatch):
+    def never(product, b, v, tolerance):
+        return torch.zeros_like(b)
+
+    def cg(product, b, v, tolerance):
+        solver = CG(iterations=1000, tolerance=tolerance)
+        return solver.solve(lambda u: {"w": product(u["w"])}, {"w": b}, {"w": v}).solution["w"]
+
+    task = TASKS["products"](toy=True)
+    with pytest.raises(CannotHold, match=r"no tolerance down to 1e-16 .* an error of 0.001"):
+        Told(task, never)
+    assert Told(task, cg).products() > 20  # control: of one that can, products are counted
+
+    class Saying:
+        def __init__(self, method):
+            self.method = method
+
+        def ask(self, word):
+            if self.method == "torchopt":
+                raise CannotHold("for a reason")
+            return {"memory": 0, "time": 1.0, "value": [[0.0]]}[word]
+
+    monkeypatch.setattr(run, "worker", lambda method, *rest: nullcontext(Saying(method)))
+    monkeypatch.setattr(by_hand, "TRUTH", {"products": lambda task: {"w": torch.ones(1)}})
+    row = Row("toy", ("floor", "torchopt"), 1, {"betty-ml": "it is wrong"})
+    found = measure("products", row, "toy", 3, tmp_path)
+    assert [(method.name, len(method.seconds)) for method in found.methods] == [("floor", 3)]
+    assert found.absent == {"betty-ml": "it is wrong", "torchopt": "for a reason"}
 
 
 def test_a_row_is_measured_in_a_process_of_its_own(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bilevel.comparing.memory import peak
+from tests.benchmarks.hold import CannotHold
 from tests.benchmarks.tasks import kind
 from tests.benchmarks.whole import TASKS
 
@@ -86,6 +87,13 @@ def answer(word: str, timed: Timed) -> Any:
 def main(module: str, row: str, name: str, size: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # what a peer's code is warned of is no concern of ours
+    try:
+        serve(module, row, name, size)
+    except CannotHold as error:
+        print(json.dumps({"cannot": str(error)}), flush=True)
+
+
+def serve(module: str, row: str, name: str, size: str) -> None:
     method = importlib.import_module(f"tests.benchmarks.peers.{module}").METHODS[row][kind(name)]
     method(TASKS[name](toy=True))  # what is loaded at the first call is neither time nor memory
     timed = Timed(method, TASKS[name](toy=size == "toy"))

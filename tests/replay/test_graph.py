@@ -47,3 +47,24 @@ def test_results_are_tensors_of_their_own():
     _, program = record(lambda x, _: [x.exp(), x.exp()], x, Feed({}).iterators())
     a, b = program(x, Feed({}))
     assert a.data_ptr() != b.data_ptr()
+
+
+def test_a_vector_times_a_matrix_is_one_operation():
+    A = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    assert left(lambda x: x @ A) == {"matmul": 1}
+    # control: a product with a row that somebody made is that of matrices
+    assert left(lambda x: (x[None] @ A)[0])["mm"] == 1
+
+
+def test_products_with_one_go_unless_they_are_somebody_s_own():
+    assert left(lambda x: (x * torch.ones_like(x.sum())).exp() + (x * 2).exp()) == {
+        "mul": 1,
+        "exp": 2,
+        "add": 1,
+    }
+    one = torch.ones((), dtype=torch.float64)
+    assert left(lambda x: (x * one.new_ones(())).exp()) == {"exp": 1}
+    # controls: a caller may write into a result; a number of another dtype, or another number, is none
+    assert left(lambda x: x * torch.ones_like(one))["mul"] == 1
+    assert left(lambda x: ((x > 0.5) * torch.ones_like(one)).exp())["mul"] == 1
+    assert left(lambda x: (x * torch.full_like(one, 2.0)).exp())["mul"] == 1

@@ -1,11 +1,15 @@
 """Nested values taken apart and put together."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 
-from bilevel.replay.layout import GIVEN, rebuilder, spread
+from bilevel.replay.layout import GIVEN, MOST, given_leaves, rebuilder, taker
+from bilevel.scalars.table import RowTable
 
 
 @dataclass(frozen=True)
@@ -19,43 +23,56 @@ class Two(NamedTuple):
     right: Any
 
 
-def layout(value):
-    return spread(value, [])
-
-
 def test_tensors_and_numbers_are_leaves_and_the_rest_is_layout():
-    leaves = []
     x = torch.zeros(2)
-    spread({"x": x, "n": 3, "deep": [Pair(0.5, "s"), (None, True)], "two": Two(x, 1.0)}, leaves)
+    value = {"x": x, "n": 3, "deep": [Pair(0.5, "s"), (None, True)], "two": Two(x, 1.0)}
+    leaves = taker(value)(value)
     assert [type(leaf) for leaf in leaves] == [torch.Tensor, int, float, torch.Tensor, float]
+    assert all(a is b for a, b in zip(leaves, given_leaves(value), strict=True))
 
 
-def test_layouts_differ_where_one_record_does_not_serve_both():
-    x = torch.zeros(2, 3)
-    same = [{"x": x, "n": 3}, {"x": x + 1, "n": 4}]
-    assert layout(same[0]) == layout(same[1])
+X = torch.zeros(2, 3)
+ROWS = RowTable({"1": {"y": X[0]}}, {"y": X[0]})
+
+
+@pytest.mark.parametrize("many", [0, MOST + 1], ids=["with code", "large"])
+def test_layouts_differ_where_one_record_does_not_serve_both(many):
+    rest = {"rest": [0] * many, "pair": Pair(ROWS, Two(X, np.zeros(2))), "s": "s"}
+    like = {"x": X, "n": 3, **rest}
+    rest = {
+        **rest,
+        "pair": Pair(ROWS, Two(X, rest["pair"].right.right)),
+    }  # an array is itself alone
+    take = taker(like)
+    another = {"x": X + 1, "n": 4, **rest}
+    if not many:  # in another order
+        another = {**rest, **another}
+    assert [*map(id, take(another))] == [
+        *map(id, given_leaves({"x": another["x"], "n": 4, **rest}))
+    ]
     others = [
-        {"x": x.T, "n": 3},
-        {"x": x, "n": 3.0},
-        {"x": x, "n": "3"},
-        {"x": x},
-        {"x": [x], "n": 3},
+        {"x": X.T, "n": 3, **rest},
+        {"x": X, "n": 3.0, **rest},
+        {"x": X, "n": "3", **rest},
+        {"x": X, **rest},
+        {"x": [X], "n": 3, **rest},
+        {"x": X.double(), "n": 3, **rest},
+        {"x": X.clone().requires_grad_(), "n": 3, **rest},
+        {"x": X, "n": True, **rest},
+        {"x": X, "n": 3, **rest, "s": "t"},
+        {"x": X, "n": 3, **rest, "rest": [0] * (many + 1)},
+        {"x": X, "n": 3, **rest, "pair": SimpleNamespace(left=ROWS, right=Two(X, None))},
+        {"x": X, "n": 3, **rest, "pair": Pair(ROWS, Two(X[:1], None))},
+        {"x": X, "n": 3, **rest, "pair": Pair(RowTable({}, {"y": X}), rest["pair"].right)},
     ]
-    others += [
-        {"x": x.double(), "n": 3},
-        {"x": x.clone().requires_grad_(), "n": 3},
-        {"x": x, "n": True},
-    ]
-    assert not [other for other in others if layout(other) == layout(same[0])]
+    assert not [other for other in others if take(other) is not None]
 
 
 def test_what_is_rebuilt_has_what_is_given_and_shares_the_rest():
     constant = {"kept": [1, 2]}
     like = Pair({"a": GIVEN, "b": constant}, [(GIVEN, "s"), Two(GIVEN, None)])
-    make = rebuilder(like)
-    assert make is not None
-    made = make(iter([1, 2, 3]))
+    made = rebuilder(like)([1, 2, 3])
     assert made == Pair({"a": 1, "b": constant}, [(2, "s"), Two(3, None)])
     assert made.left["b"] is constant
     assert like.left["a"] is GIVEN
-    assert rebuilder(constant) is None
+    assert rebuilder(constant)([]) is constant

@@ -12,7 +12,7 @@ from rich.console import Console
 from bilevel import rng
 from bilevel.errors import ConvergenceError, ProblemError, RecipeError
 from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
-from bilevel.events import Stepped, Traced, Warned
+from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
@@ -21,41 +21,17 @@ from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
-from bilevel.run.replayed import is_same, unfit
+from bilevel.run.replayed import unfit
 from bilevel.run.upper import Upper
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.jsonl import JSONLines
 from bilevel_problems.logistic import Logistic
 from bilevel_problems.quadratic import Quadratic
+from tests.run.replays import both, ended, require_same
 from tests.run.setups import Noisy, frozen, same, setup
 
 FIXED = CG(iterations=3, tolerance=0.0)
 LOGISTIC = Logistic(data="synthetic", num_features=6)
-
-
-def ended(s, state=None):
-    """(state, steps, what was recorded, why steps were taken by themselves) of a run."""
-    state = state or start(s)
-    events = list(run(s, state))
-    found = [[e for e in events if isinstance(e, kind)] for kind in (Stepped, Traced, Warned)]
-    return state, *found[:2], [e.message for e in found[2] if e.kind == "compile"]
-
-
-def require_same(one, other):
-    for name in ("x", "y", "lower", "upper", "estimator", "totals", "warned"):
-        assert same(getattr(one[0], name), getattr(other[0], name)), name
-    assert len(one[1]) == len(other[1])
-    for a, b in zip(one[1], other[1], strict=True):
-        assert is_same(replace(a, seconds=0.0), replace(b, seconds=0.0))
-
-
-def both(s, traces=1):
-    """A run as it is and one from records, which must be the same."""
-    plain, compiled = ended(s), ended(replace(s, compile="step"))
-    require_same(plain, compiled)
-    assert compiled[3] == []
-    assert len(compiled[2]) == traces
-    return compiled
 
 
 class Counted:

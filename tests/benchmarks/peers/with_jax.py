@@ -15,6 +15,7 @@ from typing import Any
 
 import jax  # pyright: ignore[reportMissingImports]
 import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
+import numpy as np
 import torch
 from jax import lax  # pyright: ignore[reportMissingImports]
 from jaxopt.implicit_diff import root_vjp  # pyright: ignore[reportMissingImports]
@@ -375,7 +376,7 @@ def held(task: Held) -> Told:
 
     def solve(product, b, v, tolerance):
         def back(u: Tree) -> Tree:
-            return product(torch.from_numpy(u.copy())).numpy()
+            return product(torch.from_numpy(np.array(u))).numpy()
 
         shape = jax.ShapeDtypeStruct(b.shape, jnp.float64)
         found = solve_cg(
