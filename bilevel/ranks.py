@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,8 +204,6 @@ class Ranks:
                 raise RankError(f"rank {rank} failed in {what}: {said}")
 
 
-T = TypeVar("T")
-
 ALONE = Ranks()
 _groups: dict[str, Ranks] = {}
 """Those that were joined, by the name of their group."""
@@ -319,13 +317,13 @@ def _local() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def heedful(work: Callable[[], T]) -> T:
+def heedful(work: Callable[[], Any]) -> Any:
     """What a work that waits for other ranks comes to, done where it keeps no signal from being heard.
 
     Ranks that connect wait in torch's C++ for one that was killed before it connected, and nothing
     closes that would wake them. A signal's handler runs in the main thread, between two steps of Python.
     """
-    found: list[T] = []
+    found: list[Any] = []
     raised: list[BaseException] = []
 
     def whole() -> None:
