@@ -29,10 +29,10 @@ from bilevel.studying import figure, page
 from bilevel.studying import file as files
 from bilevel.studying.drive import StudyDriver, specification
 from bilevel.studying.file import Study
-from bilevel.studying.headroom import HeadroomFound, headroom
+from bilevel.studying.headroom import headroom
 from bilevel.studying.plan import Asked, StudyPlan, Waiting
 from bilevel.studying.results import Book, StudyCell
-from bilevel.studying.summary import ArmRow, StudySummary, Table, document, plain
+from bilevel.studying.summary import ArmRow, Findings, Table, document, findings
 
 FAILED = 6
 """Exit code where some cells failed."""
@@ -59,7 +59,7 @@ def study(
 ) -> None:
     """Run the cells that are missing, of those that are asked for; then show what all kept cells say, and write the page.
 
-    An `answer` has {"study", "regimes": a table each, as `bilevel.studying.summary.Table` has them}.
+    An `answer` has {"study", "regimes": a table each, …}, as `bilevel.studying.summary.Findings` has them.
     """
     asked = files.read(locate(reference, "study"))
     plan = StudyPlan(asked, Book(asked.results))
@@ -74,17 +74,15 @@ def study(
         _check(plan, selection)
         driven = _driver(plan, selection, runs, workers, insist)
         failed = _compute(Console(quiet=True) if quiet else console, driven)
-    tables, gate = StudySummary(plan).tables(), headroom(plan)
+    found = findings(plan)
     if answer:
-        answer.data = {"study": asked.name, "regimes": document(tables)}
-        if gate:
-            answer.data["headroom"] = plain(gate) | {"mean": gate.mean, "verdict": gate.verdict}
-    for table in tables:
+        answer.data = {"study": asked.name, **document(found)}
+    for table in found.regimes:
         _show(console, asked, table)
-    if gate:
+    if found.headroom:
         console.print()
-        console.print(gate.said, markup=False, highlight=False)
-    for path in _write(asked, tables, gate):
+        console.print(found.headroom.said, markup=False, highlight=False)
+    for path in _write(asked, found):
         console.print(Text(f"{path}"), soft_wrap=True)
     if failed:
         raise Stopped(FAILED)
@@ -278,16 +276,16 @@ def _cells(row: ArmRow) -> Sequence[str]:
     )
 
 
-def _write(asked: Study, tables: Sequence[Table], gate: HeadroomFound | None) -> list[Path]:
+def _write(asked: Study, found: Findings) -> list[Path]:
     if asked.page is None:
         return []
-    text = page.read(asked.page, gate is not None)
+    text = page.read(asked.page, page.parts(asked))
     if not figure.is_possible():
         complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
         figures: list[Path] = []
     else:
-        figures = figure.draw(asked, tables, asked.page.parent / asked.page.stem)
-    page.write(asked.page, page.filled(text, asked, tables, figures, _command(asked), gate))
+        figures = figure.draw(asked, found, asked.page.parent / asked.page.stem)
+    page.write(asked.page, page.filled(text, asked, found, figures, _command(asked)))
     return [asked.page, *figures]
 
 

@@ -39,7 +39,8 @@ def run_cell(spec: Mapping[str, Any], console: Console) -> None:
         recipe = study.load(run)
         given = Given(recipes.read(study.recipe), run, ("bilevel", "run", str(study.recipe)))
         folder = run_seed(console, recipe, given, whole, recipe.seed, False, ConsoleReceiver)
-        found = collect(folder.path, content.measure, content.keep, content.cases)
+        names = [n for each in content.regimes[cell.regime].course.values() for n in each]
+        found = collect(folder.path, content.measure, content.keep, content.cases, names)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:

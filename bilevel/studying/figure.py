@@ -1,4 +1,5 @@
-"""Differences from the baseline with their intervals, a panel a regime; and the measure along an axis of regimes.
+"""Differences from the baseline with their intervals, a panel a regime; the measure along an axis of regimes; what so
+many runs come to; and how measures went on the way.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; shapes and dashes say the same in grey.
 """
@@ -8,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from bilevel.studying.courses import ArmCourse
+from bilevel.studying.effort import Replaced
 from bilevel.studying.file import BASELINE, OURS, Study
 from bilevel.studying.statistics import Interval
-from bilevel.studying.summary import ArmRow, Table
+from bilevel.studying.summary import ArmRow, Findings, Table
 
 STYLES = {OURS: ("#0072B2", "o", "-"), BASELINE: ("#D55E00", "s", "--")}
 """Colour, shape and dash of a group."""
 OTHER = ("0.35", "D", ":")
+LINES = (*STYLES.values(), ("#009E73", "^", "-."), OTHER)
+"""Of at most four names."""
 
 
 def is_possible() -> bool:
@@ -24,11 +30,11 @@ def is_possible() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(study: Study, tables: Sequence[Table], folder: Path) -> list[Path]:
+def draw(study: Study, found: Findings, folder: Path) -> list[Path]:
     """Write what `composed` gives; returns the paths."""
     import matplotlib as mpl
 
-    made = composed(study, tables, folder)
+    made = composed(study, found, folder)
     for path, figure in made.items():
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({"svg.hashsalt": study.name}):
@@ -36,9 +42,14 @@ def draw(study: Study, tables: Sequence[Table], folder: Path) -> list[Path]:
     return list(made)
 
 
-def composed(study: Study, tables: Sequence[Table], folder: Path) -> dict[Path, Any]:
-    """differences.svg and axis.svg in a folder, each where there is something to draw."""
-    made = {"differences": differences(study, tables), "axis": along(study, tables)}
+def composed(study: Study, found: Findings, folder: Path) -> dict[Path, Any]:
+    """differences.svg, axis.svg, runs.svg and courses.svg in a folder, each where there is something to draw."""
+    made = {
+        "differences": differences(study, found.regimes),
+        "axis": along(study, found.regimes),
+        "runs": runs(study, found.replaces),
+        "courses": courses(found.courses),
+    }
     return {folder / f"{name}.svg": figure for name, figure in made.items() if figure is not None}
 
 
@@ -97,6 +108,46 @@ def along(study: Study, tables: Sequence[Table]) -> Any:
     axes.set_ylabel(study.content.measure, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def runs(study: Study, found: Replaced | None) -> Any:
+    """The expected best of 1, 2, … settings of both arms; thin, that of each development seed."""
+    if found is None or not found.efforts:
+        return None
+    figure, (axes,) = _panels([3.2])
+    for effort, style in zip(found.efforts, STYLES.values(), strict=True):
+        colour, shape, dash = style
+        for curve in effort.by_seed:
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=dash, linewidth=0.5)
+        places = range(1, len(effort.best) + 1)
+        axes.plot(places, effort.best, color=colour, marker=shape, linestyle=dash, label=effort.arm)
+    axes.set_xlabel("settings tried", fontsize=9)
+    axes.set_ylabel(f"{study.content.measure}, expected best", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def courses(found: Sequence[ArmCourse]) -> Any:
+    """A panel an arm: the share of each name on the way, its mean thick and each run thin."""
+    shown = [arm for arm in found if arm.ways]
+    if not shown:
+        return None
+    figure, panels = _panels([1.2] * len(shown))
+    for axes, arm in zip(panels, shown, strict=True):
+        for name, (colour, _, dash) in zip(arm.ways[0].shares, LINES, strict=False):
+            for way in arm.ways:
+                axes.plot(way.steps, way.shares[name], color=colour, linestyle=dash, linewidth=0.5)
+            if len({way.steps for way in arm.ways}) == 1:
+                means = [fmean(at) for at in zip(*(w.shares[name] for w in arm.ways), strict=True)]
+                axes.plot(arm.ways[0].steps, means, color=colour, linestyle=dash, label=name)
+        axes.set_ylim(0, 1)
+        axes.set_title(f"{arm.regime}: {arm.arm}", fontsize=8, loc="left")
+        axes.tick_params(labelsize=7)
+    panels[-1].set_xlabel("upper steps", fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 

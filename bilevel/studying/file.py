@@ -116,11 +116,13 @@ class Regime:
     arms: tuple[str, ...] = ()
     """Those that are computed; () for all. `ours` and `baseline` are the two that were named."""
     test: Any = None
-    """Its test seeds; None for those of the study."""
+    """Its test seeds; None for those of the study, [] where it is looked at on development seeds alone."""
     tuned: str | None = None
     """The regime whose tuned settings and named arms it takes."""
     at: float | None = None
     """Where it stands on the axis of a figure that joins regimes, such as the number of clean pictures."""
+    course: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Measures, as patterns, whose course is kept and of which each name has a share: weights of sources."""
 
 
 @component
@@ -133,6 +135,16 @@ class Headroom:
     """By how much it must be ahead, in the measure, in the mean over development seeds."""
     over: str = BASELINE
     """An arm, or the best of a group."""
+    regime: str | None = None
+    """None for the first."""
+
+
+@component
+class Replaces:
+    """One run of an arm against a sweep of another: how many runs does it replace?"""
+
+    run: str
+    sweep: str
     regime: str | None = None
     """None for the first."""
 
@@ -155,6 +167,8 @@ class StudyFile:
     """Differences within ± margin are no difference that matters."""
     headroom: Headroom | None = None
     """Cells on test seeds are held back until it is met; None for no such gate."""
+    replaces: Replaces | None = None
+    """What one run is worth in runs of a sweep, on development seeds."""
     trials: PositiveInt = 9
     """Settings that are tried of each arm, at most."""
     sampler_seed: NonNegativeInt = 0
@@ -233,7 +247,7 @@ class _Check:
         self.development = self._seeds(seeds.development, ("seeds", "development"))
         usual = self._seeds(seeds.test, ("seeds", "test"))
         self.test = {
-            name: usual if each.test is None else self._seeds(each.test, ("regimes", name, "test"))
+            name: usual if each.test is None else self._of_regime(name, each.test)
             for name, each in content.regimes.items()
         }
         self.spaces = {name: self._space(name, arm) for name, arm in content.arms.items()}
@@ -243,6 +257,8 @@ class _Check:
             self._regime(name, regime)
         if content.headroom:
             self._headroom(content.headroom)
+        if content.replaces:
+            self._replaces(content.replaces)
 
     def _seeds(self, given: Any, where: Where) -> tuple[int, ...]:
         try:
@@ -255,6 +271,9 @@ class _Check:
                 where, f"{min(twice)} is a development seed too; no seed may be both", given
             )
         return found
+
+    def _of_regime(self, name: str, given: Any) -> tuple[int, ...]:
+        return () if given == [] else self._seeds(given, ("regimes", name, "test"))
 
     def _space(self, name: str, arm: StudyArm) -> tuple[Dimension, ...]:
         where = ("arms", name, "vary")
@@ -321,23 +340,33 @@ class _Check:
                 )
 
     def _headroom(self, asked: Headroom) -> None:
-        content, where = self._content, ("headroom",)
-        tuned = [name for name, each in content.regimes.items() if not each.tuned]
-        regime = asked.regime or next(iter(content.regimes))
-        if regime not in tuned:
-            self._complaints.add(
-                (*where, "regime"), unknown(regime, tuned, "regime that is tuned by itself")
-            )
+        there = self._there("headroom", asked.regime)
+        if not there:
             return
-        there = arms_of(content, regime, {})
-        groups = {content.arms[name].group for name in there if not content.arms[name].hidden}
-        if asked.bound not in there:
-            self._complaints.add((*where, "bound"), unknown(asked.bound, there, f"arm of {regime}"))
-        if asked.over not in groups.union(there) or asked.over == asked.bound:
-            known = [*sorted(groups), *(name for name in there if name != asked.bound)]
-            self._complaints.add(
-                (*where, "over"), unknown(asked.over, known, f"group or arm of {regime}")
-            )
+        arms = self._content.arms
+        groups = {arms[name].group for name in there if not arms[name].hidden}
+        self._among(("headroom", "bound"), asked.bound, there)
+        others = [*sorted(groups), *(name for name in there if name != asked.bound)]
+        self._among(("headroom", "over"), asked.over, others)
+
+    def _replaces(self, asked: Replaces) -> None:
+        there = self._there("replaces", asked.regime)
+        if there:
+            self._among(("replaces", "run"), asked.run, there)
+            self._among(("replaces", "sweep"), asked.sweep, there)
+
+    def _there(self, section: str, regime: str | None) -> list[str]:
+        """The arms of the regime that a section names; none where it is not tuned by itself."""
+        known = [name for name, each in self._content.regimes.items() if not each.tuned]
+        regime = regime or next(iter(self._content.regimes))
+        if regime in known:
+            return arms_of(self._content, regime, {})
+        self._among((section, "regime"), regime, known, "regime that is tuned by itself")
+        return []
+
+    def _among(self, where: Where, name: str, known: list[str], what: str = "arm") -> None:
+        if name not in known:
+            self._complaints.add(where, unknown(name, known, what))
 
 
 def words(settings: Mapping[str, Any]) -> dict[str, str]:

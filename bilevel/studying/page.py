@@ -5,20 +5,34 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bilevel.errors import RecipeError
 from bilevel.runfolder.files import write_text
 from bilevel.sinks.numbers import significant
+from bilevel.studying import page_parts
+from bilevel.studying.costs import Cost
 from bilevel.studying.file import BASELINE, OURS, Study
 from bilevel.studying.headroom import HeadroomFound
+from bilevel.studying.page_parts import difference_of, line, rows
 from bilevel.studying.results import REMEDY
 from bilevel.studying.statistics import Interval
-from bilevel.studying.summary import ArmRow, Table
+from bilevel.studying.summary import ArmRow, Findings, Table
 
-PARTS = ("answer", "tables", "figures", "tuned", "headroom", "costs", "cells", "repeat")
+PARTS = (
+    "answer",
+    "tables",
+    "crossover",
+    "figures",
+    "tuned",
+    "headroom",
+    "costs",
+    "replaces",
+    "courses",
+    "cells",
+    "repeat",
+)
 SAID = {
     "win": "is ahead of",
     "loss": "is behind",
@@ -28,18 +42,29 @@ SAID = {
 """What a verdict says in words."""
 
 
-def read(path: Path, has_headroom: bool) -> str:
-    """The text of the page; one with all parts that the study has where there is none.
+def parts(study: Study) -> list[str]:
+    """The parts that a study has something to say in."""
+    content = study.content
+    is_there = {
+        "crossover": any(each.at is not None for each in content.regimes.values()),
+        "headroom": content.headroom is not None,
+        "replaces": content.replaces is not None,
+        "courses": any(each.course for each in content.regimes.values()),
+    }
+    return [name for name in PARTS if is_there.get(name, True)]
+
+
+def read(path: Path, wanted: Sequence[str] = PARTS) -> str:
+    """The text of the page; one with the parts that are `wanted` where there is none.
 
     Raises `RecipeError` where no marker is on it.
     """
     if not path.is_file():
-        names = [name for name in PARTS if name != "headroom" or has_headroom]
-        parts = (f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in names)
-        return f"# {path.stem}\n\n" + "\n".join(parts)
+        made = (f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in wanted)
+        return f"# {path.stem}\n\n" + "\n".join(made)
     text = path.read_text(encoding="utf-8")
     if not any(f"<!-- study:{name} -->" in text for name in PARTS):
-        markers = ", ".join(f"<!-- study:{name} -->" for name in PARTS)
+        markers = ", ".join(f"<!-- study:{name} -->" for name in wanted)
         raise RecipeError(
             f"{path}: has no place for the results; write one of {markers}, and its end with a /, "
             "or delete the page to have one made"
@@ -51,25 +76,23 @@ def write(path: Path, text: str) -> None:
     write_text(path, text, remedy=REMEDY, make_folder=True)
 
 
-def filled(
-    text: str,
-    study: Study,
-    tables: Sequence[Table],
-    figures: Sequence[Path],
-    command: str,
-    gate: HeadroomFound | None = None,
-) -> str:
-    """The page with its parts made anew from the tables. Every number of a part is computed."""
+def filled(text: str, study: Study, found: Findings, figures: Sequence[Path], command: str) -> str:
+    """The page with its parts made anew from what was found. Every number of a part is computed."""
+    tables = found.regimes
     begun = [table for table in tables if table.done]
+    apart = {t.regime: difference(d) if (d := difference_of(t)) else "–" for t in tables}
     made: Mapping[str, str] = {
-        "answer": answer(study, tables, gate),
+        "answer": answer(study, tables, found.headroom),
         "tables": "\n".join(
             _table(study, table) for table in begun if any(r.seeds for r in table.rows)
         ),
+        "crossover": page_parts.crossover(study, tables, apart),
         "figures": "\n".join(_figure(study, path) for path in figures),
         "tuned": "\n".join(filter(None, (_tuned(study, table) for table in begun))),
-        "headroom": _headroom(gate) if gate else "",
-        "costs": "\n".join(_costs(table) for table in begun if any(r.cost for r in table.rows)),
+        "headroom": page_parts.headroom(found.headroom) if found.headroom else "",
+        "costs": "\n".join(filter(None, (_costs(table) for table in begun))),
+        "replaces": page_parts.replaces(found.replaces) if found.replaces else "",
+        "courses": page_parts.courses(found.courses),
         "cells": _cells(tables),
         "repeat": f"```console\n$ {command}\n```\n",
     }
@@ -87,7 +110,7 @@ def answer(study: Study, tables: Sequence[Table], gate: HeadroomFound | None = N
     """
     if gate and gate.verdict == "not met" and not gate.early:
         return (
-            f"**There is no headroom in {gate.regime}**: {_ahead(gate)}; at least {gate.at_least:g} was asked for, "
+            f"**There is no headroom in {gate.regime}**: {page_parts.ahead(gate)}; at least {gate.at_least:g} was asked for, "
             "so no test seed is run.\n"
         )
     table, row = tables[0], tables[0].primary
@@ -150,7 +173,7 @@ def _table(study: Study, table: Table) -> str:
     for row in (row for row in table.rows if row.seeds):
         failed = f" ({len(row.failed)} failed)" if row.failed else ""
         lines.append(
-            _line(
+            line(
                 f"`{row.arm}`" + (f": {row.title}" if row.title else ""),
                 f"{len(row.seeds)}{failed}",
                 _value(row.value),
@@ -162,17 +185,13 @@ def _table(study: Study, table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
 def _tuned(study: Study, table: Table) -> str:
     """What was chosen on development seeds; an arm that takes another's settings has that one's."""
     rows = [row for row in table.rows if row.tuned]
     if not rows or study.tuning(table.regime) != table.regime:
         return ""
     lines = [_head(table), "| arm | group | tried | best | development seeds |", "|---" * 5 + "|"]
-    lines += [_line(f"`{r.arm}`", r.group, *_best(r)) for r in rows]
+    lines += [line(f"`{r.arm}`", r.group, *_best(r)) for r in rows]
     named = [f"\nNamed: {_named(table)}.\n"] if OURS in table.named else []
     return "\n".join([*lines, *named]) + "\n"
 
@@ -184,46 +203,26 @@ def _best(row: ArmRow) -> tuple[str, str, str]:
     return f"{row.tuned.tried}", values or "–", f"{row.tuned.mean:.4g} ({each})"
 
 
-def _headroom(gate: HeadroomFound) -> str:
-    """The verdict, what it rests on, and whether someone went on all the same."""
-    asked = (
-        f"in {gate.regime} `{gate.bound}` is to be ahead of `{gate.over}` by {gate.at_least:g}, in the mean over "
-        "development seeds"
-    )
-    lines = [f"**{gate.verdict.capitalize()}**: {asked}."]
-    if gate.mean is not None:
-        each = ", ".join(f"{value:+.4g}" for value in gate.differences)
-        lines = [f"**{gate.verdict.capitalize()}**: {_ahead(gate)} ({each}); {asked}."]
-    elif gate.failed:
-        lines.append(f"It cannot be computed: {gate.failed}.")
-    else:
-        left = Counter(cell.arm for cell in gate.missing)
-        arms = ", ".join(f"{number} of `{arm}`" for arm, number in left.items())
-        lines.append(f"Cells that it rests on and that are not there: {arms}.")
-    if gate.early:
-        lines.append(
-            f"{gate.early:,} cells were run before it was met, because that was asked for (`--without-headroom`)."
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _ahead(gate: HeadroomFound) -> str:
-    return f"the bound `{gate.bound}` is ahead of `{gate.over}` by {gate.mean:+.4g}"
-
-
 def _costs(table: Table) -> str:
-    heads = ["arm", "runs", "gradients", "products", "seconds"]
-    lines = [_head(table), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in table.rows:
-        if row.cost:
-            numbers = (row.cost.runs, row.cost.gradients, row.cost.products, row.cost.seconds)
-            lines.append(_line(f"`{row.arm}`", *map(significant, numbers)))
-    return "\n".join(lines) + "\n"
+    """A run of each arm on test seeds, and all that was computed to tune it."""
+    kinds = ("runs", "gradients", "products", "seconds")
+    lines = [
+        [f"`{row.arm}`", *_spent(row.cost, kinds), *_spent(row.tuning, kinds)]
+        for row in table.rows
+        if row.cost or row.tuning
+    ]
+    if not lines:
+        return ""
+    return f"{_head(table)}\n{rows(['arm', *kinds, *(f'tuning: {k}' for k in kinds)], lines)}\n"
+
+
+def _spent(cost: Cost | None, kinds: Sequence[str]) -> list[str]:
+    return [significant(getattr(cost, kind)) if cost else "–" for kind in kinds]
 
 
 def _cells(tables: Sequence[Table]) -> str:
     lines = ["| regime | done | failed | known by now |", "|---" * 4 + "|"]
-    lines += [_line(t.regime, f"{t.done}", f"{t.failed}", f"{t.cells}") for t in tables]
+    lines += [line(t.regime, f"{t.done}", f"{t.failed}", f"{t.cells}") for t in tables]
     return "\n".join(lines) + "\n"
 
 
@@ -233,5 +232,7 @@ def _figure(study: Study, path: Path) -> str:
         "differences": f"{study.content.measure}: differences from the baseline with 95 % intervals; shaded, "
         f"± {study.content.margin:g}",
         "axis": f"{study.content.measure} over {study.content.axis}, with 95 % intervals",
+        "runs": f"{study.content.measure} on development seeds: the expected best of so many settings",
+        "courses": "shares on the way of each run on development seeds; the thick line is their mean",
     }
     return f"![{said[path.stem]}]({os.path.relpath(path, study.page.parent)})\n"

@@ -56,6 +56,8 @@ class Kept:
     reason: str | None = None
     note: str | None = None
     """Why it would not have been run, had it not been asked for all the same."""
+    course: Mapping[str, Sequence[float]] | None = None
+    """Columns `step` and measures, a row an evaluation."""
     cases: Mapping[str, Sequence[Any]] | None = None
     """Columns unit, score and label of the answers that the measure was computed from."""
 
@@ -108,7 +110,13 @@ class Book:
         self._read.pop(cell, None)
 
 
-def collect(folder: Path, measure: str, keep: Sequence[str], cases: Cases | None) -> Kept:
+def collect(
+    folder: Path,
+    measure: str,
+    keep: Sequence[str],
+    cases: Cases | None,
+    course: Sequence[str] = (),
+) -> Kept:
     """What is kept of a run that is over, from its record and rows; `assignments` are left to the caller.
 
     Raises `ValueError` where the measure is not a number, or the table has not what is asked of it.
@@ -132,8 +140,29 @@ def collect(folder: Path, measure: str, keep: Sequence[str], cases: Cases | None
         {name: float(f"{value:.7g}") for name, value in numbers.items()},
         stepped.get("totals", {}),
         round(float(finished.get("seconds", 0.0)), 2),
+        course=_course(folder, course) if course else None,
         cases=_cases(folder, cases) if cases else None,
     )
+
+
+def _course(folder: Path, patterns: Sequence[str]) -> dict[str, list[float]]:
+    """Of the measures that every evaluation has. Raises `ValueError` where there is none such, or one is below 0."""
+    events = [event for event in record.read(folder) if event["event"] == "evaluated"]
+    names = [
+        name
+        for name in (events[0]["metrics"] if events else ())
+        if any(fnmatchcase(name, each) for each in patterns)
+        and all(name in event["metrics"] for event in events)
+    ]
+    if not names:
+        raise ValueError(f"course: the run has no measure {' or '.join(patterns)}")
+    found = {name: [record.number(e["metrics"][name]) for e in events] for name in names}
+    for name, values in found.items():
+        if not all(0 <= value < float("inf") for value in values):
+            raise ValueError(f"course: {name} is not a weight: {min(values)} to {max(values)}")
+    return {"step": [event["step"] for event in events]} | {
+        name: [float(f"{value:.5g}") for value in values] for name, values in found.items()
+    }
 
 
 def _cases(folder: Path, cases: Cases) -> dict[str, list[Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from bilevel.studying import costs
+from bilevel.studying.costs import Cost
+from bilevel.studying.courses import ArmCourse, courses
+from bilevel.studying.effort import Replaced, replaced
 from bilevel.studying.file import BASELINE, OURS, arms_of
-from bilevel.studying.mixtures import points
+from bilevel.studying.headroom import HeadroomFound, headroom
 from bilevel.studying.plan import StudyPlan, Tuned, Waiting
 from bilevel.studying.results import Kept, StudyCell
 from bilevel.studying.statistics import (
@@ -22,17 +26,6 @@ from bilevel.studying.statistics import (
     interval,
     verdict,
 )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run of an arm took, with the stages that it comes after: means over its seeds."""
-
-    gradients: float
-    products: float
-    """Hessian and cross products."""
-    seconds: float
-    runs: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,9 @@ class ArmRow:
     measures: Mapping[str, float]
     """Means over test seeds."""
     cost: Cost | None
+    """Of a run on a test seed, with the stages that it comes after: the mean."""
+    tuning: Cost | None
+    """Of all its runs on development seeds, and of its stages."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,8 @@ class StudySummary:
             against,
             verdict(against, content.margin, content.maximize) if against.n else None,
             _means([own[seed].measures for seed in values]),
-            self.cost(regime, arm, list(values)),
+            costs.a_run(self.plan, (StudyCell(regime, arm, "test", seed) for seed in values)),
+            costs.tuning(self.plan, regime, arm),
         )
 
     def difference(self, regime: str, arm: str, other: str) -> Interval:
@@ -166,37 +163,6 @@ class StudySummary:
         except Waiting:
             return None
 
-    def cost(self, regime: str, arm: str, seeds: Sequence[int]) -> Cost | None:
-        """Of an arm and of the stages before it, None where no seed is done."""
-        each = [list(self._stages(StudyCell(regime, arm, "test", seed))) for seed in seeds]
-        if not each:
-            return None
-
-        def total(name: str) -> float:
-            return fmean(sum(kept.totals.get(name, 0.0) for kept in stages) for stages in each)
-
-        return Cost(
-            total("gradients"),
-            total("hvps") + total("cross_products"),
-            fmean(sum(kept.seconds for kept in stages) for stages in each),
-            fmean(map(len, each)),
-        )
-
-    def _stages(self, cell: StudyCell) -> Iterator[Kept]:
-        arm = self.plan.study.content.arms[cell.arm]
-        cells = [cell]
-        if arm.mixtures:
-            number = len(points(arm.mixtures, cell.seed))
-            cells = [
-                StudyCell(cell.regime, cell.arm, cell.phase, cell.seed, point=p)
-                for p in range(number)
-            ]
-        for each in cells:
-            if (kept := self.plan.book.get(each)) is not None:
-                yield kept
-        if arm.after:
-            yield from self._stages(StudyCell(cell.regime, arm.after.arm, cell.phase, cell.seed))
-
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of the measures that all of them have."""
@@ -204,9 +170,27 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(one[name] for one in each) for name in names}
 
 
-def document(tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """The tables as plain data."""
-    return [plain(table) for table in tables]
+@dataclass(frozen=True)
+class Findings:
+    """All that a study's kept cells say."""
+
+    regimes: tuple[Table, ...]
+    headroom: HeadroomFound | None
+    replaces: Replaced | None
+    courses: tuple[ArmCourse, ...]
+
+
+def findings(plan: StudyPlan) -> Findings:
+    tables = tuple(StudySummary(plan).tables())
+    return Findings(tables, headroom(plan), replaced(plan), tuple(courses(plan)))
+
+
+def document(found: Findings) -> dict[str, Any]:
+    """As plain data; of the headroom with its mean and verdict."""
+    made = plain(found)
+    if gate := found.headroom:
+        made["headroom"] |= {"mean": gate.mean, "verdict": gate.verdict}
+    return made
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from bilevel.cli.names import shipped
 from bilevel.studying import file as files
 from bilevel.studying.plan import StudyPlan
 from bilevel.studying.results import Book, Kept, StudyCell
+from bilevel.studying.summary import StudySummary, Table
 
 DEVELOPMENT = (100, 101)
 TEXT = """\
@@ -102,3 +103,8 @@ def tune_all(plan: StudyPlan, implicit: Sequence[float] = (3.0, 2.0)) -> None:
         for seed in DEVELOPMENT:
             keep(plan, StudyCell("easy", "implicit", "tune", seed, trial), mean)
     tune(plan, "again", 2.5)
+
+
+def tables(plan: StudyPlan) -> list[Table]:
+    """What the kept cells say, nothing of it remembered."""
+    return StudySummary(StudyPlan(plan.study, Book(plan.book.folder))).tables()

@@ -10,10 +10,9 @@ from bilevel.cli.names import shipped_studies
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
 from bilevel.studying.drive import specification
-from bilevel.studying.headroom import headroom
 from bilevel.studying.plan import StudyPlan
 from bilevel.studying.results import Book, StudyCell
-from bilevel.studying.summary import StudySummary
+from bilevel.studying.summary import findings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -51,12 +50,12 @@ def test_pages_are_what_the_cells_say(name, monkeypatch):
     assert [str(cell) for cell in plan.all() if plan.altered(cell) is not None] == []
     study = plan.study
     assert study.page is not None
-    text, tables = page.read(study.page, True), StudySummary(plan).tables()
-    drawn = figure.composed(study, tables, study.page.parent / study.page.stem)
-    command, gate = f"bilevel study {study.path.relative_to(ROOT)}", headroom(plan)
+    text, found = page.read(study.page), findings(plan)
+    drawn = figure.composed(study, found, study.page.parent / study.page.stem)
+    command = f"bilevel study {study.path.relative_to(ROOT)}"
 
     def filled(text):
-        return page.filled(text, study, tables, list(drawn), command, gate)
+        return page.filled(text, study, found, list(drawn), command)
 
     assert filled(text) == text
     assert all(path.is_file() for path in drawn)

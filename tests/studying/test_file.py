@@ -61,6 +61,11 @@ def test_arms_come_with_those_they_come_after(tmp_path):
             "margin: 0.5\nheadroom: {bound: again, regime: hard, at_least: 1}",
             r"headroom.regime: 'hard': unknown regime that is tuned by itself",
         ),
+        (
+            "margin: 0.5",
+            "margin: 0.5\nreplaces: {run: implicit, sweep: dirct}",
+            r"replaces.sweep: 'dirct'.*'direct'",
+        ),
         ("name: small", "name: small\nversion: 2", "this release reads version 1"),
     ],
 )
