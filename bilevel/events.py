@@ -132,6 +132,9 @@ class Warned:
     message: str
 
 
+COMPILED = "compiled"
+
+
 @dataclass(frozen=True)
 class Traced:
     """An upper step was recorded, and those after it are replayed (`runtime.compile`)."""
@@ -141,7 +144,8 @@ class Traced:
     """Which record of the run it is."""
     operations: int
     why: str
-    """Where the step departed from the records before it; empty of the first."""
+    """Where the step departed from the records before it; empty of the first. `COMPILED` of one whose
+    operations were compiled (`runtime.compile: inductor`)."""
     seconds: float
 
 

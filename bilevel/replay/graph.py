@@ -36,6 +36,9 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
     fixed = _take_out_fixed(graph, written, results)
     _drop_unused(graph)
     for node in graph.nodes:
+        if isinstance(node.target, OpOverload):
+            node.meta["is_mutable"] = node.target._schema.is_mutable
+            node.meta["is_tensor"] = node.target.namespace == "aten" and "form" in node.meta
         node.target = _quick(node)
     return fixed
 
@@ -121,7 +124,9 @@ def _take_out_fixed(graph: fx.Graph, written: Set[int], results: Set[int]) -> li
         if all("value" in user.meta for user in node.users):
             continue  # which are taken out themselves
         with graph.inserting_before(next(iter(graph.nodes))):
-            node.replace_all_uses_with(graph.placeholder(f"fixed_{len(values)}"))
+            fixed = graph.placeholder(f"fixed_{len(values)}")
+        fixed.meta["form"] = node.meta["form"]
+        node.replace_all_uses_with(fixed)
         values.insert(0, node.meta["value"])
     return values
 

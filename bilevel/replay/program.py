@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from bilevel import tree
 from bilevel.replay.graph import shorten
+from bilevel.replay.inductor import Compile, compiled
 from bilevel.replay.layout import GIVEN, Rebuild, Take, given_leaves, is_given, rebuilder, taker
 from bilevel.replay.recorder import Departed, NotReplayable, Recorder
 from bilevel.scalars.scalar import Scalar
@@ -68,15 +69,28 @@ class Program:
         self._take, self._rebuild, self._constants = take, rebuild, constants
         self._function = function
         self._forward = function.forward  # a call of the module looks for hooks, for 20 µs
+        self.is_compiled = False
         self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
 
-    @torch.no_grad()
+    def compile(self, by: Compile) -> None:
+        """Have its operations compiled: results are then the same to rounding.
+
+        Raises:
+            CannotCompile: it cannot be, and stays as it is.
+        """
+        self._forward, self.is_compiled = compiled(self._function, by).forward, True
+
+    def restore(self) -> None:
+        """Undo `compile`."""
+        self._forward, self.is_compiled = self._function.forward, False
+
     def __call__(self, inputs: Any, feed: Feed) -> Any:
         """Raises `Departed` where the step is another one, and says at which line of code."""
         leaves = self._take(inputs)
         if leaves is None:
             raise Departed("shapes or settings of what it begins with")
-        return self._rebuild(self._forward(*self._constants, feed, *leaves))
+        with torch.no_grad():
+            return self._rebuild(self._forward(*self._constants, feed, *leaves))
 
 
 def record(step: Step, inputs: Any, draws: Draws, *, apart: bool = False) -> tuple[Any, Program]:

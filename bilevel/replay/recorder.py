@@ -235,6 +235,7 @@ class Recorder(TorchDispatchMode):
         """Notes which node gives a result; numbers come back as scalars."""
         if isinstance(found, Tensor):
             node.meta.update(memory=_memory(found), size=found.numel(), dtype=found.dtype)
+            node.meta["form"] = found.shape, found.stride(), found.dtype
             if self._known.get(found) is None:  # what is written into in place stays who it is
                 self._known[found] = node
             return found
@@ -253,7 +254,8 @@ class Recorder(TorchDispatchMode):
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self.constants)}")
-            node.meta.update(memory=_memory(leaf), size=leaf.numel())
+            node.meta.update(memory=_memory(leaf), size=leaf.numel(), dtype=leaf.dtype)
+            node.meta["form"] = leaf.shape, leaf.stride(), leaf.dtype
             self._constant_nodes[id(leaf)] = node
             self.constants.append(leaf)  # kept, so that the id stays its own
         return self._constant_nodes[id(leaf)]

@@ -12,6 +12,7 @@ from inspect import signature
 
 from bilevel import tree
 from bilevel.events import Event, Finished, Started
+from bilevel.replay.inductor import by_inductor
 from bilevel.run.early_stop import ending, is_best, is_over
 from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
@@ -71,7 +72,8 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     yield from caution(setup, state)
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
-    replayed = ReplayedSteps(take_rounds) if setup.compile == "step" else None
+    compiler = by_inductor if setup.compile == "inductor" else None
+    replayed = None if setup.compile == "off" else ReplayedSteps(take_rounds, compiler)
     while not is_over(setup, state):
         yield from advance(setup, state, replayed)
         if replayed:

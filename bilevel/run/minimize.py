@@ -108,7 +108,7 @@ def iterate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     autocast: Literal["bfloat16"] | None = None,
-    compile: Literal["off", "step"] = "off",
+    compile: Literal["off", "step", "inductor"] = "off",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -153,7 +153,7 @@ def minimize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     autocast: Literal["bfloat16"] | None = None,
-    compile: Literal["off", "step"] = "off",
+    compile: Literal["off", "step", "inductor"] = "off",
     evaluate_every: int = 0,
     evaluate_held: bool = False,
     stop: EarlyStop | Mapping[str, Any] | None = None,
@@ -179,7 +179,8 @@ def minimize(
         autocast: "bfloat16" takes the products in both losses in it (`torch.autocast`); x, y and all
             sums stay in float32.
         compile: "step" records an upper step once and replays it without the Python around its
-            operations, to the same bits; a warning says why where it cannot.
+            operations, to the same bits; a warning says why where it cannot. "inductor" compiles what
+            was recorded besides, to the same numbers but for rounding.
         evaluate_every: also take the problem's own measures every so many steps.
         evaluate_held: take them at the end also with x as it began and y trained as long
             (`Result.held`): only what is above that is owed to x. `bilevel run` does unless its

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.events import Event, Traced, Warned
+from bilevel.events import COMPILED, Event, Traced, Warned
+from bilevel.replay.inductor import CannotCompile, Compile
 from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.run.setup import Setup, State
@@ -49,8 +50,8 @@ Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
 class ReplayedSteps:
     """`rounds` from a record of it, where there is one that holds."""
 
-    def __init__(self, rounds: Rounds) -> None:
-        self._rounds = rounds
+    def __init__(self, rounds: Rounds, compile: Compile | None = None) -> None:
+        self._rounds, self._compile = rounds, compile
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
         self._is_off = self._are_apart = False
@@ -116,7 +117,11 @@ class ReplayedSteps:
         self, state: State, kept: _Kept, found: Any, truth: Any
     ) -> tuple[LowerSolution, Estimate]:
         """The step itself, at the first replay and every so many, once that came to the same."""
-        if not is_same(found, truth):
+        if not is_same(found, truth, kept.near(state)):
+            if kept.is_compiled and not kept.is_trusted:
+                kept.restore()
+                self._say(state, "what it compiled comes to other numbers than the step")
+                return truth
             if kept.is_trusted:
                 raise ProblemError(
                     f"runtime.compile: step {state.step + 1}: {OTHER}. Up to {EVERY} steps before it may "
@@ -124,8 +129,30 @@ class ReplayedSteps:
                     "runtime.compile: off"
                 )
             self._end(state, OTHER)
-        kept.is_trusted, kept.due = True, EVERY - 1
+        if self._compile and not kept.is_trusted and not kept.is_settled:
+            self._compiled(state, kept, self._compile)
+        else:
+            kept.is_trusted, kept.due = True, EVERY - 1
         return truth
+
+    def _compiled(self, state: State, kept: _Kept, by: Compile) -> None:
+        """A record that came to the same bits once is compiled, and compared again at the next replay."""
+        began = time.perf_counter()
+        try:
+            kept.compile(by)
+        except CannotCompile as error:
+            self._say(state, str(error))
+            return
+        seconds = time.perf_counter() - began
+        self.news.append(Traced(state.step + 1, self._recorded, kept.operations, COMPILED, seconds))
+
+    def _say(self, state: State, reason: str) -> None:
+        message = (
+            f"runtime.compile: inductor: a record is replayed operation by operation: {reason}"
+        )
+        if "inductor" not in state.warned:
+            self.news.append(Warned(state.step + 1, "inductor", message))
+        state.warned["inductor"] = 0
 
     def _end(self, state: State, reason: str) -> None:
         self._is_off, self._programs = True, []
@@ -142,6 +169,29 @@ class _Kept:
         self._program, self._memory = program, memory
         self.due, self.is_trusted = 0, False
         """Replays until the next comparison; whether there was one."""
+        self.is_settled = False
+        """Whether it was compiled, or cannot be."""
+
+    @property
+    def operations(self) -> int:
+        return self._program.operations
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._program.is_compiled
+
+    def compile(self, by: Compile) -> None:
+        self.is_settled = True
+        self._program.compile(by)
+
+    def restore(self) -> None:
+        self._program.restore()
+
+    def near(self, state: State) -> float | None:
+        """How close its results have to be to those of the step: the same bits, unless it is compiled."""
+        if not self.is_compiled:
+            return None
+        return max(tree.eps(state.x), tree.eps(state.y)) ** 0.5
 
     def replay(self, inputs: Any, feed: Feed) -> Any:
         found = self._program(inputs, feed)
@@ -160,21 +210,40 @@ def unfit(setup: Setup) -> str | None:
     return None
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two results are the same bits, but for what is called seconds."""
-    leaves = [
-        [(where, leaf) for where, leaf in tree.named(value) if not where.endswith(".seconds")]
-        for value in (one, other)
-    ]
-    if [where for where, _ in leaves[0]] != [where for where, _ in leaves[1]]:
+def is_same(one: Any, other: Any, near: float | None = None) -> bool:
+    """Whether two results are the same bits, but for what is called seconds.
+
+    With `near`, whether floating tensors and numbers are that close, relative to the largest of a tensor.
+    """
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return torch.equal(one, other) or (near is not None and _is_near(one, other, near))
+    if not tree.is_nested(one) or not tree.is_nested(other):
+        return _is_same_leaf(one, other, near)
+    parts, others = dict(tree.parts(one)), dict(tree.parts(other))
+    if parts.keys() != others.keys():
         return False
-    return all(_equal(a, b) for (_, a), (_, b) in zip(*leaves, strict=True))
+    return all(
+        where.endswith(".seconds") or is_same(part, others[where], near)
+        for where, part in parts.items()
+    )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return a is b or bool(a == b or (a != a and b != b))
+def _is_same_leaf(a: Any, b: Any, near: float | None) -> bool:
+    if bool(a == b or (a != a and b != b)):
+        return True
+    is_number = isinstance(a, float) and isinstance(b, float)
+    return near is not None and is_number and abs(a - b) <= near * max(abs(a), abs(b))
+
+
+def _is_near(a: Tensor, b: Tensor, near: float) -> bool:
+    if not a.is_floating_point():
+        return False
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return bool(((a - b).abs() <= near * scale).all())
 
 
 def _said(error: Exception) -> str:

@@ -44,7 +44,7 @@ class Setup:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     """In what the losses are evaluated below float32 (`bilevel.problem.autocast`)."""
-    compile: Literal["off", "step"] = "off"
+    compile: Literal["off", "step", "inductor"] = "off"
     """Whether the upper step is recorded once and replayed (`bilevel.run.replayed`)."""
     evaluate_before: bool = True
     """Whether to evaluate before the first step."""
@@ -70,8 +70,8 @@ class Setup:
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
 
-        if self.compile not in ("off", "step"):
-            raise RecipeError(f"compile = {self.compile!r}; must be 'off' or 'step'")
+        if self.compile not in ("off", "step", "inductor"):
+            raise RecipeError(f"compile = {self.compile!r}; must be 'off', 'step' or 'inductor'")
         if self.autocast is not None and self.dtype != torch.float32:
             raise RecipeError(NEEDS_FLOAT32)
         problem = under_autocast(self.problem, self.device, self.autocast)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.events import (
+    COMPILED,
     EARLY,
     HELD,
     HELD_NOTE,
@@ -191,7 +192,9 @@ def _headline(event: Started) -> Text:
 def _recorded(event: Traced) -> str:
     """What `runtime.compile` has done."""
     what = f"step {event.step} recorded, to be replayed"
-    if event.count > 1:
+    if event.why == COMPILED:
+        what = f"step {event.step}: record {event.count} compiled"
+    elif event.count > 1:
         what = f"step {event.step} recorded ({event.count}: {event.why})"
     return f"{what}: {event.operations:,} operations, {duration(event.seconds)}"
 

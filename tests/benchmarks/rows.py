@@ -60,7 +60,14 @@ UNROLL = Row(
 )
 SINGLE = Row(
     "Iterations of single-loop methods",
-    ("by hand", "bilevel", "bilevel, compile: step", "JAX, a step compiled", "JAX, one scan"),
+    (
+        "by hand",
+        "bilevel",
+        "bilevel, compile: step",
+        "bilevel, compile: inductor",
+        "JAX, a step compiled",
+        "JAX, one scan",
+    ),
     15,
     dict.fromkeys(OTHERS, "it has no such method"),
     per=64,

@@ -340,7 +340,7 @@ def test_a_recipe_asks_for_it_and_it_is_no_part_of_what_a_run_is():
     off, step = loads(text), loads(text, ["runtime.compile=step"])
     assert (assemble(off).compile, assemble(step).compile) == ("off", "step")
     assert off.hash == step.hash
-    with pytest.raises(RecipeError, match="'off' or 'step'"):
+    with pytest.raises(RecipeError, match="'off', 'step' or 'inductor'"):
         replace(setup(), compile="scan")
 
 

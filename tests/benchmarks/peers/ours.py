@@ -131,9 +131,9 @@ def whole_loop(task: Loop, steps: int, **options: Any) -> Setup:
     return loop.setup(steps, **options)
 
 
-def replayed(make: Callable[..., Setup]) -> Prepared[Any]:
-    """The same with the upper step recorded once, in the steps that are not timed."""
-    return steps_of(partial(make, compile="step"))
+def replayed(make: Callable[..., Setup], mode: str = "step") -> Prepared[Any]:
+    """The same with the upper step recorded once, and compiled, in the steps that are not timed."""
+    return steps_of(partial(make, compile=mode))
 
 
 STOCHASTIC = steps_of(stochastic.setup)
@@ -151,6 +151,9 @@ METHODS = {
         "loop": replayed(whole_loop),
         **dict.fromkeys(("soba", "saba", "srba"), replayed(stochastic.setup)),
     },
+    "bilevel, compile: inductor": dict.fromkeys(
+        ("soba", "saba", "srba"), replayed(stochastic.setup, "inductor")
+    ),
     "bilevel, store": {"unroll": unroll()},
     "bilevel, recompute": {"unroll": unroll(memory="recompute")},
     "bilevel, traced": {"unroll": unroll(memory="traced")},

@@ -1,0 +1,132 @@
+"""Records with their regions compiled: what is cut where, and what still departs. The compiler is a stand-in."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from bilevel.replay.inductor import CannotCompile, by_inductor, compiled
+from bilevel.replay.program import Departed, Feed, record
+
+X = torch.linspace(0.1, 1, 3, dtype=torch.float64)
+
+
+class StandIn:
+    """Does what the region does; keeps the operations of each."""
+
+    def __init__(self):
+        self.regions = []
+
+    def __call__(self, region, given):
+        names = [n.target.__name__ for n in region.graph.nodes if n.op == "call_function"]
+        self.regions.append(names)
+        return lambda args: list(region(*args))
+
+
+def recorded(function, draws=None):
+    return record(function, X, Feed(draws or {}).iterators())
+
+
+def long(x):
+    return ((x.sin() + 1).exp() - x).cos()
+
+
+def test_what_nothing_lies_between_is_one_region():
+    found, program = recorded(lambda x, _: [long(x), x.sin()])
+    by = StandIn()
+    program.compile(by)
+    assert by.regions == [["sin", "add", "exp", "sub", "cos", "sin"]]
+    assert all(torch.equal(a, b) for a, b in zip(program(X, Feed({})), found, strict=True))
+    program.restore()
+    assert not program.is_compiled
+
+
+def test_a_number_that_is_read_ends_a_region_and_is_still_looked_at():
+    def step(x, _):
+        y = long(x) + x
+        size = y.sum().item()
+        return long(y * size) if size < 50 else y
+
+    found, program = recorded(step)
+    by = StandIn()
+    program.compile(by)
+    assert [len(names) for names in by.regions] == [7, 5]
+    assert torch.equal(program(X, Feed({})), found)
+    with pytest.raises(Departed):
+        program(X + 40.0, Feed({}))
+
+
+def test_a_draw_waits_for_what_was_decided_before_it():
+
+    def step(x, draws):
+        for _ in range(2):
+            batch = next(draws["lower"])
+            x = long(x + batch) + batch
+            if x.sum().item() > 100:
+                break
+        return x
+
+    found, program = record(step, X, {"lower": iter([X, X])}, apart=True)
+    by = StandIn()
+    program.compile(by)
+    assert [len(names) for names in by.regions] == [8, 8]
+    assert torch.equal(program(X, Feed({"lower": iter([X, X])})), found)
+    drawn = itertools.count()
+    feed = Feed({"lower": ((next(drawn), b)[1] for b in [torch.full_like(X, 40.9), X])})
+    with pytest.raises(Departed):
+        program(X, feed)
+    assert next(drawn) == 1  # the second batch is left to the step that is taken by itself
+
+
+def test_results_are_tensors_of_their_own():
+    def merging(region, given):
+        return lambda args: [region(*args)[0]] * 2
+
+    _, program = recorded(lambda x, _: [long(x), long(x)])
+    program.compile(merging)
+    a, b = program(X, Feed({}))
+    assert torch.equal(a, b)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def broken(region, given):
+    raise RuntimeError("no compiler\nat all")
+
+
+def transposed(region, given):
+    return lambda args: [one.T.contiguous().T for one in region(*args)]
+
+
+@pytest.mark.parametrize(
+    ("step", "by", "reason"),
+    [
+        (lambda x, _: long(x.clone().add_(1.0)), StandIn(), "writes into its own tensors"),
+        (lambda x, _: x + 1, StandIn(), "no 4 operations follow each other"),
+        (lambda x, _: long(x), broken, "^RuntimeError: no compiler$"),
+        (lambda x, _: long(x * torch.ones(2, 1)), transposed, "in another way"),
+    ],
+)
+def test_what_cannot_be_compiled_is_replayed_as_it_is(step, by, reason):
+    found, program = recorded(step)
+    with pytest.raises(CannotCompile, match=reason):
+        program.compile(by)
+    assert not program.is_compiled
+    assert torch.equal(program(X, Feed({})), found)
+
+
+@pytest.mark.skipif(
+    "BILEVEL_INDUCTOR" not in os.environ,
+    reason="imports TorchInductor, for 10 s; `make benchmark` compiles with it. BILEVEL_INDUCTOR=1 runs it",
+)
+def test_the_compiler_itself():
+    """Products alone, which need no C++: that the functions of torch are called as they are to be."""
+    A = torch.eye(3, dtype=torch.float64) * 2
+
+    def step(x, _):
+        return A @ (A @ (A @ (A @ x)))
+
+    found, program = recorded(step)
+    compiled(program._function, by_inductor)
+    program.compile(by_inductor)
+    assert torch.equal(program(X, Feed({})), found)

@@ -1,0 +1,78 @@
+"""`runtime.compile: inductor` with a stand-in for the compiler: compared to rounding, or given up."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from bilevel.errors import ProblemError
+from bilevel.estimators import Unroll
+from bilevel.events import COMPILED
+from bilevel.run import engine, replayed
+from bilevel.sinks.console import ConsoleReceiver
+from bilevel_problems.logistic import Logistic
+from tests.run.replays import ended, require_same
+from tests.run.setups import setup
+
+PLAIN = setup(Logistic(data="synthetic", num_features=6), Unroll(memory="store"), steps=9)
+COMPILED_RUN = replace(PLAIN, compile="inductor")
+
+
+def off_by(error, after=0):
+    """A compiler of which results are off by a relative error, from some call on."""
+
+    def compile(region, given):
+        calls = iter(range(10**6))
+
+        def call(args):
+            size = 1 + (error if next(calls) > after else 0.0)
+            return [one * size if one.is_floating_point() else one for one in region(*args)]
+
+        return call
+
+    return compile
+
+
+def test_rounding_is_taken_and_every_decision_is_still_looked_at(monkeypatch):
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-13))
+    plain, compiled = ended(PLAIN), ended(COMPILED_RUN)
+    assert [trace.why for trace in compiled[2]] == ["", COMPILED]
+    x, expected = compiled[0].x["log_penalty"], plain[0].x["log_penalty"]
+    assert not torch.equal(x, expected)
+    assert torch.allclose(x, expected, rtol=1e-9)
+    assert "inductor" not in compiled[0].warned
+
+
+@pytest.mark.parametrize("fails", ["is wrong", "is none"])
+def test_a_compiler_that_is_wrong_or_none_leaves_the_replay_as_it_is(fails, monkeypatch):
+    def none(region, given):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-3) if fails == "is wrong" else none)
+    plain, compiled = ended(PLAIN), ended(COMPILED_RUN)
+    assert compiled[0].warned.pop("inductor") == 0
+    require_same(plain, compiled)
+    (said,) = [e.message for e in engine_warnings(COMPILED_RUN)]
+    assert ("other numbers than the step" if fails == "is wrong" else "no C++ compiler") in said
+
+
+def engine_warnings(s):
+    return [e for e in engine.run(s, engine.start(s)) if getattr(e, "kind", "") == "inductor"]
+
+
+def test_what_is_wrong_later_ends_the_run(monkeypatch):
+    monkeypatch.setattr(replayed, "EVERY", 3)
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-3, after=2))
+    with pytest.raises(ProblemError, match=r"Up to 3 steps before it may be others too"):
+        ended(COMPILED_RUN)
+
+
+def test_the_terminal_says_that_it_was_compiled(monkeypatch):
+    monkeypatch.setattr(engine, "by_inductor", off_by(0.0))
+    out = io.StringIO()
+    receiver = ConsoleReceiver(Console(file=out, width=80))
+    for event in engine.run(COMPILED_RUN, engine.start(COMPILED_RUN)):
+        receiver.receive(event)
+    assert "step 3: record 1 compiled: " in out.getvalue()
