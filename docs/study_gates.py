@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bilevel.studying.file import OURS, StudyFile
 from docs.pages import put
 
 HERE = Path(__file__).parent
@@ -23,6 +24,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "implicit, damping 1": {"name": "implicit", "damping": 1.0},
     "implicit, damping 10": {"name": "implicit", "damping": 10.0},
 }
+STEPS = (5, 10, 40)
+"""Five are those of the arms, ten and forty the protocol's other paths."""
 ENOUGH = 0.8
 """Cosine from which on an estimator may be an arm."""
 SEED = 1000
@@ -78,6 +81,49 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def verdict(found: list[dict[str, Any]]) -> str:
+    """Which estimators may be arms of ours, by what was computed; and what is not computed yet."""
+    steps = sorted({row["steps"] for row in found})
+    cosines = {(row["estimator"], row["steps"]): row["cosine"] or 0.0 for row in found}
+    lines = []
+    for name in ESTIMATORS:
+        known = [n for n in steps if (name, n) in cosines]
+        enough = [n for n in known if cosines[name, n] >= ENOUGH]
+        said = f"at {', '.join(map(str, enough))}" if enough else "nowhere"
+        lines.append(f"- `{name}`: {ENOUGH:g} or more {said}")
+    missing = [str(n) for n in STEPS if n not in steps]
+    if missing:
+        lines.append(f"- not yet computed: {', '.join(missing)} lower steps")
+    return "\n".join(lines) + "\n"
+
+
+def refused(found: list[dict[str, Any]], content: StudyFile) -> list[str]:
+    """Arms of the group `ours` whose weights come from an estimator that is below, at their number of lower steps.
+
+    An arm's estimators are its own and those of the stages that it comes after; one that is frozen and retrained has
+    no implicit term to be right about.
+    """
+    enough = {(row["estimator"], row["steps"]) for row in found if (row["cosine"] or 0.0) >= ENOUGH}
+    below = []
+    for name, arm in content.arms.items():
+        stage, used = arm, set()
+        while True:
+            settings = {**content.settings, **stage.settings}
+            used.add((settings.get("estimator"), settings["lower.steps"]))
+            if stage.after is None:
+                break
+            stage = content.arms[stage.after.arm]
+        wrong = {each for each in used if each[0] != "alternating"} - enough
+        if arm.group == OURS and wrong:
+            below.append(name)
+    return below
+
+
+def part(found: list[dict[str, Any]]) -> str:
+    """What the page has of the gate."""
+    return f"{table(found)}\n{verdict(found)}".rstrip("\n")
+
+
 def _shown(row: dict[str, Any] | None) -> str:
     if row is None or row["cosine"] is None:
         return "–"
@@ -102,7 +148,7 @@ def main() -> None:
         others = [row for row in read() if row["steps"] != steps]
         write(sorted([*others, *made], key=lambda row: row["steps"]))
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(put(text, "gates", table(read()).rstrip("\n")), encoding="utf-8")
+    PAGE.write_text(put(text, "gates", part(read())), encoding="utf-8")
 
 
 if __name__ == "__main__":
