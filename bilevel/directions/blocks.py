@@ -78,5 +78,5 @@ def _pass(draws: Iterator[Any], first: Any, level: str) -> list[Any]:
 
 def _number(value: Any) -> Any:
     """A whole number; one that a recorded step follows stays what it is."""
-    value = value.item() if isinstance(value, Tensor) else value
-    return value if isinstance(value, Scalar) else int(value)
+    number: Any = value.item() if isinstance(value, Tensor) else value
+    return number if isinstance(number, Scalar) else int(number)
