@@ -1,12 +1,12 @@
 """Records with their regions compiled: what is cut where, and what still departs. The compiler is a stand-in."""
 
 import itertools
-import os
+import shutil
 
 import pytest
 import torch
 
-from bilevel.replay.inductor import CannotCompile, by_inductor, compiled
+from bilevel.replay.inductor import CannotCompile, by_inductor
 from bilevel.replay.program import Departed, Feed, record
 
 X = torch.linspace(0.1, 1, 3, dtype=torch.float64)
@@ -115,18 +115,24 @@ def test_what_cannot_be_compiled_is_replayed_as_it_is(step, by, reason):
     assert torch.equal(program(X, Feed({})), found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
-    "BILEVEL_INDUCTOR" not in os.environ,
-    reason="imports TorchInductor, for 10 s; `make benchmark` compiles with it. BILEVEL_INDUCTOR=1 runs it",
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="needs a C++ compiler: g++ or clang++",
 )
 def test_the_compiler_itself():
-    """Products alone, which need no C++: that the functions of torch are called as they are to be."""
-    A = torch.eye(3, dtype=torch.float64) * 2
+    """Fused operations and products, with a number that is read between them and still looked at."""
+    A = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
 
     def step(x, _):
-        return A @ (A @ (A @ (A @ x)))
+        y = x + A @ long(A @ long(x))
+        return long(y) if y.sum().item() < 50 else y
 
     found, program = recorded(step)
-    compiled(program._function, by_inductor)
     program.compile(by_inductor)
+    for x in (X, X.flip(0) * 2):
+        torch.testing.assert_close(program(x, Feed({})), step(x, None), rtol=1e-12, atol=1e-13)
+    with pytest.raises(Departed):
+        program(X + 40, Feed({}))
+    program.restore()
     assert torch.equal(program(X, Feed({})), found)
