@@ -98,7 +98,9 @@ def along(study: Study, tables: Sequence[Table]) -> Any:
         colour, shape, dash = STYLES[group]
         places, means = [x for x, _ in points], [found.mean for _, found in points]
         known = [(x, f) for x, f in points if f.low is not None and f.high is not None]
-        axes.plot(places, means, color=colour, marker=shape, linestyle=dash, label=group)
+        arms = dict.fromkeys(table.named[group] for table in at if group in table.named)
+        label = f"{group}: {', '.join(arms)}"
+        axes.plot(places, means, color=colour, marker=shape, linestyle=dash, label=label)
         axes.vlines(
             [x for x, _ in known], [f.low for _, f in known], [f.high for _, f in known], colour
         )

@@ -17,7 +17,8 @@ def test_the_page_has_the_gates_figures():
     assert put(text, "gates", gates.part(found)) == text
     changed = [{**row, "cosine": row["cosine"] / 2} for row in found]
     assert put(text, "gates", gates.part(changed)) != text  # negative control
-    assert {row["estimator"] for row in found} == gates.ESTIMATORS.keys()
+    computed = {(row["estimator"], row["steps"]) for row in found}
+    assert computed == {(name, n) for name in gates.ESTIMATORS for n in gates.STEPS}
 
 
 def test_what_is_missing_is_said():
