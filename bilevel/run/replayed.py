@@ -13,6 +13,7 @@ compared with the step, bit by bit, and attributes of the problem are looked at 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,10 @@ TRIED = 4
 """Of those that were used last: what departs late costs most of a step."""
 IN_VAIN = 5
 """Records beyond a quarter of the replays from which on none are made."""
+SELDOM = 30
+"""Replays in a row after which a departure is one of a rare kind, such as a full pass now and then."""
+TIMES = 10
+"""How often such a kind is met before it is recorded, which costs as much as some twenty of them."""
 
 OTHER = (
     "from its record it comes to other bits than by itself: a loss or a component depends on what Python "
@@ -55,6 +60,9 @@ class ReplayedSteps:
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
         self._is_off = self._are_apart = False
+        self._met: Counter[str] = Counter()
+        """Rare departures, by where."""
+        self._in_a_row = 0
         self.news: list[Event] = []
         """What there is to say since it was last emptied."""
 
@@ -77,6 +85,7 @@ class ReplayedSteps:
                 why, feed = str(departed), Feed(feed.again())
                 continue
             self._replays += 1
+            self._in_a_row += 1
             if kept is not self._programs[0]:
                 self._programs.remove(kept)
                 self._programs.insert(0, kept)
@@ -95,6 +104,10 @@ class ReplayedSteps:
             return step(inputs, feed.again())
         if self._recorded > IN_VAIN + self._replays // 4:
             self._end(state, f"steps go on to depart from those recorded ({why})")
+            return step(inputs, feed.again())
+        seldom, self._in_a_row = self._in_a_row >= SELDOM, 0
+        self._met[why] += seldom
+        if seldom and self._met[why] < TIMES:
             return step(inputs, feed.again())
         self._are_apart |= why.startswith(OTHERS)
         began, feed = time.perf_counter(), Feed(feed.again())

@@ -9,6 +9,7 @@ from bilevel.events import Stepped
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD
 from bilevel.registry.build import build
+from bilevel.run import replayed
 from bilevel.run.engine import Setup, restore, run, start
 from bilevel.run.upper import Upper
 from bilevel.scalars.table import RowTable
@@ -73,6 +74,13 @@ def test_a_run_with_tables_is_resumed_as_without_records():
     resumed = ended(s, restore(s, frozen(state.save())))
     assert same(resumed[0].save(), plain[0].save())
     assert len(resumed[2]) <= 2  # that which makes a table of the dict, and the one after it
+
+
+def test_a_way_that_is_rare_is_recorded_once_it_is_known_to_come_again(monkeypatch):
+    monkeypatch.setattr(replayed, "SELDOM", 3)
+    monkeypatch.setattr(replayed, "TIMES", 2)
+    _, _, traces, _ = both(setup(18, **every("spider", period=5)), traces=2)
+    assert [trace.step for trace in traces] == [2, 11]  # full passes are 1, 6, 11 and 16
 
 
 def test_a_random_series_is_taken_by_itself():
