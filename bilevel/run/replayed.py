@@ -48,6 +48,10 @@ OTHER = (
     "remembers (a counter, a global, an entry of a list), or torch computes an operation in another way "
     "while it is recorded"
 )
+FARTHER = (
+    "compiled, its record comes to numbers that are farther from the step's than rounding: the loss or a "
+    "component depends on what Python remembers, or the step on rounding so much that a compiler changes it"
+)
 
 Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
 
@@ -136,8 +140,9 @@ class ReplayedSteps:
                 self._say(state, "what it compiled comes to other numbers than the step")
                 return truth
             if kept.is_trusted:
+                reason = FARTHER if kept.is_compiled else OTHER
                 raise ProblemError(
-                    f"runtime.compile: step {state.step + 1}: {OTHER}. Up to {EVERY} steps before it may "
+                    f"runtime.compile: step {state.step + 1}: {reason}. Up to {EVERY} steps before it may "
                     "be others too: make the loss a function of (x, y, batch), or start again with "
                     "runtime.compile: off"
                 )

@@ -65,8 +65,9 @@ def engine_warnings(s):
 def test_what_is_wrong_later_ends_the_run(monkeypatch):
     monkeypatch.setattr(replayed, "EVERY", 3)
     monkeypatch.setattr(engine, "by_inductor", off_by(1e-3, after=2))
-    with pytest.raises(ProblemError, match=r"Up to 3 steps before it may be others too"):
+    with pytest.raises(ProblemError, match=r"Up to 3 steps before it may be others too") as caught:
         ended(COMPILED_RUN)
+    assert "farther from the step's than rounding" in str(caught.value)
 
 
 def test_the_terminal_says_that_it_was_compiled(monkeypatch):
