@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import os
 import re
 import signal
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.distributed import HashStore
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing import ProcessExitedException
 
 from bilevel import minimize
 from bilevel import ranks as over
@@ -331,3 +333,25 @@ def test_a_signal_is_heard_while_ranks_connect():
         signal.signal(signal.SIGALRM, before)
     with pytest.raises(KeyError, match="mine"):  # and what the work raises is raised here
         over.heedful(lambda: {}["mine"])
+
+
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGSEGV, 1), (signal.SIGSEGV, 2), (signal.SIGKILL, 1)]
+)
+def test_a_test_on_ranks_is_begun_again_after_one_crash_of_torch_and_after_nothing_else(
+    number, times, tmp_path
+):
+    def work(ranks):
+        done = len([*tmp_path.iterdir()])
+        ranks.every(0)
+        if ranks.rank == 1 and done < times:
+            (tmp_path / str(done)).touch()
+            signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+            os.kill(os.getpid(), number)
+        return done
+
+    if (number, times) == (signal.SIGSEGV, 1):
+        assert on_ranks(2, work) == [1, 1]
+    else:
+        with pytest.raises(ProcessExitedException, match=number.name):
+            on_ranks(2, work)
