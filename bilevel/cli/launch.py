@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from bilevel.errors import RankError
 
 LAST = 10
 """Seconds from the second signal to the end of what has not ended."""
+SOON = 0.01
+"""Seconds until a signal is sent again of which the exception was lost."""
 
 
 def launch(size: int, words: Sequence[str]) -> tuple[int, str]:
@@ -82,8 +85,12 @@ class Relay:
     size: int
     received: signal.Signals | None = None
     _before: dict[int, Any] = field(default_factory=dict)
+    _hook: Any = None
+    _earlier: signal.Signals | None = None
+    """What had been received before the last signal."""
 
     def __enter__(self) -> Relay:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._note_lost
         for number in (getattr(signal, name, None) for name in REASONS):
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._pass)
@@ -92,9 +99,19 @@ class Relay:
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def _note_lost(self, what: Any) -> None:
+        """What a handler raises while an object is finalized goes nowhere: so the signal is sent again."""
+        if not isinstance(what.exc_value, SignalException) or self.received is None:
+            self._hook(what)
+            return
+        number, self.received = self.received, self._earlier
+        threading.Timer(SOON, os.kill, (os.getpid(), number)).start()
 
     def _pass(self, number: int, frame: FrameType | None) -> None:
         again, self.received = self.received, signal.Signals(number)
+        self._earlier = again
         ranks = [path.read_text(encoding="ascii") for path in self.folder.iterdir()]
         if len(ranks) < self.size:  # not all of them hear a signal yet
             raise SignalException("before the ranks had begun", signal.SIGTERM)

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from bilevel.cli import launch
 from bilevel.cli.app import app
@@ -99,7 +100,10 @@ def test_it_ends_with_the_code_of_its_ranks(what, code, said, start):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_the_ranks_have_their_time(number, start, tmp_path):
     assert start("gentle", signals=[number]) == (128 + number, "")
-    assert heard(tmp_path) == {"0": str(int(number)), "1": str(int(number))}
+    # once one of them has ended the agent ends the other, if it has not by then
+    alone, ended = str(int(number)), f"{int(number)} 15"
+    assert sorted(heard(tmp_path)) == ["0", "1"]
+    assert {*heard(tmp_path).values()} - {ended} == {alone}
 
 
 def test_the_second_signal_is_passed_on_too_and_ends_what_does_not_end(start, tmp_path):
@@ -110,6 +114,28 @@ def test_the_second_signal_is_passed_on_too_and_ends_what_does_not_end(start, tm
 def test_before_all_ranks_hear_signals_the_first_ends_them(start, tmp_path):
     assert start("unregistered", signals=[signal.SIGINT]) == (130, "")
     assert {*heard(tmp_path).values()} <= {"15"}
+
+
+class Dying:
+    """Signals this process while it is finalized, where what a handler raises goes nowhere."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_a_signal_that_comes_while_an_object_is_finalized_is_not_lost(tmp_path, monkeypatch):
+    def let_die():
+        Dying()
+        for _ in range(20):
+            time.sleep(0.01)
+
+    with launch.Relay(tmp_path, 2) as relay, pytest.raises(SignalException):
+        let_die()
+    assert relay.received == signal.SIGINT
+    monkeypatch.setattr(launch.Relay, "_note_lost", lambda self, what: None)  # control
+    with launch.Relay(tmp_path, 2):
+        let_die()
 
 
 def failures(**codes):
