@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bilevel.cli.options import settings
-from bilevel.cli.signals import MARK, REASONS
+from bilevel.cli.signals import MARK, NUMBERS
 from bilevel.errors import RankError
 
 LAST = 10
@@ -91,8 +91,8 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._note_lost
-        for number in (getattr(signal, name, None) for name in REASONS):
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        for number in NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._pass)
         return self
 

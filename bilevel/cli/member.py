@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel.cli.boundary import Stopped, outcome
 from bilevel.cli.options import settings
-from bilevel.cli.signals import MARK, REASONS, Signals
+from bilevel.cli.signals import MARK, NUMBERS, Signals
 from bilevel.errors import LostRankError
 from bilevel.run.notices import PERIOD, Notices
 
@@ -166,9 +166,8 @@ def _await_the_others(notices: Notices, heard: Sequence[int]) -> None:
 
 
 def _on_signals(handler: Any) -> None:
-    for name in REASONS:
-        if number := getattr(signal, name, None):
-            signal.signal(number, handler)
+    for number in NUMBERS:
+        signal.signal(number, handler)
 
 
 def _code_of_the_first(notices: Notices, code: int, heard: Sequence[int]) -> int:

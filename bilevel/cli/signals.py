@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 MARK = "BILEVEL_LAUNCH"
 """Where ranks that `--ranks` has started write their process ids."""
 REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+NUMBERS = [signal.Signals[name] for name in REASONS if hasattr(signal, name)]
 HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Within, no signal of `REASONS` interrupts what would be left half done, as a folder half removed."""
-    numbers = [number for name in REASONS if (number := getattr(signal, name, None))]
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    """Within, no signal of `NUMBERS` interrupts what would be left half done, as a folder half removed."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in NUMBERS}
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ class Signals:
         self._depth += 1
         if self._depth > 1:
             return self
-        for number in (signal.Signals[name] for name in REASONS if hasattr(signal, name)):
+        for number in NUMBERS:
             if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
