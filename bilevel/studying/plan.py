@@ -83,12 +83,13 @@ class StudyPlan:
     def cells(self, regime: str) -> Iterator[StudyCell]:
         """All cells of a regime that are known by now, in the order in which they are run.
 
-        Tuning arm by arm; then the test seeds, all arms of one before the next.
+        Tuning arm by arm, all settings on one seed before the next, as a process may go on with what it made for
+        a seed; then the test seeds, all arms of one before the next.
         """
         if self.study.tuning(regime) == regime:
             for arm in arms_of(self.study.content, regime, {}):
-                for trial, seed in itertools.product(
-                    range(len(self.trials[arm])), self.study.development
+                for seed, trial in itertools.product(
+                    self.study.development, range(len(self.trials[arm]))
                 ):
                     yield from self._of(StudyCell(regime, arm, "tune", seed, trial))
         arms = arms_of(self.study.content, regime, self.named(regime))

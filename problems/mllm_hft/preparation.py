@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_s
 from .evaluation.questions import cooccurrence
 from .filtering import filtered
 from .formulations import SCALARS
+from .models import cache
 from .models.adapters import start_lora
 from .models.instructions import conversations
 from .models.network import LoadedModel, hacl_heads, parameters, residual_head
@@ -35,6 +36,10 @@ from .warm_up import WarmUp, warm_up
 if TYPE_CHECKING:
     from .planning import Plan
     from .problem import HierarchicalFineTuning
+
+_LAST: dict[Split, tuple[tuple[Any, ...], tuple[Data, tuple[Scene, ...]]]] = {}
+"""What a split was drawn from and what was made of it, the last one in this process: a sweep, a study or a notebook
+runs many times on the same pictures, and 16,000 take longer to draw than a short run takes."""
 
 
 @dataclass
@@ -76,8 +81,8 @@ def prepare(
     weights of sources are all that the formulation learns and there is one source.
     """
     loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed, device)
-    train, scenes = yield from _data(problem, loaded, "train", problem.train)
-    upper, _ = yield from _data(problem, loaded, "upper", problem.upper)
+    train, scenes = yield from _data(problem, loaded, "train", problem.train, device)
+    upper, _ = yield from _data(problem, loaded, "upper", problem.upper, device)
     evaluation = yield from _evaluation(problem, loaded, scenes)
     # Half precision is for weights that stay: an update is lost in it.
     loaded.network.place(device, torch.float32)
@@ -166,8 +171,18 @@ def _corpus(
 
 
 def _data(
-    problem: HierarchicalFineTuning, loaded: LoadedModel, split: Split, size: int
+    problem: HierarchicalFineTuning,
+    loaded: LoadedModel,
+    split: Split,
+    size: int,
+    device: torch.device,
 ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
+    """A split with its scenes; where the options alone determine them, those of the run before if they are the same."""
+    options = problem.source, problem.encoder, problem.model, problem.seed
+    drawn_from = (*options, size, device, cache.folder())
+    if loaded.is_drawn and split in _LAST and _LAST[split][0] == drawn_from:
+        return _LAST[split][1]
+    _LAST.pop(split, None)
     corpus = yield from _corpus(problem, split, size)
     pictures = yield from loaded.encode(corpus)
     stream = rng.stream(problem.seed, f"dialogues.{split}")
@@ -175,7 +190,10 @@ def _data(
     rows = conversations(turns, loaded.tokenizer, loaded.template)
     lines = captions(corpus.scenes, problem.source, loaded.tokenizer)
     origin = origin_numbers(corpus.scenes)
-    return Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
+    made = Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
+    if loaded.is_drawn:
+        _LAST[split] = drawn_from, made
+    return made
 
 
 def _evaluation(

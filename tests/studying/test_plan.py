@@ -16,7 +16,7 @@ def plan(tmp_path):
 def test_tuning_comes_arm_by_arm_then_test_seeds_with_all_arms_of_one_before_the_next(plan):
     cells = list(plan.cells("easy"))
     names = [str(cell).removeprefix("easy/") for cell in cells]
-    assert names[:4] == [f"direct/tune-trial0{t}-seed10{s}" for t in (0, 1) for s in (0, 1)]
+    assert names[:4] == [f"direct/tune-trial0{t}-seed10{s}" for s in (0, 1) for t in (0, 1)]
     assert names[4:8] == [f"rates/tune-seed10{s}-point0{p}" for s in (0, 1) for p in (0, 1)]
     assert names[-6:] == [
         "direct/test-seed2",
