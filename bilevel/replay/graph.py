@@ -73,14 +73,18 @@ def _drop_ones(graph: fx.Graph, written: Set[int]) -> None:
         if node.target is not aten.mul.Tensor or node.meta["memory"] in kept:
             continue
         for one, other in (node.args, node.args[::-1]):
-            if _is_one(one) and isinstance(other, fx.Node) and _goes_on(node, other, written):
+            if not isinstance(other, fx.Node):
+                continue
+            if _is_one(one, written) and _goes_on(node, other, written):
                 node.replace_all_uses_with(other)
                 break
 
 
-def _is_one(node: Any) -> bool:
+def _is_one(node: Any, written: Set[int]) -> bool:
     value = node.meta.get("value") if isinstance(node, fx.Node) else None
-    return value is not None and not value.dim() and bool(value == 1)
+    if value is None or value.dim() or node.meta["memory"] in written:
+        return False
+    return bool(value == 1)
 
 
 def _goes_on(node: fx.Node, other: fx.Node, written: Set[int]) -> bool:

@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(found, (bool, int, float)):  # .item(), bool(...), torch.equal
             self._expect(node, found)
             return found
-        if isinstance(found, Tensor) and found.numel() < LARGE and _is_fixed(node):
+        if isinstance(found, Tensor) and found.numel() < LARGE and self._is_fixed(node):
             node.meta["value"] = found.detach()
         return self._bound(node, found)
 
@@ -223,6 +223,17 @@ class Recorder(TorchDispatchMode):
             raise NotReplayable(f"{where()} writes into a tensor that is kept from step to step")
         self.written.add(memory)
 
+    def _is_fixed(self, node: fx.Node) -> bool:
+        """Whether a pure operation gives the same in every replay: of shapes alone, or of what is fixed."""
+        assert isinstance(node.target, OpOverload)
+        if node.target._schema.is_mutable:
+            return False
+        if node.target.overloadpacket.__name__ in _OF_SHAPES:
+            return True
+        given = node.all_input_nodes
+        # what was written into by now holds something else than it was made with
+        return all("value" in one.meta and one.meta["memory"] not in self.written for one in given)
+
     def apart(self, call: Callable[[], Any]) -> Any:
         """What a call gives that is none of the step's operations."""
         before, self._is_paused, Recording.tape = Recording.tape, True, None
@@ -280,15 +291,6 @@ class _Reads(TorchFunctionMode):
         if Recording.tape and func in _UNSEEN:
             raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
         return func(*args, **(kwargs or {}))
-
-
-def _is_fixed(node: fx.Node) -> bool:
-    """Whether a pure operation gives the same in every replay: of shapes alone, or of what is fixed."""
-    assert isinstance(node.target, OpOverload)
-    name = node.target.overloadpacket.__name__
-    if node.target._schema.is_mutable:
-        return False
-    return name in _OF_SHAPES or all("value" in one.meta for one in node.all_input_nodes)
 
 
 def _item(values: Any, k: Any) -> Any:

@@ -19,7 +19,7 @@ from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.replayed import ReplayedSteps
 from bilevel.run.setup import Setup, State, restore, start
-from bilevel.run.upper_step import advance, take_rounds
+from bilevel.run.upper_step import advance
 
 __all__ = [
     "Setup",
@@ -73,7 +73,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
     compiler = by_inductor if setup.compile == "inductor" else None
-    replayed = None if setup.compile == "off" else ReplayedSteps(take_rounds, compiler)
+    replayed = None if setup.compile == "off" else ReplayedSteps(compiler)
     while not is_over(setup, state):
         yield from advance(setup, state, replayed)
         if replayed:

@@ -16,7 +16,6 @@ from bilevel.run.evaluation import measured
 from bilevel.run.setup import Setup, State, start
 from bilevel.run.upper_step import (
     after_moving,
-    end_lower,
     estimate_at,
     renew,
     solve_again,
@@ -85,4 +84,7 @@ def _train(setup: Setup, state: State) -> None:
             next(state.lower_batches)  # which the run takes its next hypergradient on
     if not tree.is_finite(solution.y):
         raise ConvergenceError("it makes a variable that is not finite")
-    end_lower(state, solution, got)
+    state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
+    if got is not None:
+        state.estimator = tree.contiguous(got.state, state.estimator)
+    renew(state)

@@ -1,4 +1,4 @@
-"""`runtime.compile: step`: the lower steps and the estimate of an upper step, recorded once and replayed.
+"""`runtime.compile: step`: an upper step, recorded once and replayed.
 
 A replay does the tensor operations that the step does, without the Python around them, and comes to
 the same bits. Where a step takes another way than the one recorded (another number of iterations,
@@ -8,13 +8,15 @@ they would raise at.
 
 What Python remembers is in no tensor: a record itself, its first replay and every 50th after it are
 compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
+
+The step of x is part of the record, unless its rate changes from step to step, its optimizer is one of
+`torch.optim`, or the problem has a `project_upper`, which is called at every step.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from bilevel.replay.inductor import CannotCompile, Compile
 from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.run.setup import Setup, State
-from bilevel.types import Estimate, LowerSolution
+from bilevel.run.upper_step import Taken, moved, take, take_rounds
 
 EVERY = 50
 """Replays from one comparison with the step itself to the next."""
@@ -53,14 +55,14 @@ FARTHER = (
     "component depends on what Python remembers, or the step on rounding so much that a compiler changes it"
 )
 
-Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
-
 
 class ReplayedSteps:
-    """`rounds` from a record of it, where there is one that holds."""
+    """`bilevel.run.upper_step.take` from a record of it, where there is one that holds."""
 
-    def __init__(self, rounds: Rounds, compile: Compile | None = None) -> None:
-        self._rounds, self._compile = rounds, compile
+    def __init__(self, compile: Compile | None = None) -> None:
+        self._compile = compile
+        self._is_whole: bool | None = None
+        """Whether the step of x is in the record; None before the first."""
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
         self._is_off = self._are_apart = False
@@ -70,16 +72,26 @@ class ReplayedSteps:
         self.news: list[Event] = []
         """What there is to say since it was last emptied."""
 
-    def __call__(self, setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
+    def __call__(self, setup: Setup, state: State) -> Taken:
         if self._is_off or state.estimator is None:  # the first estimate has checks of its own
-            return self._rounds(setup, state)
-        inputs = {name: getattr(state, name) for name in ("x", "y", "lower", "estimator")}
+            return take(setup, state)
+        if self._is_whole is None:
+            self._is_whole = is_whole(setup)
         feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
+        found = self._taken(setup, state, feed, self._is_whole)
+        return found if isinstance(found, Taken) else moved(setup, state, *found)
 
-        def step(inputs: Any, draws: Draws) -> tuple[LowerSolution, Estimate]:
+    def _taken(self, setup: Setup, state: State, feed: Feed, is_whole: bool) -> Any:
+        """What `take` gives, or where the step of x is not in the record what `take_rounds` gives."""
+        names = ("x", "y", "lower", "estimator", *(("upper",) if is_whole else ()))
+        inputs = {name: getattr(state, name) for name in names}
+
+        def step(inputs: Any, draws: Draws) -> Any:
             batches = {f"{level}_batches": source for level, source in draws.items()}
-            solution, estimate = self._rounds(setup, replace(state, **inputs, **batches))
-            return replace(solution, batch=None, path=None, pairs=None), estimate
+            here = replace(state, **inputs, **batches)
+            solution, estimate = take_rounds(setup, here)
+            solution = replace(solution, batch=None, path=None, pairs=None)
+            return moved(setup, here, solution, estimate) if is_whole else (solution, estimate)
 
         why = ""
         for kept in self._programs[:TRIED]:
@@ -101,7 +113,7 @@ class ReplayedSteps:
 
     def _record(
         self, setup: Setup, state: State, step: Any, inputs: Any, feed: Feed, why: str
-    ) -> tuple[LowerSolution, Estimate]:
+    ) -> Any:
         reason = unfit(setup)
         if reason:
             self._end(state, reason)
@@ -123,16 +135,20 @@ class ReplayedSteps:
         seconds = time.perf_counter() - began
         truth = step(inputs, feed.again())
         if program is None or not is_same(found, truth):
-            self._end(state, reason or OTHER)
+            self._failed(state, reason or OTHER)
             return truth
         self._recorded += 1
         self._programs = [_Kept(program, PythonState(setup.problem)), *self._programs[: LIMIT - 1]]
         self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
         return truth
 
-    def _compared(
-        self, state: State, kept: _Kept, found: Any, truth: Any
-    ) -> tuple[LowerSolution, Estimate]:
+    def _failed(self, state: State, reason: str) -> None:
+        """No record of this step holds: the next is tried without the step of x, once."""
+        if not self._is_whole:
+            self._end(state, reason)
+        self._is_whole, self._programs = False, []
+
+    def _compared(self, state: State, kept: _Kept, found: Any, truth: Any) -> Any:
         """The step itself, at the first replay and every so many, once that came to the same."""
         if not is_same(found, truth, kept.near(state)):
             if kept.is_compiled and not kept.is_trusted:
@@ -146,7 +162,8 @@ class ReplayedSteps:
                     "be others too: make the loss a function of (x, y, batch), or start again with "
                     "runtime.compile: off"
                 )
-            self._end(state, OTHER)
+            self._failed(state, OTHER)
+            return truth
         if self._compile and not kept.is_trusted and not kept.is_settled:
             self._compiled(state, kept, self._compile)
         else:
@@ -226,6 +243,13 @@ def unfit(setup: Setup) -> str | None:
     if "episodes" in setup.levels and setup.upper.accumulate > 1:
         return "upper.accumulate with a problem of episodes draws in rounds"
     return None
+
+
+def is_whole(setup: Setup) -> bool:
+    """Whether the step of x is a function of tensors alone, and no Python of the problem's."""
+    upper = setup.upper
+    is_ours = upper.schedule is None and upper.optimizer.differentiable
+    return is_ours and "project_upper" not in setup.levels
 
 
 def is_same(one: Any, other: Any, near: float | None = None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,17 +21,33 @@ from bilevel.run.warnings import warn
 from bilevel.sharding.again import gathering_again
 from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
 
-Rounds = Callable[[Setup, State], tuple[LowerSolution, Estimate]]
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step leads to, in plain memory: a checkpoint keeps values, not strides, and sums depend on their order."""
+
+    solution: LowerSolution
+    estimate: Estimate
+    x: Params
+    optimizer: Any
+    """The state of the upper optimizer."""
+    value: float
+    """F"""
+    norm: float
+    """‖dΦ/dx‖"""
 
 
-def advance(setup: Setup, state: State, rounds: Rounds | None = None) -> Iterator[Event]:
+Take = Callable[[Setup, State], Taken]
+
+
+def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not.
 
-    `rounds` stands in the place of the function of that name, and gives the same.
+    `take` stands in the place of the function of that name, and gives the same.
     """
     began, answer, sent = time.perf_counter(), None, setup.ranks.ledger.mark()
     try:
-        taken = _taken(setup, state, rounds)
+        taken = _taken(setup, state, take)
     except ConvergenceError as error:
         answer = nonfinite.ANSWERS[setup.upper.nonfinite](setup, state, _taken, error)
         taken = answer.found
@@ -43,11 +59,10 @@ def advance(setup: Setup, state: State, rounds: Rounds | None = None) -> Iterato
         yield from answer.settle(state) if answer else ()
         yield nonfinite.left_out(state, time.perf_counter() - began)
         return
-    solution, estimate, x, upper = taken
-    value, norm = float(estimate.value), tree.norm(estimate.hypergradient)
-    # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
-    state.x, state.upper = tree.contiguous(x), tree.contiguous(upper)
-    end_lower(state, solution, estimate)
+    solution, estimate = taken.solution, taken.estimate
+    state.x, state.upper = taken.x, taken.optimizer
+    state.y, state.lower, state.estimator = solution.y, solution.state, estimate.state
+    renew(state)
     stats, lower = estimate.stats, solution.stats
     state.totals = state.totals.plus(
         gradients=stats.gradients + lower.gradients,
@@ -58,9 +73,9 @@ def advance(setup: Setup, state: State, rounds: Rounds | None = None) -> Iterato
     yield from warn(setup, state, estimate, solution)
     yield Stepped(
         state.step,
-        value,
+        taken.value,
         lower.loss,
-        norm,
+        taken.norm,
         lower,
         stats,
         state.totals,
@@ -69,10 +84,8 @@ def advance(setup: Setup, state: State, rounds: Rounds | None = None) -> Iterato
     )
 
 
-def _taken(
-    setup: Setup, state: State, rounds: Rounds | None = None
-) -> tuple[LowerSolution, Estimate, Params, Any]:
-    """What a step from `state` leads to: the lower solution, the estimate, x and its optimizer's state.
+def _taken(setup: Setup, state: State, how: Take | None = None) -> Taken:
+    """What a step from `state` leads to, agreed upon by all ranks.
 
     Raises:
         ConvergenceError: something in it is not finite.
@@ -80,9 +93,20 @@ def _taken(
     """
     try:
         with gathering_again(setup.ranks):
-            solution, estimate = (rounds or take_rounds)(setup, state)
+            found = (how or take)(setup, state)
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
+    require_agreement(setup.ranks, state.step + 1, found.solution, found.estimate, found.x)
+    return found
+
+
+def take(setup: Setup, state: State) -> Taken:
+    """What a step from `state` leads to. Raises `ConvergenceError` where something in it is not finite."""
+    return moved(setup, state, *take_rounds(setup, state))
+
+
+def moved(setup: Setup, state: State, solution: LowerSolution, estimate: Estimate) -> Taken:
+    """What an estimate leads to: the step of x. Raises `ConvergenceError` where x or y is not finite after it."""
     with torch.no_grad():
         if estimate.step is None:
             x, upper = setup.upper.step(state.x, estimate.hypergradient, state.upper, state.step)
@@ -93,11 +117,16 @@ def _taken(
     for level, after in (("upper", x), ("lower", solution.y)):
         if not tree.is_finite(after):
             raise ConvergenceError(
-                f"step {state.step + 1}: the {level} step made a variable that is not finite; "
-                f"lower {level}.optimizer.lr"
+                f"the {level} step made a variable that is not finite; lower {level}.optimizer.lr"
             )
-    require_agreement(setup.ranks, state.step + 1, solution, estimate, x)
-    return solution, estimate, x, upper
+    return Taken(
+        replace(solution, y=tree.contiguous(solution.y), state=tree.contiguous(solution.state)),
+        replace(estimate, state=tree.contiguous(estimate.state, state.estimator)),
+        tree.contiguous(x),
+        tree.contiguous(upper),
+        estimate.value.item(),
+        tree.norm(estimate.hypergradient),
+    )
 
 
 def take_rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
@@ -150,15 +179,6 @@ def solve_again(
         draws.next_round()
     here = replace(state, y=last.y, lower=last.state)
     return solve_lower(setup, here, recorded=recorded)
-
-
-def end_lower(state: State, solution: LowerSolution, estimate: Estimate | None = None) -> None:
-    """The half of a step's end that a run and its control (`bilevel.run.held`) share."""
-    # plain memory: a checkpoint keeps values, not strides, and sums depend on their order
-    state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
-    if estimate is not None:
-        state.estimator = tree.contiguous(estimate.state, state.estimator)
-    renew(state)
 
 
 def renew(state: State) -> None:

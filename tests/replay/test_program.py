@@ -147,6 +147,26 @@ def test_what_no_replay_could_do_again_is_refused(function, said):
     assert tree.norm(A) == 5  # and nothing is recorded any more
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda total, a: total.sum() + total.add_(a["a"]).sum(),
+        lambda total, a: total.add_(a["a"]).sum() * (total + 1).sum(),
+        lambda total, a: total[:1].copy_(a["a"][1:]).sum() + total.view(2).sum(),
+        lambda total, a: a["a"] * total.add_(1).mul_(a["a"].sum()).sum(),
+    ],
+)
+@pytest.mark.parametrize("start", [torch.zeros_like, torch.ones_like])
+def test_what_is_written_into_is_not_taken_for_fixed(function, start):
+    """A tensor of shapes alone is the same in every replay until something is added to it."""
+
+    def step(inputs, draws):
+        return function(start(inputs["a"]), inputs)
+
+    for one, found in zip((B, A), replayed(step, B, A), strict=True):
+        assert torch.equal(found, step(one, None))
+
+
 def test_a_tensor_of_python_numbers_is_new_in_each_replay():
     """Written into, it would else go on from one replay to the next."""
     assert torch.equal(

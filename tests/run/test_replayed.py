@@ -16,7 +16,7 @@ from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
-from bilevel.optimizers import SGD, Adam, Clip, Schedule
+from bilevel.optimizers import SGD, Adam, Clip, Schedule, TorchOptimizer
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
@@ -242,6 +242,13 @@ class ByAttribute(Remembering):
         return self.drawn
 
 
+class Kept(Parts):
+    """With a projection of its own."""
+
+    def project_upper(self, x):
+        return {name: entry.clamp(-2, 2) for name, entry in x.items()}
+
+
 class ByEntry(Remembering):
     """In a list, where only a comparison finds it."""
 
@@ -282,6 +289,64 @@ def test_what_changes_later_ends_the_run(monkeypatch):
         ended(replace(setup(ByEntry(99), Implicit(solver=FIXED), steps=20), compile="step"))[3]
         == []
     )
+
+
+# the step of x
+
+
+class Own:
+    """Somebody's optimizer, x − h / 20, whose calls are noted; one that `reads` does so past torch's dispatch."""
+
+    differentiable = True
+
+    def __init__(self, reads=False):
+        self.calls, self._reads = [], reads
+
+    def init(self, y):
+        return {}
+
+    def step(self, y, gradient, state):
+        self.calls.append(gradient["log_penalty"].numpy().max() if self._reads else None)
+        return {n: y[n] - 0.05 * gradient[n] for n in y}, state
+
+
+def upper_of(optimizer, **options):
+    s = setup(LOGISTIC, Implicit(solver=FIXED), steps=8)
+    return replace(s, upper=replace(s.upper, optimizer=optimizer, **options))
+
+
+def test_the_step_of_x_is_part_of_the_record():
+    ours = Own()
+    s = upper_of(ours)
+    both(s)
+    # 8 as it is; then the first, the record with the step it is compared with, the first replay
+    assert len(ours.calls) == 8 + 4
+
+
+@pytest.mark.parametrize(
+    ("s", "calls"),
+    [
+        (upper_of(TorchOptimizer(optimizer="Adam", options={"lr": 0.05})), 1),
+        (upper_of(SGD(lr=0.1), schedule=Schedule(name="ConstantLR")), 1),
+        (upper_of(Adam(lr=0.1), clip=Clip(norm=1e-5)), 0),
+        (setup(Kept(), Implicit(solver=FIXED)), 1),
+    ],
+    ids=["torch's", "schedule", "clip", "project_upper"],
+)
+def test_what_python_says_of_the_step_of_x_is_asked_at_every_step(s, calls, monkeypatch):
+    """A rate that changes, an optimizer that writes in place, the problem's own projection."""
+    both(s)
+    asked, step = [], replayed.moved
+    monkeypatch.setattr(replayed, "moved", lambda *given: asked.append(None) or step(*given))
+    ended(replace(s, compile="step"))
+    assert len(asked) == (s.upper.steps - 1 if calls else 3)
+
+
+def test_a_step_of_x_that_no_record_holds_is_taken_beside_it():
+    ours = Own(reads=True)
+    _, _, traces, _ = both(upper_of(ours))
+    assert [trace.step for trace in traces] == [3]
+    assert len(ours.calls) == 8 + 8  # in the record of step 2 it is refused as it reads
 
 
 # what cannot be recorded
