@@ -133,6 +133,7 @@ class Warned:
 
 
 COMPILED = "compiled"
+CAPTURED = "captured as CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Traced:
     operations: int
     why: str
     """Where the step departed from the records before it; empty of the first. `COMPILED` of one whose
-    operations were compiled (`runtime.compile: inductor`)."""
+    operations were compiled (`runtime.compile: inductor`), `CAPTURED` of one that became CUDA graphs."""
     seconds: float
 
 

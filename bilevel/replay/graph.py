@@ -129,7 +129,7 @@ def _take_out_fixed(graph: fx.Graph, written: Set[int], results: Set[int]) -> li
             continue  # which are taken out themselves
         with graph.inserting_before(next(iter(graph.nodes))):
             fixed = graph.placeholder(f"fixed_{len(values)}")
-        fixed.meta["form"] = node.meta["form"]
+        fixed.meta.update({name: node.meta[name] for name in ("form", "device")})
         node.replace_all_uses_with(fixed)
         values.insert(0, node.meta["value"])
     return values

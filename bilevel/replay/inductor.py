@@ -1,34 +1,22 @@
-"""The tensor operations of a record compiled by TorchInductor: the same to rounding, in fewer calls.
+"""Regions of a record compiled by TorchInductor: the same to rounding, in fewer calls.
 
-A record is cut into regions of tensor operations that nothing in Python lies between: a draw, a number
-that is read and goes into an operation, an operation given by a function of Python. What a region
-decides is looked at as soon as it has been computed, so that a replay departs where the record does;
-a draw waits for every expectation that stood before it. Each region becomes one function in C++, which
-fuses operations: sums are taken in another order, and so bits differ.
+Each becomes one function in C++ or of the device, which fuses operations: sums are taken in another
+order, and so bits differ.
 """
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import GraphModule
 
-Compile = Callable[[GraphModule, list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]
-"""(region, what it may be given) ↦ the same, of a list that it may empty."""
-LEAST = 4
-"""Operations of a region that is compiled."""
+from bilevel.replay.regions import Called
 
 
-class CannotCompile(Exception):
-    """Why a record is replayed operation by operation."""
-
-
-def by_inductor(region: GraphModule, given: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+def by_inductor(region: GraphModule, given: list[Tensor]) -> Called:
     """TorchInductor, on the operations that it knows and with no writes."""
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -47,118 +35,3 @@ def by_inductor(region: GraphModule, given: list[Tensor]) -> Callable[[list[Tens
         with tracing(TracingContext(mode)), mode:
             made: Any = compile_fx_inner(traced, fake)
     return made
-
-
-def compiled(record: GraphModule, compile: Compile = by_inductor) -> GraphModule:
-    """A record whose regions are functions of their own.
-
-    Raises:
-        CannotCompile: it writes into tensors, has no region worth it, or the compiler cannot.
-    """
-    nodes = list(record.graph.nodes)
-    if any(_writes(node) for node in nodes):
-        raise CannotCompile(
-            "a step writes into its own tensors (sums in place, as of several batches)"
-        )
-    levels = _levels(nodes)
-    made = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node.op == "placeholder":
-            new[node] = made.node_copy(node)
-    count = 0
-    for level in range(max(levels.values()) + 1):
-        here = [node for node in nodes if node.op == "call_function" and levels[node] == level]
-        for node in here:
-            if not _is_tensor(node):
-                new[node] = made.node_copy(node, lambda one: new[one])
-        region = [node for node in here if _is_tensor(node)]
-        if len(region) < LEAST:
-            for node in region:
-                new[node] = made.node_copy(node, lambda one: new[one])
-            continue
-        _put(region, made, new, compile)
-        count += len(region)
-    if not count:
-        raise CannotCompile(
-            f"no {LEAST} operations follow each other without a number read between them"
-        )
-    made.node_copy(record.graph.output_node(), lambda one: new[one])
-    return GraphModule(torch.nn.Module(), made)
-
-
-def _writes(node: fx.Node) -> bool:
-    return node.meta.get("writes", False) or node.meta.get("is_mutable", False)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return node.meta.get("is_tensor", False)
-
-
-def _levels(nodes: list[fx.Node]) -> dict[fx.Node, int]:
-    """When each is done: at a level first what is Python's, in its order, and then the tensors'."""
-    levels: dict[fx.Node, int] = {}
-    effects = latest = 0
-    for node in nodes:
-        of = node.all_input_nodes
-        level = max(
-            (levels[one] + (not _is_tensor(node) and _is_tensor(one)) for one in of), default=0
-        )
-        if not of and node.op == "call_function":  # a clock
-            level = latest
-        if node.op == "call_function" and getattr(node.target, "has_effect", False):
-            is_draw = "feed" in (one.name for one in of)
-            level = max(level, effects) if is_draw else level
-            effects = max(effects, level)
-        levels[node] = level
-        latest = max(latest, level + _is_tensor(node))
-    return levels
-
-
-def _put(
-    region: list[fx.Node], made: fx.Graph, new: dict[fx.Node, fx.Node], compile: Compile
-) -> None:
-    """One function in the place of a region."""
-    inside = set(region)
-    given = list(
-        dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
-    )
-    outer = [node for node in region if any(user not in inside for user in node.users)]
-    graph = fx.Graph()
-    own = {node: graph.placeholder(node.name) for node in given}
-    for node in region:
-        own[node] = graph.node_copy(node, lambda one: own[one])
-    graph.output([own[node] for node in outer])
-    try:
-        example = [_example(node) for node in given]
-        call = compile(GraphModule(torch.nn.Module(), graph), example)
-        found = call(list(example))
-    except CannotCompile:
-        raise
-    except Exception as error:  # whatever a compiler may raise
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise CannotCompile(f"{type(error).__name__}: {text}") from error
-    result = made.call_function(_called(call), tuple(new[node] for node in given))
-    taken = {one.untyped_storage().data_ptr() for one in example}
-    for k, (node, one) in enumerate(zip(outer, found, strict=True)):
-        new[node] = made.call_function(operator.getitem, (result, k))
-        memory = one.untyped_storage().data_ptr()
-        if memory in taken:  # a result is one of its own, which a caller may write into
-            new[node] = made.call_function(torch.clone, (new[node],))
-        taken.add(memory)
-        if (one.shape, one.stride(), one.dtype) != node.meta["form"]:
-            raise CannotCompile("the compiler lays a result out in another way")
-
-
-def _called(call: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., list[Tensor]]:
-    def region(*given: Tensor) -> list[Tensor]:
-        return call(list(given))
-
-    return region
-
-
-def _example(node: fx.Node) -> Tensor:
-    if "form" not in node.meta:
-        raise CannotCompile("a region is given something that is no tensor")
-    shape, stride, dtype = node.meta["form"]
-    return torch.empty_strided(shape, stride, dtype=dtype).fill_(0.5)

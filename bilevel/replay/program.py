@@ -16,9 +16,9 @@ from torch.fx import GraphModule
 
 from bilevel import tree
 from bilevel.replay.graph import shorten
-from bilevel.replay.inductor import Compile, compiled
 from bilevel.replay.layout import GIVEN, Rebuild, Take, given_leaves, is_given, rebuilder, taker
 from bilevel.replay.recorder import Departed, NotReplayable, Recorder
+from bilevel.replay.regions import Compiler, compiled
 from bilevel.scalars.scalar import Scalar
 from bilevel.scalars.table import RowTable
 
@@ -72,13 +72,16 @@ class Program:
         self.is_compiled = False
         self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
 
-    def compile(self, by: Compile) -> None:
-        """Have its operations compiled: results are then the same to rounding.
+    def compile(self, by: Compiler) -> None:
+        """Have its operations compiled: results are then as the compiler says.
 
         Raises:
             CannotCompile: it cannot be, and stays as it is.
         """
-        self._forward, self.is_compiled = compiled(self._function, by).forward, True
+        self._forward, self.is_compiled = (
+            compiled(self._function, by, self._constants).forward,
+            True,
+        )
 
     def restore(self) -> None:
         """Undo `compile`."""

@@ -245,8 +245,7 @@ class Recorder(TorchDispatchMode):
     def _bound(self, node: fx.Node, found: Any) -> Any:
         """Notes which node gives a result; numbers come back as scalars."""
         if isinstance(found, Tensor):
-            node.meta.update(memory=_memory(found), size=found.numel(), dtype=found.dtype)
-            node.meta["form"] = found.shape, found.stride(), found.dtype
+            _describe(node, found)
             if self._known.get(found) is None:  # what is written into in place stays who it is
                 self._known[found] = node
             return found
@@ -265,8 +264,7 @@ class Recorder(TorchDispatchMode):
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self.constants)}")
-            node.meta.update(memory=_memory(leaf), size=leaf.numel(), dtype=leaf.dtype)
-            node.meta["form"] = leaf.shape, leaf.stride(), leaf.dtype
+            _describe(node, leaf)
             self._constant_nodes[id(leaf)] = node
             self.constants.append(leaf)  # kept, so that the id stays its own
         return self._constant_nodes[id(leaf)]
@@ -312,6 +310,12 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for part in parts:
         yield from _leaves(part)
+
+
+def _describe(node: fx.Node, found: Tensor) -> None:
+    """What is known of the tensor that a node gives."""
+    node.meta.update(memory=_memory(found), size=found.numel(), dtype=found.dtype)
+    node.meta.update(form=(found.shape, found.stride(), found.dtype), device=found.device)
 
 
 def _memory(value: Tensor) -> int:

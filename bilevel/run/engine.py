@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from inspect import signature
 
 from bilevel import tree
-from bilevel.events import Event, Finished, Started
+from bilevel.events import CAPTURED, COMPILED, Event, Finished, Started
+from bilevel.replay.cuda_graph import by_cuda_graph, is_on_device
 from bilevel.replay.inductor import by_inductor
+from bilevel.replay.regions import Compiler
 from bilevel.run.early_stop import ending, is_best, is_over
 from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
@@ -49,6 +51,16 @@ def prepare(setup: Setup) -> Iterator[Event]:
         yield from told if isinstance(told, list) else ()
 
 
+def compiler_of(setup: Setup) -> Compiler | None:
+    """What makes one call of many operations of a record."""
+    if setup.compile == "inductor":
+        return Compiler("inductor", "runtime.compile: inductor", by_inductor, COMPILED)
+    if setup.compile == "off" or setup.device.type != "cuda":
+        return None
+    named = "cuda graph", "runtime.compile: step, on CUDA"
+    return Compiler(*named, by_cuda_graph, CAPTURED, is_exact=True, takes=is_on_device)
+
+
 def run(setup: Setup, state: State) -> Iterator[Event]:
     """Take the upper steps that are left, from `state`, which is advanced in place.
 
@@ -72,8 +84,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     yield from caution(setup, state)
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
-    compiler = by_inductor if setup.compile == "inductor" else None
-    replayed = None if setup.compile == "off" else ReplayedSteps(compiler)
+    replayed = None if setup.compile == "off" else ReplayedSteps(compiler_of(setup))
     while not is_over(setup, state):
         yield from advance(setup, state, replayed)
         if replayed:

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.events import COMPILED, Event, Traced, Warned
-from bilevel.replay.inductor import CannotCompile, Compile
+from bilevel.events import Event, Traced, Warned
 from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
+from bilevel.replay.regions import CannotCompile, Compiler
 from bilevel.run.setup import Setup, State
 from bilevel.run.upper_step import Taken, moved, take, take_rounds
 
@@ -59,8 +59,8 @@ FARTHER = (
 class ReplayedSteps:
     """`bilevel.run.upper_step.take` from a record of it, where there is one that holds."""
 
-    def __init__(self, compile: Compile | None = None) -> None:
-        self._compile = compile
+    def __init__(self, compiler: Compiler | None = None) -> None:
+        self._compiler = compiler
         self._is_whole: bool | None = None
         """Whether the step of x is in the record; None before the first."""
         self._programs: list[_Kept] = []
@@ -151,43 +151,40 @@ class ReplayedSteps:
     def _compared(self, state: State, kept: _Kept, found: Any, truth: Any) -> Any:
         """The step itself, at the first replay and every so many, once that came to the same."""
         if not is_same(found, truth, kept.near(state)):
-            if kept.is_compiled and not kept.is_trusted:
+            if kept.by and not kept.is_trusted:
+                self._say(state, kept.by, "what it compiled comes to other numbers than the step")
                 kept.restore()
-                self._say(state, "what it compiled comes to other numbers than the step")
                 return truth
             if kept.is_trusted:
-                reason = FARTHER if kept.is_compiled else OTHER
                 raise ProblemError(
-                    f"runtime.compile: step {state.step + 1}: {reason}. Up to {EVERY} steps before it may "
+                    f"runtime.compile: step {state.step + 1}: {kept.other}. Up to {EVERY} steps before it may "
                     "be others too: make the loss a function of (x, y, batch), or start again with "
                     "runtime.compile: off"
                 )
             self._failed(state, OTHER)
             return truth
-        if self._compile and not kept.is_trusted and not kept.is_settled:
-            self._compiled(state, kept, self._compile)
+        if self._compiler and not kept.is_trusted and not kept.is_settled:
+            self._compiled(state, kept, self._compiler)
         else:
             kept.is_trusted, kept.due = True, EVERY - 1
         return truth
 
-    def _compiled(self, state: State, kept: _Kept, by: Compile) -> None:
+    def _compiled(self, state: State, kept: _Kept, by: Compiler) -> None:
         """A record that came to the same bits once is compiled, and compared again at the next replay."""
         began = time.perf_counter()
         try:
             kept.compile(by)
         except CannotCompile as error:
-            self._say(state, str(error))
+            self._say(state, by, str(error))
             return
         seconds = time.perf_counter() - began
-        self.news.append(Traced(state.step + 1, self._recorded, kept.operations, COMPILED, seconds))
+        self.news.append(Traced(state.step + 1, self._recorded, kept.operations, by.done, seconds))
 
-    def _say(self, state: State, reason: str) -> None:
-        message = (
-            f"runtime.compile: inductor: a record is replayed operation by operation: {reason}"
-        )
-        if "inductor" not in state.warned:
-            self.news.append(Warned(state.step + 1, "inductor", message))
-        state.warned["inductor"] = 0
+    def _say(self, state: State, by: Compiler, reason: str) -> None:
+        message = f"{by.name}: a record is replayed operation by operation: {reason}"
+        if by.kind not in state.warned:
+            self.news.append(Warned(state.step + 1, by.kind, message))
+        state.warned[by.kind] = 0
 
     def _end(self, state: State, reason: str) -> None:
         self._is_off, self._programs = True, []
@@ -206,25 +203,30 @@ class _Kept:
         """Replays until the next comparison; whether there was one."""
         self.is_settled = False
         """Whether it was compiled, or cannot be."""
+        self.by: Compiler | None = None
+        """What compiled it, where something did."""
 
     @property
     def operations(self) -> int:
         return self._program.operations
 
     @property
-    def is_compiled(self) -> bool:
-        return self._program.is_compiled
+    def other(self) -> str:
+        """What is wrong where a replay comes to something else than the step."""
+        return FARTHER if self.by and not self.by.is_exact else OTHER
 
-    def compile(self, by: Compile) -> None:
+    def compile(self, by: Compiler) -> None:
         self.is_settled = True
         self._program.compile(by)
+        self.by = by
 
     def restore(self) -> None:
         self._program.restore()
+        self.by = None
 
     def near(self, state: State) -> float | None:
-        """How close its results have to be to those of the step: the same bits, unless it is compiled."""
-        if not self.is_compiled:
+        """How close its results have to be to those of the step: the same bits, unless compiled to rounding."""
+        if self.by is None or self.by.is_exact:
             return None
         return max(tree.eps(state.x), tree.eps(state.y)) ** 0.5
 

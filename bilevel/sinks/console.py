@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.events import (
+    CAPTURED,
     COMPILED,
     EARLY,
     HELD,
@@ -192,8 +193,8 @@ def _headline(event: Started) -> Text:
 def _recorded(event: Traced) -> str:
     """What `runtime.compile` has done."""
     what = f"step {event.step} recorded, to be replayed"
-    if event.why == COMPILED:
-        what = f"step {event.step}: record {event.count} compiled"
+    if event.why in (COMPILED, CAPTURED):
+        what = f"step {event.step}: record {event.count} {event.why}"
     elif event.count > 1:
         what = f"step {event.step} recorded ({event.count}: {event.why})"
     return f"{what}: {event.operations:,} operations, {duration(event.seconds)}"

@@ -11,6 +11,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
+from bilevel.events import CAPTURED, Traced
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
@@ -61,3 +62,40 @@ def test_float32_on_the_gpu_is_near_float64_on_the_cpu():
     gpu = replace(cpu, device=torch.device("cuda"), dtype=torch.float32)
     for a, b in zip(end(cpu), end(gpu), strict=True):
         assert float((a - b.double()).norm() / a.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_run_from_a_record_is_the_run(estimator):
+    """To the bits, by CUDA graphs where a step writes nowhere; the losses differ from batch to batch."""
+    lower = Gradient(steps=8, optimizer=Adam(lr=0.05))
+    problem = HyperCleaning(num_train=100, num_clean=50)
+    setup = Setup(
+        problem, lower, Upper(steps=7), estimator, device=torch.device("cuda"), dtype=torch.float64
+    )
+    for a, b in zip(end(setup), end(replace(setup, compile="step")), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_is_captured_and_each_graph_is_launched_by_one_call():
+    lower = Gradient(steps=8, optimizer=SGD(lr=0.05))
+    problem = HyperCleaning(num_train=100, num_clean=50)
+    setup = Setup(
+        problem, lower, Upper(steps=7), Unroll(memory="store"), device=torch.device("cuda"),
+        dtype=torch.float64, compile="step",
+    )  # fmt: skip
+    list(prepare(setup))
+    state = start(setup)
+    events = list(run(setup, state))
+    assert [e.why for e in events if isinstance(e, Traced)] == ["", CAPTURED]
+    assert not {"compile", "cuda graph"} & state.warned.keys()
+
+
+def test_a_step_compiled_on_the_gpu_is_the_step_to_rounding():
+    lower = Gradient(steps=8, optimizer=SGD(lr=0.05))
+    problem = HyperCleaning(num_train=100, num_clean=50)
+    setup = Setup(
+        problem, lower, Upper(steps=7), Unroll(memory="store"), device=torch.device("cuda"),
+        dtype=torch.float64,
+    )  # fmt: skip
+    for a, b in zip(end(setup), end(replace(setup, compile="inductor")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from bilevel.replay.inductor import CannotCompile, by_inductor
+from bilevel.replay.inductor import by_inductor
 from bilevel.replay.program import Departed, Feed, record
-
-X = torch.linspace(0.1, 1, 3, dtype=torch.float64)
+from bilevel.replay.regions import CannotCompile, Compiler
+from tests.replay.steps import X, long
 
 
 class StandIn:
@@ -24,18 +24,18 @@ class StandIn:
         return lambda args: list(region(*args))
 
 
+def compiler(by):
+    return Compiler("some", "some", by, "done")
+
+
 def recorded(function, draws=None):
     return record(function, X, Feed(draws or {}).iterators())
-
-
-def long(x):
-    return ((x.sin() + 1).exp() - x).cos()
 
 
 def test_what_nothing_lies_between_is_one_region():
     found, program = recorded(lambda x, _: [long(x), x.sin()])
     by = StandIn()
-    program.compile(by)
+    program.compile(compiler(by))
     assert by.regions == [["sin", "add", "exp", "sub", "cos", "sin"]]
     assert all(torch.equal(a, b) for a, b in zip(program(X, Feed({})), found, strict=True))
     program.restore()
@@ -50,7 +50,7 @@ def test_a_number_that_is_read_ends_a_region_and_is_still_looked_at():
 
     found, program = recorded(step)
     by = StandIn()
-    program.compile(by)
+    program.compile(compiler(by))
     assert [len(names) for names in by.regions] == [7, 5]
     assert torch.equal(program(X, Feed({})), found)
     with pytest.raises(Departed):
@@ -69,7 +69,7 @@ def test_a_draw_waits_for_what_was_decided_before_it():
 
     found, program = record(step, X, {"lower": iter([X, X])}, apart=True)
     by = StandIn()
-    program.compile(by)
+    program.compile(compiler(by))
     assert [len(names) for names in by.regions] == [8, 8]
     assert torch.equal(program(X, Feed({"lower": iter([X, X])})), found)
     drawn = itertools.count()
@@ -84,7 +84,7 @@ def test_results_are_tensors_of_their_own():
         return lambda args: [region(*args)[0]] * 2
 
     _, program = recorded(lambda x, _: [long(x), long(x)])
-    program.compile(merging)
+    program.compile(compiler(merging))
     a, b = program(X, Feed({}))
     assert torch.equal(a, b)
     assert a.data_ptr() != b.data_ptr()
@@ -110,7 +110,7 @@ def transposed(region, given):
 def test_what_cannot_be_compiled_is_replayed_as_it_is(step, by, reason):
     found, program = recorded(step)
     with pytest.raises(CannotCompile, match=reason):
-        program.compile(by)
+        program.compile(compiler(by))
     assert not program.is_compiled
     assert torch.equal(program(X, Feed({})), found)
 
@@ -129,7 +129,7 @@ def test_the_compiler_itself():
         return long(y) if y.sum().item() < 50 else y
 
     found, program = recorded(step)
-    program.compile(by_inductor)
+    program.compile(compiler(by_inductor))
     for x in (X, X.flip(0) * 2):
         torch.testing.assert_close(program(x, Feed({})), step(x, None), rtol=1e-12, atol=1e-13)
     with pytest.raises(Departed):

@@ -1,0 +1,167 @@
+"""A record cut into regions of tensor operations, each of which something else makes one call of.
+
+A region is what nothing in Python lies between: a draw, a number that is read and goes into an
+operation, an operation given by a function of Python. What a region decides is looked at as soon as it
+has been computed, so that a replay departs where the record does; a draw waits for every expectation
+that stood before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx import GraphModule
+
+Called = Callable[[list[Tensor]], list[Tensor]]
+Compile = Callable[[GraphModule, list[Tensor]], Called]
+"""(region, what it may be given) ↦ the same, of a list that it may empty. Of placeholders whose meta says
+`is_constant` it is given the very tensor, in every call."""
+LEAST = 4
+"""Operations of a region that is compiled."""
+
+
+class CannotCompile(Exception):
+    """Why a record is replayed operation by operation."""
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether an operation is one of tensors alone."""
+    return node.meta.get("is_tensor", False)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What makes one call of a region."""
+
+    kind: str
+    """Of its warning."""
+    name: str
+    """As the warning begins."""
+    compile: Compile
+    done: str
+    """What was done to a record, as an event has it."""
+    is_exact: bool = False
+    """Whether results are the same bits; else they are to rounding."""
+    takes: Callable[[fx.Node], bool] = is_tensor
+    """Operations that a region may have."""
+
+
+def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> GraphModule:
+    """A record whose regions are functions of their own; its first arguments are these constants.
+
+    Raises:
+        CannotCompile: it writes into tensors, has no region worth it, or the compiler cannot.
+    """
+    nodes = list(record.graph.nodes)
+    if any(_writes(node) for node in nodes):
+        raise CannotCompile(
+            "a step writes into its own tensors (sums in place, as of several batches)"
+        )
+    known = dict(zip(nodes, constants, strict=False))
+    taken = {node for node in nodes if by.takes(node)}
+    levels = _levels(nodes, taken)
+    made = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            new[node] = made.node_copy(node)
+    count = 0
+    for level in range(max(levels.values()) + 1):
+        here = [node for node in nodes if node.op == "call_function" and levels[node] == level]
+        for node in here:
+            if node not in taken:
+                new[node] = made.node_copy(node, lambda one: new[one])
+        region = [node for node in here if node in taken]
+        if len(region) < LEAST:
+            for node in region:
+                new[node] = made.node_copy(node, lambda one: new[one])
+            continue
+        _put(region, made, new, by.compile, known)
+        count += len(region)
+    if not count:
+        raise CannotCompile(
+            f"no {LEAST} operations follow each other without a number read between them"
+        )
+    made.node_copy(record.graph.output_node(), lambda one: new[one])
+    return GraphModule(torch.nn.Module(), made)
+
+
+def _writes(node: fx.Node) -> bool:
+    return node.meta.get("writes", False) or node.meta.get("is_mutable", False)
+
+
+def _levels(nodes: list[fx.Node], taken: set[fx.Node]) -> dict[fx.Node, int]:
+    """When each is done: at a level first what no region takes, in its order, and then the regions."""
+    levels: dict[fx.Node, int] = {}
+    effects = latest = 0
+    for node in nodes:
+        of = node.all_input_nodes
+        level = max((levels[one] + (node not in taken and one in taken) for one in of), default=0)
+        if not of and node.op == "call_function":  # a clock
+            level = latest
+        if node.op == "call_function" and getattr(node.target, "has_effect", False):
+            is_draw = "feed" in (one.name for one in of)
+            level = max(level, effects) if is_draw else level
+            effects = max(effects, level)
+        levels[node] = level
+        latest = max(latest, level + (node in taken))
+    return levels
+
+
+def _put(
+    region: list[fx.Node],
+    made: fx.Graph,
+    new: dict[fx.Node, fx.Node],
+    compile: Compile,
+    constants: dict[fx.Node, Tensor],
+) -> None:
+    """One function in the place of a region."""
+    inside = set(region)
+    given = list(
+        dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
+    )
+    outer = [node for node in region if any(user not in inside for user in node.users)]
+    graph = fx.Graph()
+    own = {node: graph.placeholder(node.name) for node in given}
+    for node in given:
+        own[node].meta["is_constant"] = node in constants
+    for node in region:
+        own[node] = graph.node_copy(node, lambda one: own[one])
+    graph.output([own[node] for node in outer])
+    try:
+        example = [constants[n] if n in constants else _example(n) for n in given]
+        call = compile(GraphModule(torch.nn.Module(), graph), example)
+        found = call(list(example))
+    except CannotCompile:
+        raise
+    except Exception as error:  # whatever a compiler may raise
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise CannotCompile(f"{type(error).__name__}: {text}") from error
+    result = made.call_function(_called(call), tuple(new[node] for node in given))
+    taken = {one.untyped_storage().data_ptr() for one in example}
+    for k, (node, one) in enumerate(zip(outer, found, strict=True)):
+        new[node] = made.call_function(operator.getitem, (result, k))
+        memory = one.untyped_storage().data_ptr()
+        if memory in taken:  # a result is one of its own, which a caller may write into
+            new[node] = made.call_function(torch.clone, (new[node],))
+        taken.add(memory)
+        if (one.shape, one.stride(), one.dtype) != node.meta["form"]:
+            raise CannotCompile("the compiler lays a result out in another way")
+
+
+def _called(call: Called) -> Callable[..., list[Tensor]]:
+    def region(*given: Tensor) -> list[Tensor]:
+        return call(list(given))
+
+    return region
+
+
+def _example(node: fx.Node) -> Tensor:
+    if "form" not in node.meta:
+        raise CannotCompile("a region is given something that is no tensor")
+    shape, stride, dtype = node.meta["form"]
+    return torch.empty_strided(shape, stride, dtype=dtype, device=node.meta["device"]).fill_(0.5)
