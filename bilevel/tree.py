@@ -1,7 +1,7 @@
 """Algebra on `dict[str, Tensor]`, fused over the entries with `torch._foreach_*`.
 
-Functions that end in an underscore write into their first argument, as in torch. Sums are
-accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
+Functions that end in an underscore write into their first argument, as in torch; while a step is recorded
+small entries of it are replaced by new ones instead. Sums are accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
 
 Where several ranks hold a tree together, each its rows of every entry, the names are `Part`s and the
 tensors a rank's own. What is taken entry by entry is then the same as ever; sums over entries, and what
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bilevel.errors import CheckError, ProblemError
 from bilevel.scalars.functions import sqrt
-from bilevel.scalars.scalar import Scalar
+from bilevel.scalars.scalar import Recording, Scalar
 from bilevel.scalars.table import RowTable
 from bilevel.types import Params
 
@@ -171,11 +171,13 @@ def axpy(alpha: float, a: Params, b: Params) -> Params:
 
 
 def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = None) -> Tensor:
-    """entry + alpha · other, into `out` where there is one, for an alpha of any size.
+    """entry + alpha · other, into `out` where there is one and it is none to be made anew, for an alpha of any size.
 
     torch refuses one beyond the dtype's largest number (65,504 in float16), though alpha · other
     may well be below it: the sum is then taken in float64.
     """
+    if out is not None and Recording.makes_anew([out]):
+        out = None
     if -HALF_MAX <= alpha <= HALF_MAX or not _exceeds(alpha, {"": entry}):
         add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
         return add(entry, other, alpha=alpha, out=out)
@@ -209,6 +211,10 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
     if _exceeds(alpha, y):
         for name, entry in y.items():
             entry.copy_(add_scaled(entry, alpha, a[name]))
+    elif y and Recording.makes_anew(y.values()):
+        _require_same(y, a)
+        add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
+        y.update({name: add(entry, a[name], alpha=alpha) for name, entry in y.items()})
     elif y:
         add_ = (
             torch._foreach_add_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_add_)
@@ -219,7 +225,10 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
 
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
-    if y:
+    if y and Recording.makes_anew(y.values()):
+        mul = torch.mul if not isinstance(alpha, Scalar) else alpha.of(torch.mul)
+        y.update({name: mul(entry, alpha) for name, entry in y.items()})
+    elif y:
         mul_ = (
             torch._foreach_mul_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_mul_)
         )

@@ -22,6 +22,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.learned import require_in_range, upper_entries
+from bilevel.scalars.scalar import Recording
 from bilevel.types import (
     Estimate,
     Iterates,
@@ -252,6 +253,8 @@ def _moved(path: Path, row: list[Tensor]) -> Path:
     """The path with its iterate copied into the memory of `row`, where it fits: a state may grow."""
     here = _whole(path)
     leaves = flat(here)
+    if Recording.makes_anew(row):
+        return path
     if [(to.shape, to.dtype) for to in row] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
         return path
     copies = [to.copy_(leaf) for to, leaf in zip(row, leaves, strict=True)]

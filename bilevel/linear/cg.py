@@ -224,8 +224,8 @@ def _update_direction(
         tree.axpy_(tree.scale_(p, beta), 1.0, z)
         return
     for name, entry in v.items():
-        tree.add_scaled(entry, alpha, p[name], out=entry)
-        tree.add_scaled(z[name], beta, p[name], out=p[name])
+        v[name] = tree.add_scaled(entry, alpha, p[name], out=entry)
+        p[name] = tree.add_scaled(z[name], beta, p[name], out=p[name])
 
 
 def _on_cpu(a: Params) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from bilevel.replay.recorder import LARGE
+from bilevel.scalars.scalar import LARGE
 
 aten = torch.ops.aten
 _OWN: Any = torch._C._VariableFunctions  # pyright: ignore[reportAttributeAccessIssue]

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bilevel.scalars.scalar import Recording, Scalar
+from bilevel.scalars.scalar import LARGE, Recording, Scalar
 from bilevel.scalars.table import RowTable
 
 aten = torch.ops.aten
@@ -46,9 +46,6 @@ _UNSEEN = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
 _OF_SHAPES = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full"}
-LARGE = 2**16
-"""Numbers of a tensor from which on none is kept that can be computed again: an option of an
-estimator that saves memory so would else be undone."""
 
 
 class Departed(Exception):
@@ -217,11 +214,17 @@ class Recorder(TorchDispatchMode):
     def _expect(self, node: fx.Node, found: Any) -> None:
         self.graph.call_function(expect, (found, where(), node))
 
+    def makes_anew(self, entry: Tensor) -> bool:
+        self._refuse_kept(entry)
+        return entry.numel() < LARGE
+
     def _note_written(self, changed: Tensor) -> None:
-        memory = _memory(changed)
-        if self._known.get(changed) is None or memory in self._given:
+        self._refuse_kept(changed)
+        self.written.add(_memory(changed))
+
+    def _refuse_kept(self, changed: Tensor) -> None:
+        if self._known.get(changed) is None or _memory(changed) in self._given:
             raise NotReplayable(f"{where()} writes into a tensor that is kept from step to step")
-        self.written.add(memory)
 
     def _is_fixed(self, node: fx.Node) -> bool:
         """Whether a pure operation gives the same in every replay: of shapes alone, or of what is fixed."""

@@ -8,7 +8,7 @@ format) its value is what is noted: a replay in which it has another is none of 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -41,11 +41,25 @@ class Tape(Protocol):
         """Its number, which replays must find again."""
         ...
 
+    def makes_anew(self, entry: Tensor) -> bool:
+        """Whether what would be written into a tensor is to be a new one."""
+        ...
+
+
+LARGE = 2**16
+"""Numbers of a tensor from which on a record holds none that could be computed again, and writes where
+the step writes: an option of an estimator that saves memory so would else be undone."""
+
 
 class Recording:
     """Whether a step is recorded now, and by what."""
 
     tape: Tape | None = None
+
+    @classmethod
+    def makes_anew(cls, entries: Iterable[Tensor]) -> bool:
+        """Whether what would be written into these is to be new tensors: operations without writes can be compiled."""
+        return cls.tape is not None and all(map(cls.tape.makes_anew, entries))
 
 
 class Scalar:

@@ -79,6 +79,7 @@ ROWS = {
             "by hand",
             "bilevel",
             "bilevel, compile: step",
+            "bilevel, compile: inductor",
             "torchopt",
             "JAX, a step compiled",
             "JAX, one scan",

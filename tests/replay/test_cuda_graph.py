@@ -16,7 +16,7 @@ from bilevel.replay.regions import Compiler, is_tensor
 from bilevel.run import engine
 from bilevel_problems.logistic import Logistic
 from tests.replay.steps import X, long
-from tests.run.replays import ended, require_same
+from tests.run.replays import SETUPS, ended, require_same
 from tests.run.setups import setup
 
 DATA = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
@@ -156,9 +156,11 @@ def test_a_region_is_cut_where_an_operation_is_not_taken():
 PLAIN = setup(Logistic(data="synthetic", num_features=6), Unroll(memory="store"), steps=9)
 
 
-def test_a_run_by_graphs_is_the_run(monkeypatch):
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_run_by_graphs_is_the_run(name, monkeypatch):
+    """Also where a step adds up in place, as CG does: while it is recorded, its small tensors are new ones."""
     monkeypatch.setattr(engine, "compiler_of", lambda s: GRAPHS)
-    plain, found = ended(PLAIN), ended(replace(PLAIN, compile="step"))
+    plain, found = ended(SETUPS[name]), ended(replace(SETUPS[name], compile="step"))
     require_same(plain, found)
     assert [trace.why for trace in found[2]] == ["", CAPTURED]
 

@@ -1,11 +1,80 @@
 """Runs taken by themselves and from records, which must be the same."""
 
+import itertools
 from dataclasses import replace
 
+import torch
+
+from bilevel import rng
+from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
 from bilevel.events import Stepped, Traced, Warned
+from bilevel.linear.cg import CG
+from bilevel.linear.neumann import Neumann
+from bilevel.lower.gradient import Gradient
+from bilevel.optimizers import SGD, Adam, Clip, Schedule
 from bilevel.run.engine import run, start
 from bilevel.run.replayed import is_same
-from tests.run.setups import same
+from bilevel.run.upper import Upper
+from bilevel_problems.logistic import Logistic
+from bilevel_problems.quadratic import Quadratic
+from tests.run.setups import same, setup
+
+FIXED = CG(iterations=3, tolerance=0.0)
+LOGISTIC = Logistic(data="synthetic", num_features=6)
+
+
+class Parts:
+    """Two entries a level: w of shape (2, 3) and a bias; G has a branch on a sum of x if it is `torn`."""
+
+    torn = False
+
+    def __init__(self):
+        self.rows = torch.randn(8, 3, dtype=torch.float64, generator=rng.stream(0, "rows"))
+        self.aim = torch.ones(8, 2, dtype=torch.float64)
+
+    def init(self, streams):
+        zeros = torch.zeros(2, 3, dtype=torch.float64)
+        return {"w": zeros - 1, "b": zeros[:, 0] + 0.02}, {
+            "w": zeros.clone(),
+            "b": zeros[:, 0].clone(),
+        }
+
+    def upper_loss(self, x, y, batch):
+        return (self.rows @ y["w"].T + y["b"] - self.aim).square().mean()
+
+    def lower_loss(self, x, y, batch):
+        w = 1.0 if self.torn and x["b"].sum() > 0 else 2.0
+        return self.upper_loss(x, y, batch) + w * sum(
+            (x[name].exp() * y[name].square()).sum() for name in y
+        )
+
+    def upper_batches(self, generator):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+SETUPS = {
+    "cg": setup(LOGISTIC, Implicit(solver=FIXED)),
+    "neumann": setup(LOGISTIC, Implicit(solver=Neumann(iterations=4, scale=0.3))),
+    "gradients": setup(Quadratic(), Implicit(solver=FIXED, damping=0.1)),
+    "unroll": setup(LOGISTIC, Unroll()),
+    "recompute": setup(LOGISTIC, Unroll(memory="recompute", last=3)),
+    "one_step": setup(LOGISTIC, OneStep()),
+    "differences": setup(LOGISTIC, OneStep(finite_difference=True)),
+    "penalty": setup(LOGISTIC, Penalty(lower=Gradient(steps=3, optimizer=SGD(lr=0.1)))),
+    "several entries": setup(Parts(), Implicit(solver=FIXED), optimizer=SGD(lr=0.1, momentum=0.9)),
+    "adam below": setup(LOGISTIC, Unroll(), lower=Gradient(steps=3, optimizer=Adam(lr=0.1))),
+    "float32": setup(LOGISTIC, Implicit(solver=FIXED), dtype=torch.float32),
+    "clip and schedule": replace(
+        setup(
+            LOGISTIC,
+            Implicit(solver=FIXED),
+            lower=Gradient(steps=3, optimizer=SGD(lr=0.3), clip=Clip(norm=0.05)),
+        ),
+        upper=Upper(steps=6, schedule=Schedule(name="ExponentialLR", options={"gamma": 0.5})),
+    ),
+}
 
 
 def ended(s, state=None):

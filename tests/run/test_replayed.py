@@ -9,29 +9,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel import rng
 from bilevel.errors import ConvergenceError, ProblemError, RecipeError
-from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
+from bilevel.estimators import Implicit, Penalty
 from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
-from bilevel.linear.neumann import Neumann
-from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD, Adam, Clip, Schedule, TorchOptimizer
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
 from bilevel.run.replayed import unfit
-from bilevel.run.upper import Upper
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.jsonl import JSONLines
-from bilevel_problems.logistic import Logistic
-from bilevel_problems.quadratic import Quadratic
-from tests.run.replays import both, ended, require_same
+from tests.run.replays import FIXED, LOGISTIC, SETUPS, Parts, both, ended, require_same
 from tests.run.setups import Noisy, frozen, same, setup
-
-FIXED = CG(iterations=3, tolerance=0.0)
-LOGISTIC = Logistic(data="synthetic", num_features=6)
 
 
 class Counted:
@@ -44,60 +35,6 @@ class Counted:
         if name not in ("upper_loss", "lower_loss"):
             return getattr(self.problem, name)
         return lambda *given: self.calls.append(name) or getattr(self.problem, name)(*given)
-
-
-class Parts:
-    """Two entries a level: w of shape (2, 3) and a bias; G has a branch on a sum of x if it is `torn`."""
-
-    torn = False
-
-    def __init__(self):
-        self.rows = torch.randn(8, 3, dtype=torch.float64, generator=rng.stream(0, "rows"))
-        self.aim = torch.ones(8, 2, dtype=torch.float64)
-
-    def init(self, streams):
-        zeros = torch.zeros(2, 3, dtype=torch.float64)
-        return {"w": zeros - 1, "b": zeros[:, 0] + 0.02}, {
-            "w": zeros.clone(),
-            "b": zeros[:, 0].clone(),
-        }
-
-    def upper_loss(self, x, y, batch):
-        return (self.rows @ y["w"].T + y["b"] - self.aim).square().mean()
-
-    def lower_loss(self, x, y, batch):
-        w = 1.0 if self.torn and x["b"].sum() > 0 else 2.0
-        return self.upper_loss(x, y, batch) + w * sum(
-            (x[name].exp() * y[name].square()).sum() for name in y
-        )
-
-    def upper_batches(self, generator):
-        return itertools.repeat(None)
-
-    lower_batches = upper_batches
-
-
-SETUPS = {
-    "cg": setup(LOGISTIC, Implicit(solver=FIXED)),
-    "neumann": setup(LOGISTIC, Implicit(solver=Neumann(iterations=4, scale=0.3))),
-    "gradients": setup(Quadratic(), Implicit(solver=FIXED, damping=0.1)),
-    "unroll": setup(LOGISTIC, Unroll()),
-    "recompute": setup(LOGISTIC, Unroll(memory="recompute", last=3)),
-    "one_step": setup(LOGISTIC, OneStep()),
-    "differences": setup(LOGISTIC, OneStep(finite_difference=True)),
-    "penalty": setup(LOGISTIC, Penalty(lower=Gradient(steps=3, optimizer=SGD(lr=0.1)))),
-    "several entries": setup(Parts(), Implicit(solver=FIXED), optimizer=SGD(lr=0.1, momentum=0.9)),
-    "adam below": setup(LOGISTIC, Unroll(), lower=Gradient(steps=3, optimizer=Adam(lr=0.1))),
-    "float32": setup(LOGISTIC, Implicit(solver=FIXED), dtype=torch.float32),
-    "clip and schedule": replace(
-        setup(
-            LOGISTIC,
-            Implicit(solver=FIXED),
-            lower=Gradient(steps=3, optimizer=SGD(lr=0.3), clip=Clip(norm=0.05)),
-        ),
-        upper=Upper(steps=6, schedule=Schedule(name="ExponentialLR", options={"gamma": 0.5})),
-    ),
-}
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -144,7 +81,7 @@ def test_a_branch_of_a_loss_is_taken_where_it_is_taken_without():
     s = setup(torn, Implicit(solver=FIXED), optimizer=SGD(lr=0.2))
     state, _, traces, _ = both(s, traces=2)
     assert state.x["b"].sum() < 0
-    assert traces[1].why.startswith("run/test_replayed.py:")
+    assert traces[1].why.startswith("run/replays.py:")
 
 
 def test_a_run_that_is_resumed_is_the_one_that_was_not():

@@ -151,9 +151,10 @@ METHODS = {
         "loop": replayed(whole_loop),
         **dict.fromkeys(("soba", "saba", "srba"), replayed(stochastic.setup)),
     },
-    "bilevel, compile: inductor": dict.fromkeys(
-        ("soba", "saba", "srba"), replayed(stochastic.setup, "inductor")
-    ),
+    "bilevel, compile: inductor": {
+        "loop": replayed(whole_loop, "inductor"),
+        **dict.fromkeys(("soba", "saba", "srba"), replayed(stochastic.setup, "inductor")),
+    },
     "bilevel, store": {"unroll": unroll()},
     "bilevel, recompute": {"unroll": unroll(memory="recompute")},
     "bilevel, traced": {"unroll": unroll(memory="traced")},
