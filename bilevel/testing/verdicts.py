@@ -108,6 +108,8 @@ def _judge_on(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> C
     scene = check_scene.scene
     row = _as_configured(check_scene, row, estimator)
     if estimator.claim is None:
+        if row.note:  # as it is set it comes to no number, and there is no other way to judge it
+            return replace(row, verdict="untested" if check_scene.is_one_of_many else "refused")
         return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
     if reason := not_applicable(check_scene, estimator):
         return replace(row, verdict="refused", note=reason)

@@ -179,6 +179,22 @@ def test_errors_are_those_of_the_settings_asked_for():
     assert found["damped"].error > 1e-2
 
 
+def test_what_claims_nothing_and_comes_to_no_number_is_refused_with_the_reason():
+    far = Neumann(scale=1e3, iterations=400)
+    found = rows(
+        Quadratic(),
+        {
+            "damped": Implicit(solver=far, damping=0.1),
+            "claims": Implicit(solver=far),  # which is judged at a scale that converges
+            "near": Implicit(solver=replace(far, scale=0.3), damping=0.1),
+        },
+    )
+    assert found["damped"].verdict == "refused"
+    assert "the Neumann series diverges" in found["damped"].note
+    assert found["claims"].verdict == "exact"
+    assert found["near"].verdict == "approximate"
+
+
 def test_what_cannot_be_tested_is_not_called_exact():
     found = rows(
         Quadratic(condition=1e7),
