@@ -24,13 +24,17 @@ from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, St
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step leads to, in plain memory: a checkpoint keeps values, not strides, and sums depend on their order."""
+    """What a step leads to. The next begins in plain memory: a checkpoint keeps values, not strides, and
+    sums depend on their order."""
 
     solution: LowerSolution
     estimate: Estimate
     x: Params
-    optimizer: Any
+    y: Params
+    upper: Any
     """The state of the upper optimizer."""
+    lower: Any
+    estimator: Any
     value: float
     """F"""
     norm: float
@@ -60,8 +64,8 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
         yield nonfinite.left_out(state, time.perf_counter() - began)
         return
     solution, estimate = taken.solution, taken.estimate
-    state.x, state.upper = taken.x, taken.optimizer
-    state.y, state.lower, state.estimator = solution.y, solution.state, estimate.state
+    state.x, state.y = taken.x, taken.y
+    state.upper, state.lower, state.estimator = taken.upper, taken.lower, taken.estimator
     renew(state)
     stats, lower = estimate.stats, solution.stats
     state.totals = state.totals.plus(
@@ -120,10 +124,13 @@ def moved(setup: Setup, state: State, solution: LowerSolution, estimate: Estimat
                 f"the {level} step made a variable that is not finite; lower {level}.optimizer.lr"
             )
     return Taken(
-        replace(solution, y=tree.contiguous(solution.y), state=tree.contiguous(solution.state)),
-        replace(estimate, state=tree.contiguous(estimate.state, state.estimator)),
+        solution,
+        estimate,
         tree.contiguous(x),
+        tree.contiguous(solution.y),
         tree.contiguous(upper),
+        tree.contiguous(solution.state),
+        tree.contiguous(estimate.state, state.estimator),
         estimate.value.item(),
         tree.norm(estimate.hypergradient),
     )
