@@ -41,16 +41,26 @@ def by_cuda_graph(region: GraphModule, given: list[Tensor], capture: Capture = o
     stays = [node.meta.get("is_constant", False) for node in placeholders]
     own = [one if kept else one.clone() for one, kept in zip(given, stays, strict=True)]
     with torch.no_grad():
-        results, replay = capture(lambda: list(region(*own)), own[0].device)
+        where = next((one.device for one in own), torch.device("cuda"))
+        results, replay = capture(lambda: list(region(*own)), where)
 
     def call(now: list[Tensor]) -> list[Tensor]:
         for target, one in zip(own, now, strict=True):
             if target is not one:  # what stays is read where it is
                 target.copy_(one)
         replay()
-        return [one.clone() for one in results]
+        return [_copy(one) for one in results]
 
     return call
+
+
+def _copy(result: Tensor) -> Tensor:
+    """In a layout of its own that is the same, as of a slice; what repeats itself in memory no longer does."""
+    if 0 in result.stride():
+        return result.clone()
+    shape, stride = result.shape, result.stride()
+    copy = torch.empty_strided(shape, stride, dtype=result.dtype, device=result.device)
+    return copy.copy_(result)
 
 
 def is_on_device(node: fx.Node) -> bool:

@@ -150,7 +150,7 @@ def _put(
             new[node] = made.call_function(torch.clone, (new[node],))
         taken.add(memory)
         if (one.shape, one.stride(), one.dtype) != node.meta["form"]:
-            raise CannotCompile("the compiler lays a result out in another way")
+            raise CannotCompile("a result is laid out in another way")
 
 
 def _called(call: Called) -> Callable[..., list[Tensor]]:

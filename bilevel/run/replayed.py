@@ -9,8 +9,8 @@ they would raise at.
 What Python remembers is in no tensor: a record itself, its first replay and every 50th after it are
 compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
 
-The step of x is part of the record, unless its rate changes from step to step, its optimizer is one of
-`torch.optim`, or the problem has a `project_upper`, which is called at every step.
+The step of x is part of the record, unless its rate changes from step to step, or Python that may remember
+is called at it: an optimizer of `torch.optim` or of somebody's own, or the problem's `project_upper`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.events import Event, Traced, Warned
+from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
 from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.replay.regions import CannotCompile, Compiler
@@ -135,18 +136,12 @@ class ReplayedSteps:
         seconds = time.perf_counter() - began
         truth = step(inputs, feed.again())
         if program is None or not is_same(found, truth):
-            self._failed(state, reason or OTHER)
+            self._end(state, reason or OTHER)
             return truth
         self._recorded += 1
         self._programs = [_Kept(program, PythonState(setup.problem)), *self._programs[: LIMIT - 1]]
         self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
         return truth
-
-    def _failed(self, state: State, reason: str) -> None:
-        """No record of this step holds: the next is tried without the step of x, once."""
-        if not self._is_whole:
-            self._end(state, reason)
-        self._is_whole, self._programs = False, []
 
     def _compared(self, state: State, kept: _Kept, found: Any, truth: Any) -> Any:
         """The step itself, at the first replay and every so many, once that came to the same."""
@@ -161,7 +156,7 @@ class ReplayedSteps:
                     "be others too: make the loss a function of (x, y, batch), or start again with "
                     "runtime.compile: off"
                 )
-            self._failed(state, OTHER)
+            self._end(state, OTHER)
             return truth
         if self._compiler and not kept.is_trusted and not kept.is_settled:
             self._compiled(state, kept, self._compiler)
@@ -248,10 +243,9 @@ def unfit(setup: Setup) -> str | None:
 
 
 def is_whole(setup: Setup) -> bool:
-    """Whether the step of x is a function of tensors alone, and no Python of the problem's."""
-    upper = setup.upper
-    is_ours = upper.schedule is None and upper.optimizer.differentiable
-    return is_ours and "project_upper" not in setup.levels
+    """Whether the step of x is a function of tensors alone: no Python that may remember, and one rate."""
+    is_ours = type(setup.upper.optimizer) in (SGD, Adam, AdamW, RMSprop)
+    return is_ours and setup.upper.schedule is None and "project_upper" not in setup.levels
 
 
 def is_same(one: Any, other: Any, near: float | None = None) -> bool:

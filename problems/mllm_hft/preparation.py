@@ -26,11 +26,15 @@ from .filtering import filtered
 from .formulations import SCALARS
 from .models import cache
 from .models.adapters import start_lora
+from .models.encoders import ViT
 from .models.instructions import conversations
 from .models.network import LoadedModel, hacl_heads, parameters, residual_head
 from .models.pretrain import dialogues
+from .models.tiny import Tiny
 from .preference_pairs import CaptionPairs, caption_pairs, spread
+from .sources.mixture import Mixture
 from .sources.protocol import Corpus, Scene, Split
+from .sources.shapes import Shapes
 from .warm_up import WarmUp, warm_up
 
 if TYPE_CHECKING:
@@ -180,7 +184,8 @@ def _data(
     """A split with its scenes; where the options alone determine them, those of the run before if they are the same."""
     options = problem.source, problem.encoder, problem.model, problem.seed
     drawn_from = (*options, size, device, cache.folder())
-    if loaded.is_drawn and split in _LAST and _LAST[split][0] == drawn_from:
+    is_drawn = _is_drawn(problem)
+    if is_drawn and split in _LAST and _LAST[split][0] == drawn_from:
         return _LAST[split][1]
     _LAST.pop(split, None)
     corpus = yield from _corpus(problem, split, size)
@@ -191,9 +196,18 @@ def _data(
     lines = captions(corpus.scenes, problem.source, loaded.tokenizer)
     origin = origin_numbers(corpus.scenes)
     made = Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
-    if loaded.is_drawn:
+    if is_drawn:
         _LAST[split] = drawn_from, made
     return made
+
+
+def _is_drawn(problem: HierarchicalFineTuning) -> bool:
+    """Whether the options alone determine pictures, features and words: no file is read that may be another later."""
+    source = problem.source
+    sources = [source.clean, *source.parts.values()] if isinstance(source, Mixture) else [source]
+    made = [(problem.model, Tiny), *((one, Shapes) for one in sources)]
+    made += [] if problem.encoder is None else [(problem.encoder, ViT)]
+    return all(type(one) is cls for one, cls in made)
 
 
 def _evaluation(

@@ -391,8 +391,6 @@ class LoadedModel:
     """Where the frozen weights are, None where they are in no folder."""
     facts: Mapping[str, float]
     """What was measured on the way, shown with every evaluation."""
-    is_drawn: bool = False
-    """Whether the options alone determine it, pictures included: no folder is read that may be another later."""
 
 
 @runtime_checkable

@@ -78,14 +78,7 @@ class Tiny:
         start_heads(network, rng.stream(seed, "heads"))
         facts = {"language_model/question_accuracy": accuracy}
         return LoadedModel(
-            network,
-            tokenizer,
-            template,
-            encode,
-            tokenizer.save_pretrained,
-            base=None,
-            facts=facts,
-            is_drawn=True,
+            network, tokenizer, template, encode, tokenizer.save_pretrained, base=None, facts=facts
         )
 
     def _llava(self, tokenizer: WordTokenizer, feature: int, seed: int) -> Any:

@@ -6,8 +6,10 @@ import torch
 from bilevel.rng import Streams, stream
 from bilevel_problems.mllm_hft import preparation
 from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
-from bilevel_problems.mllm_hft.models.encoders import ViT
+from bilevel_problems.mllm_hft.models.encoders import EfficientNet, ViT
 from bilevel_problems.mllm_hft.models.tiny import Tiny
+from bilevel_problems.mllm_hft.sources.mixture import Mixture
+from bilevel_problems.mllm_hft.sources.photos import Photos
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.miniature import miniature, prepared
 
@@ -80,6 +82,22 @@ def test_a_run_on_shared_pictures_is_that_of_a_process_of_its_own(told):
     first, again = losses(), losses()
     assert told.count("train") == 1
     assert first == again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"source": Photos()},
+        {"source": Mixture(parts={"a": Photos(), "b": Photos()}, clean=Photos())},
+        {"encoder": EfficientNet()},
+    ],
+    ids=["photos", "a part of a mixture", "encoder"],
+)
+def test_what_reads_files_is_not_shared(options):
+    assert not preparation._is_drawn(miniature(**options))
+    assert preparation._is_drawn(miniature())
+    parts = {"a": Shapes(), "b": Shapes(invented=1.0)}
+    assert preparation._is_drawn(miniature(source=Mixture(parts=parts, clean=Shapes())))
 
 
 def test_what_is_read_from_a_folder_is_read_every_time(told, checkpoint):
