@@ -176,7 +176,7 @@ def add_scaled(entry: Tensor, alpha: float, other: Tensor, out: Tensor | None = 
     torch refuses one beyond the dtype's largest number (65,504 in float16), though alpha · other
     may well be below it: the sum is then taken in float64.
     """
-    if out is not None and Recording.makes_anew([out]):
+    if out is not None and Recording.tape and Recording.tape.makes_anew([out]):
         out = None
     if -HALF_MAX <= alpha <= HALF_MAX or not _exceeds(alpha, {"": entry}):
         add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
@@ -211,7 +211,7 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
     if _exceeds(alpha, y):
         for name, entry in y.items():
             entry.copy_(add_scaled(entry, alpha, a[name]))
-    elif y and Recording.makes_anew(y.values()):
+    elif y and Recording.tape and Recording.tape.makes_anew(y.values()):
         _require_same(y, a)
         add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
         y.update({name: add(entry, a[name], alpha=alpha) for name, entry in y.items()})
@@ -225,7 +225,7 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
 
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
-    if y and Recording.makes_anew(y.values()):
+    if y and Recording.tape and Recording.tape.makes_anew(y.values()):
         mul = torch.mul if not isinstance(alpha, Scalar) else alpha.of(torch.mul)
         y.update({name: mul(entry, alpha) for name, entry in y.items()})
     elif y:

@@ -253,7 +253,7 @@ def _moved(path: Path, row: list[Tensor]) -> Path:
     """The path with its iterate copied into the memory of `row`, where it fits: a state may grow."""
     here = _whole(path)
     leaves = flat(here)
-    if Recording.makes_anew(row):
+    if Recording.tape and Recording.tape.makes_anew(row):
         return path
     if [(to.shape, to.dtype) for to in row] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
         return path

@@ -14,7 +14,7 @@ from `make_fx` in:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -214,9 +214,12 @@ class Recorder(TorchDispatchMode):
     def _expect(self, node: fx.Node, found: Any) -> None:
         self.graph.call_function(expect, (found, where(), node))
 
-    def makes_anew(self, entry: Tensor) -> bool:
-        self._refuse_kept(entry)
-        return entry.numel() < LARGE
+    def makes_anew(self, entries: Iterable[Tensor]) -> bool:
+        sizes = []
+        for entry in entries:
+            self._refuse_kept(entry)
+            sizes.append(entry.numel())
+        return all(size < LARGE for size in sizes)
 
     def _note_written(self, changed: Tensor) -> None:
         self._refuse_kept(changed)

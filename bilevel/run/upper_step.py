@@ -97,7 +97,8 @@ def _taken(setup: Setup, state: State, how: Take | None = None) -> Taken:
     """
     try:
         with gathering_again(setup.ranks):
-            found = (how or take)(setup, state)
+            # a call less than by `take`
+            found = how(setup, state) if how else moved(setup, state, *take_rounds(setup, state))
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
     require_agreement(setup.ranks, state.step + 1, found.solution, found.estimate, found.x)

@@ -41,8 +41,8 @@ class Tape(Protocol):
         """Its number, which replays must find again."""
         ...
 
-    def makes_anew(self, entry: Tensor) -> bool:
-        """Whether what would be written into a tensor is to be a new one."""
+    def makes_anew(self, entries: Iterable[Tensor]) -> bool:
+        """Whether what would be written into these is to be new tensors: operations without writes can be compiled."""
         ...
 
 
@@ -55,11 +55,6 @@ class Recording:
     """Whether a step is recorded now, and by what."""
 
     tape: Tape | None = None
-
-    @classmethod
-    def makes_anew(cls, entries: Iterable[Tensor]) -> bool:
-        """Whether what would be written into these is to be new tensors: operations without writes can be compiled."""
-        return cls.tape is not None and all(map(cls.tape.makes_anew, entries))
 
 
 class Scalar:
