@@ -1,7 +1,8 @@
 """Algebra on `dict[str, Tensor]`, fused over the entries with `torch._foreach_*`.
 
-Functions that end in an underscore write into their first argument, as in torch; while a step is recorded
-small entries of it are replaced by new ones instead. Sums are accumulated in float32 or wider, so 16-bit parameters lose nothing but their own rounding.
+Functions that end in an underscore write into their first argument, as in torch; while a step is
+recorded they put new tensors into it where they are small. Sums are accumulated in float32 or wider, so
+16-bit parameters lose nothing but their own rounding.
 
 Where several ranks hold a tree together, each its rows of every entry, the names are `Part`s and the
 tensors a rank's own. What is taken entry by entry is then the same as ever; sums over entries, and what
@@ -213,8 +214,7 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
             entry.copy_(add_scaled(entry, alpha, a[name]))
     elif y and Recording.tape and Recording.tape.makes_anew(y.values()):
         _require_same(y, a)
-        add = torch.add if not isinstance(alpha, Scalar) else alpha.of(torch.add)
-        y.update({name: add(entry, a[name], alpha=alpha) for name, entry in y.items()})
+        y.update({name: add_scaled(entry, alpha, a[name]) for name, entry in y.items()})
     elif y:
         add_ = (
             torch._foreach_add_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_add_)
@@ -226,8 +226,7 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
     if y and Recording.tape and Recording.tape.makes_anew(y.values()):
-        mul = torch.mul if not isinstance(alpha, Scalar) else alpha.of(torch.mul)
-        y.update({name: mul(entry, alpha) for name, entry in y.items()})
+        y.update(scale(alpha, y))
     elif y:
         mul_ = (
             torch._foreach_mul_ if not isinstance(alpha, Scalar) else alpha.of(torch._foreach_mul_)

@@ -84,9 +84,9 @@ class Runtime:
     """What the products in both losses are taken in, under `torch.autocast`; all else stays in dtype."""
     compile: Literal["off", "step", "inductor"] = "off"
     """step: an upper step is recorded once and replayed without the Python around its operations, to
-    the same bits, on CUDA by CUDA graphs; where it cannot be, steps are taken as with off, and a warning says why. inductor:
-    its operations are compiled by TorchInductor besides, which needs a C++ compiler and some ten
-    seconds; the same to rounding."""
+    the same bits, on CUDA by CUDA graphs; where it cannot be, steps are taken as with off, and a warning
+    says why. inductor: its operations are compiled by TorchInductor besides, which needs a C++ compiler
+    and some ten seconds; the same to rounding."""
 
     mesh: Mesh = Field(default_factory=Mesh)
     keep: Literal["whole", "again"] = "whole"

@@ -69,8 +69,13 @@ class Program:
         self._take, self._rebuild, self._constants = take, rebuild, constants
         self._function = function
         self._forward = function.forward  # a call of the module looks for hooks, for 20 µs
-        self.is_compiled = False
+        self.by: Compiler | None = None
+        """What compiled its operations, where something did."""
         self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.by is not None
 
     def compile(self, by: Compiler) -> None:
         """Have its operations compiled: results are then as the compiler says.
@@ -78,14 +83,12 @@ class Program:
         Raises:
             CannotCompile: it cannot be, and stays as it is.
         """
-        self._forward, self.is_compiled = (
-            compiled(self._function, by, self._constants).forward,
-            True,
-        )
+        self._forward = compiled(self._function, by, self._constants).forward
+        self.by = by
 
     def restore(self) -> None:
         """Undo `compile`."""
-        self._forward, self.is_compiled = self._function.forward, False
+        self._forward, self.by = self._function.forward, None
 
     def __call__(self, inputs: Any, feed: Feed) -> Any:
         """Raises `Departed` where the step is another one, and says at which line of code."""

@@ -19,7 +19,7 @@ from bilevel.run.early_stop import ending, is_best, is_over
 from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
-from bilevel.run.replayed import ReplayedSteps
+from bilevel.run.replayed import ReplayedSteps, is_whole
 from bilevel.run.setup import Setup, State, restore, start
 from bilevel.run.upper_step import advance
 
@@ -57,8 +57,14 @@ def compiler_of(setup: Setup) -> Compiler | None:
         return Compiler("inductor", "runtime.compile: inductor", by_inductor, COMPILED)
     if setup.compile == "off" or setup.device.type != "cuda":
         return None
-    named = "cuda graph", "runtime.compile: step, on CUDA"
-    return Compiler(*named, by_cuda_graph, CAPTURED, is_exact=True, takes=is_on_device)
+    return Compiler(
+        "cuda graph",
+        "runtime.compile: step, on CUDA",
+        by_cuda_graph,
+        CAPTURED,
+        is_exact=True,
+        takes=is_on_device,
+    )
 
 
 def run(setup: Setup, state: State) -> Iterator[Event]:
@@ -84,7 +90,9 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
     yield from caution(setup, state)
     if state.step != state.evaluated and is_due(setup, state):  # not so after most resumptions
         yield from evaluate(setup, state)
-    replayed = None if setup.compile == "off" else ReplayedSteps(compiler_of(setup))
+    replayed = (
+        None if setup.compile == "off" else ReplayedSteps(is_whole(setup), compiler_of(setup))
+    )
     while not is_over(setup, state):
         yield from advance(setup, state, replayed)
         if replayed:

@@ -31,7 +31,7 @@ from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable,
 from bilevel.replay.python_state import PythonState
 from bilevel.replay.regions import CannotCompile, Compiler
 from bilevel.run.setup import Setup, State
-from bilevel.run.upper_step import Taken, moved, take, take_rounds
+from bilevel.run.upper_step import Taken, moved, take_rounds
 
 EVERY = 50
 """Replays from one comparison with the step itself to the next."""
@@ -58,12 +58,10 @@ FARTHER = (
 
 
 class ReplayedSteps:
-    """`bilevel.run.upper_step.take` from a record of it, where there is one that holds."""
+    """Upper steps from a record of one, where there is one that holds."""
 
-    def __init__(self, compiler: Compiler | None = None) -> None:
-        self._compiler = compiler
-        self._is_whole: bool | None = None
-        """Whether the step of x is in the record; None before the first."""
+    def __init__(self, is_whole: bool, compiler: Compiler | None = None) -> None:
+        self._is_whole, self._compiler = is_whole, compiler
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
         self._is_off = self._are_apart = False
@@ -75,16 +73,14 @@ class ReplayedSteps:
 
     def __call__(self, setup: Setup, state: State) -> Taken:
         if self._is_off or state.estimator is None:  # the first estimate has checks of its own
-            return take(setup, state)
-        if self._is_whole is None:
-            self._is_whole = is_whole(setup)
+            return moved(setup, state, *take_rounds(setup, state))
         feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
-        found = self._taken(setup, state, feed, self._is_whole)
-        return found if isinstance(found, Taken) else moved(setup, state, *found)
+        found = self._found(setup, state, feed)
+        return found if self._is_whole else moved(setup, state, *found)
 
-    def _taken(self, setup: Setup, state: State, feed: Feed, is_whole: bool) -> Any:
-        """What `take` gives, or where the step of x is not in the record what `take_rounds` gives."""
-        names = ("x", "y", "lower", "estimator", *(("upper",) if is_whole else ()))
+    def _found(self, setup: Setup, state: State, feed: Feed) -> Any:
+        """What `moved` gives, or where the step of x is not in the record what `take_rounds` gives."""
+        names = ("x", "y", "lower", "estimator", *(("upper",) if self._is_whole else ()))
         inputs = {name: getattr(state, name) for name in names}
 
         def step(inputs: Any, draws: Draws) -> Any:
@@ -92,7 +88,8 @@ class ReplayedSteps:
             here = replace(state, **inputs, **batches)
             solution, estimate = take_rounds(setup, here)
             solution = replace(solution, batch=None, path=None, pairs=None)
-            return moved(setup, here, solution, estimate) if is_whole else (solution, estimate)
+            found = solution, estimate
+            return moved(setup, here, *found) if self._is_whole else found
 
         why = ""
         for kept in self._programs[:TRIED]:
@@ -198,12 +195,14 @@ class _Kept:
         """Replays until the next comparison; whether there was one."""
         self.is_settled = False
         """Whether it was compiled, or cannot be."""
-        self.by: Compiler | None = None
-        """What compiled it, where something did."""
 
     @property
     def operations(self) -> int:
         return self._program.operations
+
+    @property
+    def by(self) -> Compiler | None:
+        return self._program.by
 
     @property
     def other(self) -> str:
@@ -213,11 +212,9 @@ class _Kept:
     def compile(self, by: Compiler) -> None:
         self.is_settled = True
         self._program.compile(by)
-        self.by = by
 
     def restore(self) -> None:
         self._program.restore()
-        self.by = None
 
     def near(self, state: State) -> float | None:
         """How close its results have to be to those of the step: the same bits, unless compiled to rounding."""

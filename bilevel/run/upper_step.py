@@ -47,7 +47,7 @@ Take = Callable[[Setup, State], Taken]
 def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Event]:
     """One upper step. `state` changes only once all that can fail has not.
 
-    `take` stands in the place of the function of that name, and gives the same.
+    `take` stands in the place of `take_rounds` and `moved`, and gives the same.
     """
     began, answer, sent = time.perf_counter(), None, setup.ranks.ledger.mark()
     try:
@@ -88,7 +88,7 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
     )
 
 
-def _taken(setup: Setup, state: State, how: Take | None = None) -> Taken:
+def _taken(setup: Setup, state: State, take: Take | None = None) -> Taken:
     """What a step from `state` leads to, agreed upon by all ranks.
 
     Raises:
@@ -97,17 +97,11 @@ def _taken(setup: Setup, state: State, how: Take | None = None) -> Taken:
     """
     try:
         with gathering_again(setup.ranks):
-            # a call less than by `take`
-            found = how(setup, state) if how else moved(setup, state, *take_rounds(setup, state))
+            found = take(setup, state) if take else moved(setup, state, *take_rounds(setup, state))
     except ConvergenceError as error:
         raise ConvergenceError(f"step {state.step + 1}: {error}") from error
     require_agreement(setup.ranks, state.step + 1, found.solution, found.estimate, found.x)
     return found
-
-
-def take(setup: Setup, state: State) -> Taken:
-    """What a step from `state` leads to. Raises `ConvergenceError` where something in it is not finite."""
-    return moved(setup, state, *take_rounds(setup, state))
 
 
 def moved(setup: Setup, state: State, solution: LowerSolution, estimate: Estimate) -> Taken:

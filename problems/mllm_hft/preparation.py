@@ -205,9 +205,8 @@ def _is_drawn(problem: HierarchicalFineTuning) -> bool:
     """Whether the options alone determine pictures, features and words: no file is read that may be another later."""
     source = problem.source
     sources = [source.clean, *source.parts.values()] if isinstance(source, Mixture) else [source]
-    made = [(problem.model, Tiny), *((one, Shapes) for one in sources)]
-    made += [] if problem.encoder is None else [(problem.encoder, ViT)]
-    return all(type(one) is cls for one, cls in made)
+    kinds = {type(problem.model), type(problem.encoder), *map(type, sources)}
+    return kinds <= {Tiny, ViT, Shapes, type(None)}
 
 
 def _evaluation(
