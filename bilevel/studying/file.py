@@ -130,7 +130,7 @@ class Headroom:
     """What there must be to be gained, on development seeds, before a test seed is run."""
 
     bound: str
-    """The arm that knows more than the others may."""
+    """The arm that knows more than the others may, or the best of a group."""
     at_least: float
     """By how much it must be ahead, in the measure, in the mean over development seeds."""
     over: str = BASELINE
@@ -345,8 +345,8 @@ class _Check:
             return
         arms = self._content.arms
         groups = {arms[name].group for name in there if not arms[name].hidden}
-        self._among(("headroom", "bound"), asked.bound, there)
-        others = [*sorted(groups), *(name for name in there if name != asked.bound)]
+        self._among(("headroom", "bound"), asked.bound, [*there, *sorted(groups)])
+        others = [name for name in (*sorted(groups), *there) if name != asked.bound]
         self._among(("headroom", "over"), asked.over, others)
 
     def _replaces(self, asked: Replaces) -> None:

@@ -1,9 +1,10 @@
 """Is there anything to be gained? How far a bound is ahead on development seeds, asked before a test seed is run.
 
 A study in which no arm could win says nothing of its arms. Of an arm that knows more than the others may (the `bound`) and of
-one that it has to be ahead of, each as tuned on development seeds, the mean difference over these seeds must be `at_least` so
-much. It is computed from kept cells alone. Until they are there cells on test seeds are held back, and where they say
-no, every other regime is too.
+one that it has to be ahead of, each as tuned on development seeds and each the best of its group where a group is named, the
+mean difference over these seeds must be `at_least` so much. It is computed from kept cells alone. Until they are there cells on
+test seeds are held back, and where they say no, every other regime is too. An arm that the bound is too little ahead of says no
+for all, so the others need not be computed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class HeadroomFound:
     regime: str
     bound: str
     over: str
-    """The arm that the bound is compared with; its group until that one is named."""
+    """The arm that the bound is compared with. Both are what the study's file says until they are named."""
     at_least: float
     differences: tuple[float, ...]
     """By development seed, positive where the bound is ahead; () until it is computed."""
     missing: tuple[StudyCell, ...]
-    """Cells that it rests on and that are not over."""
+    """Cells that it rests on, or that could have changed it, and that are not over."""
     failed: str | None
     """Why these cells say nothing although all are over."""
     early: int
@@ -74,26 +75,29 @@ def headroom(plan: StudyPlan) -> HeadroomFound | None:
     if asked is None:
         return None
     regime = asked.regime or next(iter(content.regimes))
-    rivals = [asked.over] if asked.over in content.arms else plan.group(regime, asked.over)
-    needed = behind(content, [asked.bound, *rivals])
+    bounds = _arms(plan, regime, asked.bound)
+    rivals = [arm for arm in _arms(plan, regime, asked.over) if arm not in bounds]
+    needed = behind(content, [*bounds, *rivals])
     tuning = [cell for cell in plan.cells(regime) if cell.phase == "tune" and cell.arm in needed]
     missing = tuple(cell for cell in tuning if plan.book.get(cell) is None)
-    over: str | None = asked.over
+    bound, over = asked.bound, asked.over
     differences: tuple[float, ...] = ()
     failed = None
-    if not missing:
-        try:
-            over = asked.over if asked.over in content.arms else plan.best(regime, asked.over)
-            differences = _differences(plan, regime, asked.bound, over)
-        except Waiting as reason:
-            failed = str(reason)
+    try:
+        best = _best(plan, regime, bounds)
+        rival = _best(plan, regime, rivals, by_now=bool(missing))
+        ahead = _differences(plan, regime, best, rival)
+        if not missing or fmean(ahead) < asked.at_least:  # no arm to come makes it more
+            bound, over, differences = best, rival, ahead
+    except Waiting as reason:
+        failed = None if missing else str(reason)
     early = sum(
         kept is not None and kept.note is not None for kept in map(plan.book.get, plan.all())
     )
     return HeadroomFound(
         regime,
-        asked.bound,
-        over or asked.over,
+        bound,
+        over,
         asked.at_least,
         differences,
         missing,
@@ -102,9 +106,20 @@ def headroom(plan: StudyPlan) -> HeadroomFound | None:
     )
 
 
-def _differences(plan: StudyPlan, regime: str, bound: str, over: str | None) -> tuple[float, ...]:
-    if over is None:
-        raise Waiting(f"every arm that {bound} is compared with failed", True)
+def _arms(plan: StudyPlan, regime: str, name: str) -> list[str]:
+    return [name] if name in plan.study.content.arms else plan.group(regime, name)
+
+
+def _best(plan: StudyPlan, regime: str, arms: Sequence[str], *, by_now: bool = False) -> str:
+    if len(arms) == 1:
+        plan.tuned(regime, arms[0])  # raises what its settings failed of
+    found = plan.best_of(regime, arms, by_now=by_now)
+    if found is None:
+        raise Waiting(f"every arm failed or is not there, of {', '.join(arms)}", True)
+    return found
+
+
+def _differences(plan: StudyPlan, regime: str, bound: str, over: str) -> tuple[float, ...]:
     sign = 1 if plan.study.content.maximize else -1
     pairs = zip(plan.tuned(regime, bound).seeds, plan.tuned(regime, over).seeds, strict=True)
     return tuple(sign * (one - other) for one, other in pairs)
