@@ -343,10 +343,11 @@ class _Check:
         there = self._there("headroom", asked.regime)
         if not there:
             return
-        arms = self._content.arms
-        groups = {arms[name].group for name in there if not arms[name].hidden}
-        self._among(("headroom", "bound"), asked.bound, [*there, *sorted(groups)])
-        others = [name for name in (*sorted(groups), *there) if name != asked.bound]
+        shown = {name: self._content.arms[name].group for name in there}
+        shown = {name: group for name, group in shown.items() if not self._content.arms[name].hidden}
+        self._among(("headroom", "bound"), asked.bound, [*there, *sorted(set(shown.values()))])
+        groups = {group for name, group in shown.items() if asked.bound not in (name, group)}
+        others = [*sorted(groups), *(name for name in there if name != asked.bound)]
         self._among(("headroom", "over"), asked.over, others)
 
     def _replaces(self, asked: Replaces) -> None:

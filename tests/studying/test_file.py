@@ -58,6 +58,16 @@ def test_arms_come_with_those_they_come_after(tmp_path):
         ),
         (
             "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: ours, over: ours, at_least: 1}",
+            r"headroom.over: 'ours'",
+        ),
+        (
+            "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: implicit, over: ours, at_least: 1}",
+            r"headroom.over: 'ours'",
+        ),
+        (
+            "margin: 0.5",
             "margin: 0.5\nheadroom: {bound: again, regime: hard, at_least: 1}",
             r"headroom.regime: 'hard': unknown regime that is tuned by itself",
         ),

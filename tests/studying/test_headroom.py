@@ -63,6 +63,42 @@ def test_the_bound_must_be_ahead_of_the_best_baseline(at_least, way, verdict, me
     assert (gate.holds(TEST), gate.holds(TUNE), gate.holds(OTHER)) == held
 
 
+@pytest.mark.parametrize(("at_least", "verdict"), [(3.6, "not met"), (3.5, "not yet computed")])
+def test_one_baseline_that_the_bound_is_too_little_ahead_of_says_no_for_all(
+    at_least, verdict, tmp_path
+):
+    """6 of `direct` against 2.5: `mixed` can only bring the difference down."""
+    plan = small.made(tmp_path, asking(at_least))
+    small.tune(plan, "direct", 7.0, 6.0)
+    for trial, mean in enumerate((3.0, 2.0)):
+        for seed in small.DEVELOPMENT:
+            small.keep(plan, StudyCell("easy", "implicit", "tune", seed, trial), mean)
+    assert found(plan).verdict == "not yet computed"  # the bound itself is missing
+    small.tune(plan, "again", 2.5)
+    gate = found(plan)
+    assert gate.verdict == verdict
+    assert {cell.arm for cell in gate.missing} == {"rates", "mixed"}
+    if verdict == "not met":
+        assert (gate.over, gate.mean) == ("direct", 3.5)
+    small.tune_all(plan)
+    assert found(plan).verdict == ("met" if at_least == 3.5 else "not met")
+
+
+def test_a_bound_may_be_the_best_of_a_group(tmp_path):
+    """`implicit` at 2 is the better bound of two; until `again` is there nothing is known."""
+    text = asking(3.9).replace("bound: again", "bound: far")
+    text = text.replace("group: ours", "group: far").replace("again:\n", "again:\n    group: far\n")
+    text = text.replace("arms: [ours, baseline]", "arms: [direct]")
+    plan = small.made(tmp_path, text)
+    small.tune_all(plan)
+    gate = found(plan)
+    assert (gate.bound, gate.over, gate.mean, gate.verdict) == ("implicit", "direct", 4.0, "met")
+    for seed in small.DEVELOPMENT:
+        plan.book.drop(StudyCell("easy", "again", "tune", seed, 0))
+    gate = found(small.StudyPlan(plan.study, Book(plan.book.folder)))
+    assert (gate.bound, gate.verdict) == ("far", "not yet computed")
+
+
 def test_a_bound_that_failed_says_nothing(tmp_path):
     plan = small.made(tmp_path, asking(1))
     small.tune_all(plan)
