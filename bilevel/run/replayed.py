@@ -65,6 +65,7 @@ class ReplayedSteps:
         self._programs: list[_Kept] = []
         self._recorded = self._replays = 0
         self._is_off = self._are_apart = False
+        self._is_first = True
         self._met: Counter[str] = Counter()
         """Rare departures, by where."""
         self._in_a_row = 0
@@ -72,7 +73,10 @@ class ReplayedSteps:
         """What there is to say since it was last emptied."""
 
     def __call__(self, setup: Setup, state: State) -> Taken:
-        if self._is_off or state.estimator is None:  # the first estimate has checks of its own
+        # The first estimate has checks of its own; where there is no x there is none, only a first step.
+        begins = state.estimator is None and (bool(state.x) or self._is_first)
+        self._is_first = False
+        if self._is_off or begins:
             return moved(setup, state, *take_rounds(setup, state))
         feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
         found = self._found(setup, state, feed)

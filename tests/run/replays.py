@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from bilevel import rng
-from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
+from bilevel.estimators import Alternating, Implicit, OneStep, Penalty, Unroll
 from bilevel.events import Stepped, Traced, Warned
 from bilevel.linear.cg import CG
 from bilevel.linear.neumann import Neumann
@@ -54,6 +54,16 @@ class Parts:
     lower_batches = upper_batches
 
 
+class OneLevel(Parts):
+    """No x: y alone is fitted, and F watched."""
+
+    def init(self, streams):
+        return {}, super().init(streams)[1]
+
+    def lower_loss(self, x, y, batch):
+        return self.upper_loss(x, y, batch) + sum(entry.square().sum() for entry in y.values())
+
+
 SETUPS = {
     "cg": setup(LOGISTIC, Implicit(solver=FIXED)),
     "neumann": setup(LOGISTIC, Implicit(solver=Neumann(iterations=4, scale=0.3))),
@@ -65,6 +75,7 @@ SETUPS = {
     "penalty": setup(LOGISTIC, Penalty(lower=Gradient(steps=3, optimizer=SGD(lr=0.1)))),
     "several entries": setup(Parts(), Implicit(solver=FIXED), optimizer=SGD(lr=0.1, momentum=0.9)),
     "adam below": setup(LOGISTIC, Unroll(), lower=Gradient(steps=3, optimizer=Adam(lr=0.1))),
+    "one level": setup(OneLevel(), Alternating()),
     "float32": setup(LOGISTIC, Implicit(solver=FIXED), dtype=torch.float32),
     "clip and schedule": replace(
         setup(
