@@ -260,20 +260,25 @@ def dot(a: Params, b: Params) -> float:
         if p.dim() == 1 and p.dtype not in HALF:
             found = torch.dot(p, q).item()
         else:
-            found = torch.dot(flat_wide(p), flat_wide(q)).item()
+            found = _dot_of_two(p, q).item()
     elif not a:
         return 0.0
     elif type(next(iter(a))) is Part:
         return _dot_of_parts(a, b)
     else:
         _require_same(a, b)
-        found = total([torch.dot(flat_wide(p), flat_wide(b[name])) for name, p in a.items()])
+        found = total([_dot_of_two(p, b[name]) for name, p in a.items()])
     if not 1e-30 < (found if a is b else abs(found)) < math.inf:
         # float32 may have lost what makes up the sum: to 0, or to infinity
         found = total(
             [torch.dot(flat_wide(p).double(), flat_wide(b[name]).double()) for name, p in a.items()]
         )
     return found
+
+
+def _dot_of_two(p: Tensor, q: Tensor) -> Tensor:
+    flat = flat_wide(p)  # a copy where memory is in another order, as slopes of weights often are
+    return torch.dot(flat, flat if q is p else flat_wide(q))
 
 
 def _dot_of_parts(a: Params, b: Params) -> float:
