@@ -24,21 +24,26 @@ class PythonState:
 
     def __init__(self, owner: Any) -> None:
         found = list(_places(owner, DEPTH, set()))[:MOST]
-        self._kept = [(place, key, _at(place, key)) for place, key in found]
+        self._in_dicts = [(at, key, at.get(key)) for at, key in found if isinstance(at, dict)]
+        self._in_cells = [
+            (at, key, at.cell_contents) for at, key in found if not isinstance(at, dict)
+        ]
 
     def changed(self) -> str | None:
         """The name of an attribute that is another now; None where there is none."""
-        for place, key, before in self._kept:
-            now = _at(place, key)
-            if now is before:
-                continue
-            if isinstance(before, Tensor) or isinstance(now, Tensor) or now != before:
+        for held, key, before in self._in_dicts:
+            now = held.get(key)
+            if now is not before and _is_another(now, before):
+                return key
+        for cell, key, before in self._in_cells:
+            now = cell.cell_contents
+            if now is not before and _is_another(now, before):
                 return key
         return None
 
 
-def _at(place: Any, key: str) -> Any:
-    return place.get(key) if isinstance(place, dict) else place.cell_contents
+def _is_another(now: Any, before: Any) -> bool:
+    return isinstance(before, Tensor) or isinstance(now, Tensor) or now != before
 
 
 def _places(owner: Any, depth: int, seen: set[int]) -> Iterator[tuple[Any, str]]:

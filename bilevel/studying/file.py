@@ -344,7 +344,9 @@ class _Check:
         if not there:
             return
         shown = {name: self._content.arms[name].group for name in there}
-        shown = {name: group for name, group in shown.items() if not self._content.arms[name].hidden}
+        shown = {
+            name: group for name, group in shown.items() if not self._content.arms[name].hidden
+        }
         self._among(("headroom", "bound"), asked.bound, [*there, *sorted(set(shown.values()))])
         groups = {group for name, group in shown.items() if asked.bound not in (name, group)}
         others = [*sorted(groups), *(name for name in there if name != asked.bound)]

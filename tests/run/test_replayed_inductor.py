@@ -1,6 +1,7 @@
 """`runtime.compile: inductor` with a stand-in for the compiler: compared to rounding, or given up."""
 
 import io
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from rich.console import Console
 from bilevel.errors import ProblemError
 from bilevel.estimators import Unroll
 from bilevel.events import COMPILED
+from bilevel.lower.gradient import Gradient
+from bilevel.optimizers import SGD
 from bilevel.run import engine, replayed
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel_problems.logistic import Logistic
@@ -43,6 +46,63 @@ def test_rounding_is_taken_and_every_decision_is_still_looked_at(monkeypatch):
     assert not torch.equal(x, expected)
     assert torch.allclose(x, expected, rtol=1e-9)
     assert "inductor" not in compiled[0].warned
+
+
+class Meeting:
+    """G = ½‖y − x‖², F = ½‖y − a‖²: the hypergradient y − a comes to rounding alone."""
+
+    def init(self, streams):
+        zeros = torch.zeros(3, dtype=torch.float64)
+        return {"x": zeros}, {"y": zeros + 1}
+
+    def upper_loss(self, x, y, batch):
+        return (y["y"] - torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)).square().sum() / 2
+
+    def lower_loss(self, x, y, batch):
+        return (y["y"] - x["x"]).square().sum() / 2
+
+    def upper_batches(self, generator):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+MEETING = setup(
+    Meeting(),
+    Unroll(memory="store"),
+    steps=72,
+    lower=Gradient(steps=2, optimizer=SGD(lr=0.3)),
+    optimizer=SGD(lr=0.5),
+    compile="inductor",
+)
+
+
+def another_last_digit(region, given):
+    """A compiler that rounds otherwise: what a region is given is another number in its last digit."""
+
+    def call(args):
+        return region(
+            *(a * (1 + 2.3e-16) if a.is_floating_point() and a.dim() else a for a in args)
+        )
+
+    return call
+
+
+def test_where_a_run_has_converged_rounding_does_not_end_it(monkeypatch):
+    monkeypatch.setattr(engine, "by_inductor", another_last_digit)
+    monkeypatch.setattr(replayed, "EVERY", 4)
+    state, steps, traces, _ = ended(MEETING)
+    assert [trace.why for trace in traces] == ["", COMPILED]
+    assert 0 < steps[-1].hypergradient_norm < 1e-9  # of terms of 0.7: 1e-16 is 1e-7 of it
+    assert "inductor" not in state.warned
+
+
+def test_what_is_no_rounding_ends_it_there_too(monkeypatch):
+    """A millionth of what has come to 1e-8: nothing beside the terms, and no rounding of them."""
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-6, after=40))
+    monkeypatch.setattr(replayed, "EVERY", 4)
+    with pytest.raises(ProblemError, match="farther from the step's than rounding"):
+        ended(MEETING)
 
 
 @pytest.mark.parametrize("fails", ["is wrong", "is none"])
