@@ -363,7 +363,7 @@ def total(parts: list[Tensor]) -> float:
     """The sum of scalars, in float64 where there are several (one synchronisation)."""
     if len(parts) == 1:
         return parts[0].item()
-    return torch.stack([part.double() for part in parts]).sum().item()
+    return torch.stack(parts).double().sum().item()
 
 
 def norm(a: Params) -> float:
