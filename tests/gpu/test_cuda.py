@@ -56,12 +56,13 @@ def test_a_run_ends_where_it_ends_on_the_cpu(estimator):
 
 
 def test_float32_on_the_gpu_is_near_float64_on_the_cpu():
-    lower = Gradient(steps=8, optimizer=Adam(lr=0.05))
+    """By SGD: Adam's first steps are signs, of entries that rounding may have turned too."""
+    lower, upper = Gradient(steps=8, optimizer=SGD(lr=0.05)), Upper(steps=5, optimizer=SGD(lr=1.0))
     problem = HyperCleaning(num_train=100, num_clean=50)
-    cpu = Setup(problem, lower, Upper(steps=5), Implicit(damping=0.01), dtype=torch.float64)
+    cpu = Setup(problem, lower, upper, Implicit(damping=0.01), dtype=torch.float64)
     gpu = replace(cpu, device=torch.device("cuda"), dtype=torch.float32)
     for a, b in zip(end(cpu), end(gpu), strict=True):
-        assert float((a - b.double()).norm() / a.norm()) < 1e-2
+        assert float((a - b.double()).norm() / a.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
