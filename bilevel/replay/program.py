@@ -53,6 +53,10 @@ class Feed:
 
         return {level: endless(level) for level in self.draws}
 
+    def taken(self) -> Draws:
+        """The same batches, and no others."""
+        return {level: iter(kept) for level, kept in self._taken.items()}
+
     def again(self) -> Draws:
         """The same batches from the first on, and then the next ones."""
         return {

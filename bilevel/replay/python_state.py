@@ -36,7 +36,7 @@ class PythonState:
             if now is not before and _is_another(now, before):
                 return key
         for cell, key, before in self._in_cells:
-            now = cell.cell_contents
+            now = cell.cell_contents if _is_filled(cell) else None
             if now is not before and _is_another(now, before):
                 return key
         return None

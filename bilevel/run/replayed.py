@@ -15,6 +15,7 @@ is called at it: an optimizer of `torch.optim` or of somebody's own, or the prob
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -46,7 +47,7 @@ SELDOM = 30
 """Replays in a row after which a departure is one of a rare kind, such as a full pass now and then."""
 TIMES = 10
 """How often such a kind is met before it is recorded, which costs as much as some twenty of them."""
-SLACK = 100
+ROUNDING_SLACK = 100
 """How much farther than by a change of its inputs in the last digit a compiler may take a result."""
 
 OTHER = (
@@ -76,8 +77,9 @@ class ReplayedSteps:
         """What there is to say since it was last emptied."""
 
     def __call__(self, setup: Setup, state: State) -> Taken:
-        # The first estimate has checks of its own; where there is no x there is none, only a first step.
-        begins = state.estimator is None and (bool(state.x) or self._is_first)
+        # The first estimate has checks of its own. Where nothing is estimated the first step is that of this run.
+        estimates = bool(state.x) or setup.estimator.needs.moves_lower
+        begins = state.estimator is None and (estimates or self._is_first)
         self._is_first = False
         if self._is_off or begins:
             return moved(setup, state, *take_rounds(setup, state))
@@ -117,7 +119,7 @@ class ReplayedSteps:
             near = kept.near(state)
             holds = is_same(found, truth, near)
             if not holds and near is not None:
-                holds = is_same(found, truth, near, _nudged(step, inputs, feed))
+                holds = is_same(found, truth, near, perturbed(step, inputs, feed, truth))
             return self._compared(state, kept, truth, holds)
         return self._record(setup, state, step, inputs, feed, why)
 
@@ -257,65 +259,85 @@ def is_whole(setup: Setup) -> bool:
     return is_ours and setup.upper.schedule is None and "project_upper" not in setup.levels
 
 
-def _nudged(step: Any, inputs: Any, feed: Feed) -> Any:
+def perturbed(step: Any, inputs: Any, feed: Feed, truth: Any) -> Any:
     """The step once more, from inputs that differ in the last digit: how far rounding may take its results.
 
-    What is all but zero where a run has converged, a difference of like terms, has no digits to agree in.
+    What is all but zero where a run has converged, a difference of like terms, has no digits to agree in. None
+    where that step takes another way than the step itself (another number of iterations, another draw).
     """
     signs = torch.Generator().manual_seed(0)
+    dtypes = {entry.dtype for level in ("x", "y") for entry in inputs[level].values()}
 
-    def nudge(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    def perturb(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dtype not in dtypes:  # a counter, for one
             return leaf
         sign = torch.randint(2, leaf.shape, generator=signs).to(leaf.device, leaf.dtype) * 2 - 1
         return leaf * (1 + torch.finfo(leaf.dtype).eps * sign)
 
     try:
-        return step(tree.map_nested(nudge, inputs, whole=(RowTable,)), feed.again())
-    except Exception:  # one that is not finite, for one: then nothing is known of rounding
+        found = step(tree.map_nested(perturb, inputs, whole=(RowTable,)), feed.taken())
+    except Exception:  # a loss that is not finite, a draw that the step itself does not make
         return None
+    return found if _is_alike(found, truth) else None
 
 
-def is_same(one: Any, other: Any, near: float | None = None, nudged: Any = None) -> bool:
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether two results differ in floating numbers alone."""
+    leaves, others = dict(tree.named(one)), dict(tree.named(other))
+    if leaves.keys() != others.keys():
+        return False
+    return all(
+        _is_floating(a, others[where]) or is_same(a, others[where]) for where, a in leaves.items()
+    )
+
+
+def _is_floating(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.is_floating_point() and a.dtype == b.dtype and a.shape == b.shape
+    return isinstance(a, float) and isinstance(b, float)
+
+
+def is_same(one: Any, other: Any, near: float | None = None, moved: Any = None) -> bool:
     """Whether two results are the same bits, but for what is called seconds.
 
     With `near`, whether floating tensors and numbers are that close, relative to the largest of a tensor, or
-    as close as `SLACK` times what the other one comes to from inputs that differ in the last digit.
+    as close as `ROUNDING_SLACK` times how far the other one is from `moved`, what `perturbed` gives.
     """
     if one is other:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
-        return torch.equal(one, other) or (near is not None and _is_near(one, other, near, nudged))
+        return torch.equal(one, other) or (near is not None and _is_near(one, other, near, moved))
     if not tree.is_nested(one) or not tree.is_nested(other):
-        return _is_same_leaf(one, other, near, nudged)
+        return _is_same_leaf(one, other, near, moved)
     parts, others = dict(tree.parts(one)), dict(tree.parts(other))
     if parts.keys() != others.keys():
         return False
-    beside = dict(tree.parts(nudged)) if tree.is_nested(nudged) else {}
+    beside = dict(tree.parts(moved)) if tree.is_nested(moved) else {}
     return all(
         where.endswith(".seconds") or is_same(part, others[where], near, beside.get(where))
         for where, part in parts.items()
     )
 
 
-def _is_same_leaf(a: Any, b: Any, near: float | None, nudged: Any) -> bool:
+def _is_same_leaf(a: Any, b: Any, near: float | None, moved: Any) -> bool:
     if bool(a == b or (a != a and b != b)):
         return True
     if near is None or not (isinstance(a, float) and isinstance(b, float)):
         return False
-    away = abs(nudged - b) if isinstance(nudged, float) else 0.0
-    return abs(a - b) <= near * max(abs(a), abs(b)) + SLACK * away
+    away = abs(moved - b) if isinstance(moved, float) else 0.0
+    allowed = near * max(abs(a), abs(b)) + ROUNDING_SLACK * away
+    return math.isfinite(allowed) and abs(a - b) <= allowed
 
 
-def _is_near(a: Tensor, b: Tensor, near: float, nudged: Any) -> bool:
+def _is_near(a: Tensor, b: Tensor, near: float, moved: Any) -> bool:
     if not a.is_floating_point():
         return False
     allowed = near * (float(b.abs().max()) if b.numel() else 0.0)
-    if isinstance(nudged, Tensor) and nudged.shape == b.shape and b.numel():
-        allowed += SLACK * float((nudged - b).abs().max())
-    return bool(((a - b).abs() <= allowed).all())
+    if isinstance(moved, Tensor) and moved.shape == b.shape and b.numel():
+        allowed += ROUNDING_SLACK * float((moved - b).abs().max())
+    return math.isfinite(allowed) and bool(((a - b).abs() <= allowed).all())
 
 
 def _said(error: Exception) -> str:

@@ -343,14 +343,14 @@ class _Check:
         there = self._there("headroom", asked.regime)
         if not there:
             return
-        shown = {name: self._content.arms[name].group for name in there}
-        shown = {
-            name: group for name, group in shown.items() if not self._content.arms[name].hidden
-        }
-        self._among(("headroom", "bound"), asked.bound, [*there, *sorted(set(shown.values()))])
-        groups = {group for name, group in shown.items() if asked.bound not in (name, group)}
-        others = [*sorted(groups), *(name for name in there if name != asked.bound)]
-        self._among(("headroom", "over"), asked.over, others)
+        arms = self._content.arms
+        groups = {name: arms[name].group for name in there if not arms[name].hidden}
+        self._among(("headroom", "bound"), asked.bound, [*there, *sorted({*groups.values()})])
+        bounds = {name for name, group in groups.items() if group == asked.bound}
+        bounds = {asked.bound} if asked.bound in arms else bounds
+        others = {group for name, group in groups.items() if name not in bounds}
+        rivals = [name for name in there if name not in bounds]
+        self._among(("headroom", "over"), asked.over, [*sorted(others), *rivals])
 
     def _replaces(self, asked: Replaces) -> None:
         there = self._there("replaces", asked.regime)

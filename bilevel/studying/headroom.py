@@ -3,8 +3,8 @@
 A study in which no arm could win says nothing of its arms. Of an arm that knows more than the others may (the `bound`) and of
 one that it has to be ahead of, each as tuned on development seeds and each the best of its group where a group is named, the
 mean difference over these seeds must be `at_least` so much. It is computed from kept cells alone. Until they are there cells on
-test seeds are held back, and where they say no, every other regime is too. An arm that the bound is too little ahead of says no
-for all, so the others need not be computed.
+test seeds are held back, and where they say no, every other regime is too. One arm that the bound is too little ahead of settles
+it: the others can only lower the difference, and need not be computed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ class HeadroomFound:
     missing: tuple[StudyCell, ...]
     """Cells that it rests on, or that could have changed it, and that are not over."""
     failed: str | None
-    """Why these cells say nothing although all are over."""
+    """Why the cells say nothing."""
     early: int
     """Test cells that were run before it was met, because that was asked for."""
+    groups: tuple[str, ...] = ()
+    """Which of `bound` and `over` are groups, whose best arm is meant and not named yet."""
 
     @property
     def mean(self) -> float | None:
@@ -54,10 +56,15 @@ class HeadroomFound:
             return False
         return cell.phase == "test" or (self.verdict == "not met" and cell.regime != self.regime)
 
+    def spell(self, name: str, mark: str = "") -> str:
+        """`bound` or `over` in words, an arm's name between marks."""
+        return f"the best of {name}" if name in self.groups else f"{mark}{name}{mark}"
+
     @property
     def said(self) -> str:
         """The verdict with the numbers that it rests on, in a line."""
-        asked = f"{self.bound} is to be ahead of {self.over} by {self.at_least:g} in {self.regime}"
+        bound, over = self.spell(self.bound), self.spell(self.over)
+        asked = f"{bound} is to be ahead of {over} by {self.at_least:g} in {self.regime}"
         if self.mean is not None:
             each = ", ".join(f"{value:+.3g}" for value in self.differences)
             return f"headroom {self.verdict}: {asked}, and is by {self.mean:+.3g} ({each})"
@@ -85,24 +92,18 @@ def headroom(plan: StudyPlan) -> HeadroomFound | None:
     failed = None
     try:
         best = _best(plan, regime, bounds)
-        rival = _best(plan, regime, rivals, by_now=bool(missing))
+        rival = _best(plan, regime, rivals, tuned_only=bool(missing))
         ahead = _differences(plan, regime, best, rival)
-        if not missing or fmean(ahead) < asked.at_least:  # no arm to come makes it more
+        if not missing or fmean(ahead) < asked.at_least:  # other rivals can only lower it
             bound, over, differences = best, rival, ahead
     except Waiting as reason:
-        failed = None if missing else str(reason)
+        failed = str(reason) if reason.is_final or not missing else None
     early = sum(
         kept is not None and kept.note is not None for kept in map(plan.book.get, plan.all())
     )
+    groups = tuple(sorted({bound, over} - content.arms.keys()))
     return HeadroomFound(
-        regime,
-        bound,
-        over,
-        asked.at_least,
-        differences,
-        missing,
-        failed,
-        early,
+        regime, bound, over, asked.at_least, differences, missing, failed, early, groups
     )
 
 
@@ -110,12 +111,12 @@ def _arms(plan: StudyPlan, regime: str, name: str) -> list[str]:
     return [name] if name in plan.study.content.arms else plan.group(regime, name)
 
 
-def _best(plan: StudyPlan, regime: str, arms: Sequence[str], *, by_now: bool = False) -> str:
+def _best(plan: StudyPlan, regime: str, arms: Sequence[str], *, tuned_only: bool = False) -> str:
     if len(arms) == 1:
         plan.tuned(regime, arms[0])  # raises what its settings failed of
-    found = plan.best_of(regime, arms, by_now=by_now)
+    found = plan.best_of(regime, arms, tuned_only=tuned_only)
     if found is None:
-        raise Waiting(f"every arm failed or is not there, of {', '.join(arms)}", True)
+        raise Waiting(f"every setting of every arm failed: {', '.join(arms)}", not tuned_only)
     return found
 
 

@@ -42,17 +42,20 @@ def ahead(gate: HeadroomFound) -> str:
 def headroom(gate: HeadroomFound) -> str:
     """The verdict, what it rests on, and whether someone went on all the same."""
     asked = (
-        f"in {gate.regime} `{gate.bound}` is to be ahead of `{gate.over}` by {gate.at_least:g}, in the mean over "
-        "development seeds"
+        f"in {gate.regime} {gate.spell(gate.bound, '`')} is to be ahead of {gate.spell(gate.over, '`')} by "
+        f"{gate.at_least:g}, in the mean over development seeds"
     )
     lines = [f"**{gate.verdict.capitalize()}**: {asked}."]
+    left = Counter(cell.arm for cell in gate.missing)
     if gate.mean is not None:
         each = ", ".join(f"{value:+.4g}" for value in gate.differences)
         lines = [f"**{gate.verdict.capitalize()}**: {ahead(gate)} ({each}); {asked}."]
+        if gate.missing:
+            lines.append(f"Arms that are not computed can only lower it. {lacking(left)}")
     elif gate.failed:
         lines.append(f"It cannot be computed: {gate.failed}.")
     else:
-        lines.append(lacking(Counter(cell.arm for cell in gate.missing)))
+        lines.append(lacking(left))
     if gate.early:
         lines.append(
             f"{gate.early:,} cells were run before it was met, because that was asked for (`--without-headroom`)."

@@ -164,14 +164,14 @@ class StudyPlan:
         """
         return self.best_of(regime, self.group(regime, group))
 
-    def best_of(self, regime: str, arms: Sequence[str], *, by_now: bool = False) -> str | None:
-        """As `best`, of these arms; `by_now` of those that are tuned, without waiting for the others."""
+    def best_of(self, regime: str, arms: Sequence[str], *, tuned_only: bool = False) -> str | None:
+        """As `best`, of these arms; `tuned_only` of those that are tuned by now, without waiting for the others."""
         means: dict[str, float] = {}
         for name in arms:
             try:
                 means[name] = self.tuned(regime, name).mean
             except Waiting as waiting:
-                if not (waiting.is_final or by_now):
+                if not (waiting.is_final or tuned_only):
                     raise
         best = max if self.study.content.maximize else min
         return best(means, key=lambda name: means[name]) if means else None

@@ -13,6 +13,7 @@ from bilevel.estimators import Unroll
 from bilevel.events import COMPILED
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD
+from bilevel.replay.program import Feed
 from bilevel.run import engine, replayed
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel_problems.logistic import Logistic
@@ -137,3 +138,58 @@ def test_the_terminal_says_that_it_was_compiled(monkeypatch):
     for event in engine.run(COMPILED_RUN, engine.start(COMPILED_RUN)):
         receiver.receive(event)
     assert "step 3: record 1 compiled: " in out.getvalue()
+
+
+# how far rounding may take a step
+
+
+def feed_of(*batches):
+    feed = Feed({"lower": iter(batches)})
+    for _ in range(2):
+        feed.draw("lower")
+    return feed
+
+
+INPUTS = {
+    "x": {"x": torch.ones(3, dtype=torch.float64)},
+    "y": {"y": torch.ones(3, dtype=torch.float64)},
+    "lower": {"step": torch.tensor(5.0)},  # as Adam counts, in float32
+}
+
+
+def test_what_differs_in_the_last_digit_is_moved_and_counters_are_not():
+    found = replayed.perturbed(lambda inputs, draws: inputs, INPUTS, feed_of(1, 2), INPUTS)
+    assert torch.equal(found["lower"]["step"], INPUTS["lower"]["step"])
+    away = (found["x"]["x"] - 1).abs()
+    assert away.max() == torch.finfo(torch.float64).eps
+    assert away.min() > 0
+
+
+def test_a_step_that_takes_another_way_says_nothing_of_rounding():
+    def step(inputs, draws):
+        steps = 1 if bool((inputs["x"]["x"] == 1).all()) else 2
+        return {"steps": steps, "drawn": [next(draws["lower"]) for _ in range(steps)]}
+
+    feed = feed_of(1, 2, 3)
+    truth = step(INPUTS, feed.taken())
+    assert replayed.perturbed(step, INPUTS, feed, truth) is None
+    assert (
+        replayed.perturbed(lambda *given: {"steps": 1, "drawn": [1]}, INPUTS, feed, truth) == truth
+    )
+
+
+def test_no_batch_is_drawn_that_the_step_did_not_draw():
+    feed = feed_of(1, 2, 3)
+    many = replayed.perturbed(
+        lambda inputs, draws: [next(draws["lower"]) for _ in range(3)], INPUTS, feed, [1, 2, 3]
+    )
+    assert many is None
+    assert feed.draw("lower") == 3
+
+
+def test_an_infinity_is_near_nothing():
+    one, far = torch.tensor([7.0, 1.0]), torch.tensor([torch.inf, 1.0])
+    assert not replayed.is_same(one, far, 1e-8)
+    assert not replayed.is_same(7.0, torch.inf, 1e-8)
+    assert not replayed.is_same(one, one + 1, 1e-8, far)
+    assert replayed.is_same(one, one + 1e-9, 1e-8)  # control

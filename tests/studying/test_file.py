@@ -68,6 +68,11 @@ def test_arms_come_with_those_they_come_after(tmp_path):
         ),
         (
             "margin: 0.5",
+            "margin: 0.5\nheadroom: {bound: baseline, over: direct, at_least: 1}",
+            r"headroom.over: 'direct'",
+        ),
+        (
+            "margin: 0.5",
             "margin: 0.5\nheadroom: {bound: again, regime: hard, at_least: 1}",
             r"headroom.regime: 'hard': unknown regime that is tuned by itself",
         ),

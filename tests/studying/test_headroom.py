@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bilevel.studying import page_parts
 from bilevel.studying.headroom import headroom
 from bilevel.studying.results import Book, StudyCell
 from tests.cli.commands import invoke
@@ -80,6 +81,10 @@ def test_one_baseline_that_the_bound_is_too_little_ahead_of_says_no_for_all(
     assert {cell.arm for cell in gate.missing} == {"rates", "mixed"}
     if verdict == "not met":
         assert (gate.over, gate.mean) == ("direct", 3.5)
+        said = page_parts.headroom(gate)
+        assert (
+            "can only lower it. Cells that it rests on and that are not there: 4 of `rates`" in said
+        )
     small.tune_all(plan)
     assert found(plan).verdict == ("met" if at_least == 3.5 else "not met")
 
@@ -97,6 +102,7 @@ def test_a_bound_may_be_the_best_of_a_group(tmp_path):
         plan.book.drop(StudyCell("easy", "again", "tune", seed, 0))
     gate = found(small.StudyPlan(plan.study, Book(plan.book.folder)))
     assert (gate.bound, gate.verdict) == ("far", "not yet computed")
+    assert "the best of far is to be ahead of the best of baseline by 3.9" in gate.said
 
 
 def test_a_bound_that_failed_says_nothing(tmp_path):
@@ -118,7 +124,10 @@ def test_test_seeds_are_refused_until_it_is_met_and_run_all_the_same_where_that_
     plan = small.made(tmp_path, asking(4))
     words = ("study", "small.yaml", "--workers", "0", "--arm", "direct", "--seeds", "0")
     refused = invoke(*words, "--phase", "test", code=2).stderr
-    assert "small.yaml: headroom not yet computed: again is to be ahead of baseline" in refused
+    assert (
+        "small.yaml: headroom not yet computed: again is to be ahead of the best of baseline"
+        in refused
+    )
     small.tune_all(plan)
     refused = invoke(*words, "--phase", "test", code=2).stderr
     assert (
@@ -148,7 +157,10 @@ def test_a_driver_leaves_what_is_held_back(tmp_path, monkeypatch):
     small.lay(tmp_path, asking(1))
     words = ("study", "small.yaml", "--workers", "0", "--regime", "easy", "--arm", "direct")
     said = invoke(*words, "--seeds", "100,0").output
-    assert "1 cell waits: headroom not yet computed: again is to be ahead of baseline" in said
+    assert (
+        "1 cell waits: headroom not yet computed: again is to be ahead of the best of baseline"
+        in said
+    )
     assert sorted(path.name for path in Path("results").rglob("*.json")) == [
         "tune-trial00-seed100.json",
         "tune-trial01-seed100.json",
