@@ -74,6 +74,8 @@ class Sama:
 def _adapted(losses: Losses, at: Point, vector: Params) -> Params:
     """(∂u/∂g)ᵀ · vector for the last recorded step. 1 gradient if no more were recorded."""
     path = recorded(at, "sama")
+    if not path.batches:  # the solve met its tolerance where it began: y was not moved
+        return tree.zeros_like(vector)
     last = advance(path, losses.lower, at.x, len(path.batches) - 1)
     _, g = gradient_y(losses.lower.on(last.batches[0]), at.x, last.start)
     g = tree.leaves(g)

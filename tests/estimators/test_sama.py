@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
-from bilevel import hypergradient
+from bilevel import hypergradient, minimize
 from bilevel.errors import ProblemError
+from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.sama import Sama
+from bilevel.estimators.unroll import Unroll
+from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam, RMSprop
 from bilevel.types import LowerSolution, Path
 from tests.cases import PROBLEMS, assert_close, closed_form, relative
@@ -104,3 +107,16 @@ def test_sama_without_an_implicit_part_and_without_a_path():
         estimator=Sama(),
     )
     assert torch.equal(got.hypergradient["x"], torch.full((2,), 2.0))
+
+
+def test_where_the_lower_solve_takes_no_step_only_the_direct_part_is_left():
+    """As of an unrolled path of no steps: y does not move with x."""
+    lower = Gradient(steps=9, tolerance=1e6)
+    found = [
+        minimize("quadratic", estimator=one, lower=lower, steps=3, dtype="float64", progress=False)
+        for one in (Sama(), Unroll(), Alternating())
+    ]
+    assert all(step.hypergradient_norm > 0 for step in found[0].history)
+    assert all(step.lower.steps == 0 for step in found[0].history)
+    for other in found[1:]:
+        assert torch.equal(found[0].x["x"], other.x["x"])
