@@ -3,7 +3,7 @@
 A study in which no arm could win says nothing of its arms. Of an arm that knows more than the others may (the `bound`) and of
 one that it has to be ahead of, each as tuned on development seeds and each the best of its group where a group is named, the
 mean difference over these seeds must be `at_least` so much. It is computed from kept cells alone. Until they are there cells on
-test seeds are held back, and where they say no, every other regime is too. One arm that the bound is too little ahead of settles
+test seeds are held back, and where they say no, every other regime is too that has any. One arm that the bound is too little ahead of settles
 it: the others can only lower the difference, and need not be computed.
 """
 
@@ -39,6 +39,8 @@ class HeadroomFound:
     """Test cells that were run before it was met, because that was asked for."""
     groups: tuple[str, ...] = ()
     """Which of `bound` and `over` are groups, whose best arm is meant and not named yet."""
+    exploratory: tuple[str, ...] = ()
+    """Regimes without test seeds, which decide nothing and are never held back."""
 
     @property
     def mean(self) -> float | None:
@@ -52,7 +54,7 @@ class HeadroomFound:
 
     def holds(self, cell: StudyCell) -> bool:
         """Whether a cell is held back."""
-        if self.verdict == "met":
+        if self.verdict == "met" or cell.regime in self.exploratory:
             return False
         return cell.phase == "test" or (self.verdict == "not met" and cell.regime != self.regime)
 
@@ -102,8 +104,18 @@ def headroom(plan: StudyPlan) -> HeadroomFound | None:
         kept is not None and kept.note is not None for kept in map(plan.book.get, plan.all())
     )
     groups = tuple(sorted({bound, over} - content.arms.keys()))
+    exploratory = tuple(name for name, seeds in plan.study.test.items() if not seeds)
     return HeadroomFound(
-        regime, bound, over, asked.at_least, differences, missing, failed, early, groups
+        regime,
+        bound,
+        over,
+        asked.at_least,
+        differences,
+        missing,
+        failed,
+        early,
+        groups,
+        exploratory,
     )
 
 

@@ -89,6 +89,16 @@ def test_one_baseline_that_the_bound_is_too_little_ahead_of_says_no_for_all(
     assert found(plan).verdict == ("met" if at_least == 3.5 else "not met")
 
 
+def test_a_regime_that_is_only_looked_at_is_not_held(tmp_path):
+    text = asking(9).replace("arms:\n  direct", "  look: {test: []}\narms:\n  direct")
+    plan = small.made(tmp_path, text)
+    small.tune_all(plan)
+    gate = found(plan)
+    assert (gate.verdict, gate.exploratory) == ("not met", ("look",))
+    assert not gate.holds(StudyCell("look", "direct", "tune", 100, 0))
+    assert gate.holds(OTHER)
+
+
 def test_a_bound_may_be_the_best_of_a_group(tmp_path):
     """`implicit` at 2 is the better bound of two; until `again` is there nothing is known."""
     text = asking(3.9).replace("bound: again", "bound: far")
