@@ -7,6 +7,7 @@ what it calls in its turn; nothing stands in the way of a run that is not profil
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,6 +101,7 @@ class StepClock:
 @contextmanager
 def profiling(console: Console, folder: Path) -> Iterator[None]:
     """Profile what runs within; the table, `profile.json` and `trace.json` at the end, however it ends."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it says when it starts, among the steps
     clock = StepClock()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

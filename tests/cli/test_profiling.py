@@ -1,6 +1,8 @@
 """`run --profile`: each kind of work is counted as often as it is done, and the run is the same."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +63,15 @@ def test_a_profiled_run_is_the_same_run(profiled, runs):
     plain = run(runs, *SETTINGS)
     assert_same_end(folder, plain, step=STEPS)
     assert not (plain / "profile.json").exists()
+
+
+def test_the_profiler_says_nothing_among_the_steps(tmp_path):
+    """torch's profiler writes to the terminal by itself, which only a process of its own shows."""
+    words = ["run", "quadratic", "upper.steps=4", "evaluate.held=false", "report=false"]
+    command = [sys.executable, "-m", "bilevel", *words, "--profile", "--runs-dir", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "profiler_start" not in told.stdout + told.stderr
+    assert "an upper step, the mean of" in told.stdout  # control
 
 
 def test_seeds_are_refused(runs):
