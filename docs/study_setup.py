@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bilevel.studying.file import StudyFile
 
 HERE = Path(__file__).parent
-FILE = HERE / "pictures" / "study_setup.svg"
+FILE = HERE / "study" / "setup.svg"
 STUDY = HERE.parent / "recipes" / "studies" / "mllm_hft.yaml"
 SCENES = 2000
 """Of which the pairs are counted."""

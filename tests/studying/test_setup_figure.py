@@ -36,4 +36,4 @@ def test_it_is_drawn_with_three_pictures_and_the_pairs_of_each(content):
 def test_the_page_shows_it():
     assert setup.FILE.is_file()
     page = (setup.HERE / "study.md").read_text("utf-8")
-    assert f"](pictures/{setup.FILE.name})" in page
+    assert f"](study/{setup.FILE.name})" in page
