@@ -492,6 +492,10 @@ def study(
 ) -> None:
     """Compare arms over seeds: tune each alike, run what is missing, show intervals and verdicts."""
     with computing(json) as answer:
+        from bilevel.cli.names import locate
+        from bilevel.studying import before_torch
+
+        before_torch.choose_arithmetic(locate(file, "study"))
         from bilevel.cli.study import study as run_study
 
         run_study(

@@ -24,6 +24,7 @@ from bilevel.errors import RecipeError, unknown
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.seeds import parse_seeds
 from bilevel.run import engine
+from bilevel.runfolder import arithmetic
 from bilevel.sinks.numbers import duration, significant
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
@@ -71,7 +72,10 @@ def study(
     if not only_show:
         if not insist:
             _refuse_without_headroom(plan, selection)
+        if wanted := asked.content.arithmetic:
+            arithmetic.require(wanted.instructions, wanted.threads)
         _check(plan, selection)
+        _warn_of_other_arithmetic(plan, selection)
         driven = _driver(plan, selection, runs, workers, insist)
         failed = _compute(Console(quiet=True) if quiet else console, driven)
     found = findings(plan)
@@ -160,16 +164,33 @@ def _refuse_without_headroom(plan: StudyPlan, selection: Asked) -> None:
         )
 
 
+def _warn_of_other_arithmetic(plan: StudyPlan, selection: Asked) -> None:
+    """Cells of a seed that was begun on another kind of machine will not be alike to the last digit."""
+    here, regimes = arithmetic.here(), {cell.regime for cell in plan.missing(selection)}
+    others = {
+        kept.arithmetic
+        for cell in plan.all()
+        if cell.regime in regimes and (kept := plan.book.get(cell)) and kept.arithmetic
+    } - {here}
+    if others:
+        complain(
+            f"this machine computes with {here}, and cells that are there were computed with {'; '.join(sorted(others))}: "
+            "the two may differ by more than arms do where training is long. `arithmetic:` in the study's file has all computed alike",
+            kind="warning: ",
+        )
+
+
 def _driver(
     plan: StudyPlan, selection: Asked, runs: Path, workers: int, insist: bool
 ) -> StudyDriver:
     import torch
 
-    threads = max(1, torch.get_num_threads() // max(1, workers))
+    wanted = plan.study.content.arithmetic
+    threads = wanted.threads if wanted else max(1, torch.get_num_threads() // max(1, workers))
 
     def start(cell: StudyCell, overrides: list[str], place: Path) -> Any:
         spec = specification(plan.study.path.resolve(), cell, overrides, place)
-        spec["threads"] = threads if workers > 1 else None
+        spec["threads"] = threads if workers > 1 or wanted else None
         if insist and (gate := headroom(plan)) and gate.holds(cell):
             spec["note"] = f"headroom {gate.verdict}"
         if workers:

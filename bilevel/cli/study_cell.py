@@ -15,7 +15,7 @@ from bilevel.cli.ensemble import run_seed
 from bilevel.cli.one_run import Given
 from bilevel.errors import BilevelError, reason_of
 from bilevel.recipe import recipe as recipes
-from bilevel.runfolder import RunFolder
+from bilevel.runfolder import RunFolder, arithmetic
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.studying import file as files
 from bilevel.studying.results import Book, Kept, StudyCell, collect
@@ -51,7 +51,9 @@ def run_cell(spec: Mapping[str, Any], console: Console) -> None:
         return
     if cell.phase == "tune":
         found = replace(found, cases=None)  # the mean is all that is chosen by
-    found = replace(found, assignments=tuple(overrides), note=spec.get("note"))
+    found = replace(
+        found, assignments=tuple(overrides), note=spec.get("note"), arithmetic=arithmetic.here()
+    )
     Book(study.results).keep(cell, found)
     shutil.rmtree(folder.path, ignore_errors=True)
 

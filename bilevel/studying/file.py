@@ -18,6 +18,7 @@ from bilevel.recipe.seeds import seeds_of
 from bilevel.recipe.yaml_source import parse
 from bilevel.registry.build import Builder
 from bilevel.registry.diagnostics import Complaints, Where
+from bilevel.runfolder.arithmetic import Instructions
 from bilevel.sweeping.space import Dimension
 from bilevel.sweeping.space import parse as parse_space
 
@@ -140,6 +141,15 @@ class Headroom:
 
 
 @component
+class Arithmetic:
+    """What every cell is computed with, so that pairs of a seed differ by their arms and not by their last digits."""
+
+    instructions: Instructions
+    """Of the CPU: the least that all machines of the study have."""
+    threads: PositiveInt = 1
+
+
+@component
 class Replaces:
     """One run of an arm against a sweep of another: how many runs does it replace?"""
 
@@ -165,6 +175,8 @@ class StudyFile:
     maximize: bool = False
     margin: NonNegativeFloat = 0.0
     """Differences within ± margin are no difference that matters."""
+    arithmetic: Arithmetic | None = None
+    """None for that of the machine, whichever it is."""
     headroom: Headroom | None = None
     """Cells on test seeds are held back until it is met; None for no such gate."""
     replaces: Replaces | None = None

@@ -93,7 +93,7 @@ def filled(text: str, study: Study, found: Findings, figures: Sequence[Path], co
         "costs": "\n".join(filter(None, (_costs(table) for table in begun))),
         "replaces": page_parts.replaces(found.replaces) if found.replaces else "",
         "courses": page_parts.courses(found.courses),
-        "cells": _cells(tables),
+        "cells": _cells(tables) + page_parts.computed_with(found.computed_with),
         "repeat": f"```console\n$ {command}\n```\n",
     }
     for name, part in made.items():

@@ -16,7 +16,7 @@ from bilevel.studying.effort import Level, Replaced
 from bilevel.studying.file import BASELINE, OURS, Study
 from bilevel.studying.headroom import HeadroomFound
 from bilevel.studying.statistics import Interval
-from bilevel.studying.summary import Table
+from bilevel.studying.summary import ComputedWith, Table
 
 UNKNOWN = "not yet computed"
 
@@ -37,6 +37,23 @@ def lacking(missing: Mapping[str, int]) -> str:
 
 def ahead(gate: HeadroomFound) -> str:
     return f"the bound `{gate.bound}` is ahead of `{gate.over}` by {gate.mean:+.4g}"
+
+
+def computed_with(found: ComputedWith) -> str:
+    """Which arithmetic the cells were computed with, and the seeds of which not all were computed alike."""
+    each = [f"{name} ({number:,} cells)" for name, number in found.cells.items()]
+    if found.unrecorded:
+        each.append(f"not recorded ({found.unrecorded:,})")
+    if not each:
+        return ""
+    said = f"\nInstructions, threads and a digest of what they come to: {'; '.join(each)}.\n"
+    if found.mixed:
+        where = ", ".join(f"{regime} {seed}" for regime, seed in found.mixed)
+        said += (
+            f"\n**Seeds whose cells were not all computed alike**: {where}. Pairs of these may differ by more than "
+            "their arms do.\n"
+        )
+    return said
 
 
 def headroom(gate: HeadroomFound) -> str:

@@ -56,6 +56,8 @@ class Kept:
     reason: str | None = None
     note: str | None = None
     """Why it would not have been run, had it not been asked for all the same."""
+    arithmetic: str | None = None
+    """What it was computed with, as `bilevel.runfolder.arithmetic.here` says it; None of a cell of an earlier version."""
     course: Mapping[str, Sequence[float]] | None = None
     """Columns `step` and measures, a row an evaluation."""
     cases: Mapping[str, Sequence[Any]] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -171,6 +172,17 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class ComputedWith:
+    """On which arithmetic the cells that are done were computed, as `bilevel.runfolder.arithmetic.here` says it."""
+
+    cells: Mapping[str, int]
+    unrecorded: int
+    """Cells of an earlier version, which did not say."""
+    mixed: tuple[tuple[str, int], ...]
+    """Regimes and seeds whose cells were computed with several."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that a study's kept cells say."""
 
@@ -178,11 +190,27 @@ class Findings:
     headroom: HeadroomFound | None
     replaces: Replaced | None
     courses: tuple[ArmCourse, ...]
+    computed_with: ComputedWith
 
 
 def findings(plan: StudyPlan) -> Findings:
     tables = tuple(StudySummary(plan).tables())
-    return Findings(tables, headroom(plan), replaced(plan), tuple(courses(plan)))
+    return Findings(
+        tables, headroom(plan), replaced(plan), tuple(courses(plan)), computed_with(plan)
+    )
+
+
+def computed_with(plan: StudyPlan) -> ComputedWith:
+    cells, each = Counter[str | None](), dict[tuple[str, int], set[str]]()
+    for cell in plan.all():
+        kept = plan.book.get(cell)
+        if kept is not None and kept.is_done:
+            cells[kept.arithmetic] += 1
+            if kept.arithmetic:
+                each.setdefault((cell.regime, cell.seed), set()).add(kept.arithmetic)
+    mixed = tuple(where for where, found in each.items() if len(found) > 1)
+    unrecorded = cells.pop(None, 0)
+    return ComputedWith({str(name): number for name, number in cells.items()}, unrecorded, mixed)
 
 
 def document(found: Findings) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from bilevel.runfolder import RunFolder
+from bilevel.runfolder import RunFolder, arithmetic
 from bilevel.studying.results import Book, StudyCell
 from bilevel.studying.statistics import interval
 from tests.cli.commands import invoke
@@ -144,8 +146,6 @@ def test_cells_run_in_processes_of_their_own(there):
 def test_cells_of_other_settings_are_refused_and_run_again_where_that_is_asked(
     place, tmp_path, monkeypatch
 ):
-    import shutil
-
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     text = Path("small.yaml").read_text("utf-8")
@@ -162,6 +162,46 @@ def test_cells_of_other_settings_are_refused_and_run_again_where_that_is_asked(
     after = kept(Path())
     changed = {name.split("/")[2] for name in after if after[name] != before.get(name)}
     assert changed == {"direct"}
+
+
+def test_a_cell_says_what_it_was_computed_with_and_others_are_warned_of(
+    place, tmp_path, monkeypatch
+):
+    (here,) = {each["arithmetic"] for each in kept(place).values()}
+    assert here == arithmetic.here()
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    one = Book(tmp_path / "results").path(StudyCell("easy", "implicit", "test", 1))
+    text = one.read_text("utf-8")
+    again = ("study", "small.yaml", "--workers", "0", "--regime", "easy")
+
+    one.unlink()
+    assert "computed with" not in invoke(*again).stderr  # control: all were computed here
+    assert f"digest of what they come to: {here} (" in (tmp_path / "page.md").read_text("utf-8")
+    assert "not all computed alike" not in (tmp_path / "page.md").read_text("utf-8")
+
+    one.write_text(text.replace(here, "AVX3, 1 thread, 0"), "utf-8")
+    Book(tmp_path / "results").path(StudyCell("easy", "implicit", "test", 2)).unlink()
+    result = invoke(*again)
+    assert (
+        f"computes with {here}, and cells that are there were computed with AVX3" in result.stderr
+    )
+    page = (tmp_path / "page.md").read_text("utf-8")
+    assert "AVX3, 1 thread, 0 (1 cells)" in page
+    assert "**Seeds whose cells were not all computed alike**: easy 1." in page
+
+
+def test_a_study_that_asks_for_other_instructions_is_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    small.lay(tmp_path, small.TEXT + "arithmetic: {instructions: avx2}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(arithmetic.NAMED, "none yet")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    result = invoke("study", "small.yaml", "--workers", "0", code=3)
+    assert "AVX2 is asked for, and torch computes with DEFAULT" in result.stderr
+    assert not (tmp_path / "results").exists()
+    assert invoke("study", "small.yaml", "--no-run").exit_code == 0  # what is there can be shown
 
 
 def test_a_run_that_fails_is_a_cell_that_failed(tmp_path, monkeypatch):

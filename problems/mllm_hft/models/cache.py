@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bilevel.errors import RequirementError
 from bilevel.events import Progress
-from bilevel.runfolder import files
+from bilevel.runfolder import arithmetic, files
 
 Tensors = dict[str, Tensor]
 FORMATS = {
@@ -75,7 +75,7 @@ def cached(
 
 def path(kind: str, key: Mapping[str, Any]) -> Path:
     """Where the tensors of (kind, key) lie, whether they are there or not."""
-    return _place(kind, _text(key))
+    return _place(kind, _key(key))
 
 
 def load(kind: str, key: Mapping[str, Any]) -> Tensors | None:
@@ -83,7 +83,7 @@ def load(kind: str, key: Mapping[str, Any]) -> Tensors | None:
 
     All of the file is read once for its digest, and none of it is held.
     """
-    text = _text(key)
+    text = _key(key)
     try:
         with safetensors.safe_open(_place(kind, text), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -107,7 +107,7 @@ def save(kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor | Strea
         for name, value in tensors.items()
     }
     with room_for(kind, key), files.replacing(target) as temporary, temporary.open("wb") as file:
-        _write(file, _text(key), whole)
+        _write(file, _key(key), whole)
     return target
 
 
@@ -173,6 +173,12 @@ def _hash(value: Any) -> str:
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _key(key: Mapping[str, Any]) -> str:
+    """A key as text. What a study asks to be computed alike is not taken from what was computed otherwise."""
+    required = arithmetic.required()
+    return _text({**key, "arithmetic": required} if required else key)
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from bilevel.errors import RequirementError
 from bilevel.events import Progress
+from bilevel.runfolder import arithmetic
 from bilevel_problems.mllm_hft.models import cache
 from bilevel_problems.mllm_hft.sources.protocol import Thing
 
@@ -53,6 +54,18 @@ def test_makes_once_and_reads_the_same_bits_afterwards():
     assert (len(events), len(again), make.calls) == (1, 0, 1)
     assert_same(first)
     assert_same(second)
+
+
+def test_what_a_study_asks_to_be_computed_alike_is_not_taken_from_elsewhere(monkeypatch):
+    """What pre-training comes to depends on the last digits, of which no option of a recipe tells."""
+    make = Maker()
+    for asked in (None, "avx2, 1 thread", "avx2, 2 threads", "avx2, 1 thread"):
+        if asked:
+            monkeypatch.setenv(arithmetic.NAMED, asked)
+        drain(cache.cached("kind", KEY, make))
+    assert make.calls == 3
+    monkeypatch.delenv(arithmetic.NAMED)
+    assert cache.load("kind", KEY) is not None  # what was there before is found as before
 
 
 @pytest.mark.parametrize(
