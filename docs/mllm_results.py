@@ -200,7 +200,15 @@ def table(cells: list[Cell]) -> str:
 
 
 def paired(cells: list[Cell], others: Sequence[str] = AGAINST, of: str = "bilevel") -> str:
-    """A row a measure, a column an arm: `of` − the arm, seed by seed, mean ± standard error (wins)."""
+    """A row a measure, a column an arm: `of` − the arm, seed by seed, mean ± standard error (wins).
+
+    Raises `ValueError` where two arms began at other measures: from models that other machines pre-trained.
+    """
+    begun = {tuple(cell["before"].values()) for cell in cells if cell["arm"] in (of, *others)}
+    if len(begun) > 1:
+        raise ValueError(
+            f"{of} and {others}: began at {len(begun)} different measures, so are no pairs"
+        )
     by = {(cell["arm"], cell["seed"]): cell["after"] for cell in cells}
     seeds = {
         other: sorted(seed for arm, seed in by if arm == of and (other, seed) in by)

@@ -60,6 +60,15 @@ def test_differences_are_paired_by_seed_and_know_which_way_is_better():
     )
 
 
+def test_arms_that_began_from_other_models_are_no_pairs():
+    """What is pre-trained depends on the machine's last digits; a seed does not say so."""
+    cells = [cell("bilevel", 0), cell("alternating", 0)]
+    assert results.paired(cells)
+    cells[1]["before"] = cells[1]["before"] | {"task_loss": 0.5000001}
+    with pytest.raises(ValueError, match="began at 2 different measures"):
+        results.paired(cells)
+
+
 def test_agreements_with_the_path_stand_by_variable():
     row = {"estimator": "a", "of": {"log_tau": [-1.0, 0.123]}, "all": None, "note": ""}
     assert results.path_table([row]).splitlines()[-1] == "| `a` | - | - | - | -1.00 ×0.12 | - |"

@@ -25,7 +25,7 @@ from bilevel.recipe.recipe import Recipe
 from bilevel.runfolder.files import write_text
 from bilevel.runfolder.folder import environment
 
-_MATTERS = ("python", "platform", "packages", "threads", "gpus")
+_MATTERS = ("python", "platform", "packages", "threads", "instructions", "gpus")
 
 
 @dataclass(frozen=True)
