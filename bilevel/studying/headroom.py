@@ -10,12 +10,13 @@ it: the others can only lower the difference, and need not be computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import Literal
 
-from bilevel.studying.file import StudyFile
+from bilevel.studying.file import StudyFile, arms_of
 from bilevel.studying.plan import StudyPlan, Waiting
 from bilevel.studying.results import StudyCell
 
@@ -41,10 +42,18 @@ class HeadroomFound:
     """Which of `bound` and `over` are groups, whose best arm is meant and not named yet."""
     exploratory: tuple[str, ...] = ()
     """Regimes without test seeds, which decide nothing and are never held back."""
+    passed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Arms whose mean is better than the bound's, and by how much, by development seed: then the bound is none."""
 
     @property
     def mean(self) -> float | None:
         return fmean(self.differences) if self.differences else None
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean over development seeds; None of fewer than two."""
+        number = len(self.differences)
+        return stdev(self.differences) / number**0.5 if number > 1 else None
 
     @property
     def verdict(self) -> Literal["met", "not met", "not yet computed", "failed"]:
@@ -116,6 +125,7 @@ def headroom(plan: StudyPlan) -> HeadroomFound | None:
         early,
         groups,
         exploratory,
+        _passed(plan, regime, bound, bounds) if differences else {},
     )
 
 
@@ -129,6 +139,20 @@ def _best(plan: StudyPlan, regime: str, arms: Sequence[str], *, tuned_only: bool
     found = plan.best_of(regime, arms, tuned_only=tuned_only)
     if found is None:
         raise Waiting(f"every setting of every arm failed: {', '.join(arms)}", not tuned_only)
+    return found
+
+
+def _passed(
+    plan: StudyPlan, regime: str, bound: str, bounds: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
+    """Arms that are tuned by now and came out better than the bound."""
+    found = {}
+    for name in arms_of(plan.study.content, regime, {}):
+        if name not in bounds and not plan.study.content.arms[name].hidden:
+            with suppress(Waiting):
+                ahead = _differences(plan, regime, name, bound)
+                if fmean(ahead) > 0:
+                    found[name] = ahead
     return found
 
 

@@ -86,7 +86,7 @@ def filled(text: str, study: Study, found: Findings, figures: Sequence[Path], co
         "tables": "\n".join(
             _table(study, table) for table in begun if any(r.seeds for r in table.rows)
         ),
-        "crossover": page_parts.crossover(study, tables, apart),
+        "crossover": page_parts.crossover(study, tables, apart, found.headroom),
         "figures": "\n".join(_figure(study, path) for path in figures),
         "tuned": "\n".join(filter(None, (_tuned(study, table) for table in begun))),
         "headroom": page_parts.headroom(found.headroom) if found.headroom else "",
@@ -106,24 +106,31 @@ def filled(text: str, study: Study, found: Findings, figures: Sequence[Path], co
 def answer(study: Study, tables: Sequence[Table], gate: HeadroomFound | None = None) -> str:
     """What is known of the first regime, in a sentence; how far it is where it is not answered.
 
-    Where there is no headroom, that is the answer.
+    Where no headroom was found, that is the answer, beside what was run all the same.
     """
-    if gate and gate.verdict == "not met" and not gate.early:
-        return (
-            f"**There is no headroom in {gate.regime}**: {page_parts.ahead(gate)}; at least {gate.at_least:g} was asked for, "
-            "so no test seed is run.\n"
-        )
     table, row = tables[0], tables[0].primary
     done, cells = sum(t.done for t in tables), sum(t.cells for t in tables)
+    held = _no_headroom(gate) if gate and gate.verdict == "not met" else ""
     wanted = len(study.test[table.regime])
     if row is None or row.verdict is None or row.against.n + len(row.failed) < wanted:
+        if held:
+            return f"{held}\n"
         named = f" Named on development seeds: {_named(table)}." if table.named else ""
         return f"**Not yet answered**: {done:,} of the {cells:,} cells that are known by now are there.{named}\n"
     seeds = f"{row.against.n} seeds"
-    return (
+    sentences = [
         f"**In {table.regime}, `{row.arm}` {SAID[row.verdict]} `{table.named[BASELINE]}`**, the best baseline: "
-        f"{study.content.measure} {difference(row.against)} over {seeds}. "
-        f"{done:,} of {cells:,} cells are there.\n"
+        f"{study.content.measure} {difference(row.against)} over {seeds}.",
+        f"{done:,} of {cells:,} cells are there.",
+    ]
+    return " ".join([*sentences, *([held] if held else [])]) + "\n"
+
+
+def _no_headroom(gate: HeadroomFound) -> str:
+    run = f"{gate.early:,} cells were run all the same" if gate.early else "so no test seed is run"
+    return (
+        f"**No headroom was found in {gate.regime}**: {page_parts.ahead(gate)} in the mean over "
+        f"{len(gate.differences)} development seeds; at least {gate.at_least:g} was asked for, {run}."
     )
 
 

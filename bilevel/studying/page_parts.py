@@ -19,6 +19,7 @@ from bilevel.studying.statistics import Interval
 from bilevel.studying.summary import ComputedWith, Table
 
 UNKNOWN = "not yet computed"
+HELD = "held back"
 
 
 def rows(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -36,7 +37,8 @@ def lacking(missing: Mapping[str, int]) -> str:
 
 
 def ahead(gate: HeadroomFound) -> str:
-    return f"the bound `{gate.bound}` is ahead of `{gate.over}` by {gate.mean:+.4g}"
+    spread = f" ± {gate.error:.2g}" if gate.error is not None else ""
+    return f"the bound `{gate.bound}` is ahead of `{gate.over}` by {gate.mean:+.4g}{spread}"
 
 
 def computed_with(found: ComputedWith) -> str:
@@ -66,7 +68,15 @@ def headroom(gate: HeadroomFound) -> str:
     left = Counter(cell.arm for cell in gate.missing)
     if gate.mean is not None:
         each = ", ".join(f"{value:+.4g}" for value in gate.differences)
-        lines = [f"**{gate.verdict.capitalize()}**: {ahead(gate)} ({each}); {asked}."]
+        lines = [
+            f"**{gate.verdict.capitalize()}**: {ahead(gate)} ({each}; ± is the standard error of their mean); {asked}."
+        ]
+        for arm, differences in gate.passed.items():
+            each = ", ".join(f"{value:+.4g}" for value in differences)
+            lines.append(
+                f"\n`{arm}`, which knows less than that bound, is ahead of it by {fmean(differences):+.4g} ({each}): as far as "
+                "so few seeds tell, it bounds nothing.\n"
+            )
         if gate.missing:
             lines.append(f"Arms that are not computed can only lower it. {lacking(left)}")
     elif gate.failed:
@@ -80,7 +90,9 @@ def headroom(gate: HeadroomFound) -> str:
     return "\n".join(lines) + "\n"
 
 
-def crossover(study: Study, tables: Sequence[Table], shown: Mapping[str, str]) -> str:
+def crossover(
+    study: Study, tables: Sequence[Table], shown: Mapping[str, str], gate: HeadroomFound | None
+) -> str:
     """Ours against the baseline along the axis: a row a regime, then from where to where it is worth it.
 
     `shown` are the differences by regime, as the tables have them.
@@ -93,7 +105,8 @@ def crossover(study: Study, tables: Sequence[Table], shown: Mapping[str, str]) -
         row, wanted = table.primary, len(study.test[table.regime])
         n = row.against.n if row else 0
         is_over = row is not None and n and n + len(row.failed) >= wanted
-        said = row.verdict if row and is_over and row.verdict else UNKNOWN
+        missing = HELD if gate and gate.verdict == "not met" else UNKNOWN
+        said = row.verdict if row and is_over and row.verdict else missing
         verdicts.append((said, f"{table.at:g}"))
         lines.append([f"{table.at:g}", table.regime, f"{n} of {wanted}", shown[table.regime], said])
     ours, baseline = (at[0].named.get(group, group) for group in (OURS, BASELINE))

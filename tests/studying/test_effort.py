@@ -101,7 +101,7 @@ def test_a_row_along_the_axis_has_a_verdict_once_all_its_seeds_are_over(tmp_path
 
     def shown():
         tables = small.tables(plan)
-        return page_parts.crossover(plan.study, tables, dict.fromkeys(("easy", "hard"), "D"))
+        return page_parts.crossover(plan.study, tables, dict.fromkeys(("easy", "hard"), "D"), None)
 
     assert "| 3 | easy | 0 of 3 | D | not yet computed |" in shown()
     assert shown().endswith("Not yet computed at 3, 30.\n")

@@ -1,12 +1,13 @@
 """Whether there is anything to be gained is computed from development cells, and holds back test cells until it is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bilevel.studying import page_parts
-from bilevel.studying.headroom import headroom
+from bilevel.studying.headroom import HeadroomFound, headroom
 from bilevel.studying.results import Book, StudyCell
 from tests.cli.commands import invoke
 from tests.studying import small
@@ -115,6 +116,34 @@ def test_a_bound_may_be_the_best_of_a_group(tmp_path):
     assert "the best of far is to be ahead of the best of baseline by 3.9" in gate.said
 
 
+def test_an_arm_that_passes_the_bound_is_told(tmp_path):
+    """`implicit` at 2 is better than the bound `again` at 2.5, on both seeds by as much; less is better here."""
+    plan = small.made(tmp_path, asking(4))
+    small.tune_all(plan)
+    gate = found(plan)
+    assert gate.passed == {"implicit": pytest.approx((0.75, 0.25))}
+    assert gate.mean == pytest.approx(3.5)
+    assert gate.error == pytest.approx(0.0)
+    assert (
+        "`implicit`, which knows less than that bound, is ahead of it by +0.5"
+        in page_parts.headroom(gate)
+    )
+    for seed in small.DEVELOPMENT:
+        plan.book.drop(StudyCell("easy", "again", "tune", seed, 0))
+    small.tune(plan, "again", 1.5)  # control: a bound that is none the worse
+    assert found(small.StudyPlan(plan.study, Book(plan.book.folder))).passed == {}
+
+
+def test_the_error_is_that_of_the_mean_over_seeds():
+    """Differences of 1, 2 and 6: a deviation of √7 over √3 seeds."""
+    gate = HeadroomFound("easy", "far", "near", 1.0, (1.0, 2.0, 6.0), (), None, 0)
+    assert gate.error == pytest.approx((7 / 3) ** 0.5)
+    assert "by +3 ± 1.5 (+1, +2, +6;" in page_parts.headroom(gate)
+    one = replace(gate, differences=(1.0,))
+    assert one.error is None
+    assert "by +1 (+1; " in page_parts.headroom(one)
+
+
 def test_a_bound_that_failed_says_nothing(tmp_path):
     plan = small.made(tmp_path, asking(1))
     small.tune_all(plan)
@@ -148,13 +177,20 @@ def test_test_seeds_are_refused_until_it_is_met_and_run_all_the_same_where_that_
     shown = invoke("study", "small.yaml", "--no-run")
     assert "headroom not met" in shown.output
     page = Path("page.md")
-    assert "**There is no headroom in easy**: the bound `again` is ahead of" in page.read_text()
+    said = page.read_text()
+    assert (
+        "**No headroom was found in easy**: the bound `again` is ahead of `direct` by +3.5" in said
+    )
+    assert "at least 4 was asked for, so no test seed is run." in said
+    assert "| 3 | easy | 0 of 3 | – | held back |" in said
     invoke(*words, "--regime", "easy", "--without-headroom")
     assert json.loads(plan.book.path(TEST).read_text())["note"] == "headroom not met"
     said = page.read_text()
-    assert "**Not met**: the bound `again` is ahead of `direct` by +3.5 (+3.5, +3.5)" in said
+    assert (
+        "**Not met**: the bound `again` is ahead of `direct` by +3.5 ± 0 (+3.5, +3.5; ± is" in said
+    )
     assert "1 cells were run before it was met" in said
-    assert "There is no headroom" not in said
+    assert "at least 4 was asked for, 1 cells were run all the same." in said
     plan.book.drop(TEST)
     small.lay(tmp_path, asking(1))  # control: where it is met nothing is held
     told = json.loads(invoke(*words, "--regime", "easy", "--phase", "test", "--json").stdout)
