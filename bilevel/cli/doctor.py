@@ -21,6 +21,7 @@ from bilevel.estimators import betty
 from bilevel.estimators.implicit import Implicit
 from bilevel.linear.dense import Dense
 from bilevel.problem.second_derivatives import ACCURATE, WRONG, error_of
+from bilevel.runfolder import arithmetic
 
 TOLERANCE = 1e-10
 
@@ -79,7 +80,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    yield Finding("cpu", f"{os.cpu_count()} cores; computes with {arithmetic.here()}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
         yield Finding(f"cuda:{index}", torch.cuda.get_device_name(index))

@@ -108,7 +108,8 @@ def _facts(
             "Sent by each rank",
             f"{math.fsum(sums):,.0f} sums of {_size(math.fsum(sent))}; {each}, in the median",
         )
-    yield "Device", f"{started['device']}, {started['dtype']}, {about.get('threads')} threads"
+    computed = [started["device"], started["dtype"], f"{about.get('threads')} threads"]
+    yield "Device", ", ".join(filter(None, [*computed, about.get("instructions")]))
     yield "Seed", str(content["seed"])
     yield "Recipe hash", about["hash"][:12]
     if about.get("overrides"):

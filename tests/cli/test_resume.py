@@ -442,6 +442,20 @@ def test_a_run_older_than_an_option_is_resumed_with_the_default(runs):
     invoke("resume", folder)
 
 
+def test_a_run_that_goes_on_with_other_arithmetic_is_warned_of(runs):
+    """It is the same to rounding: nobody is kept from going on, nor told that it is the same to the bit."""
+    folder = unfinished(runs)
+    assert "begun with" not in invoke("resume", folder).stderr  # control
+    folder = unfinished(runs)
+    path = folder / "environment.json"
+    about = json.loads(path.read_text("utf-8"))
+    here = about["instructions"]
+    path.write_text(json.dumps(about | {"instructions": "AVX3", "threads": 99}), "utf-8")
+    said = invoke("resume", folder).stderr
+    assert f"warning: begun with instructions AVX3, here {here} and threads 99, here" in said
+    assert "to rounding, not to the bit" in said
+
+
 def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
     overrides = CASES["quadratic"]
     options = {"number": int(signal.SIGINT), "step": 3}
