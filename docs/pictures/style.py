@@ -95,4 +95,17 @@ def svg(figure: Figure, title: str) -> str:
         for kind in ("fill", "stroke")
     )
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>\n"
-    return text.replace("<metadata>", style + "<metadata>", 1)
+    return numbered(text.replace("<metadata>", style + "<metadata>", 1))
+
+
+def numbered(text: str) -> str:
+    """The names of clip paths, markers and hatches as numbers, in order of appearance.
+
+    matplotlib makes them from every digit of their coordinates, of which CPUs with other instructions round the last otherwise.
+    """
+    names: dict[str, str] = {}
+    return re.sub(
+        r"\b([pmh])[0-9a-f]{10}\b",
+        lambda found: names.setdefault(found[0], f"{found[1]}{len(names)}"),
+        text,
+    )
