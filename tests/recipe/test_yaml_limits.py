@@ -39,7 +39,7 @@ REFUSED = {
     "blocks": ("".join(f"{' ' * n}a:\n" for n in range(60)), 51, "in one another"),
     "bomb": (bomb(40), 4, "aliases repeat"),
     "cycle": ("a: &a [*a]", 1, "inside of what it repeats"),
-    "values": ("a:\n" + "- 1\n" * 4000, 2999, "values"),
+    "values": ("a:\n" + "- 1\n" * 6000, yaml_limits.VALUES - 1, "values"),
     "characters": ("a: 1\n" * 100_000, 40_001, "characters"),
     "control": ("a: 1\nb: \0", 2, "is not allowed"),
 }
