@@ -163,11 +163,7 @@ def _head(table: Table) -> str:
 def _table(study: Study, table: Table) -> str:
     """A row an arm; beside the measure the means of the others that are kept."""
     first = study.content.measure
-    others = [
-        name
-        for name in next(row.measures for row in table.rows if row.seeds)
-        if name not in (first, "upper_loss", "lower_loss") and "learned/" not in name
-    ]
+    others = _others(study, next(row.measures for row in table.rows if row.seeds))
     heads = [
         "arm",
         "seeds",
@@ -186,19 +182,36 @@ def _table(study: Study, table: Table) -> str:
                 _value(row.value),
                 difference(row.against) if row.against.n else "–",
                 row.verdict or "–",
-                *(f"{row.measures[n]:.4g}" if n in row.measures else "–" for n in others),
+                *_means(row.measures, others),
             )
         )
     return "\n".join(lines) + "\n"
 
 
+def _others(study: Study, measures: Mapping[str, float]) -> list[str]:
+    """What is shown beside the measure that counts."""
+    hidden = study.content.measure, "upper_loss", "lower_loss"
+    return [name for name in measures if name not in hidden and "learned/" not in name]
+
+
+def _means(measures: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{measures[name]:.4g}" if name in measures else "–" for name in names]
+
+
 def _tuned(study: Study, table: Table) -> str:
-    """What was chosen on development seeds; an arm that takes another's settings has that one's."""
+    """What was chosen on development seeds; an arm that takes another's settings has that one's.
+
+    Where a regime has no others, what the arms came to beside the measure. One that is looked at for the course of
+    weights is shown by that.
+    """
     rows = [row for row in table.rows if row.tuned]
-    if not rows or study.tuning(table.regime) != table.regime:
+    regime = study.content.regimes[table.regime]
+    if not rows or regime.course or study.tuning(table.regime) != table.regime:
         return ""
-    lines = [_head(table), "| arm | group | tried | best | development seeds |", "|---" * 5 + "|"]
-    lines += [line(f"`{r.arm}`", r.group, *_best(r)) for r in rows]
+    others = _others(study, rows[0].looked_at)
+    heads = ["arm", "group", "tried", "best", "development seeds", *others]
+    lines = [_head(table), line(*heads), "|---" * len(heads) + "|"]
+    lines += [line(f"`{r.arm}`", r.group, *_best(r), *_means(r.looked_at, others)) for r in rows]
     named = [f"\nNamed: {_named(table)}.\n"] if OURS in table.named else []
     return "\n".join([*lines, *named]) + "\n"
 

@@ -51,6 +51,8 @@ class ArmRow:
     """Means over test seeds."""
     cost: Cost | None
     """Of a run on a test seed, with the stages that it comes after: the mean."""
+    looked_at: Mapping[str, float]
+    """In a regime without test seeds: means over development seeds, at the setting that was tuned."""
     tuning: Cost | None
     """Of all its runs on development seeds, and of its stages."""
 
@@ -124,8 +126,16 @@ class StudySummary:
             verdict(against, content.margin, content.maximize) if against.n else None,
             _means([own[seed].measures for seed in values]),
             costs.a_run(self.plan, (StudyCell(regime, arm, "test", seed) for seed in values)),
+            self._looked_at(regime, arm),
             costs.tuning(self.plan, regime, arm),
         )
+
+    def _looked_at(self, regime: str, arm: str) -> dict[str, float]:
+        tuned, study = self._tuned(regime, arm), self.plan.study
+        if tuned is None or study.test[regime]:
+            return {}
+        at = (StudyCell(regime, arm, "tune", seed, tuned.trial) for seed in study.development)
+        return _means([kept.measures for kept in map(self.plan.book.get, at) if kept])
 
     def difference(self, regime: str, arm: str, other: str) -> Interval:
         """The mean over the test seeds that both have of arm − other, each on the same resampled units."""

@@ -2,8 +2,10 @@
 
 import pytest
 
+from bilevel.studying import page
 from bilevel.studying.plan import Asked, Tuned, Waiting, tried
 from bilevel.studying.results import StudyCell
+from bilevel.studying.summary import findings
 from bilevel.sweeping.space import parse
 from tests.studying import small
 
@@ -152,3 +154,27 @@ def test_what_is_tried_is_the_grid_or_some_of_it_and_always_the_same():
     drawn = tried(space, 5, 0)
     assert drawn == tried(space, 5, 0) != tried(space, 5, 1)
     assert all(1e-3 <= float(each["a"]) <= 1 for each in drawn)
+
+
+EXPLORATORY = small.TEXT.partition("  hard:")[0].replace("at: 3}", "test: [], arms: [direct]}")
+EXPLORATORY += "arms:\n  direct" + small.TEXT.partition("arms:\n  direct")[2]
+
+
+def test_a_regime_without_test_seeds_shows_what_its_arms_came_to(tmp_path):
+    """At the tuned setting (the second: 6 and not 7), in the mean over development seeds; with test seeds there is no such column."""
+    for text in (EXPLORATORY, small.TEXT):
+        plan = small.made(tmp_path, text)
+        for trial, mean in enumerate((7.0, 6.0)):
+            for seed, other in zip(small.DEVELOPMENT, (1.0, 4.0), strict=True):
+                cell = StudyCell("easy", "direct", "tune", seed, trial)
+                small.keep(plan, cell, mean, beside=other + trial)
+        (row, *_) = small.tables(plan)[0].rows
+        shown = page.filled(
+            "<!-- study:tuned -->\n<!-- /study:tuned -->", plan.study, findings(plan), [], ""
+        )
+        if text is small.TEXT:
+            assert (row.looked_at, "beside" in shown) == ({}, False)
+        else:
+            assert row.looked_at == {"upper value": 6.0, "beside": 3.5}
+            assert "| development seeds | beside |" in shown
+            assert "| 6 (6, 6) | 3.5 |" in shown
