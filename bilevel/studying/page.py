@@ -127,10 +127,11 @@ def answer(study: Study, tables: Sequence[Table], gate: HeadroomFound | None = N
 
 
 def _no_headroom(gate: HeadroomFound) -> str:
-    run = f"{gate.early:,} cells were run all the same" if gate.early else "so no test seed is run"
+    early = f"; {gate.early:,} cells were run all the same"
+    run = early if gate.early else ", so no test seed is run"
     return (
         f"**No headroom was found in {gate.regime}**: {page_parts.ahead(gate)} in the mean over "
-        f"{len(gate.differences)} development seeds; at least {gate.at_least:g} was asked for, {run}."
+        f"{len(gate.differences)} development seeds; at least {gate.at_least:g} was asked for{run}."
     )
 
 

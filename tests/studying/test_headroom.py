@@ -190,7 +190,7 @@ def test_test_seeds_are_refused_until_it_is_met_and_run_all_the_same_where_that_
         "**Not met**: the bound `again` is ahead of `direct` by +3.5 ± 0 (+3.5, +3.5; ± is" in said
     )
     assert "1 cells were run before it was met" in said
-    assert "at least 4 was asked for, 1 cells were run all the same." in said
+    assert "at least 4 was asked for; 1 cells were run all the same." in said
     plan.book.drop(TEST)
     small.lay(tmp_path, asking(1))  # control: where it is met nothing is held
     told = json.loads(invoke(*words, "--regime", "easy", "--phase", "test", "--json").stdout)
