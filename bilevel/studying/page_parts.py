@@ -105,7 +105,7 @@ def crossover(
         row, wanted = table.primary, len(study.test[table.regime])
         n = row.against.n if row else 0
         is_over = row is not None and n and n + len(row.failed) >= wanted
-        missing = HELD if gate and gate.verdict == "not met" else UNKNOWN
+        missing = HELD if gate and gate.verdict == "not met" and not n else UNKNOWN
         said = row.verdict if row and is_over and row.verdict else missing
         verdicts.append((said, f"{table.at:g}"))
         lines.append([f"{table.at:g}", table.regime, f"{n} of {wanted}", shown[table.regime], said])

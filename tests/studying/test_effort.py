@@ -7,6 +7,7 @@ import pytest
 
 from bilevel.studying import costs, page_parts
 from bilevel.studying.effort import expected_best, fewest, replaced
+from bilevel.studying.headroom import HeadroomFound
 from bilevel.studying.results import StudyCell
 from tests.studying import small
 
@@ -99,9 +100,9 @@ def test_tuning_costs_what_was_computed_for_it_with_its_stages(tmp_path):
 def test_a_row_along_the_axis_has_a_verdict_once_all_its_seeds_are_over(tmp_path):
     plan = small.made(tmp_path)
 
-    def shown():
+    def shown(gate=None):
         tables = small.tables(plan)
-        return page_parts.crossover(plan.study, tables, dict.fromkeys(("easy", "hard"), "D"), None)
+        return page_parts.crossover(plan.study, tables, dict.fromkeys(("easy", "hard"), "D"), gate)
 
     assert "| 3 | easy | 0 of 3 | D | not yet computed |" in shown()
     assert shown().endswith("Not yet computed at 3, 30.\n")
@@ -114,3 +115,6 @@ def test_a_row_along_the_axis_has_a_verdict_once_all_its_seeds_are_over(tmp_path
     assert shown().endswith("Not yet computed at 3; win at 30.\n")
     plan.book.drop(StudyCell("hard", "direct", "test", 2))
     assert "| 30 | hard | 2 of 3 | D | not yet computed |" in shown()  # control
+    gate = HeadroomFound("easy", "far", "near", 1.0, (0.5,), (), None, 0)  # not met
+    assert "| 3 | easy | 0 of 3 | D | held back |" in shown(gate)
+    assert "| 30 | hard | 2 of 3 | D | not yet computed |" in shown(gate)  # begun all the same
