@@ -391,11 +391,12 @@ def size(a: Params) -> int:
 
 def is_finite(a: Params) -> bool:
     """Whether no entry holds NaN or an infinity."""
-    # the sum, in one pass, has any that there is; finite entries may have an infinite one
-    here = all(
-        -math.inf < value.sum().item() < math.inf or bool(torch.isfinite(value).all())
-        for value in a.values()
-    )
+    here = True
+    for value in a.values():
+        # the sum, in one pass, has any that there is; finite entries may have an infinite one
+        if not -math.inf < value.sum().item() < math.inf and not torch.isfinite(value).all():
+            here = False
+            break
     return everywhere(a, here)
 
 
@@ -463,7 +464,7 @@ def contiguous(value: Any, known: Any = None) -> Any:
     if value is known:
         return value
     if isinstance(value, Tensor):
-        return value.contiguous()
+        return value if value.is_contiguous() else value.contiguous()
     if type(value) is RowTable:  # whose trees were made so as they were put into it
         return value
     if isinstance(value, dict):

@@ -505,6 +505,14 @@ def is_approximate(solver: LinearSolver) -> bool:
 C = TypeVar("C")
 
 
+def changed(value: C, **values: Any) -> C:
+    """`dataclasses.replace` for the types above, which compute nothing from their fields: it calls no `__init__`."""
+    assert values.keys() <= value.__dict__.keys(), values
+    made = object.__new__(type(value))
+    made.__dict__.update(value.__dict__, **values)
+    return made
+
+
 def tightened(component: C, dim: int) -> C:
     """A component converged as far as float64 allows for `dim` unknowns, by its own `tight`.
 

@@ -94,17 +94,22 @@ def require_y(loss: Loss, at_y: Iterable[Tensor | None]) -> None:
     )
 
 
-def _filled(gradients: Iterable[Tensor | None], like: Params, *inputs: Params) -> Params:
+def _filled(
+    gradients: Iterable[Tensor | None],
+    like: Params,
+    *inputs: Params,
+    taken: set[int] | None = None,
+) -> Params:
     """Zeros for None; every entry in memory of its own, so that callers may write into it.
 
     autograd hands out views that share memory with each other, with what was put in, or with
     themselves (expanded scalars), and zeros that have no memory (the second derivative of |y|).
+    `taken` is memory to keep out of, and grows by what is used here.
     """
-    taken = {
-        entry.untyped_storage().data_ptr()
-        for params in (like, *inputs)
-        for entry in params.values()
-    }
+    taken = set() if taken is None else taken
+    for params in (like, *inputs):
+        for entry in params.values():
+            taken.add(entry.untyped_storage().data_ptr())
     filled = {}
     for (name, entry), gradient in zip(like.items(), gradients, strict=True):
         if gradient is None or gradient._is_zerotensor():
@@ -125,15 +130,19 @@ def gradients(loss: Loss, at: Point) -> tuple[Tensor, Params, Params]:
     Entries that do not reach the loss have gradient zero; which entries of x reached it is
     noted in `loss.counts.reached`.
     """
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            return gradients(loss, at)
     x, y = tree.leaves(at.x), tree.leaves(at.y)
-    with torch.enable_grad():
-        output = value(loss, x, y)
-        found = _grad(loss, output, x, y)
+    output = value(loss, x, y)
+    found = _grad(loss, output, x, y)
     loss.counts.gradients += 1
     at_x, at_y = found[: len(x)], found[len(x) :]
     require_y(loss, at_y)
     _note(loss, x, at_x)
-    return output.detach(), _filled(at_x, x), _filled(at_y, y)
+    taken = set()
+    at_x = _filled(at_x, x, y, taken=taken)
+    return output.detach(), at_x, _filled(at_y, y, taken=taken)
 
 
 def _note(loss: Loss, x: Params, found: Iterable[Tensor | None]) -> None:
@@ -194,7 +203,10 @@ class Linearization:
             self._loss,
             list(self._graph.values()),
             entries,
-            grad_outputs=[vector[name].to(g.dtype) for name, g in self._graph.items()],
+            [
+                v if (v := vector[n]).dtype is g.dtype else v.to(g.dtype)
+                for n, g in self._graph.items()
+            ],
             retain_graph=retain,
         )
 
@@ -249,7 +261,9 @@ class Linearization:
         found = self._product(vector, self._y, self._x, retain=False)
         at_y, at_x = found[: len(self._y)], found[len(self._y) :]
         _note(self._loss, self._x, at_x)
-        return _filled(at_y, self._y, vector), _filled(at_x, self._x, vector)
+        taken = set()
+        product = _filled(at_y, self._y, self._x, vector, taken=taken)
+        return product, _filled(at_x, self._x, taken=taken)
 
 
 def linearize(loss: Loss, at: Point) -> Linearization:
@@ -257,10 +271,12 @@ def linearize(loss: Loss, at: Point) -> Linearization:
 
     The graph is freed with the returned object.
     """
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            return linearize(loss, at)
     x, y = tree.leaves(at.x), tree.leaves(at.y)
-    with torch.enable_grad():
-        output = value(loss, x, y)
-        found = gradient_with_graph(loss, output, y)
+    output = value(loss, x, y)
+    found = gradient_with_graph(loss, output, y)
     loss.counts.gradients += 1
     graph = {n: g for n, g in zip(y, found, strict=True) if g is not None and g.requires_grad}
     absent = frozenset(n for n, g in zip(y, found, strict=True) if g is None)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.types import Loss
+
+_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+"""The backward pass alone, where this torch has it: what `torch.autograd.grad` does to its arguments
+before takes as long as a small pass."""
 
 _FIRST_ORDER = (
     "an estimator that takes no second derivative (penalty, one_step with finite_difference)"
@@ -75,15 +79,44 @@ def _said(text: str) -> str | None:
 
 
 def grad(
-    loss: Loss, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: Any
+    loss: Loss,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """`torch.autograd.grad` with `allow_unused`, for outputs that have a graph.
 
     Raises:
         ProblemError: autograd cannot; or a gradient is sparse, which no method here computes with.
     """
+    plain = not has_torch_function((*outputs, *inputs))
+    for k, output in enumerate(outputs):
+        if output.numel() != 1 if grad_outputs is None else grad_outputs[k].shape != output.shape:
+            plain = False
     try:
-        found = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
+        if _backward is not None and plain:
+            vectors = grad_outputs or [torch.ones_like(output) for output in outputs]
+            found = _backward(
+                tuple(outputs),
+                tuple(vectors),
+                retain_graph or create_graph,
+                create_graph,
+                tuple(inputs),
+                True,
+                accumulate_grad=False,
+            )
+        else:
+            found = torch.autograd.grad(
+                outputs,
+                inputs,
+                grad_outputs,
+                retain_graph=retain_graph or create_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
     except RuntimeError as error:
         raise_known(loss, error)
         # memory, devices and other ranks are no loss's fault; a vector of another shape is the

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.quantity import StochasticQuantity, total
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.types import Params
 
 
@@ -33,7 +33,7 @@ class Average:
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]:
-        now = total(draw.now())
+        now = draw.now()
         if not memory:
             return now, {"direction": now}
         last = memory["direction"]

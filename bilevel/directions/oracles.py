@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.calculus.products import gradient_y, gradients, linearize
 from bilevel.directions.blocks import block_of, every_block
-from bilevel.directions.quantity import Parts, StochasticQuantity
 from bilevel.errors import ConvergenceError
 from bilevel.types import Loss, Params, Point
 
 
-@dataclass(frozen=True)
-class Triple:
+class Triple(NamedTuple):
     """Where a single-loop method is: x, y and the adjoint v."""
 
     x: Params
@@ -81,13 +79,37 @@ class Batches:
         return Batches(lower, upper, [lower] * len(self.factors), self.series)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OracleValues:
-    """Quantities by name, with the values of F and G met on the way."""
+    """What quantities are made of, with the values of F and G met on the way."""
 
-    parts: dict[str, Parts]
+    lower: dict[str, Params]
+    """By name: the slope ∇y G, the products "hvp" and "cross" with v, and "right", ∇y F, where they are wanted."""
     G: Tensor
     F: Tensor | None = None
+    F_x: Params | None = None
+
+    def total(self, quantity: str) -> Params:
+        """A quantity: one share, or the difference of two."""
+        shares = self._unsigned(quantity)
+        return tree.sub(*shares) if len(shares) == 2 else shares[0]
+
+    def shares(self, quantity: str) -> dict[str, Params]:
+        """A quantity as the share of the lower batch and that of the upper one: their sum."""
+        first, *others = self._unsigned(quantity)
+        if not others:
+            return {"lower": first}
+        second = tree.scale(-1.0, others[0])
+        lower, upper = (first, second) if quantity == "adjoint" else (second, first)
+        return {"lower": lower, "upper": upper}
+
+    def _unsigned(self, quantity: str) -> tuple[Params, ...]:
+        if quantity == "lower":
+            return (self.lower["slope"],)
+        if quantity == "adjoint":
+            return self.lower["hvp"], self.lower["right"]
+        assert self.F_x is not None
+        return self.F_x, self.lower["cross"]
 
 
 @dataclass
@@ -118,19 +140,11 @@ class Oracle:
         """What was evaluated at the present point."""
         return self.full if "full" in vars(self) else self.now
 
-    def draw(self, quantity: str) -> StochasticQuantity:
-        return StochasticQuantity(
-            now=lambda: self.now.parts[quantity],
-            before=lambda: self.before.parts[quantity],
-            full=lambda: self.full.parts[quantity],
-            block=lambda share: block_of(getattr(self.sample, share)[0]),
-        )
-
     def _evaluate(self, sample: Batches, at: Triple) -> OracleValues:
         point = Point(at.x, at.y)
         if self.wanted == ("lower",):
             row = _mean(_slopes(sample.lower, point))
-            return OracleValues({"lower": {"lower": row["slope"]}}, row["value"]["G"])
+            return OracleValues(row, row["value"]["G"])
         upper = _mean(self._gradients(loss, point) for loss in sample.upper)
         F, F_x, F_y = upper["value"]["F"], upper["x"], upper["y"]
         if sample.series is None:
@@ -139,12 +153,7 @@ class Oracle:
             v, products = sample.series.apply(sample.factors, point, F_y), ("cross",)
         products = tuple(p for p in products if _QUANTITY[p] in self.wanted)
         lower = _mean(_rows(sample.lower, point, v, products, F_y))
-        parts: dict[str, Parts] = {"lower": {"lower": lower["slope"]}}
-        if "hvp" in lower:
-            parts["adjoint"] = {"lower": lower["hvp"], "upper": tree.scale(-1.0, lower["right"])}
-        if "cross" in lower:
-            parts["upper"] = {"lower": tree.scale(-1.0, lower["cross"]), "upper": F_x}
-        return OracleValues(parts, lower["value"]["G"], F)
+        return OracleValues(lower, lower["value"]["G"], F, F_x)
 
     def _gradients(self, loss: Loss, point: Point) -> dict[str, Params]:
         key = id(loss), id(point.y)
@@ -153,6 +162,29 @@ class Oracle:
             self.upper_gradients[key] = gradients(loss, point), loss, point.y
         F, F_x, F_y = self.upper_gradients[key][0]
         return {"value": {"F": F}, "x": F_x, "y": F_y}
+
+
+@dataclass
+class Draw:
+    """One quantity of an oracle, as `bilevel.directions.quantity.StochasticQuantity` has it."""
+
+    oracle: Oracle
+    quantity: str
+
+    def now(self) -> Params:
+        return self.oracle.now.total(self.quantity)
+
+    def before(self) -> Params:
+        return self.oracle.before.total(self.quantity)
+
+    def full(self) -> Params:
+        return self.oracle.full.total(self.quantity)
+
+    def shares(self) -> dict[str, Params]:
+        return self.oracle.now.shares(self.quantity)
+
+    def block(self, share: str) -> tuple[int, int]:
+        return block_of(getattr(self.oracle.sample, share)[0])
 
 
 _QUANTITY = {"hvp": "adjoint", "cross": "upper"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from bilevel.components import component
-from bilevel.directions.quantity import StochasticQuantity, total
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.types import Params
 
 
@@ -22,4 +22,4 @@ class Plain:
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]:
-        return total(draw.now()), memory
+        return draw.now(), memory

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from bilevel import tree
 from bilevel.types import Params
 
-Parts = dict[str, Params]
-"""A quantity as the share of the lower batch ("lower") and that of the upper batch ("upper")."""
 
-
-@dataclass(frozen=True)
-class StochasticQuantity:
+class StochasticQuantity(Protocol):
     """One quantity on the batches drawn now. Nothing is evaluated, or counted, before it is asked for."""
 
-    now: Callable[[], Parts]
-    """At the present point."""
-    before: Callable[[], Parts]
-    """On the same batches, at the point of the iteration before."""
-    full: Callable[[], Parts]
-    """At the present point, averaged over every block of data."""
-    block: Callable[[str], tuple[int, int]]
-    """(block, number of blocks) of the lower or of the upper batch."""
+    def now(self) -> Params:
+        """At the present point."""
+        ...
+
+    def before(self) -> Params:
+        """On the same batches, at the point of the iteration before."""
+        ...
+
+    def full(self) -> Params:
+        """At the present point, averaged over every block of data."""
+        ...
+
+    def shares(self) -> dict[str, Params]:
+        """`now` as the share of the lower batch ("lower") and that of the upper batch ("upper"): its sum."""
+        ...
+
+    def block(self, share: str) -> tuple[int, int]:
+        """(block, number of blocks) of the lower or of the upper batch."""
+        ...
 
 
 @runtime_checkable
@@ -42,16 +46,3 @@ class Direction(Protocol):
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]: ...
-
-
-def total(parts: Parts) -> Params:
-    """The quantity itself: the sum of its shares."""
-    first, *others = parts.values()
-    for other in others:
-        first = tree.add(first, other)
-    return first
-
-
-def change(draw: StochasticQuantity) -> Params:
-    """What the quantity has changed by since the point before, on the batches drawn now."""
-    return tree.sub(total(draw.now()), total(draw.before()))

@@ -5,11 +5,12 @@ In bilevel methods: SABA (Dagréou et al. 2022, arXiv:2201.13409).
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, ClassVar
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.quantity import StochasticQuantity, total
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.scalars.table import table
 from bilevel.types import Params
 
@@ -32,11 +33,12 @@ class Saga:
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]:
-        corrected, kept = {}, {}
-        for share, now in draw.now().items():
+        corrected, kept = [], {}
+        for share, now in draw.shares().items():
             block, blocks = draw.block(share)
-            corrected[share], kept[share] = _corrected(now, memory.get(share), block, blocks)
-        return total(corrected), kept
+            part, kept[share] = _corrected(now, memory.get(share), block, blocks)
+            corrected.append(part)
+        return reduce(tree.add, corrected), kept
 
 
 def _corrected(

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.quantity import StochasticQuantity, change, total
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.types import Params
 
 
@@ -34,5 +34,8 @@ class Spider:
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]:
         age = memory.get("age", 0)
-        d = tree.add(memory["direction"], change(draw)) if age else total(draw.full())
+        if age:
+            d = tree.add(memory["direction"], tree.sub(draw.now(), draw.before()))
+        else:
+            d = draw.full()
         return d, {"direction": d, "age": (age + 1) % self.period}

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.directions.quantity import StochasticQuantity, change, total
+from bilevel.directions.quantity import StochasticQuantity
 from bilevel.types import Params
 
 
@@ -33,10 +33,10 @@ class Storm:
     def take(
         self, draw: StochasticQuantity, memory: dict[str, Any]
     ) -> tuple[Params, dict[str, Any]]:
-        if not memory or not self.looks_back:
-            d = total(draw.now())
-        else:
+        d = now = draw.now()
+        if memory and self.looks_back:
             kept = tree.scale(1 - self.momentum, memory["direction"])
-            fresh = tree.scale(self.momentum, total(draw.now()))
-            d = tree.axpy(1 - self.momentum, change(draw), tree.add(kept, fresh))
+            fresh = tree.scale(self.momentum, now)
+            change = tree.sub(now, draw.before())
+            d = tree.axpy(1 - self.momentum, change, tree.add(kept, fresh))
         return d, {"direction": d}

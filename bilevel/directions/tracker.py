@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.directions.oracles import Batches, Oracle, Triple
+from bilevel.directions.oracles import Batches, Draw, Oracle, Triple
 from bilevel.directions.quantity import Direction
 from bilevel.types import Estimate, Moved, Params, Stats
 
@@ -45,13 +45,14 @@ class DirectionTracker:
     def take(self, quantity: str, oracle: Oracle) -> Params:
         """The direction of a quantity; its memory goes on."""
         memory = self._memory.get(quantity, {})
-        d, self._memory[quantity] = self._directions[quantity].take(oracle.draw(quantity), memory)
+        draw = Draw(oracle, quantity)
+        d, self._memory[quantity] = self._directions[quantity].take(draw, memory)
         found = oracle.latest
         if quantity == "lower":
             self._lower = found.G.item(), tree.norm(d)
             self._left["lower"] = self._lower[1]
         if quantity == "adjoint" and self._tolerance:
-            right = tree.norm(found.parts["adjoint"]["upper"])
+            right = tree.norm(found.lower["right"])
             self._left["adjoint"] = tree.norm(d) / (right or 1.0)
         if quantity == "upper":
             if self._tolerance and self._upper is not None:
@@ -82,6 +83,7 @@ class DirectionTracker:
             stopped = "tolerance" if settled else "iterations"
             left = self._left["adjoint"]
             stats = replace(stats, residual=left, converged=settled, stopped=stopped)
-        # a copy: a memory may hold it, and who asked may clip it in place
-        own, moved = tree.clone(hypergradient), Moved(at.y, *self._lower, steps)
-        return Estimate(own, self._value, state, stats, moved)
+        if self._memory["upper"]:  # which may hold it, and who asked may clip it in place
+            hypergradient = tree.clone(hypergradient)
+        moved = Moved(at.y, *self._lower, steps)
+        return Estimate(hypergradient, self._value, state, stats, moved)

@@ -16,7 +16,7 @@ from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import refuse_missing_second_derivative
 from bilevel.problem.states import require_state
 from bilevel.scalars.functions import clock
-from bilevel.types import Counts, Estimate, Estimator, Losses, Moved, Point, Stats
+from bilevel.types import Counts, Estimate, Estimator, Losses, Moved, Point, Stats, changed
 from bilevel.unrolling.path import refuse_learned, require_steps
 
 
@@ -31,7 +31,7 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
         CheckError: it returned no `Estimate`, or other names, shapes or dtypes than those of x.
     """
     began, first = clock(), state is None
-    require_resolved(estimator, {e.dtype for params in (at.x, at.y) for e in params.values()})
+    require_resolved(estimator, (e.dtype for params in (at.x, at.y) for e in params.values()))
     require_steps(at.path, estimator.needs.path, type(estimator).__name__)
     refuse_learned(estimator, upper_entries(at.path.optimizer, at.x) if at.path else {})
     if first:
@@ -56,31 +56,35 @@ def estimate(estimator: Estimator, losses: Losses, at: Point, state: Any) -> Est
             "more damping, a shorter path or float64 may help"
         )
     counts = losses.counts
-    stats = replace(
+    stats = changed(
         found.stats,
         gradients=counts.gradients,
         hvps=counts.hvps,
         cross_products=counts.cross_products,
         seconds=clock() - began,
     )
-    return replace(found, stats=stats)
+    return changed(found, stats=stats)
 
 
 def _require_answer(estimator: Estimator, found: Any, at: Point) -> None:
     """Raise `CheckError` where what an estimator, which may be somebody's own, returned is no answer."""
     name = f"{type(estimator).__name__}.estimate"
-    require_kind(found, Estimate, f"what {name} returns")
-    require_kind(found.stats, Stats, f"the stats that {name} returns")
-    tree.require_like(
-        found.hypergradient, at.x, f"{name} must return a hypergradient with the form of x,"
-    )
+    if type(found) is not Estimate:
+        require_kind(found, Estimate, f"what {name} returns")
+    if type(found.stats) is not Stats:
+        require_kind(found.stats, Stats, f"the stats that {name} returns")
+    if not tree.is_like(found.hypergradient, at.x):
+        form = f"{name} must return a hypergradient with the form of x,"
+        raise tree.unlike(found.hypergradient, at.x, form)
     if not isinstance(found.value, Tensor) or found.value.numel() != 1:
         raise CheckError(
             f"{name} must return F as its value, a tensor of one number; got {tree.formed(found.value)}"
         )
-    if found.moved is not None:
-        require_kind(found.moved, Moved, f"the moved that {name} returns")
-        tree.require_like(found.moved.y, at.y, f"{name} must return the y that it moved")
+    if (moved := found.moved) is not None:
+        if type(moved) is not Moved:
+            require_kind(moved, Moved, f"the moved that {name} returns")
+        if not tree.is_like(moved.y, at.y):
+            raise tree.unlike(moved.y, at.y, f"{name} must return the y that it moved")
 
 
 def _require_reached(losses: Losses, at: Point) -> None:

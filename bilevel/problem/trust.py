@@ -25,7 +25,7 @@ class Step:
     estimate: Estimate
     lower: LowerSolution | None = None
 
-    @cached_property
+    @property
     def stats(self) -> Stats:
         return self.estimate.stats
 

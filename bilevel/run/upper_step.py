@@ -19,7 +19,7 @@ from bilevel.run.agreement import require_agreement
 from bilevel.run.setup import Setup, State
 from bilevel.run.warnings import warn
 from bilevel.sharding.again import gathering_again
-from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats
+from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats, changed
 
 
 @dataclass(frozen=True)
@@ -204,4 +204,4 @@ def estimate_at(setup: Setup, state: State, solution: LowerSolution, upper_batch
 def after_moving(solution: LowerSolution, moved: Moved) -> LowerSolution:
     """What the estimator did to y; its gradients are counted with the estimate."""
     stats = LowerStats(moved.steps, 0, moved.loss, moved.gradient_norm)
-    return replace(solution, y=moved.y, stats=stats)
+    return changed(solution, y=moved.y, stats=stats)

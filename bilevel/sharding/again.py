@@ -8,7 +8,7 @@ a loss makes of a whole, as a copy in another dtype, is no longer it and is kept
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,15 @@ def _memory(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
-@contextmanager
-def gathering_again(ranks: Ranks) -> Iterator[None]:
+def gathering_again(ranks: Ranks) -> AbstractContextManager[None]:
     """Within, graphs keep parts where `ranks` hold variables together and say so (`keep: again`)."""
     if ranks.team is None or ranks.team.keep != "again":
-        yield
-        return
+        return nullcontext()
+    return _gathering()
+
+
+@contextmanager
+def _gathering() -> Iterator[None]:
     try:
         with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
             yield

@@ -173,3 +173,18 @@ def test_only_a_missing_second_derivative_is_taken_for_one(text, kind):
         raise RuntimeError(text)
     assert type(caught.value) is kind
     assert text in str(caught.value if kind is RuntimeError else caught.value.__cause__)
+
+
+def of_the_sum(x, y, batch):
+    s = x["a"] + y["a"]
+    return 0.5 * s.square().sum() + s.pow(3).sum()
+
+
+def test_results_of_one_pass_share_no_memory():
+    """autograd gives one tensor to both where a loss is a function of x + y; callers may write into each."""
+    at = Point({"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)})
+    _, at_x, at_y = calculus.gradients(loss_of(of_the_sum), at)
+    product, cross = calculus.linearize(loss_of(of_the_sum), at).pull({"a": torch.ones(3)})
+    for one, other, right in ((at_x, at_y, 30.0), (product, cross, 19.0)):
+        one["a"].zero_()
+        assert torch.equal(other["a"], torch.full((3,), right))

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel import calculus
+from bilevel.calculus import unsupported
 from bilevel.errors import ProblemError
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
@@ -216,7 +217,54 @@ def test_being_out_of_memory_is_no_matter_of_the_loss(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.autograd, "grad", full)
+    monkeypatch.setattr(unsupported, "_backward", full)
     loss = Loss(upper, None, Counts(), "upper")
     with pytest.raises(torch.OutOfMemoryError):
         calculus.gradients(loss, Point(X, Y))
+
+
+def mixed(w, s):
+    return (w.pow(3) * s).sum(), (w * s).sum()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_derivative_is_that_of_torch(alone, monkeypatch):
+    """By the backward pass alone, and by torch's function where there is no such pass."""
+    if not alone:
+        monkeypatch.setattr(unsupported, "_backward", None)
+    w, s, unused = (t.clone().requires_grad_() for t in (Y["w"], X["s"], X["s"]))
+    outputs = mixed(w, s)
+    loss = Loss(upper, None, Counts(), "upper")
+    found = unsupported.grad(loss, outputs, [w, s, unused], create_graph=True)
+    right = torch.autograd.grad(outputs, [w, s, unused], create_graph=True, allow_unused=True)
+    assert torch.equal(found[0], right[0])
+    assert torch.equal(found[1], right[1])
+    assert found[2] is right[2] is None
+    vectors = [torch.full_like(w, 2.0), torch.tensor(-1.0, dtype=torch.float64)]
+    given = [found[0], found[1]], [w], vectors
+    again = unsupported.grad(loss, *given, retain_graph=True)
+    (bent,) = torch.autograd.grad(*given)  # the graph was kept
+    assert torch.equal(again[0], bent)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (3, 2, 1), ()])
+def test_a_vector_of_another_shape_is_refused_also_where_it_could_be_expanded(shape):
+    w = Y["w"].clone().requires_grad_()
+    loss = Loss(upper, None, Counts(), "upper")
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        unsupported.grad(loss, [w.pow(2)], [w], [torch.ones(shape, dtype=torch.float64)])
+
+
+def test_a_subclass_of_tensor_answers_for_itself():
+    asked = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    w = Y["w"].clone().as_subclass(Watched).requires_grad_()
+    total = w.pow(2).sum()
+    unsupported.grad(Loss(upper, None, Counts(), "upper"), [total], [w])
+    assert torch.autograd.grad in asked

@@ -1,11 +1,11 @@
 """Directions against their formulas and identities."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
 from bilevel.directions.average import Average
-from bilevel.directions.quantity import StochasticQuantity
 from bilevel.directions.saga import Saga
 from bilevel.directions.spider import Spider
 from bilevel.directions.storm import Storm
@@ -22,11 +22,18 @@ def made(now, before=None, full=None, block=(0, 1)):
     def give(value):
         def call():
             assert value is not None, "asked for what it does not need"
-            return {"lower": value}
+            return value
 
         return call
 
-    return StochasticQuantity(give(now), give(before), give(full), lambda share: block)
+    shares = {} if now is None else {"lower": now}
+    return SimpleNamespace(
+        now=give(now),
+        before=give(before),
+        full=give(full),
+        shares=lambda: shares,
+        block=lambda share: block,
+    )
 
 
 def test_storm_at_momentum_one_is_the_draw():
