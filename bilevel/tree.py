@@ -468,11 +468,13 @@ def contiguous(value: Any, known: Any = None) -> Any:
     if type(value) is RowTable:  # whose trees were made so as they were put into it
         return value
     if isinstance(value, dict):
-        before = known if isinstance(known, dict) else {}
-        return {
-            key: item if item is (old := before.get(key)) else contiguous(item, old)
-            for key, item in value.items()
-        }
+        before, made = known if isinstance(known, dict) else {}, {}
+        for key, item in value.items():
+            if type(item) is Tensor:  # as most are: no call for each
+                made[key] = item if item.is_contiguous() else item.contiguous()
+            else:
+                made[key] = contiguous(item, before.get(key))
+        return made
     if isinstance(value, list):
         return [contiguous(item) for item in value]
     return value

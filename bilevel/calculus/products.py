@@ -72,9 +72,13 @@ def scalar(loss: Loss, x: Params, y: Params) -> Tensor:
     return result.reshape(()) if result.dim() else result
 
 
-def _grad(loss: Loss, output: Tensor, *inputs: Params, **options: Any) -> list[Tensor | None]:
+def _grad(
+    loss: Loss, output: Tensor, first: Params, *others: Params, **options: Any
+) -> list[Tensor | None]:
     """∂output with None for what is not reached, also where the output has no graph."""
-    entries = [entry for params in inputs for entry in params.values()]
+    entries = list(first.values())
+    for params in others:
+        entries += params.values()
     if not output.requires_grad or not entries:
         return [None] * len(entries)
     return grad(loss, [output], entries, **options)

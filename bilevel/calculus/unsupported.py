@@ -98,7 +98,7 @@ def grad(
             plain = False
     try:
         if _backward is not None and plain:
-            vectors = grad_outputs or [torch.ones_like(output) for output in outputs]
+            vectors = grad_outputs or map(torch.ones_like, outputs)
             found = _backward(
                 tuple(outputs),
                 tuple(vectors),

@@ -122,6 +122,7 @@ class Oracle:
     wanted: tuple[str, ...]
     upper_gradients: dict[tuple[int, int], Any] = field(default_factory=dict)
     """∇F by (loss, point): one batch of F serves all adjoint steps at a point."""
+    _blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def now(self) -> OracleValues:
@@ -139,6 +140,13 @@ class Oracle:
     def latest(self) -> OracleValues:
         """What was evaluated at the present point."""
         return self.full if "full" in vars(self) else self.now
+
+    def block(self, share: str) -> tuple[int, int]:
+        """(block, number of blocks) of the first lower, or upper, batch."""
+        found = self._blocks.get(share)
+        if found is None:
+            found = self._blocks[share] = block_of(getattr(self.sample, share)[0])
+        return found
 
     def _evaluate(self, sample: Batches, at: Triple) -> OracleValues:
         point = Point(at.x, at.y)
@@ -184,7 +192,7 @@ class Draw:
         return self.oracle.now.shares(self.quantity)
 
     def block(self, share: str) -> tuple[int, int]:
-        return block_of(getattr(self.oracle.sample, share)[0])
+        return self.oracle.block(share)
 
 
 _QUANTITY = {"hvp": "adjoint", "cross": "upper"}

@@ -240,16 +240,16 @@ LOWER = (
 
 def reasons(step: Step) -> tuple[str, ...]:
     """Why not to trust one estimate, in the words that a run would use; empty where nothing is."""
-    return tuple(found(step, (*TABLE, *LOWER)).values())
+    return tuple(message(step) for message in found(step, (*TABLE, *LOWER)).values())
 
 
-def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, str]:
-    """The kinds of warning that hold at a step, with their messages, in the order of the table."""
+def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, Callable[[Step], str]]:
+    """The kinds of warning that hold at a step, in the order of the table, with what gives their messages."""
     if step.is_silent:
         return {}
     holding = [row for row in table if row.holds(step)]
     kinds = {row.kind for row in holding}
-    return {row.kind: row.message(step) for row in holding if not kinds.intersection(row.unless)}
+    return {row.kind: row.message for row in holding if not kinds.intersection(row.unless)}
 
 
 def _violation(step: Step) -> float:

@@ -47,7 +47,7 @@ def test_they_do_not_grow_with_the_number_of_blocks():
     assert each("saba", 16) <= each("saba", 64) + 8
 
 
-@pytest.mark.parametrize(("name", "most"), [("soba", 230), ("saba", 345)])
+@pytest.mark.parametrize(("name", "most"), [("soba", 188), ("saba", 280)])
 def test_calls_within_the_package_of_an_iteration(name, most):
     assert each(name) <= most
 
