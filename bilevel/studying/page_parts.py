@@ -74,8 +74,8 @@ def headroom(gate: HeadroomFound) -> str:
         for arm, differences in gate.passed.items():
             each = ", ".join(f"{value:+.4g}" for value in differences)
             lines.append(
-                f"\n`{arm}`, which knows less than that bound, is ahead of it by {fmean(differences):+.4g} ({each}): as far as "
-                "so few seeds tell, it bounds nothing.\n"
+                f"\n`{arm}`, an arm that is no bound, is ahead of it by {fmean(differences):+.4g} ({each}): as far as "
+                f"so few seeds tell, `{gate.bound}` bounds nothing.\n"
             )
         if gate.missing:
             lines.append(f"Arms that are not computed can only lower it. {lacking(left)}")

@@ -6,7 +6,7 @@ What takes long is cached, so only the first run with the same settings waits fo
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,7 +182,7 @@ def _data(
     device: torch.device,
 ) -> Generator[Progress, None, tuple[Data, tuple[Scene, ...]]]:
     """A split with its scenes; where the options alone determine them, those of the run before if they are the same."""
-    options = problem.source, problem.encoder, problem.model, problem.seed
+    options = problem.source, problem.encoder, problem.model, problem.seed, problem.upper_turns
     drawn_from = (*options, size, device, cache.folder())
     is_drawn = _is_drawn(problem)
     if is_drawn and split in _LAST and _LAST[split][0] == drawn_from:
@@ -191,7 +191,9 @@ def _data(
     corpus = yield from _corpus(problem, split, size)
     pictures = yield from loaded.encode(corpus)
     stream = rng.stream(problem.seed, f"dialogues.{split}")
-    turns = dialogues(corpus.scenes, problem.source, stream)
+    alone = split == "upper" and problem.upper_turns == "questions"
+    scenes = _undescribed(corpus.scenes) if alone else corpus.scenes
+    turns = dialogues(scenes, problem.source, stream)
     rows = conversations(turns, loaded.tokenizer, loaded.template)
     lines = captions(corpus.scenes, problem.source, loaded.tokenizer)
     origin = origin_numbers(corpus.scenes)
@@ -199,6 +201,16 @@ def _data(
     if is_drawn:
         _LAST[split] = drawn_from, made
     return made
+
+
+def _undescribed(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
+    """The same to be asked about and not described."""
+    if any(scene.turns for scene in scenes):
+        raise ProblemError(
+            "problem.upper_turns=questions, and upper pictures come with conversations of their own, of which "
+            "nothing says what are questions; use upper_turns: all"
+        )
+    return tuple(replace(scene, caption="") for scene in scenes)
 
 
 def _is_drawn(problem: HierarchicalFineTuning) -> bool:

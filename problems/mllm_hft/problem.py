@@ -97,6 +97,9 @@ class HierarchicalFineTuning:
     """Pictures of a lower step's contrast, each with its caption and hallucinated captions."""
     upper_batch: PositiveInt = 32
     """Conversations of an upper step."""
+    upper_turns: Literal["all", "questions"] = "all"
+    """What the upper loss is of: whole conversations, with descriptions; or questions and their answers
+    alone, as POPE asks them, so that it does not punish who describes a picture less surely."""
     micro_batch: PositiveInt | Literal["auto"] | None = None
     """Conversations, or pictures with their captions, that pass the language model at a time, none of
     whose graph is kept: the same losses to rounding, in the memory of so many. None: all of a batch;

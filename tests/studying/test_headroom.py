@@ -124,9 +124,8 @@ def test_an_arm_that_passes_the_bound_is_told(tmp_path):
     assert gate.passed == {"implicit": pytest.approx((0.75, 0.25))}
     assert gate.mean == pytest.approx(3.5)
     assert gate.error == pytest.approx(0.0)
-    assert (
-        "`implicit`, which knows less than that bound, is ahead of it by +0.5"
-        in page_parts.headroom(gate)
+    assert "`implicit`, an arm that is no bound, is ahead of it by +0.5" in page_parts.headroom(
+        gate
     )
     for seed in small.DEVELOPMENT:
         plan.book.drop(StudyCell("easy", "again", "tune", seed, 0))

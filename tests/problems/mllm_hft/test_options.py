@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
 OF_DATA_AND_MODEL = {
     *("source", "encoder", "model", "seed", "train", "upper", "warm_up", "warm_up_rate"),
     *("contrast_first", "kept"),
-    *("lower_batch", "upper_batch", "formulation"),
+    *("lower_batch", "upper_batch", "upper_turns", "formulation"),
 }
 """What every formulation is made of: its data, the model that it begins at, F's batches."""
 OF_MEASURES = {"test", "split", "questions", "generate_answers", "caption_tokens"}

@@ -1,8 +1,11 @@
 """Runs that follow each other in a process on the same pictures share them, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bilevel.errors import ProblemError
 from bilevel.rng import Streams, stream
 from bilevel_problems.mllm_hft import preparation
 from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
@@ -10,6 +13,7 @@ from bilevel_problems.mllm_hft.models.encoders import EfficientNet, ViT
 from bilevel_problems.mllm_hft.models.tiny import Tiny
 from bilevel_problems.mllm_hft.sources.mixture import Mixture
 from bilevel_problems.mllm_hft.sources.photos import Photos
+from bilevel_problems.mllm_hft.sources.protocol import Scene
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.miniature import miniature, prepared
 
@@ -63,6 +67,37 @@ def test_others_are_drawn_anew_and_are_what_they_are_without_a_run_before(told, 
     ours, theirs = after._prepared.train, alone._prepared.train
     assert torch.equal(ours.pictures.features, theirs.pictures.features)
     assert torch.equal(ours.dialogues.ids, theirs.dialogues.ids)
+
+
+def said(problem, data):
+    """The words that the task loss counts, by conversation."""
+    tokenizer = problem._prepared.loaded.tokenizer
+    return [
+        tokenizer.decode(ids[counted].tolist()).split()
+        for ids, counted in zip(data.dialogues.ids, data.dialogues.counted, strict=True)
+    ]
+
+
+def test_the_upper_loss_may_be_of_answers_alone(told):
+    whole, asked = prepared(), prepared(upper_turns="questions")
+    described, answers = (said(p, p._prepared.upper) for p in (whole, asked))
+    for some, all_of_them in zip(answers, described, strict=True):
+        assert some
+        assert set(some) <= {"yes", "no"}
+        is_alone = not {"yes", "no"} & set(all_of_them)  # described without a question
+        assert is_alone or all_of_them[: len(some)] == some
+        assert set(all_of_them) > set(some) or is_alone
+    # nothing else is other than it was
+    assert said(asked, asked._prepared.train) == said(whole, whole._prepared.train)
+    ours, theirs = (p._prepared.upper.pictures.features for p in (whole, asked))
+    assert torch.equal(ours, theirs)
+
+
+def test_conversations_of_the_pictures_own_cannot_be_told_apart(told):
+    scene = Scene((), "a caption", {}, turns=(("What is this?", "A cat."),))
+    assert preparation._undescribed((replace(scene, turns=()),))[0].caption == ""
+    with pytest.raises(ProblemError, match="upper_turns=questions"):
+        preparation._undescribed((replace(scene, turns=()), scene))
 
 
 def test_another_cache_is_filled(told, tmp_path, monkeypatch):
