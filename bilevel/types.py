@@ -505,8 +505,8 @@ def is_approximate(solver: LinearSolver) -> bool:
 C = TypeVar("C")
 
 
-def changed(value: C, **values: Any) -> C:
-    """`dataclasses.replace` for the types above, which compute nothing from their fields: it calls no `__init__`."""
+def changed(value: C, /, **values: Any) -> C:
+    """`dataclasses.replace` that calls no `__init__`: for those that compute nothing from their fields."""
     assert values.keys() <= value.__dict__.keys(), values
     made = object.__new__(type(value))
     made.__dict__.update(value.__dict__, **values)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.scalars.table import RowTable
+from bilevel.types import changed
 
 Take = Callable[[Any], list[Any] | None]
 """A nested value ↦ its leaves that are given, in order; None where it has another layout."""
@@ -178,9 +179,9 @@ def _write_made(like: Any, code: _Code, places: Iterator[int]) -> str | None:
         made = {name: one for name, one in made.items() if one}
         if not made:
             return None
-        entries = ", ".join(f"{name!r}: {one}" for name, one in made.items())
-        put = code.name(_with_fields if hasattr(like, "__dict__") else _with_slots)
-        return f"{put}({code.name(like)}, {{{entries}}})"
+        entries = ", ".join(f"{name}={one}" for name, one in made.items())
+        put = code.name(changed if hasattr(like, "__dict__") else _with_slots)
+        return f"{put}({code.name(like)}, {entries})"
     if kind in (dict, list, tuple):
         rows = list(like.items() if kind is dict else enumerate(like))
         made = [_write_made(part, code, places) for _, part in rows]
@@ -198,15 +199,7 @@ def _write_made(like: Any, code: _Code, places: Iterator[int]) -> str | None:
     return f"{code.name(_refilled)}({code.name(like)}, [{taken}])"
 
 
-def _with_fields(like: Any, entries: dict[str, Any]) -> Any:
-    """A dataclass with other values, whose __init__ is not run again."""
-    made = object.__new__(type(like))
-    made.__dict__.update(like.__dict__)
-    made.__dict__.update(entries)
-    return made
-
-
-def _with_slots(like: Any, entries: dict[str, Any]) -> Any:
+def _with_slots(like: Any, **entries: Any) -> Any:
     made = copy.copy(like)
     for name, entry in entries.items():
         object.__setattr__(made, name, entry)

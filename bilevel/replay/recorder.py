@@ -13,6 +13,7 @@ from `make_fx` in:
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -88,7 +90,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = fx.Graph()
         self.written: set[int] = set()
-        """Memory that the step writes into, by its address."""
+        """Memory that the step writes into, by its number."""
         self.constants: list[Tensor] = []
         """Tensors that the step finds, and that are none of its inputs: data, weights."""
         self._constant_nodes: dict[int, fx.Node] = {}
@@ -96,6 +98,9 @@ class Recorder(TorchDispatchMode):
         self._known = WeakTensorKeyDictionary()
         self._tables: dict[int, tuple[fx.Node, RowTable]] = {}
         """By their ids, which stay theirs as long as they are kept."""
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        """By address: what lies there, and its number."""
+        self._count = itertools.count()
         self._is_paused = False
         self._reads = _Reads(self)
 
@@ -121,7 +126,7 @@ class Recorder(TorchDispatchMode):
             return leaf
         if isinstance(leaf, Tensor):  # another object: the step may find the same one elsewhere
             leaf = self.apart(leaf.detach)
-            self._given.add(_memory(leaf))
+            self._given.add(self._memory(leaf))
         return self._bound(node, leaf)
 
     def node_of(self, leaf: Any) -> Any:
@@ -223,10 +228,23 @@ class Recorder(TorchDispatchMode):
 
     def _note_written(self, changed: Tensor) -> None:
         self._refuse_kept(changed)
-        self.written.add(_memory(changed))
+        self.written.add(self._memory(changed))
+
+    def _describe(self, node: fx.Node, found: Tensor) -> None:
+        """What is known of the tensor that a node gives."""
+        node.meta.update(memory=self._memory(found), size=found.numel(), dtype=found.dtype)
+        node.meta.update(form=(found.shape, found.stride(), found.dtype), device=found.device)
+
+    def _memory(self, value: Tensor) -> int:
+        """A number of a tensor's memory: that of no other, though a later one may lie at its address."""
+        storage = value.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        if known is None or known[0].expired():
+            known = self._storages[storage.data_ptr()] = StorageWeakRef(storage), next(self._count)
+        return known[1]
 
     def _refuse_kept(self, changed: Tensor) -> None:
-        if self._known.get(changed) is None or _memory(changed) in self._given:
+        if self._known.get(changed) is None or self._memory(changed) in self._given:
             raise NotReplayable(f"{where()} writes into a tensor that is kept from step to step")
 
     def _is_fixed(self, node: fx.Node) -> bool:
@@ -251,7 +269,7 @@ class Recorder(TorchDispatchMode):
     def _bound(self, node: fx.Node, found: Any) -> Any:
         """Notes which node gives a result; numbers come back as scalars."""
         if isinstance(found, Tensor):
-            _describe(node, found)
+            self._describe(node, found)
             if self._known.get(found) is None:  # what is written into in place stays who it is
                 self._known[found] = node
             return found
@@ -270,7 +288,7 @@ class Recorder(TorchDispatchMode):
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self.constants)}")
-            _describe(node, leaf)
+            self._describe(node, leaf)
             self._constant_nodes[id(leaf)] = node
             self.constants.append(leaf)  # kept, so that the id stays its own
         return self._constant_nodes[id(leaf)]
@@ -316,16 +334,6 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for part in parts:
         yield from _leaves(part)
-
-
-def _describe(node: fx.Node, found: Tensor) -> None:
-    """What is known of the tensor that a node gives."""
-    node.meta.update(memory=_memory(found), size=found.numel(), dtype=found.dtype)
-    node.meta.update(form=(found.shape, found.stride(), found.dtype), device=found.device)
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

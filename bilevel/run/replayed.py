@@ -6,8 +6,8 @@ another shape of a batch, a number that is not finite) the replay departs, nothi
 the step is taken by itself, with the same batches, and recorded. So checks raise at the step that
 they would raise at.
 
-What Python remembers is in no tensor: a record itself, its first replay and every 50th after it are
-compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
+What Python remembers is in no tensor: a record itself, its first replay, some after it and the last step
+of the run are compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
 
 The step of x is part of the record, unless its rate changes from step to step, or Python that may remember
 is called at it: an optimizer of `torch.optim` or of somebody's own, or the problem's `project_upper`.
@@ -36,7 +36,9 @@ from bilevel.run.upper_step import Taken, moved, take_rounds
 from bilevel.scalars.table import RowTable
 
 EVERY = 50
-"""Replays from one comparison with the step itself to the next."""
+"""Replays from the first comparison with the step itself to the second; from each to the next twice as many."""
+SPARSEST = 400
+"""The most from one to the next: what they take is then a few hundredths of the replays."""
 LIMIT = 16
 """Records that are kept."""
 TRIED = 4
@@ -112,8 +114,8 @@ class ReplayedSteps:
             if kept is not self._programs[0]:
                 self._programs.remove(kept)
                 self._programs.insert(0, kept)
-            if kept.due:
-                kept.due -= 1
+            kept.unseen += 1
+            if kept.unseen < kept.spacing and state.step + 1 < setup.upper.steps:
                 return found
             truth = step(inputs, feed.again())
             near = kept.near(state)
@@ -163,8 +165,8 @@ class ReplayedSteps:
                 return truth
             if kept.is_trusted:
                 raise ProblemError(
-                    f"runtime.compile: step {state.step + 1}: {kept.other}. Up to {EVERY} steps before it may "
-                    "be others too: make the loss a function of (x, y, batch), or start again with "
+                    f"runtime.compile: step {state.step + 1}: {kept.other}. Up to {kept.unseen - 1} steps before it "
+                    "may be others too: make the loss a function of (x, y, batch), or start again with "
                     "runtime.compile: off"
                 )
             self._end(state, OTHER)
@@ -172,7 +174,8 @@ class ReplayedSteps:
         if self._compiler and not kept.is_trusted and not kept.is_settled:
             self._compiled(state, kept, self._compiler)
         else:
-            kept.is_trusted, kept.due = True, EVERY - 1
+            kept.spacing = min(2 * kept.spacing, SPARSEST) if kept.is_trusted else EVERY
+            kept.is_trusted, kept.unseen = True, 0
         return truth
 
     def _compiled(self, state: State, kept: _Kept, by: Compiler) -> None:
@@ -205,8 +208,10 @@ class _Kept:
 
     def __init__(self, program: Program, memory: PythonState) -> None:
         self._program, self._memory = program, memory
-        self.due, self.is_trusted = 0, False
-        """Replays until the next comparison; whether there was one."""
+        self.unseen, self.spacing = 0, 1
+        """Replays since the last comparison with the step; at how many the next is due."""
+        self.is_trusted = False
+        """Whether there was one that held."""
         self.is_settled = False
         """Whether it was compiled, or cannot be."""
 

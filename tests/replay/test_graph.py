@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from bilevel.replay.program import Feed, record
-from bilevel.replay.recorder import LARGE
+from bilevel.replay.recorder import LARGE, Recorder
 
 
 def left(function, size=3):
@@ -68,3 +68,16 @@ def test_products_with_one_go_unless_they_are_somebody_s_own():
     assert left(lambda x: x * torch.ones_like(one))["mul"] == 1
     assert left(lambda x: ((x > 0.5) * torch.ones_like(one)).exp())["mul"] == 1
     assert left(lambda x: (x * torch.full_like(one, 2.0)).exp())["mul"] == 1
+
+
+def test_memory_that_is_taken_again_is_another():
+    """Freed, and given by torch to the next tensor: what was true of the first is not of the second."""
+    recorder, x = Recorder(), torch.ones(3)
+    seen, addresses = set(), set()
+    for _ in range(50):
+        here = x + 1
+        seen.add(recorder._memory(here))
+        assert recorder._memory(here[1:]) == recorder._memory(here)
+        addresses.add(here.untyped_storage().data_ptr())
+        del here
+    assert len(addresses) < len(seen) == 50

@@ -42,17 +42,30 @@ def test_a_run_from_a_record_is_the_run(name):
     both(SETUPS[name])
 
 
-def test_the_losses_are_evaluated_in_no_replay():
+def evaluations(steps):
+    """Of the losses, in each step of a run of so many."""
     problem = Counted(LOGISTIC)
-    s = replace(setup(problem, Implicit(solver=FIXED), steps=9), compile="step")
+    s = replace(setup(problem, Implicit(solver=FIXED), steps=steps), compile="step")
     state, taken = start(s), []
     for event in run(s, state):
         if isinstance(event, Stepped):
             taken.append(len(problem.calls))
             problem.calls.clear()
-    # step 1 by itself; 2 recorded and by itself; 3 compared; then replays alone
+    return taken
+
+
+def test_the_losses_are_evaluated_in_no_replay():
+    taken = evaluations(steps=9)
+    # step 1 by itself; 2 recorded and by itself; 3 compared; then replays alone, and the last compared
     assert taken[1] == 2 * taken[2] > 0
-    assert taken[3:] == [0] * 6
+    assert taken[3:] == [0] * 5 + [taken[2]]
+
+
+def test_comparisons_grow_apart_up_to_a_limit_and_end_with_the_run(monkeypatch):
+    monkeypatch.setattr(replayed, "EVERY", 2)
+    monkeypatch.setattr(replayed, "SPARSEST", 6)
+    compared = [step for step, calls in enumerate(evaluations(steps=30), start=1) if calls]
+    assert compared == [1, 2, 3, 5, 9, 15, 21, 27, 30]
 
 
 # what differs from step to step
@@ -218,9 +231,16 @@ def test_what_changes_later_ends_the_run(monkeypatch):
     monkeypatch.setattr(replayed, "EVERY", 4)
     s = replace(setup(ByEntry(4), Implicit(solver=FIXED), steps=20), compile="step")
     state = start(s)
-    with pytest.raises(ProblemError, match=r"step 7: .* Up to 4 steps before it may be others too"):
+    with pytest.raises(ProblemError, match=r"step 7: .* Up to 3 steps before it may be others too"):
         list(run(s, state))
     assert state.step == 6
+    # at the end of a run too, where no comparison is due yet
+    monkeypatch.setattr(replayed, "EVERY", 50)
+    last = replace(setup(ByEntry(6), Implicit(solver=FIXED), steps=10), compile="step")
+    with pytest.raises(
+        ProblemError, match=r"step 10: .* Up to 6 steps before it may be others too"
+    ):
+        list(run(last, start(last)))
     # control: where nothing changes nothing is found
     assert (
         ended(replace(setup(ByEntry(99), Implicit(solver=FIXED), steps=20), compile="step"))[3]
@@ -270,8 +290,8 @@ def test_what_python_says_of_the_step_of_x_is_asked_at_every_step(s, calls, monk
     asked, step = [], replayed.moved
     monkeypatch.setattr(replayed, "moved", lambda *given: asked.append(None) or step(*given))
     ended(replace(s, compile="step"))
-    # of one that is replayed: the first step, the record with what it is compared with, the first replay
-    assert len(asked) == (s.upper.steps if calls else 4)
+    # of one that is replayed: the first step, the record with what it is compared with, the first replay, the last
+    assert len(asked) == (s.upper.steps if calls else 5)
 
 
 @pytest.mark.parametrize("after", [2, 5])

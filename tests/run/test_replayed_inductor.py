@@ -126,7 +126,7 @@ def engine_warnings(s):
 def test_what_is_wrong_later_ends_the_run(monkeypatch):
     monkeypatch.setattr(replayed, "EVERY", 3)
     monkeypatch.setattr(engine, "by_inductor", off_by(1e-3, after=2))
-    with pytest.raises(ProblemError, match=r"Up to 3 steps before it may be others too") as caught:
+    with pytest.raises(ProblemError, match=r"Up to 2 steps before it may be others too") as caught:
         ended(COMPILED_RUN)
     assert "farther from the step's than rounding" in str(caught.value)
 
