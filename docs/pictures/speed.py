@@ -57,15 +57,21 @@ def draw_ratios(data: dict[str, Any]) -> Figure:
 
 
 def _panel(axes: Any, row: str, found: dict[str, Any], runs: int) -> None:
+    every = [value for points in found.values() for _, value in points]
+    low, high = min(*every, 0.8) / 1.3, max(*every, 1.25) * 1.3
+    ends = {kind: points[-1][1] for kind, points in found.items()}
+    are_near = max(ends.values()) / min(ends.values()) < (high / low) ** 0.2
     for kind, points in found.items():
         label, color, dash, mark = LINES[kind]
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=color, linestyle=dash, marker=mark, markersize=3.5, label=label)
-        words = {"textcoords": "offset points", "fontsize": 7.5, "va": "bottom"}
-        axes.annotate(f"{ys[-1]:.2g}", (xs[-1], ys[-1]), (4, 1), color=color, **words)
+        is_below = are_near and kind != max(
+            ends, key=ends.__getitem__
+        )  # or one would hide the other
+        off, side = (-1, "top") if is_below else (1, "bottom")
+        words = {"textcoords": "offset points", "fontsize": 7.5, "va": side, "color": color}
+        axes.annotate(f"{ys[-1]:.2g}", (xs[-1], ys[-1]), (4, off), **words)
     axes.axhline(1, color=PALE, linewidth=1)
-    every = [value for points in found.values() for _, value in points]
-    low, high = min(*every, 0.8) / 1.3, max(*every, 1.25) * 1.3
     axes.set(title=row, yscale="log", xlim=(-0.5, runs - 0.5 + 0.15 * runs), ylim=(low, high))
     ticks = [t for t in TICKS if low <= t <= high]
     ticks = ticks if len(ticks) < 5 else [t for t in ticks if f"{t:g}".strip("0.") == "1"]
