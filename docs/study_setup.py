@@ -155,13 +155,10 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def main() -> None:
-    import matplotlib as mpl
-
+    from bilevel.studying import figure
     from bilevel.studying import file as files
 
-    figure = composed(files.read(STUDY).content)
-    with mpl.rc_context({"svg.hashsalt": FILE.stem}):
-        figure.savefig(FILE, metadata={"Date": None})
+    figure.save(composed(files.read(STUDY).content), FILE)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from rich.console import Console
 from bilevel import registry
 from bilevel.registry import presets
 from bilevel.registry.build import build
+from bilevel.studying.figure import numbered
 from docs.pages import put
-from docs.pictures import PICTURES, choice, keep, panel, style
+from docs.pictures import PICTURES, choice, keep, panel
 
 ROOT = Path(__file__).parent.parent
 NAMES = list(PICTURES)
@@ -40,10 +41,10 @@ def test_it_is_drawn_from_them(name):
 def test_names_of_clip_paths_do_not_depend_on_last_digits():
     """What CPUs with other instructions round otherwise is no other picture; another use of a name is."""
     one = '<clipPath id="pdd53304dba"/><a u="url(#pdd53304dba)"/><b id="m8a29d0efc5"/>'
-    assert style.numbered(one) == '<clipPath id="p0"/><a u="url(#p0)"/><b id="m1"/>'
-    assert style.numbered(one) == style.numbered(one.replace("pdd53304dba", "p8a29d0efc5"))
+    assert numbered(one) == '<clipPath id="p0"/><a u="url(#p0)"/><b id="m1"/>'
+    assert numbered(one) == numbered(one.replace("pdd53304dba", "p8a29d0efc5"))
     other = one.replace("#pdd53304dba", "#p8a29d0efc5")
-    assert style.numbered(one) != style.numbered(other)
+    assert numbered(one) != numbered(other)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from bilevel.studying.figure import numbered
+
 INK, PALE, PAPER = "#24292e", "#8c939a", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#00795a", "#a8437f", "#3d9bd4"
 """After Okabe and Ito (2008), whom the colour-blind can follow; green and purple are darker."""
@@ -96,16 +98,3 @@ def svg(figure: Figure, title: str) -> str:
     )
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>\n"
     return numbered(text.replace("<metadata>", style + "<metadata>", 1))
-
-
-def numbered(text: str) -> str:
-    """The names of clip paths, markers and hatches as numbers, in order of appearance.
-
-    matplotlib makes them from every digit of their coordinates, of which CPUs with other instructions round the last otherwise.
-    """
-    names: dict[str, str] = {}
-    return re.sub(
-        r"\b([pmh])[0-9a-f]{10}\b",
-        lambda found: names.setdefault(found[0], f"{found[1]}{len(names)}"),
-        text,
-    )

@@ -1,5 +1,6 @@
 """What docs/ holds of the shipped studies: a cell is computed again, and pages are what the cells say."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bilevel.studying.results import Book, StudyCell
 from bilevel.studying.summary import findings
 
 ROOT = Path(__file__).parent.parent.parent
+PINNED = f"matplotlib=={version('matplotlib')}" in (ROOT / "constraints.txt").read_text().split()
 
 
 def plan_of(name):
@@ -43,7 +45,7 @@ def test_a_seed_of_an_arm_is_computed_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", shipped_studies())
-def test_pages_are_what_the_cells_say(name, monkeypatch):
+def test_pages_and_pictures_are_what_the_cells_say(name, monkeypatch, tmp_path):
     """Nothing is typed by hand: what the command would write is there."""
     monkeypatch.chdir(ROOT)
     plan = plan_of(name)
@@ -58,5 +60,9 @@ def test_pages_are_what_the_cells_say(name, monkeypatch):
         return page.filled(text, study, found, list(drawn), command)
 
     assert filled(text) == text
-    assert all(path.is_file() for path in drawn)
+    for path, made in drawn.items():
+        figure.save(made, tmp_path / path.name)
+        assert path.is_file()
+        if PINNED:  # another matplotlib draws other bytes
+            assert (tmp_path / path.name).read_text("utf-8") == path.read_text("utf-8")
     assert filled(text.replace("known by now", "that are")) == text
