@@ -96,27 +96,16 @@ def grad(
     for k, output in enumerate(outputs):
         if output.numel() != 1 if grad_outputs is None else grad_outputs[k].shape != output.shape:
             plain = False
+    differentiate = backward if plain and _backward else torch.autograd.grad
     try:
-        if _backward is not None and plain:
-            vectors = grad_outputs or map(torch.ones_like, outputs)
-            found = _backward(
-                tuple(outputs),
-                tuple(vectors),
-                retain_graph or create_graph,
-                create_graph,
-                tuple(inputs),
-                True,
-                accumulate_grad=False,
-            )
-        else:
-            found = torch.autograd.grad(
-                outputs,
-                inputs,
-                grad_outputs,
-                retain_graph=retain_graph or create_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+        found = differentiate(
+            outputs,
+            inputs,
+            grad_outputs,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
     except RuntimeError as error:
         raise_known(loss, error)
         # memory, devices and other ranks are no loss's fault; a vector of another shape is the
@@ -134,3 +123,21 @@ def grad(
                 "nn.Embedding, nn.EmbeddingBag or their functions sparse=False"
             )
     return list(found)
+
+
+def backward(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool,
+    create_graph: bool,
+    allow_unused: bool,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of plain tensors that fit each other: the pass alone."""
+    assert _backward is not None
+    vectors = grad_outputs or map(torch.ones_like, outputs)
+    roots, leaves = (tuple(outputs), tuple(vectors)), tuple(inputs)
+    return _backward(
+        *roots, retain_graph, create_graph, leaves, allow_unused, accumulate_grad=False
+    )

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bilevel.calculus import unsupported
 from bilevel.cli.run_loop import RunLoop
 from bilevel.problem import estimation
 from bilevel.problem.levels import Levels
@@ -127,7 +128,7 @@ def profiling(console: Console, folder: Path) -> Iterator[None]:
 @contextmanager
 def _watching(clock: StepClock, stepped: Callable[[], None]) -> Iterator[None]:
     """Every place where the run calls what is timed, with a clock; as they were afterwards."""
-    advance, taken, grad = engine.advance, 0, torch.autograd.grad
+    advance, taken = engine.advance, 0
 
     def watched_advance(*given: Any) -> Iterator[Any]:
         nonlocal taken
@@ -143,15 +144,19 @@ def _watching(clock: StepClock, stepped: Callable[[], None]) -> Iterator[None]:
         clock.steps, taken = clock.steps + 1, taken + 1
         stepped()
 
-    gradient, product = clock.timed("gradients", grad), clock.timed("products", grad)
+    def watched(grad: Callable[..., Any]) -> Callable[..., Any]:
+        gradient, product = clock.timed("gradients", grad), clock.timed("products", grad)
 
-    def watched_grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
-        chosen = gradient if grad_outputs is None else product
-        return chosen(outputs, inputs, grad_outputs, **options)
+        def either(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
+            chosen = gradient if grad_outputs is None else product
+            return chosen(outputs, inputs, grad_outputs, **options)
+
+        return either
 
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (engine, "advance", watched_advance),
-        (torch.autograd, "grad", watched_grad),
+        (torch.autograd, "grad", watched(torch.autograd.grad)),
+        (unsupported, "backward", watched(unsupported.backward)),
         (Loss, "__call__", clock.timed("losses", Loss.__call__)),
         (Levels, "solve", clock.timed("lower", Levels.solve)),
         (estimation, "estimate", clock.timed("estimate", estimation.estimate)),
