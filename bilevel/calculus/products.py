@@ -207,10 +207,7 @@ class Linearization:
             self._loss,
             list(self._graph.values()),
             entries,
-            [
-                v if (v := vector[n]).dtype is g.dtype else v.to(g.dtype)
-                for n, g in self._graph.items()
-            ],
+            grad_outputs=[vector[name].to(g.dtype) for name, g in self._graph.items()],
             retain_graph=retain,
         )
 

@@ -33,7 +33,7 @@ def block_of(loss: Loss) -> tuple[int, int]:
 def _block_of(batch: Any, level: str) -> tuple[int, int]:
     if batch is None:
         return 0, 1
-    if not isinstance(batch, (dict, Mapping)) or not {"block", "blocks"} <= batch.keys():
+    if not isinstance(batch, Mapping) or not {"block", "blocks"} <= batch.keys():
         raise ProblemError(
             f"{level}: saga and spider have to know which block of the data a batch is, and "
             f"this one, a {type(batch).__name__}, does not say; let {level}_batches yield "

@@ -15,19 +15,14 @@ def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -
     """What is wrong with an estimate: said the first time, counted every time."""
     step = Step(setup.estimator, estimate, lower)
     kinds = found(step)
-    if lower.stats.skipped:
-        kinds["lower steps"] = _left_out
+    if skipped := lower.stats.skipped:
+        kinds["lower steps"] = lambda _: (
+            f"{skipped} of the lower steps were left out, since G or its gradient was not finite "
+            "(lower.nonfinite: skip)"
+        )
     if slower := replay_refusal(setup.problem):
         kinds["tasks"] = lambda _: slower
     for kind, message in kinds.items():
         if kind not in state.warned:
             yield Warned(state.step, kind, message(step))
         state.warned[kind] = state.warned.get(kind, 0) + 1
-
-
-def _left_out(step: Step) -> str:
-    skipped = step.lower.stats.skipped if step.lower else 0
-    return (
-        f"{skipped} of the lower steps were left out, since G or its gradient was not finite "
-        "(lower.nonfinite: skip)"
-    )
