@@ -355,7 +355,9 @@ def through_from(
         require_y(losses.upper, found[size:])
     at_x = found[: len(x)]
     _note(losses.lower, x, at_x)
-    return _filled(at_x, x), _filled(found[len(x) : size], start)
+    taken = set()
+    at_x = _filled(at_x, x, start, taken=taken)
+    return at_x, _filled(found[len(x) : size], start, taken=taken)
 
 
 def vjp(

@@ -8,7 +8,7 @@ from torch.func import functional_call, jacrev
 from bilevel import calculus, tree
 from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.problem.purity import refuse_impure
-from bilevel.types import Counts, Loss, Point
+from bilevel.types import Counts, Loss, Losses, Point
 
 
 def loss_of(function, level="lower", batch=None):
@@ -185,6 +185,12 @@ def test_results_of_one_pass_share_no_memory():
     at = Point({"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)})
     _, at_x, at_y = calculus.gradients(loss_of(of_the_sum), at)
     product, cross = calculus.linearize(loss_of(of_the_sum), at).pull({"a": torch.ones(3)})
-    for one, other, right in ((at_x, at_y, 30.0), (product, cross, 19.0)):
+    both = Point(tree.leaves(at.x), tree.leaves(at.y))
+    y = tree.add(both.x, both.y)  # a graph back to x and to where y began
+    losses = Losses(*(loss_of(lambda x, y, b: y["a"].pow(3).sum(), n) for n in ("upper", "lower")))
+    F = losses.upper({}, y)
+    through, start = calculus.products.through_from(F, both.x, both.y, losses, y)
+    pairs = (at_x, at_y, 30.0), (product, cross, 19.0), (through, start, 27.0)
+    for one, other, right in pairs:
         one["a"].zero_()
         assert torch.equal(other["a"], torch.full((3,), right))
