@@ -6,6 +6,7 @@ refusal that is not in the tables below fails.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from bilevel.recipe.assemble import assemble
 from bilevel.registry import presets
 from bilevel.registry.build import build
 from bilevel.run import refusals
+from bilevel.run.setup import Setup
+from bilevel.run.upper import Upper
 from bilevel.testing import CheckRow, Scene, check
 from bilevel.testing.check_scenes import CheckScenes
 from bilevel.types import Point
@@ -279,6 +282,46 @@ def test_methods_and_closed_forms(problem, seed):
 @pytest.mark.parametrize("problem", OTHERS)
 def test_methods_and_the_other_problems(problem):
     hold(problem, rows(setup(problem, 0), distinct()))
+
+
+MEMORIES = ("store", "recompute", "checkpoint", "traced", "mixed", "reversible")
+
+
+class OfTheSum:
+    """F is of x + y alone, so that autograd has one tensor for ∇x F and ∇y F; y* = A⁻¹ x."""
+
+    A = torch.diag(torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
+
+    def init(self, streams):
+        x = torch.tensor([0.3, 0.7, -0.2], dtype=torch.float64)
+        return {"a": x}, {"a": torch.zeros_like(x)}
+
+    def upper_loss(self, x, y, batch):
+        s = x["a"] + y["a"] - 1
+        return 0.5 * s.square().sum() + 0.1 * s.pow(3).sum()
+
+    def lower_loss(self, x, y, batch):
+        return 0.5 * y["a"] @ self.A @ y["a"] - x["a"] @ y["a"]
+
+    def upper_batches(self, stream):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+def test_methods_where_both_gradients_are_one_tensor():
+    """Who writes into one of them has the other as it was; `reversible` once had not."""
+    steps = Gradient(steps=6, optimizer=SGD(lr=0.1, momentum=0.9))
+    made = Setup(OfTheSum(), steps, Upper(steps=1), Implicit(), dtype=torch.float64)
+    found = rows(made, suited("quadratic"))
+    got = {name: row.verdict for name, row in found.items()}
+    due = {name: expected("simulated_quadratic", name) for name in found}  # its data are one block
+    assert got == due, {n: found[n] for n in got if got[n] != due[n]}
+    kept = rows(
+        made,
+        {memory: build("estimators", {"name": "unroll", "memory": memory}) for memory in MEMORIES},
+    )
+    assert {n: row.verdict for n, row in kept.items()} == dict.fromkeys(MEMORIES, "as claimed")
 
 
 def test_every_problem_that_is_shipped_is_among_them():
