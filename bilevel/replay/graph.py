@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from bilevel.replay.recorder import ABOVE, BELOW, expect_between
 from bilevel.scalars.scalar import LARGE
 
 aten = torch.ops.aten
@@ -32,9 +33,10 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
     _join_products(graph)
     _drop_ones(graph, written)
     _merge(graph, written, results)
-    _drop_unused(graph)
+    _join_bounds(graph)
+    drop_unused(graph)
     fixed = _take_out_fixed(graph, written, results)
-    _drop_unused(graph)
+    drop_unused(graph)
     for node in graph.nodes:
         if isinstance(node.target, OpOverload):
             node.meta["is_mutable"] = node.target._schema.is_mutable
@@ -101,15 +103,34 @@ def _merge(graph: fx.Graph, written: Set[int], results: Set[int]) -> None:
     """One of operations that are the same, unless it writes or reads what is written, or is large."""
     seen: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        is_read = node.target is Tensor.item
+        if not is_read and (
+            not isinstance(node.target, OpOverload) or node.target._schema.is_mutable
+        ):
             continue
         touched = {one.meta.get("memory") for one in (node, *node.all_input_nodes)}
-        if id(node) in results or touched & written or node.meta.get("size", LARGE) >= LARGE:
+        if touched & written or (not is_read and _is_result_or_large(node, results)):
             continue
         key = (node.target, _key((node.args, sorted(node.kwargs.items()))))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
+
+
+def _is_result_or_large(node: fx.Node, results: Set[int]) -> bool:
+    return id(node) in results or node.meta.get("size", LARGE) >= LARGE
+
+
+def _join_bounds(graph: fx.Graph) -> None:
+    """Two expectations of one number at one line, that it is above and that it is below, as one."""
+    for node in graph.nodes:
+        last = node.prev
+        if last.target is not ABOVE or node.target is not BELOW:
+            continue
+        (is_above, where, number, low), (is_below, there, other, high) = last.args, node.args
+        if is_above and is_below and where == there and number is other:
+            node.target, node.args = expect_between, (where, low, number, high)
+            graph.erase_node(last)
 
 
 def _key(value: Any) -> Any:
@@ -135,7 +156,8 @@ def _take_out_fixed(graph: fx.Graph, written: Set[int], results: Set[int]) -> li
     return values
 
 
-def _drop_unused(graph: fx.Graph) -> None:
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase what no result and no expectation needs."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and not _has_effect(node):
             graph.erase_node(node)

@@ -11,13 +11,13 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.scalars.table import RowTable
-from bilevel.types import changed
 
 Take = Callable[[Any], list[Any] | None]
 """A nested value ↦ its leaves that are given, in order; None where it has another layout."""
@@ -84,18 +84,7 @@ def taker(like: Any) -> Take:
 def _write_take(like: Any, given: str, code: _Code, leaves: list[str]) -> None:
     kind = type(like)
     if isinstance(like, Tensor):
-        code.names["Tensor"] = Tensor
-        shape, stride, dtype = (
-            code.name(like.shape),
-            code.name(like.stride()),
-            code.name(like.dtype),
-        )
-        _unless(
-            f"isinstance({given}, Tensor) and {given}.shape == {shape} and {given}.stride() == {stride}"
-            f" and {given}.dtype is {dtype} and {given}.device == {code.name(like.device)}"
-            f" and {given}.requires_grad is {like.requires_grad}",
-            code,
-        )
+        _unless(_is_such_tensor(like, given, code), code)
         leaves.append(given)
     elif is_given(like):
         look = f" and {given}.look == {code.name(like.look)}" if kind is RowTable else ""
@@ -119,6 +108,21 @@ def _write_take(like: Any, given: str, code: _Code, leaves: list[str]) -> None:
     else:
         value = code.name(like)
         _unless(f"{given} is {value} or {code.name(_is_equal)}({given}, {value})", code)
+
+
+def _is_such_tensor(like: Tensor, given: str, code: _Code) -> str:
+    """The expression of whether a tensor has the form of `like`; of plain memory by the cheaper questions."""
+    code.names["Tensor"] = Tensor
+    plain = (
+        like.is_contiguous()
+    )  # of another with its shape then says the same of every stride that counts
+    stride = "is_contiguous()" if plain else f"stride() == {code.name(like.stride())}"
+    device = "is_cpu" if like.is_cpu else f"device == {code.name(like.device)}"
+    return (
+        f"isinstance({given}, Tensor) and {given}.shape == {code.name(like.shape)} and {given}.{stride}"
+        f" and {given}.dtype is {code.name(like.dtype)} and {given}.{device}"
+        f" and {given}.requires_grad is {like.requires_grad}"
+    )
 
 
 def _write_any(like: Any, given: str, code: _Code, leaves: list[str]) -> None:
@@ -179,9 +183,13 @@ def _write_made(like: Any, code: _Code, places: Iterator[int]) -> str | None:
         made = {name: one for name, one in made.items() if one}
         if not made:
             return None
-        entries = ", ".join(f"{name}={one}" for name, one in made.items())
-        put = code.name(changed if hasattr(like, "__dict__") else _with_slots)
-        return f"{put}({code.name(like)}, {entries})"
+        if not hasattr(like, "__dict__"):
+            entries = ", ".join(f"{name}={one}" for name, one in made.items())
+            return f"{code.name(_with_slots)}({code.name(like)}, {entries})"
+        kept = {n: part for n, part in vars(like).items() if not _is_computed(kind, n)}
+        parts = {name: made.get(name) or code.name(part) for name, part in kept.items()}
+        entries = ", ".join(f"{name!r}: {one}" for name, one in parts.items())
+        return f"{code.name(_with_fields)}({code.name(kind)}, {{{entries}}})"
     if kind in (dict, list, tuple):
         rows = list(like.items() if kind is dict else enumerate(like))
         made = [_write_made(part, code, places) for _, part in rows]
@@ -197,6 +205,20 @@ def _write_made(like: Any, code: _Code, places: Iterator[int]) -> str | None:
         return None
     taken = ", ".join(f"given[{next(places)}]" for _ in range(count))
     return f"{code.name(_refilled)}({code.name(like)}, [{taken}])"
+
+
+def _is_computed(kind: Any, name: str) -> bool:
+    """Whether an attribute is computed once from others, and so again of others."""
+    return isinstance(getattr(kind, name, None), cached_property)
+
+
+def _with_fields(kind: Any, entries: dict[str, Any]) -> Any:
+    made = _new(kind)
+    _set(made, "__dict__", entries)
+    return made
+
+
+_new, _set = object.__new__, object.__setattr__
 
 
 def _with_slots(like: Any, **entries: Any) -> Any:

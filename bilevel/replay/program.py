@@ -7,6 +7,7 @@ The batches that it has drawn by then are those that the step itself draws first
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,7 +188,9 @@ class _Recorded:
         def bound(leaf: Any) -> Any:
             if not is_given(leaf):
                 return leaf
-            return recorder.result(recorder.graph.call_function(part, (node, next(places))), leaf)
+            return recorder.result(
+                recorder.graph.call_function(operator.getitem, (node, next(places))), leaf
+            )
 
         return tree.map_nested(bound, found)
 
@@ -196,7 +199,9 @@ class _Recorded:
         known = self._seen.get(id(leaf))
         if known is not None:
             return known
-        given = self._recorder.result(self._recorder.graph.call_function(part, (node, place)), leaf)
+        given = self._recorder.result(
+            self._recorder.graph.call_function(operator.getitem, (node, place)), leaf
+        )
         if isinstance(leaf, Tensor) and not self._apart:
             self._seen[id(leaf)] = given
             self._kept.append(leaf)  # so that the id stays its own
@@ -243,7 +248,3 @@ def _gathering(
 
     draw.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
     return draw
-
-
-def part(values: list[Any], k: int) -> Any:
-    return values[k]

@@ -14,6 +14,7 @@ from `make_fx` in:
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -77,6 +78,16 @@ def _answering(function: Callable[..., bool]) -> Callable[..., None]:
 
     expect_answer.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
     return expect_answer
+
+
+def expect_between(where: str, low: float, found: Any, high: float) -> None:
+    """`expect_answer` of found > low and of found < high, at once."""
+    if not low < found < high:
+        raise Departed(where)
+
+
+expect_between.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+ABOVE, BELOW = _answering(operator.gt), _answering(operator.lt)
 
 
 class Recorder(TorchDispatchMode):
@@ -198,7 +209,7 @@ class Recorder(TorchDispatchMode):
     def row(self, table: RowTable, number: Scalar) -> dict[str, Tensor]:
         node = self.graph.call_function(RowTable.row, (self.node_of(table), number.node))
         return {
-            name: self.result(self.graph.call_function(_item, (node, name)), entry)
+            name: self.result(self.graph.call_function(operator.getitem, (node, name)), entry)
             for name, entry in table.row(number.value).items()
         }
 
@@ -275,7 +286,7 @@ class Recorder(TorchDispatchMode):
             return found
         if isinstance(found, (list, tuple)):
             parts = [
-                self._bound(self.graph.call_function(_item, (node, k)), part)
+                self._bound(self.graph.call_function(operator.getitem, (node, k)), part)
                 for k, part in enumerate(found)
             ]
             return type(found)(parts)
@@ -313,10 +324,6 @@ class _Reads(TorchFunctionMode):
         if Recording.tape and func in _UNSEEN:
             raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
         return func(*args, **(kwargs or {}))
-
-
-def _item(values: Any, k: Any) -> Any:
-    return values[k]
 
 
 def _plain(leaf: Any) -> Any:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule
 
+from bilevel.replay.lifted import lift
+
 Called = Callable[[list[Tensor]], list[Tensor]]
 Compile = Callable[[GraphModule, list[Tensor]], Called]
 """(region, what it may be given) ↦ the same, of a list that it may empty. Of placeholders whose meta says
@@ -56,11 +58,15 @@ def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> Grap
     Raises:
         CannotCompile: it writes into tensors, has no region worth it, or the compiler cannot.
     """
-    nodes = list(record.graph.nodes)
-    if any(_writes(node) for node in nodes):
+    if any(_writes(node) for node in record.graph.nodes):
         raise CannotCompile(
             "a step writes into its own tensors (sums in place, as of several batches)"
         )
+    graph = _copied(record.graph)
+    if not by.is_exact:
+        lift(graph)
+    _part_views(graph)
+    nodes = list(graph.nodes)
     known = dict(zip(nodes, constants, strict=False))
     taken = {node for node in nodes if by.takes(node)}
     levels = _levels(nodes, taken)
@@ -86,8 +92,31 @@ def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> Grap
         raise CannotCompile(
             f"no {LEAST} operations follow each other without a number read between them"
         )
-    made.node_copy(record.graph.output_node(), lambda one: new[one])
+    made.node_copy(graph.output_node(), lambda one: new[one])
     return GraphModule(torch.nn.Module(), made)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
+def _part_views(graph: fx.Graph) -> None:
+    """A view of its own for each operation that wants one: so none is a result of a region, which is copied."""
+    for node in reversed(graph.nodes):
+        if not _is_view(node):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.node_copy(node))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result of an operation on tensors is a part of what it is given."""
+    memory = node.meta.get("memory")
+    given = [one.meta.get("memory") for one in node.all_input_nodes]
+    return is_tensor(node) and memory is not None and memory in given
 
 
 def _writes(node: fx.Node) -> bool:
@@ -109,6 +138,10 @@ def _levels(nodes: list[fx.Node], taken: set[fx.Node]) -> dict[fx.Node, int]:
             effects = max(effects, level)
         levels[node] = level
         latest = max(latest, level + (node in taken))
+    for node in reversed(nodes):
+        if _is_view(node) and node in taken:
+            # where it is wanted
+            levels[node] = min(levels[user] - (user not in taken) for user in node.users)
     return levels
 
 

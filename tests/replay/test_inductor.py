@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from bilevel.replay.inductor import by_inductor
+from bilevel.replay.inductor import MATRIX, by_inductor
 from bilevel.replay.program import Departed, Feed, record
 from bilevel.replay.regions import CannotCompile, Compiler
 from tests.replay.steps import X, long
@@ -24,8 +24,8 @@ class StandIn:
         return lambda args: list(region(*args))
 
 
-def compiler(by):
-    return Compiler("some", "some", by, "done")
+def compiler(by, *, is_exact=False):
+    return Compiler("some", "some", by, "done", is_exact=is_exact)
 
 
 def recorded(function, draws=None):
@@ -42,18 +42,20 @@ def test_what_nothing_lies_between_is_one_region():
     assert not program.is_compiled
 
 
-def test_a_number_that_is_read_ends_a_region_and_is_still_looked_at():
-    def step(x, _):
-        y = long(x) + x
-        size = y.sum().item()
-        return long(y * size) if size < 50 else y
+def reading(x, _):
+    y = long(x) + x
+    size = y.sum().item()
+    return long(y * size) if size < 50 else y
 
-    found, program = recorded(step)
+
+@pytest.mark.parametrize(("is_exact", "lengths"), [(True, [7, 5]), (False, [13])])
+def test_a_number_that_is_read_ends_a_region_where_bits_are_to_be_the_same(is_exact, lengths):
+    found, program = recorded(reading)
     by = StandIn()
-    program.compile(compiler(by))
-    assert [len(names) for names in by.regions] == [7, 5]
-    assert torch.equal(program(X, Feed({})), found)
-    with pytest.raises(Departed):
+    program.compile(compiler(by, is_exact=is_exact))
+    assert [len(names) for names in by.regions] == lengths
+    torch.testing.assert_close(program(X, Feed({})), found, rtol=0 if is_exact else 1e-15, atol=0)
+    with pytest.raises(Departed):  # which is still looked at
         program(X + 40.0, Feed({}))
 
 
@@ -123,9 +125,12 @@ def test_what_cannot_be_compiled_is_replayed_as_it_is(step, by, reason):
 def test_the_compiler_itself():
     """Fused operations and products, with a number that is read between them and still looked at."""
     A = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
+    tall = torch.linspace(-1, 1, 2 * MATRIX, dtype=torch.float64)[: 3 * (MATRIX // 2)].reshape(
+        -1, 3
+    )
 
     def step(x, _):
-        y = x + A @ long(A @ long(x))
+        y = x + A @ long(A @ long(x)) + tall.T @ long(tall @ x) / MATRIX
         return long(y) if y.sum().item() < 50 else y
 
     found, program = recorded(step)
