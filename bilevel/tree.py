@@ -318,7 +318,7 @@ def summed(a: Params) -> Tensor:
 
 def largest(a: Params) -> float:
     """The largest number in a; 0 where there is none."""
-    here = max((float(entry.max()) for entry in a.values() if entry.numel()), default=-math.inf)
+    here = max((entry.max().item() for entry in a.values() if entry.numel()), default=-math.inf)
     over = holders(a)
     found = here if over is None else over.most(here)
     return 0.0 if found == -math.inf else found

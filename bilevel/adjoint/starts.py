@@ -8,9 +8,8 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
-import torch
-
 from bilevel import tree
+from bilevel.scalars.matrices import least_squares, numbers_of, tensor_of
 from bilevel.types import Matvec, Params
 
 Start = Literal["cold", "warm", "linear", "galerkin"]
@@ -59,10 +58,9 @@ def with_cached_product(matvec: Matvec, at: Params, product: Params) -> Matvec:
 def _galerkin(matvec: Matvec, b: Params, past: list[Params]) -> tuple[Params, Params]:
     basis = _differences(past)
     images = [matvec(d) for d in basis]
-    gram = torch.tensor([[tree.dot(d, Ad) for Ad in images] for d in basis], dtype=torch.float64)
-    right = torch.tensor([[tree.dot(d, b)] for d in basis], dtype=torch.float64)
-    gram = (gram + gram.T) / 2
-    weights = torch.linalg.lstsq(gram, right, driver="gelsd").solution[:, 0].tolist()
+    gram = tensor_of([[tree.dot(d, Ad) for Ad in images] for d in basis])
+    right = tensor_of([tree.dot(d, b) for d in basis])
+    weights = numbers_of(least_squares((gram + gram.T) / 2, right))
     v, Av = tree.zeros_like(b), tree.zeros_like(b)
     for weight, d, Ad in zip(weights, basis, images, strict=True):
         tree.axpy_(v, weight, d)

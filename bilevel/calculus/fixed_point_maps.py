@@ -15,6 +15,7 @@ import torch
 from bilevel import calculus, rng, tree
 from bilevel.calculus.products import Linearization
 from bilevel.errors import ProblemError
+from bilevel.scalars.functions import call
 from bilevel.types import Loss, Params, Point
 
 Backward = Callable[[Params, Params], Params]
@@ -230,13 +231,13 @@ class _ForwardBackward:
     def kinks(self, margin: float) -> int:
         largest, left = _largest(self._z), _largest(self.shift)
         width = max(margin * min(1.0, self._lr), 100 * tree.eps(self._z)) * (1 + largest) + left
-        stream = rng.stream(0, "kinks")
-        signs, probe = (tree.drawn(lambda p: rng.signs(p, stream), self._z) for _ in range(2))
-        above, below = (
-            self._jacobian(tree.axpy(s * width, signs, self._z), probe) for s in (1, -1)
-        )
+        here = tree.detach(self._z)
+        signs, probe = call(_probes, here)
+        above, below = (self._jacobian(tree.axpy(s * width, signs, here), probe) for s in (1, -1))
         gap = tree.sub(above, below)
-        return int(tree.summed(tree.map(lambda part: (part.abs() > JUMP).double(), gap)))
+        return call(
+            int, tree.summed(tree.map(lambda part: (part.abs() > JUMP).double(), gap)).item()
+        )
 
     def _jacobian(self, z: Params, probe: Params) -> Params:
         x, z = tree.detach(self._x), tree.leaves(z)
@@ -246,3 +247,10 @@ class _ForwardBackward:
 
 def _largest(a: Params) -> float:
     return tree.largest(tree.map(lambda part: part.detach().abs(), a))
+
+
+def _probes(like: Params) -> tuple[Params, Params]:
+    """Two directions of ±1."""
+    stream = rng.stream(0, "kinks")
+    one, other = (tree.drawn(lambda p: rng.signs(p, stream), like) for _ in range(2))
+    return one, other

@@ -68,7 +68,7 @@ class Aggregation:
         counts.cross_products += 2 * self.steps
         end = tree.detach(y)
         G, g = gradient_y(losses.lower, at.x, end)
-        moved = Moved(end, float(G), tree.norm(g), self.steps)
+        moved = Moved(end, G.item(), tree.norm(g), self.steps)
         return Estimate(hypergradient, value.detach(), state, Stats(iterations=self.steps), moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

@@ -89,7 +89,7 @@ class AveragedMultipliers:
         settled = here.rests(self.tolerance) if self.tolerance else None
         stopped = "tolerance" if settled else "iterations"
         stats = Stats(iterations=taken, residual=here.residual, converged=settled, stopped=stopped)
-        moved = Moved(y, float(here.mixed.value), tree.norm(here.mixed.gradient), taken)
+        moved = Moved(y, here.mixed.value.item(), tree.norm(here.mixed.gradient), taken)
         return Estimate(h, here.F, {"calls": calls + 1, "v": v}, stats, moved)
 
     def objective(self, losses: Losses, at: Point) -> Callable[[Params], Tensor]:

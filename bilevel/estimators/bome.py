@@ -80,7 +80,7 @@ class Bome:
         strength = self._strength(parts)
         h = tree.axpy(strength, parts.q_x, parts.F_x)
         along = tree.axpy(strength, parts.q_y, parts.F_y)
-        value = float(parts.F) + strength * parts.q
+        value = parts.F.item() + strength * parts.q
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(
             h, parts.F, {"optimizer": optimizer}, convergence_stats(parts.lowest), moved
@@ -102,7 +102,7 @@ class Bome:
         F, F_x, F_y = gradients(losses.upper, at)
         G, G_x, G_y = gradients(losses.lower, at)
         least, at_lowest, _ = gradients(losses.lower, Point(at.x, lowest["y"]))
-        return _Parts(F, F_x, F_y, float(G - least), tree.sub(G_x, at_lowest), G_y, lowest)
+        return _Parts(F, F_x, F_y, (G - least).item(), tree.sub(G_x, at_lowest), G_y, lowest)
 
     def _strength(self, at: _Parts) -> float:
         return barrier_strength((at.F_x, at.F_y), (at.q_x, at.q_y), self.barrier)

@@ -65,9 +65,9 @@ class DynamicBarrier:
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         F, F_x, F_y = gradients(losses.upper, at)
         G, G_x, G_y = gradients(losses.lower, at)
-        strength = self._strength(float(G), (F_x, F_y), (G_x, G_y))
+        strength = self._strength(G.item(), (F_x, F_y), (G_x, G_y))
         along = tree.axpy(strength, G_y, F_y)
-        moved, optimizer = move(self.optimizer, losses, at, along, float(G), state["optimizer"])
+        moved, optimizer = move(self.optimizer, losses, at, along, G.item(), state["optimizer"])
         h = tree.axpy(strength, G_x, F_x)
         return Estimate(h, F, {"optimizer": optimizer}, Stats(), moved)
 
@@ -75,7 +75,7 @@ class DynamicBarrier:
         """x ↦ F(x, y) + λ G(x, y) at fixed y and at the λ of this point."""
         _, F_x, F_y = gradients(losses.upper, at)
         G, G_x, G_y = gradients(losses.lower, at)
-        strength = self._strength(float(G), (F_x, F_y), (G_x, G_y))
+        strength = self._strength(G.item(), (F_x, F_y), (G_x, G_y))
         return lambda x: losses.upper(x, at.y) + strength * losses.lower(x, at.y)
 
     def _strength(

@@ -16,6 +16,7 @@ from bilevel import calculus, rng, tree
 from bilevel.calculus.products import gradients
 from bilevel.components import component
 from bilevel.optimizers.learned import upper_entries
+from bilevel.scalars.functions import call
 from bilevel.types import Estimate, Losses, Needs, Params, Path, Point, Stats
 from bilevel.unrolling.nested import flat, rebuild, zeros
 from bilevel.unrolling.path import advance, along, bound, projected, pull_start, recorded
@@ -71,8 +72,12 @@ class Forward:
     def _probes(self, dim: int, calls: int) -> Tensor:
         if self.directions is None:
             return torch.eye(dim, dtype=torch.float64)
-        stream = rng.stream(self.seed, f"forward.{calls}")
-        return torch.randn(self.directions, dim, generator=stream, dtype=torch.float64)
+        return call(_drawn, self.seed, calls, self.directions, dim)
+
+
+def _drawn(seed: int, calls: int, count: int, dim: int) -> Tensor:
+    stream = rng.stream(seed, f"forward.{calls}")
+    return torch.randn(count, dim, generator=stream, dtype=torch.float64)
 
 
 def _carry(

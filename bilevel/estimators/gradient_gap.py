@@ -55,7 +55,7 @@ class GradientGap:
         g = lower.gradient
         h = tree.axpy(2 * self.strength, lower.vjp_xy(g), F_x)
         along = tree.axpy(1 / self.strength, F_y, tree.scale(2.0, lower.hvp_yy(g)))
-        value = float(F) / self.strength + tree.dot(g, g)
+        value = F.item() / self.strength + tree.dot(g, g)
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(h, F, {"optimizer": optimizer}, Stats(), moved)
 

@@ -44,7 +44,7 @@ class Joint:
         G, G_x, G_y = gradients(losses.lower, at)
         h = tree.axpy(self.weight, G_x, F_x)
         along = tree.axpy(self.weight, G_y, F_y)
-        value = float(F) + self.weight * float(G)
+        value = F.item() + self.weight * G.item()
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         return Estimate(h, F, {"optimizer": optimizer}, Stats(), moved)
 

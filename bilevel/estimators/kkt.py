@@ -19,6 +19,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.guards import flagged, solved
 from bilevel.linear.minres import MINRES
+from bilevel.scalars.matrices import least_squares
 from bilevel.types import (
     Estimate,
     LinearSolver,
@@ -147,7 +148,7 @@ def _multipliers(active: _Active, G_y: Params, margin: float) -> tuple[Tensor, i
     J, g = tree.wide(active.jacobian), tree.wide(tree.flatten(G_y))
     if not len(J):
         return g.new_zeros(0), 0
-    mu = torch.linalg.lstsq(J.T, -g[:, None], driver="gelsd").solution[:, 0]
+    mu = least_squares(J.T, -g)
     dependent = len(J) - int(torch.linalg.matrix_rank(J))
     bounds = mu[len(active.equal) :]
     weak = int((bounds <= margin * (1 + float(g.norm()))).sum())

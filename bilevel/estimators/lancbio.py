@@ -18,6 +18,8 @@ from bilevel import tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import component
 from bilevel.linear.guards import require_finite
+from bilevel.scalars.functions import call
+from bilevel.scalars.matrices import least_squares, numbers_of, tensor_of
 from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats, Stopped
 
 
@@ -74,7 +76,7 @@ class LancBiO:
             state, added = grown, added + 1
         v = _solution(state, b)
         hypergradient = tree.sub(F_x, lower.vjp_xy(v))
-        ritz = torch.linalg.eigvalsh(_tridiagonal(state)).tolist()
+        ritz = numbers_of(call(torch.linalg.eigvalsh, _tridiagonal(state)))
         # a basis that cannot grow has a v that solves the system as well as the dtype allows
         stopped: Stopped = "iterations" if added == self.products else "rounding"
         stats = Stats(iterations=added, curvature=min(ritz, default=None), stopped=stopped)
@@ -124,14 +126,14 @@ def _solution(state: dict[str, Any], b: Params) -> Params:
     if not state["basis"]:
         return state["anchor"]
     left = tree.sub(b, state["product"])
-    right = torch.tensor([[tree.dot(q, left)] for q in state["basis"]], dtype=torch.float64)
-    weights = torch.linalg.lstsq(_tridiagonal(state), right, driver="gelsd").solution[:, 0]
+    right = tensor_of([tree.dot(q, left) for q in state["basis"]])
+    weights = numbers_of(least_squares(_tridiagonal(state), right))
     v = state["anchor"]
-    for q, weight in zip(state["basis"], weights.tolist(), strict=True):
+    for q, weight in zip(state["basis"], weights, strict=True):
         v = tree.axpy(weight, q, v)
     return v
 
 
 def _tridiagonal(state: dict[str, Any]) -> Tensor:
-    main, off = (torch.tensor(state[name], dtype=torch.float64) for name in ("diagonal", "off"))
+    main, off = (tensor_of(state[name]) for name in ("diagonal", "off"))
     return main.diag() + off[:-1].diag(1) + off[:-1].diag(-1)

@@ -75,7 +75,7 @@ class Moreau:
         gap = tree.sub(G_x, gradient_x(losses.lower, at.x, proximal["y"]))
         pull = tree.sub(at.y, proximal["y"])
         along = tree.axpy(1 / strength, F_y, tree.axpy(-1 / self.gamma, pull, G_y))
-        value = float(G) + float(F) / strength - tree.dot(pull, pull) / (2 * self.gamma)
+        value = G.item() + F.item() / strength - tree.dot(pull, pull) / (2 * self.gamma)
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"calls": state["calls"] + 1, "proximal": proximal, "optimizer": optimizer}
         h = tree.axpy(strength, gap, F_x)

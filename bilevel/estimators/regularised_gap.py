@@ -85,7 +85,7 @@ class RegularisedGap:
         gap_x = tree.sub(L_x, gradient_x(_lagrangian(losses.lower, z), at.x, theta.y))
         pull = tree.sub(at.y, theta.y)
         along = tree.axpy(1 / strength, F_y, tree.axpy(-1 / self.gamma1, pull, L_y))
-        value = float(L) + float(F) / strength
+        value = L.item() + F.item() / strength
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         after = {
             "calls": state["calls"] + 1,

@@ -55,7 +55,7 @@ class RisingPenalty:
         F, F_x, F_y = gradients(losses.upper, at)
         G, G_x, G_y = gradients(losses.lower, at)
         along = tree.axpy(1 / strength, F_y, G_y)
-        value = float(G) + float(F) / strength
+        value = G.item() + F.item() / strength
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"calls": state["calls"] + 1, "optimizer": optimizer}
         return Estimate(tree.axpy(strength, G_x, F_x), F, state, Stats(), moved)

@@ -22,6 +22,7 @@ from bilevel.directions.plain import Plain
 from bilevel.directions.quantity import Direction
 from bilevel.directions.tracker import DirectionTracker
 from bilevel.errors import ProblemError
+from bilevel.scalars.functions import call
 from bilevel.types import Estimate, Loss, Losses, Needs, Params, Point
 
 TIGHT = 5000
@@ -126,14 +127,14 @@ class SingleLoop:
         return go(losses.upper, losses.lower, tracker, start, state["calls"])
 
     def _together(
-        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, call: int
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, calls: int
     ) -> Estimate:
         moving = ("lower", "adjoint") if self.adjoint == "steps" else ("lower",)
         steps, h = 0, at.x
         while steps < self.lower_steps and not tracker.rests(*moving, "upper"):
             if steps:
                 F, G = F.fresh(), G.fresh()
-            sample = self._sample(F, G, call, steps)
+            sample = self._sample(F, G, calls, steps)
             oracle = tracker.oracle("together", sample, at, *moving, "upper")
             d = {quantity: tracker.take(quantity, oracle) for quantity in moving}
             h = tracker.take("upper", oracle)
@@ -141,7 +142,7 @@ class SingleLoop:
         return tracker.estimate(h, at, steps)
 
     def _sequential(
-        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, call: int
+        self, F: Loss, G: Loss, tracker: DirectionTracker, at: Triple, calls: int
     ) -> Estimate:
         steps = 0
         while steps < self.lower_steps and not tracker.rests("lower"):
@@ -154,7 +155,7 @@ class SingleLoop:
             at = self._stepped(at, adjoint=d)
             if tracker.rests("adjoint"):
                 break
-        sample = self._sample(F, G.fresh(), call)
+        sample = self._sample(F, G.fresh(), calls)
         h = tracker.take("upper", tracker.oracle("upper", sample, at, "upper"))
         return tracker.estimate(h, at, steps)
 
@@ -163,13 +164,18 @@ class SingleLoop:
         v = tree.axpy(-self.adjoint_lr, d["adjoint"], at.v) if "adjoint" in d else at.v
         return Triple(at.x, y, v)
 
-    def _sample(self, F: Loss, G: Loss, call: int, step: int = 0) -> Batches:
+    def _sample(self, F: Loss, G: Loss, calls: int, step: int = 0) -> Batches:
         """The batches of the upper direction, with those of the series where there is one."""
         if self.adjoint == "steps":
             return Batches([G], [F])
         count, series = self.adjoint_steps, Series(self.adjoint_lr, 1.0, True)
         if self.adjoint == "random_series":
             series = Series(self.adjoint_lr, float(count), False)
-            stream = rng.stream(self.seed, f"series.{call}.{step}")
-            count = int(torch.randint(count, (), generator=stream))
+            count = call(_factors, self.seed, calls, step, count)
         return Batches([G], [F], [[G.fresh()] for _ in range(count)], series)
+
+
+def _factors(seed: int, calls: int, step: int, most: int) -> int:
+    """How many factors a random series has: from 0 to most − 1."""
+    stream = rng.stream(seed, f"series.{calls}.{step}")
+    return int(torch.randint(most, (), generator=stream))

@@ -149,7 +149,7 @@ class Unroll:
             (kept[k + 1][0] for k in range(len(path.batches))) if kept else _taken(path, losses, x)
         )
         with torch.no_grad():
-            values = [float(calculus.value(losses.upper, x, y)) for y in passed]
+            values = [calculus.value(losses.upper, x, y).item() for y in passed]
         most = values.index(max(values)) + 1
         batches = path.batches[:most]
         if kept:

@@ -92,10 +92,10 @@ class ValueFunction:
         here = Point(at.x, upper["y"])
         F, F_x, F_y = gradients(losses.upper, here)
         G, G_x, G_y = gradients(losses.lower, here)
-        weight = now._slope(float(G) - level)
+        weight = now._slope(G.item() - level)
         h = tree.axpy(weight, tree.sub(G_x, gradient_x(losses.lower, at.x, z["y"])), F_x)
         left = tree.axpy(now.theta, here.y, tree.axpy(weight, G_y, F_y))
-        value = float(F) + weight * float(G)
+        value = F.item() + weight * G.item()
         moved = Moved(tree.clone(here.y), value, tree.norm(left), upper["steps"])
         state = {"calls": state["calls"] + 1, "value": z, "upper": upper}
         return Estimate(h, F, state, convergence_stats(z, upper), moved)
@@ -142,7 +142,7 @@ class ValueFunction:
         level = self._level(losses, x, z["y"])
         for y in (start["y"], z["y"]):
             with torch.no_grad():
-                if float(losses.lower(x, y)) < level:
+                if losses.lower(x, y).item() < level:
                     return start | {"y": y}
         raise ProblemError(
             f"value_function: penalty 'log' has no inside: min G + mu/2 ‖z‖² is at G itself with "

@@ -68,7 +68,7 @@ class ValueGap:
         gap = tree.sub(G_x, gradient_x(losses.lower, at.x, lowest["y"]))
         h = tree.axpy(self.strength, gap, F_x)
         along = tree.axpy(1 / self.strength, F_y, G_y)
-        value = float(G) + float(F) / self.strength
+        value = G.item() + F.item() / self.strength
         moved, optimizer = move(self.optimizer, losses, at, along, value, state["optimizer"])
         state = {"lowest": lowest, "optimizer": optimizer}
         return Estimate(h, F, state, convergence_stats(lowest), moved)

@@ -15,6 +15,8 @@ from torch import Tensor
 from bilevel import rng, tree
 from bilevel.calculus.products import gradients
 from bilevel.components import component
+from bilevel.scalars.functions import call
+from bilevel.scalars.matrices import tensor_of
 from bilevel.types import Estimate, Losses, Needs, Params, Point, Stats
 from bilevel.unrolling.path import advance, along, recorded
 
@@ -68,7 +70,7 @@ class ZerothOrder:
 
             def response(x: Params) -> Tensor:
                 y = advance(path, losses.lower, x, len(path.batches)).start
-                return torch.tensor(tree.dot(y, F_y), dtype=torch.float64)
+                return tensor_of(tree.dot(y, F_y))
 
             probe = response
         else:
@@ -77,11 +79,15 @@ class ZerothOrder:
             # x is in use as far as values can tell: a difference has no graph to look into
             losses.counts.reached.update(at.x)
             probe = along(path, losses)
-        stream = rng.stream(self.seed, f"zeroth.{state['calls']}")
-        for _ in range(self.samples):
-            d = tree.drawn(lambda p: torch.randn(p.shape, generator=stream).to(p), at.x)
+        for sample in range(self.samples):
+            d = call(_direction, self.seed, state["calls"], sample, at.x)
             above, below = (probe(tree.axpy(s * self.smoothing, d, at.x)) for s in (1, -1))
-            slope = float(above - below) / (2 * self.smoothing)
+            slope = (above - below).item() / (2 * self.smoothing)
             tree.axpy_(h, slope / self.samples, d)
         stats = Stats(iterations=self.samples)
         return Estimate(h, value, {"calls": state["calls"] + 1}, stats)
+
+
+def _direction(seed: int, calls: int, sample: int, like: Params) -> Params:
+    stream = rng.stream(seed, f"zeroth.{calls}.{sample}")
+    return tree.drawn(lambda p: torch.randn(p.shape, generator=stream).to(p), like)

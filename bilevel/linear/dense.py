@@ -12,6 +12,8 @@ from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.linear.guards import checked_norm, ended, require_finite
+from bilevel.scalars.functions import call
+from bilevel.scalars.matrices import least_squares
 from bilevel.types import Matvec, Params, Solve
 
 
@@ -40,25 +42,21 @@ class Dense:
             )
         checked_norm(b)
         rhs, A = tree.wide(tree.flatten(b)), tree.wide(matrix(matvec, b))
-        require_finite(float(A.abs().max()) if dim else 0.0, b)
-        spectrum = torch.linalg.svdvals(A)
+        require_finite(A.abs().max().item() if dim else 0.0, b)
+        spectrum = call(torch.linalg.svdvals, A)
         eps = torch.finfo(A.dtype).eps
         singular = bool(spectrum[-1] <= dim * eps * spectrum[0])
-        v = (
-            torch.linalg.lstsq(A, rhs[:, None], driver="gelsd").solution[:, 0]
-            if singular
-            else (torch.linalg.solve(A, rhs))
-        )
-        size = float(rhs.norm())
-        residual = float((rhs - A @ v).norm()) / size if size else 0.0
+        v = least_squares(A, rhs) if singular else call(torch.linalg.solve, A, rhs)
+        size = rhs.norm().item()
+        residual = (rhs - A @ v).norm().item() / size if size else 0.0
         stats = ended(
             "stagnation" if singular else "rounding",
             residual,
             0.0 if singular else max(1e-6, eps**0.5),
             b,
             iterations=dim,
-            curvature=float(torch.linalg.eigvalsh((A + A.T) / 2)[0]),
-            condition=None if singular else float(spectrum[0] / spectrum[-1]),
+            curvature=call(torch.linalg.eigvalsh, (A + A.T) / 2)[0].item(),
+            condition=None if singular else (spectrum[0] / spectrum[-1]).item(),
         )
         return Solve(tree.cast(v, b), stats)
 

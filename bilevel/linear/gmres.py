@@ -11,6 +11,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.components import component
 from bilevel.linear import guards
+from bilevel.scalars.functions import call, larger, smaller
+from bilevel.scalars.matrices import least_squares, numbers_of, tensor_of
 from bilevel.types import Matvec, Params, Solve, Stopped
 
 
@@ -42,18 +44,21 @@ class GMRES:
             budget = min(self.restart, self.iterations - steps)
             basis, H, norm_after = self._cycle(matvec, r, norm, budget, target)
             taken, previous = H.shape[1], norm
-            steps, largest = steps + taken, max(largest, float(torch.linalg.matrix_norm(H, 2)))
+            steps, largest = (
+                steps + taken,
+                larger(largest, call(torch.linalg.matrix_norm, H, 2).item()),
+            )
             square = H[:taken]
-            lowest = min(lowest, float(torch.linalg.eigvalsh((square + square.T) / 2)[0]))
-            coefficients = _least_squares(H, norm)
-            for c, q in zip(coefficients.tolist(), basis, strict=False):
+            lowest = smaller(lowest, call(torch.linalg.eigvalsh, (square + square.T) / 2)[0].item())
+            coefficients = least_squares(H, tensor_of([norm, *[0.0] * taken]))
+            for c, q in zip(numbers_of(coefficients), basis, strict=True):
                 tree.axpy_(v, c, q)
             if norm_after <= target or steps >= self.iterations:
                 norm = norm_after
                 break
             r = tree.sub(b, matvec(v))
             norm = tree.norm(r)
-            floor = guards.rounding_floor(tree.eps(v), size, largest, max(reach, tree.norm(v)))
+            floor = guards.rounding_floor(tree.eps(v), size, largest, larger(reach, tree.norm(v)))
             if norm <= floor or norm > 0.999999 * previous:
                 # a restart from rounding alone finds only more of it
                 stopped = "rounding" if norm <= 10 * floor else "stagnation"
@@ -66,7 +71,7 @@ class GMRES:
             v,
             guards.relative_floor(v, size, largest),
             iterations=steps,
-            curvature=None if math.isinf(lowest) else lowest,
+            curvature=None if lowest == math.inf else lowest,
         )
         return Solve(v, stats)
 
@@ -74,34 +79,26 @@ class GMRES:
         self, matvec: Matvec, r: Params, norm: float, budget: int, target: float
     ) -> tuple[list[Params], Tensor, float]:
         """(orthonormal basis, Hessenberg matrix, residual norm) of at most `budget` steps."""
-        basis = [tree.scale(1 / norm, r)]
-        H = torch.zeros(budget + 1, budget, dtype=torch.float64)
-        left = norm
-        for k in range(budget):
-            q = tree.clone(matvec(basis[k]))
+        basis, columns = [tree.scale(1 / norm, r)], []
+        while True:
+            q = tree.clone(matvec(basis[-1]))
+            column = [0.0] * len(basis)
             for _ in range(2):  # once is not enough in float32
                 for i, p in enumerate(basis):
                     h = tree.dot(p, q)
-                    H[i, k] += h
+                    column[i] += h
                     tree.axpy_(q, -h, p)
             beta = guards.require_finite(tree.norm(q), q)
-            H[k + 1, k] = beta
-            used = H[: k + 2, : k + 1]
-            y = _least_squares(used, norm)
-            left = float((_first(norm, k + 2) - used @ y).norm())
-            if left <= target or beta <= 1e-14 * float(used.norm()):
-                return basis, used, left
+            columns.append([*column, beta])
+            H = _hessenberg(columns)
+            rhs = tensor_of([norm, *[0.0] * len(columns)])
+            left = (rhs - H @ least_squares(H, rhs)).norm().item()
+            if left <= target or beta <= 1e-14 * H.norm().item() or len(columns) == budget:
+                return basis, H, left
             basis.append(tree.scale_(q, 1 / beta))
-        return basis, H, left
 
 
-def _first(norm: float, length: int) -> Tensor:
-    rhs = torch.zeros(length, dtype=torch.float64)
-    rhs[0] = norm
-    return rhs
-
-
-def _least_squares(H: Tensor, norm: float) -> Tensor:
-    """argmin ‖norm · e₁ − H y‖, of least norm where H is rank deficient."""
-    rhs = _first(norm, H.shape[0])[:, None]
-    return torch.linalg.lstsq(H, rhs, driver="gelsd").solution[:, 0]
+def _hessenberg(columns: list[list[float]]) -> Tensor:
+    """The matrix of columns that each have one number more than the one before; zeros below them."""
+    rows = len(columns) + 1
+    return tensor_of([[*column, *[0.0] * (rows - len(column))] for column in columns]).T

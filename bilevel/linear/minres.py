@@ -10,6 +10,7 @@ from bilevel import tree
 from bilevel.components import component
 from bilevel.linear import guards
 from bilevel.linear.lanczos import Tridiagonal
+from bilevel.scalars.functions import call, larger
 from bilevel.types import Matvec, Params, Solve, Stopped
 
 
@@ -46,7 +47,7 @@ class MINRES:
         cosines, sines = (1.0, 1.0), (0.0, 0.0)  # of the last two Givens rotations
         while steps < self.iterations and abs(eta) > target:
             if abs(eta) <= guards.RESOLVED * size:
-                length = max(reach, tree.norm(v))
+                length = larger(reach, tree.norm(v))
                 if guards.is_below_rounding(abs(eta), eps, size, largest, length):
                     stopped = "rounding"
                     break
@@ -55,13 +56,13 @@ class MINRES:
             alpha = guards.require_finite(tree.dot(q, Aq), q)
             tree.axpy_(tree.axpy_(Aq, -alpha, q), -beta if steps > 1 else 0.0, q_old)
             after = tree.norm(Aq)
-            largest = max(largest, math.hypot(alpha, after))
+            largest = larger(largest, call(math.hypot, alpha, after))
             lanczos.diagonal.append(alpha)
             lanczos.off.append(after)
             delta = cosines[1] * alpha - cosines[0] * sines[1] * beta
-            rho = math.hypot(delta, after)
+            rho = call(math.hypot, delta, after)
             # ‖A r‖ / ‖r‖ of the residual before this step
-            if math.hypot(delta, cosines[1] * after) <= singular * largest:
+            if call(math.hypot, delta, cosines[1] * after) <= singular * largest:
                 stopped = "stagnation"
                 break
             upper = sines[1] * alpha + cosines[0] * cosines[1] * beta

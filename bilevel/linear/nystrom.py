@@ -11,6 +11,8 @@ from torch import Tensor
 from bilevel import rng, tree
 from bilevel.components import component
 from bilevel.linear.guards import checked_norm, require_finite
+from bilevel.scalars.functions import call
+from bilevel.scalars.matrices import least_squares
 from bilevel.types import Matvec, Params, Solve, Stats
 
 
@@ -41,10 +43,9 @@ class Nystrom:
                 tree.zeros_like(b), Stats(residual=0.0, converged=True, stopped="tolerance")
             )
         flat = tree.wide(tree.flatten(b))
-        chosen = torch.randperm(len(flat), generator=rng.stream(self.seed, "nystrom"))
-        chosen = chosen[: min(self.rank, len(flat))].to(flat.device)
+        chosen = call(_chosen, self.seed, len(flat), self.rank).to(flat.device)
         C = torch.stack([self._column(matvec, i, flat, b) for i in chosen], dim=1)
-        require_finite(float(C.abs().max()), b)
+        require_finite(C.abs().max().item(), b)
         solution = tree.cast(self._inverse(C, C[chosen], flat), b)
         residual = tree.norm(tree.sub(b, matvec(solution))) / size
         stats = Stats(iterations=len(chosen), residual=residual)
@@ -57,9 +58,9 @@ class Nystrom:
 
     def _inverse(self, C: Tensor, W: Tensor, b: Tensor) -> Tensor:
         inner = (W + W.T) / 2 + C.T @ C / self.rho
-        return (
-            b / self.rho
-            - C
-            @ torch.linalg.lstsq(inner, (C.T @ b)[:, None], driver="gelsd").solution[:, 0]
-            / self.rho**2
-        )
+        return b / self.rho - C @ least_squares(inner, C.T @ b) / self.rho**2
+
+
+def _chosen(seed: int, size: int, rank: int) -> Tensor:
+    """The numbers of `rank` columns out of `size`, or of all of them."""
+    return torch.randperm(size, generator=rng.stream(seed, "nystrom"))[:rank]

@@ -13,6 +13,7 @@ from bilevel import tree
 from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.linear import guards
+from bilevel.scalars.functions import smaller
 from bilevel.types import Matvec, Params, Solve, Stats, Stopped
 
 
@@ -57,8 +58,8 @@ class TaskCG:
         while steps < self.iterations and bool(active.any()):
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
-            guards.require_finite(float(pAp.sum()), p)
-            curvature = min(curvature, float((pAp / pp)[active].min()))
+            guards.require_finite(pAp.sum().item(), p)
+            curvature = smaller(curvature, (pAp / pp)[active].min().item())
             largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
             # along a p of no curvature but rounding v would go off to overflow
             is_flat = is_flat | (active & ~(pAp > flat * largest * pp))
@@ -76,7 +77,7 @@ class TaskCG:
         stats = Stats(
             iterations=steps,
             residual=tree.norm(left) / (tree.norm(b) or 1.0),
-            curvature=None if math.isinf(curvature) else curvature,
+            curvature=None if curvature == math.inf else curvature,
             converged=stopped in ("tolerance", "rounding"),
             stopped=stopped,
         )

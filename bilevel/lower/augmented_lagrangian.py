@@ -127,7 +127,7 @@ class AugmentedLagrangian:
                 rho = GROWTH * rho
                 asked, close = (rho / curvature) ** -0.1, curvature / rho
         with torch.no_grad():
-            value = float(loss(x, y))
+            value = loss(x, y).item()
         stopped: Stopped = "tolerance" if converged else "iterations"
         if stalled == STALLED:
             stopped = "infeasible"

@@ -56,7 +56,7 @@ class Iterate:
             batch = next(batches)
             after = fixed_point_maps.evaluate(loss.on(batch), x, y)
             shift = tree.norm(tree.sub(after, y))
-            if not math.isfinite(shift):
+            if not shift < math.inf:
                 _refuse(x, y, after, taken)
             taken, y = taken + 1, after
         converged = shift <= self.tolerance

@@ -78,7 +78,7 @@ class LBFGS:
             with at_start(taken):
                 value, g = calculus.gradient_y(loss, x, y)
             norm, here = tree.norm(g), tree.clone(y)
-            if not math.isfinite(norm):
+            if not norm < math.inf:
                 require_finite(loss, x, y, g, taken)
             if taken == 0:
                 spent = stop.begin(loss, x, here, g)
@@ -90,13 +90,13 @@ class LBFGS:
                 curvatures.append(_curvature(points[-2], points[-1]))
                 stop.curvature = max(curvatures)
             if norm < best[1]:
-                best = (float(value), norm, here)
+                best = (value.item(), norm, here)
             if stop.is_met(norm, here):
                 raise _Converged
             for name, entry in y.items():
                 # it is viewed as a vector; vmap leaves strides
                 entry.grad = (g[name] / scale).contiguous()
-            return float(value) / scale
+            return value.item() / scale
 
         stopped: Stopped = "tolerance"
         try:

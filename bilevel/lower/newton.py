@@ -15,6 +15,7 @@ from bilevel.errors import ConvergenceError
 from bilevel.linear.dense import matrix
 from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
+from bilevel.scalars.functions import call
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params, Point, Stopped
 
 
@@ -61,8 +62,8 @@ class Newton:
         while True:
             with at_start(taken):
                 lower = calculus.linearize(loss, Point(x, y))
-            value, norm = float(lower.value), tree.norm(lower.gradient)
-            if not math.isfinite(norm):
+            value, norm = lower.value.item(), tree.norm(lower.gradient)
+            if not norm < math.inf:
                 require_finite(loss, x, y, lower.gradient, taken)
             if taken == 0 and stop.is_relative:
                 spent = stop.begin(loss, x, y, lower.gradient)
@@ -90,12 +91,12 @@ def _direction(hessian: torch.Tensor, gradient: Params) -> tuple[Params, float]:
             "newton: ∂²yy G is not finite where ∇y G is, as that of |y|^1.5 at 0; begin elsewhere, or "
             "use lower: lbfgs or gradient, which need no second derivative"
         )
-    values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+    values, vectors = call(torch.linalg.eigh, (hessian + hessian.T) / 2)
     size = values.abs()
-    largest = float(size.max())
-    size = size.clamp(min=largest * 1e-8 + torch.finfo(size.dtype).tiny)
+    largest = size.max()
+    size = torch.maximum(size, largest * 1e-8 + torch.finfo(size.dtype).tiny)
     g = tree.wide(tree.flatten(gradient))
-    return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient), largest
+    return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient), largest.item()
 
 
 def _search(
@@ -107,7 +108,7 @@ def _search(
     for _ in range(30):
         trial = tree.axpy(t, direction, y)
         with torch.no_grad():
-            new = float(loss(x, trial))
+            new = loss(x, trial).item()
         if new <= value + 1e-4 * t * slope + noise:
             return trial, True
         t /= 2

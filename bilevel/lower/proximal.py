@@ -68,7 +68,7 @@ class Proximal:
         while taken < self.steps and not converged:
             with at_start(taken):
                 at_z, g = calculus.gradient_y(loss, x, z)
-            value = float(at_z)
+            value = at_z.item()
             require_finite(loss, x, z, g, taken)
             if lr is None:
                 spent, lr = 1, 1 / (curvature_along(loss, x, z, g) or 1.0)
@@ -105,7 +105,7 @@ class Proximal:
             if abs(slope) + bend <= resolution:
                 return after, lr  # rounding in G would decide; a step too long soon grows out of it
             with torch.no_grad():
-                if float(loss(x, after)) <= value + slope + bend:
+                if loss(x, after).item() <= value + slope + bend:
                     return after, lr
             lr /= 2
         raise ConvergenceError(

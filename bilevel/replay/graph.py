@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from bilevel.replay.recorder import ABOVE, BELOW, expect_between
+from bilevel.replay.recorder import ABOVE, BELOW, expect_between, is_dynamic
 from bilevel.scalars.scalar import LARGE
 
 aten = torch.ops.aten
@@ -40,7 +40,8 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
     for node in graph.nodes:
         if isinstance(node.target, OpOverload):
             node.meta["is_mutable"] = node.target._schema.is_mutable
-            node.meta["is_tensor"] = node.target.namespace == "aten" and "form" in node.meta
+            is_own = node.target.namespace == "aten" and "form" in node.meta
+            node.meta["is_tensor"] = is_own and not _has_any_shape(node)
         node.target = _quick(node)
     return fixed
 
@@ -168,6 +169,14 @@ def _has_effect(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable
     return node.meta.get("writes", False) or getattr(node.target, "has_effect", False)
+
+
+def _has_any_shape(node: fx.Node) -> bool:
+    """Whether the shape of a result depends on numbers: that of an index does only where it is a mask."""
+    if node.target is not aten.index.Tensor:
+        return is_dynamic(node.target)
+    masks = (one.meta["dtype"] for one in node.args[1] if one is not None)
+    return any(dtype in (torch.bool, torch.uint8) for dtype in masks)
 
 
 def _quick(node: fx.Node) -> Any:

@@ -67,7 +67,11 @@ class _Lift:
         with self._graph.inserting_before(node):
             if node.target in _LISTS:
                 self._apart(node)
-            elif _is_tensor(node) and node.target in _TAKEN and node.kwargs.keys() <= {"alpha", "out"}:
+            elif (
+                _is_tensor(node)
+                and node.target in _TAKEN
+                and node.kwargs.keys() <= {"alpha", "out"}
+            ):
                 made = self._made(node.target, *node.args, **node.kwargs)
                 if made is not None:
                     self._replace(node, made)

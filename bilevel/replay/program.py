@@ -39,9 +39,13 @@ class Feed:
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
         self._taken: dict[str, list[Any]] = {level: [] for level in draws}
+        self.has_failed = False
+        """Whether a batch could not be drawn."""
 
     def draw(self, level: str) -> Any:
+        self.has_failed = True
         batch = next(self.draws[level])
+        self.has_failed = False
         self._taken[level].append(batch)
         return batch
 
@@ -100,8 +104,13 @@ class Program:
         leaves = self._take(inputs)
         if leaves is None:
             raise Departed("shapes or settings of what it begins with")
-        with torch.no_grad():
-            return self._rebuild(self._forward(*self._constants, feed, *leaves))
+        try:
+            with torch.no_grad():
+                return self._rebuild(self._forward(*self._constants, feed, *leaves))
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            if feed.has_failed:
+                raise
+            raise Departed(f"{type(error).__name__} in an operation") from error
 
 
 def record(step: Step, inputs: Any, draws: Draws, *, apart: bool = False) -> tuple[Any, Program]:

@@ -27,7 +27,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bilevel.scalars.scalar import LARGE, Recording, Scalar
@@ -48,6 +48,7 @@ _UNSEEN = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 """They read a tensor's numbers past every dispatch."""
 
 
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
 _OF_SHAPES = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
 
@@ -66,6 +67,15 @@ def expect(value: Any, where: str, found: Any) -> None:
 
 
 expect.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def expect_shape(shape: torch.Size, where: str, found: Tensor) -> None:
+    """Raise `Departed` where a mask or `nonzero` leaves another number of entries than the record has."""
+    if found.shape != shape:
+        raise Departed(where)
+
+
+expect_shape.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @cache
@@ -175,7 +185,11 @@ class Recorder(TorchDispatchMode):
             return found
         if isinstance(found, Tensor) and found.numel() < LARGE and self._is_fixed(node):
             node.meta["value"] = found.detach()
-        return self._bound(node, found)
+        bound = self._bound(node, found)
+        if is_dynamic(func):
+            for leaf in _leaves(found):
+                self.graph.call_function(expect_shape, (leaf.shape, where(), self.node_of(leaf)))
+        return bound
 
     def read(self, value: Tensor) -> Any:
         """The number that a tensor holds."""
@@ -186,6 +200,8 @@ class Recorder(TorchDispatchMode):
         plain = map_aggregate((given, options), _plain)
         tensors = [leaf for leaf in _leaves((given, options)) if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors):
+            if function in _ARITHMETIC:  # of a tensor and a number
+                given = tuple(self._as_tensor(one, tensors[0].dtype) for one in given)
             return function(*map_aggregate(given, _fixed), **map_aggregate(options, _fixed))
         written = [] if options.get("out") is None else [options["out"]]
         if function.__name__.endswith("_"):  # as torch calls what writes into its first argument
@@ -194,7 +210,18 @@ class Recorder(TorchDispatchMode):
             self._note_written(changed)
         node = self.graph.call_function(function, *map_aggregate((given, options), self.node_of))
         node.meta["writes"] = bool(written)
-        return self._bound(node, self.apart(lambda: function(*plain[0], **plain[1])))
+        with (
+            _disable_current_modes()
+        ):  # within a mode torch computes some operations in another way
+            found = self.apart(lambda: function(*plain[0], **plain[1]))
+        return self._bound(node, found)
+
+    def _as_tensor(self, leaf: Any, dtype: torch.dtype) -> Any:
+        """A number as a tensor of its own, whose product with another autograd records."""
+        if not isinstance(leaf, Scalar):
+            return leaf
+        node = self.graph.call_function(torch.tensor, (leaf.node,), {"dtype": dtype})
+        return self._bound(node, self.apart(lambda: torch.tensor(leaf.value, dtype=dtype)))
 
     def expect(self, function: Callable[..., bool], *given: Any) -> bool:
         found = function(*(_plain(one) for one in given))
@@ -290,6 +317,11 @@ class Recorder(TorchDispatchMode):
                 for k, part in enumerate(found)
             ]
             return type(found)(parts)
+        if isinstance(found, dict):
+            return {
+                key: self._bound(self.graph.call_function(operator.getitem, (node, key)), part)
+                for key, part in found.items()
+            }
         if type(found) in (int, float):
             return Scalar(found, node, self)
         return found
@@ -324,6 +356,11 @@ class _Reads(TorchFunctionMode):
         if Recording.tape and func in _UNSEEN:
             raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
         return func(*args, **(kwargs or {}))
+
+
+def is_dynamic(func: OpOverload) -> bool:
+    """Whether the shape of a result depends on numbers: of what a mask chooses, for one."""
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _plain(leaf: Any) -> Any:

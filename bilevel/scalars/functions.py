@@ -29,12 +29,12 @@ def smaller(a: float, b: float) -> float:
     return b.tape.call(min, a, b) if isinstance(b, Scalar) else min(a, b)
 
 
-def call(function: Callable[..., Any], *numbers: float) -> Any:
-    """function(*numbers), a pure function of numbers alone that gives a number, or several."""
-    for number in numbers:
-        if isinstance(number, Scalar):
-            return number.tape.call(function, *numbers)
-    return function(*numbers)
+def call(function: Callable[..., Any], *given: Any) -> Any:
+    """function(*given), one operation of a record: of numbers and of tensors that no derivative is taken of.
+
+    It gives tensors or numbers, the same ones for the same: what it draws is of a stream that it makes.
+    """
+    return function(*given) if Recording.tape is None else Recording.tape.call(function, *given)
 
 
 def gathered(draws: Any, function: Callable[..., Any], *given: Any) -> Any:

@@ -17,10 +17,14 @@ from bilevel.run.replayed import is_same
 from bilevel.run.upper import Upper
 from bilevel_problems.logistic import Logistic
 from bilevel_problems.quadratic import Quadratic
+from bilevel_problems.simulated_quadratic import SimulatedQuadratic
 from tests.run.setups import same, setup
 
 FIXED = CG(iterations=3, tolerance=0.0)
 LOGISTIC = Logistic(data="synthetic", num_features=6)
+BLOCKS = SimulatedQuadratic(
+    num_upper=2, num_lower=3, upper_samples=4, lower_samples=12, batch_size=2
+)
 
 
 class Parts:

@@ -163,6 +163,59 @@ def test_what_is_not_finite_is_found_at_the_step_that_makes_it(level, nonfinite)
     assert same(plain.y, compiled.y)
 
 
+class Masked(Parts):
+    """G is the mean over the rows that a batch chooses: one of them, then three, and so on, a step each."""
+
+    def lower_loss(self, x, y, batch):
+        off = (self.rows @ y["w"].T + y["b"] - self.aim).square().sum(1)
+        return off[batch > 0].mean() + sum((x[name].exp() * y[name].square()).sum() for name in y)
+
+    def lower_batches(self, generator):
+        for step in itertools.count():
+            chosen = torch.zeros(8)
+            chosen[: 1 + 2 * (step % 2)] = 1.0
+            yield from [chosen] * 5
+
+
+def test_another_number_of_chosen_rows_is_another_step():
+    """What is divided by their number would else be divided by that of the record."""
+    _, _, traces, _ = both(setup(Masked(), Implicit(solver=FIXED), steps=8), traces=2)
+    assert traces[1].why.startswith("run/test_replayed.py:")
+
+
+class Rooted(Parts):
+    """G has the root of a matrix that is positive definite in no batch of step 5."""
+
+    def lower_loss(self, x, y, batch):
+        root = torch.linalg.cholesky(batch * torch.eye(3, dtype=torch.float64))
+        return super().lower_loss(x, y, None) * root.diagonal().prod()
+
+    def lower_batches(self, generator):
+        for step in itertools.count():
+            yield from [torch.tensor(-1.0 if step == 4 else 1.0, dtype=torch.float64)] * 5
+
+
+class Ending(Parts):
+    """Whose batches cannot be read from step 5 on."""
+
+    def upper_batches(self, generator):
+        yield from [None] * 4
+        raise ValueError("the file ends here")
+
+
+@pytest.mark.parametrize("problem", [Rooted(), Ending()])
+def test_an_error_is_that_of_the_step_itself(problem):
+    said = []
+    for mode in ("off", "step"):
+        s = replace(setup(problem, Implicit(solver=FIXED), steps=8), compile=mode)
+        state = start(s)
+        with pytest.raises((RuntimeError, ValueError), match=r"\S") as caught:
+            list(run(s, state))
+        said.append((caught.type, str(caught.value), state.step))
+    assert said[0] == said[1]
+    assert said[0][2] == 4
+
+
 # what Python remembers
 
 
@@ -328,7 +381,7 @@ class Drawing(Penalty):
     [
         (setup(Reading(), Implicit(solver=FIXED)), r"test_replayed.py:\d+ reads numbers by numpy"),
         (setup(LOGISTIC, Drawing()), r"test_replayed.py:\d+ draws random numbers"),
-        (setup(LOGISTIC, lower="newton", steps=8), "depart from those recorded"),
+        (setup(LOGISTIC, lower="lbfgs", steps=8), "depart from those recorded"),
     ],
     ids=["numpy", "random", "a line search"],
 )

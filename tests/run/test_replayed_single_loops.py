@@ -13,19 +13,14 @@ from bilevel.run import replayed
 from bilevel.run.engine import Setup, restore, run, start
 from bilevel.run.upper import Upper
 from bilevel.scalars.table import RowTable
-from bilevel_problems.simulated_quadratic import SimulatedQuadratic
-from tests.run.replays import both, ended, require_same
+from tests.run.replays import BLOCKS, both, ended, require_same
 from tests.run.setups import frozen, same
-
-PROBLEM = SimulatedQuadratic(
-    num_upper=2, num_lower=3, upper_samples=4, lower_samples=12, batch_size=2
-)
 
 
 def setup(steps, **estimator):
     made = build("estimators", {"name": "single_loop", "lower_lr": 0.2, **estimator})
     upper = Upper(steps=steps, optimizer=SGD(lr=0.1))
-    return Setup(PROBLEM, Gradient(), upper, made, dtype=torch.float64)
+    return Setup(BLOCKS, Gradient(), upper, made, dtype=torch.float64)
 
 
 def every(name, **options):
@@ -83,9 +78,6 @@ def test_a_way_that_is_rare_is_recorded_once_it_is_known_to_come_again(monkeypat
     assert [trace.step for trace in traces] == [2, 11]  # full passes are 1, 6, 11 and 16
 
 
-def test_a_random_series_is_taken_by_itself():
-    s = setup(6, order="sequential", adjoint="random_series", adjoint_steps=3)
-    plain, compiled = ended(s), ended(replace(s, compile="step"))
-    assert compiled[0].warned.pop("compile") == 0
-    require_same(plain, compiled)
-    assert "draws random numbers" in compiled[3][0]
+def test_a_random_series_is_recorded_once_for_each_length():
+    """And once more, since blocks are drawn twice in the first record and not in others."""
+    both(setup(16, order="sequential", adjoint="random_series", adjoint_steps=3), traces=4)

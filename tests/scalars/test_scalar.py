@@ -33,7 +33,8 @@ def tape():
     return Written()
 
 
-def test_it_computes_as_floats_do_and_every_operation_is_noted(tape):
+def test_it_computes_as_floats_do_and_every_operation_is_noted(tape, monkeypatch):
+    monkeypatch.setattr(Recording, "tape", tape)
     a, b = Scalar(3.0, None, tape), Scalar(-2.0, None, tape)
     for found, value in [
         (a + b, 1.0),
