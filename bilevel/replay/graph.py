@@ -171,7 +171,7 @@ def _has_effect(node: fx.Node) -> bool:
     return node.meta.get("writes", False) or getattr(node.target, "has_effect", False)
 
 
-def _has_any_shape(node: fx.Node) -> bool:
+def _has_any_shape(node: Any) -> bool:
     """Whether the shape of a result depends on numbers: that of an index does only where it is a mask."""
     if node.target is not aten.index.Tensor:
         return is_dynamic(node.target)

@@ -5,6 +5,9 @@ ends a region that could be compiled. Here the quotient is computed from tensors
 Python. What Python decides on the numbers is looked at as before, when the region has been computed.
 """
 
+# The foreach functions are what torch.optim itself is built on; torch exports no other name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -91,7 +94,7 @@ class _Lift:
             other = self._fitted(other, one)
         return self._call(function, one, other)
 
-    def _apart(self, node: fx.Node) -> None:
+    def _apart(self, node: Any) -> None:
         """A function of lists as one of each entry."""
         first, *others = node.args
         function = _LISTS[node.target]
@@ -112,7 +115,7 @@ class _Lift:
             self._numbers[value] = self._computed(value)
         return self._numbers[value]
 
-    def _computed(self, node: fx.Node) -> fx.Node | None:
+    def _computed(self, node: Any) -> fx.Node | None:
         if node.target is Tensor.item:
             (value,) = node.args
             if not value.meta["form"][2].is_floating_point:
