@@ -15,6 +15,9 @@ from bilevel.types import Loss
 _backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 """The backward pass alone, where this torch has it: what `torch.autograd.grad` does to its arguments
 before takes as long as a small pass."""
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+_on_cpu = getattr(_engine, "run_backward", _backward)
+"""The same of a graph on the CPU, where no thread of a device asks for the context that is else copied."""
 
 _FIRST_ORDER = (
     "an estimator that takes no second derivative (penalty, one_step with finite_difference)"
@@ -138,6 +141,7 @@ def backward(
     assert _backward is not None
     vectors = grad_outputs or map(torch.ones_like, outputs)
     roots, leaves = (tuple(outputs), tuple(vectors)), tuple(inputs)
-    return _backward(
+    run = _on_cpu if outputs[0].is_cpu else _backward
+    return run(
         *roots, retain_graph, create_graph, leaves, allow_unused, accumulate_grad=False
     )

@@ -5,7 +5,7 @@ lower ∇y G,    adjoint ∂²yy G v − ∇y F,    upper ∇x F − (∂²xy G)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Series:
         term = result = b
         length, growth = tree.norm(b), 0
         for losses in factors:
-            product = _mean(_rows(losses, point, term, ("hvp",)))["hvp"]
+            product = self._product(losses, point, term)
             term = tree.axpy(-self.scale, product, term)
             before, length = length, tree.norm(term)
             growth = growth + 1 if length > before else 0
@@ -53,6 +53,9 @@ class Series:
                 self._refuse(length / before)
             result = tree.add(result, term) if self.summed else term
         return tree.scale(self.scale * self.weight, result)
+
+    def _product(self, losses: list[Loss], point: Point, v: Params) -> Params:
+        return _mean(losses, lambda loss: _row(loss, point, v, ("hvp",)))["hvp"]
 
     def _refuse(self, ratio: float) -> None:
         raise ConvergenceError(
@@ -92,7 +95,7 @@ class OracleValues:
     def total(self, quantity: str) -> Params:
         """A quantity: one share, or the difference of two."""
         shares = self._unsigned(quantity)
-        return tree.sub(*shares) if len(shares) == 2 else shares[0]
+        return shares[0] if len(shares) == 1 else tree.sub(shares[0], shares[1])
 
     def shares(self, quantity: str) -> dict[str, Params]:
         """A quantity as the share of the lower batch and that of the upper one: their sum."""
@@ -151,16 +154,16 @@ class Oracle:
     def _evaluate(self, sample: Batches, at: Triple) -> OracleValues:
         point = Point(at.x, at.y)
         if self.wanted == ("lower",):
-            row = _mean(_slopes(sample.lower, point))
+            row = _mean(sample.lower, lambda loss: _slope(loss, point))
             return OracleValues(row, row["value"]["G"])
-        upper = _mean(self._gradients(loss, point) for loss in sample.upper)
+        upper = _mean(sample.upper, lambda loss: self._gradients(loss, point))
         F, F_x, F_y = upper["value"]["F"], upper["x"], upper["y"]
         if sample.series is None:
             v, products = at.v, ("hvp", "cross")
         else:
             v, products = sample.series.apply(sample.factors, point, F_y), ("cross",)
         products = tuple(p for p in products if _QUANTITY[p] in self.wanted)
-        lower = _mean(_rows(sample.lower, point, v, products, F_y))
+        lower = _mean(sample.lower, lambda loss: _row(loss, point, v, products, F_y))
         return OracleValues(lower, lower["value"]["G"], F, F_x)
 
     def _gradients(self, loss: Loss, point: Point) -> dict[str, Params]:
@@ -198,42 +201,34 @@ class Draw:
 _QUANTITY = {"hvp": "adjoint", "cross": "upper"}
 
 
-def _slopes(losses: list[Loss], point: Point) -> Iterator[dict[str, Params]]:
-    for loss in losses:
-        G, slope = gradient_y(loss, point.x, point.y)
-        yield {"value": {"G": G}, "slope": slope}
+def _slope(loss: Loss, point: Point) -> dict[str, Params]:
+    G, slope = gradient_y(loss, point.x, point.y)
+    return {"value": {"G": G}, "slope": slope}
 
 
-def _rows(
-    losses: list[Loss],
-    point: Point,
-    v: Params,
-    products: tuple[str, ...],
-    right: Params | None = None,
-) -> Iterator[dict[str, Params]]:
-    """∇y G and products with v for each batch; one graph at a time is in memory."""
-    for loss in losses:
-        lower = linearize(loss, point)
-        row = {"value": {"G": lower.value}, "slope": lower.gradient}
-        if products == ("hvp", "cross"):
-            row["hvp"], row["cross"] = lower.pull(v)
-        elif "hvp" in products:
-            row["hvp"] = lower.hvp_yy(v)
-        elif "cross" in products:
-            row["cross"] = lower.vjp_xy(v)
-        if right is not None:
-            row["right"] = lower.restrict(right)
-        yield row
+def _row(
+    loss: Loss, point: Point, v: Params, products: tuple[str, ...], right: Params | None = None
+) -> dict[str, Params]:
+    """∇y G and products with v on a batch."""
+    lower = linearize(loss, point)
+    row = {"value": {"G": lower.value}, "slope": lower.gradient}
+    if products == ("hvp", "cross"):
+        row["hvp"], row["cross"] = lower.pull(v)
+    elif "hvp" in products:
+        row["hvp"] = lower.hvp_yy(v)
+    elif "cross" in products:
+        row["cross"] = lower.vjp_xy(v)
+    if right is not None:
+        row["right"] = lower.restrict(right)
+    return row
 
 
-def _mean(rows: Iterator[dict[str, Params]]) -> dict[str, Params]:
-    mean, count = next(rows), 1
-    for row in rows:
-        if count == 1:
-            mean = {name: tree.scale(1.0, part) for name, part in mean.items()}
-        for name, part in row.items():
+def _mean(losses: list[Loss], row: Callable[[Loss], dict[str, Params]]) -> dict[str, Params]:
+    """Of what `row` makes of each; one graph at a time is in memory."""
+    if len(losses) == 1:
+        return row(losses[0])
+    mean = {name: tree.scale(1.0, part) for name, part in row(losses[0]).items()}
+    for loss in losses[1:]:
+        for name, part in row(loss).items():
             tree.axpy_(mean[name], 1.0, part)
-        count += 1
-    if count > 1:
-        mean = {name: tree.scale_(part, 1 / count) for name, part in mean.items()}
-    return mean
+    return {name: tree.scale_(part, 1 / len(losses)) for name, part in mean.items()}

@@ -217,7 +217,7 @@ def test_being_out_of_memory_is_no_matter_of_the_loss(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(unsupported, "_backward", full)
+    monkeypatch.setattr(unsupported, "_on_cpu", full)
     loss = Loss(upper, None, Counts(), "upper")
     with pytest.raises(torch.OutOfMemoryError):
         calculus.gradients(loss, Point(X, Y))
