@@ -394,7 +394,9 @@ def is_finite(a: Params) -> bool:
     here = True
     for value in a.values():
         # a sum, in one pass, has any that there is; finite entries may have an infinite one
-        plain = value.dim() == 1 and value.is_floating_point()  # of squares, where that is the quicker one
+        plain = (
+            value.dim() == 1 and value.is_floating_point()
+        )  # of squares, where that is the quicker one
         total = torch.dot(value, value) if plain else value.sum()
         if not -math.inf < total.item() < math.inf and not torch.isfinite(value).all():
             here = False

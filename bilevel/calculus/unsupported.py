@@ -142,6 +142,4 @@ def backward(
     vectors = grad_outputs or map(torch.ones_like, outputs)
     roots, leaves = (tuple(outputs), tuple(vectors)), tuple(inputs)
     run = _on_cpu if outputs[0].is_cpu else _backward
-    return run(
-        *roots, retain_graph, create_graph, leaves, allow_unused, accumulate_grad=False
-    )
+    return run(*roots, retain_graph, create_graph, leaves, allow_unused, accumulate_grad=False)
