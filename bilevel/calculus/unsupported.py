@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,5 +142,5 @@ def backward(
     assert _backward is not None
     vectors = grad_outputs or map(torch.ones_like, outputs)
     roots, leaves = (tuple(outputs), tuple(vectors)), tuple(inputs)
-    run = _on_cpu if outputs[0].is_cpu else _backward
+    run: Any = _on_cpu if outputs[0].is_cpu else _backward
     return run(*roots, retain_graph, create_graph, leaves, allow_unused, accumulate_grad=False)
