@@ -225,7 +225,10 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
 
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
-    if y and Recording.tape and Recording.tape.makes_anew(y.values()):
+    wide = all(
+        entry.dtype not in HALF for entry in y.values()
+    )  # others are rounded otherwise in place
+    if y and wide and Recording.tape and Recording.tape.makes_anew(y.values()):
         y.update(scale(alpha, y))
     elif y:
         mul_ = (

@@ -59,7 +59,7 @@ class TaskCG:
             Ap, steps = matvec(p), steps + 1
             pAp, pp = _dots(p, Ap), _dots(p, p)
             guards.require_finite(pAp.sum().item(), p)
-            curvature = smaller(curvature, (pAp / pp)[active].min().item())
+            curvature = smaller(curvature, torch.where(active, pAp / pp, math.inf).min().item())
             largest = torch.where(active, torch.maximum(largest, pAp / pp), largest)
             # along a p of no curvature but rounding v would go off to overflow
             is_flat = is_flat | (active & ~(pAp > flat * largest * pp))

@@ -8,6 +8,8 @@ half as much from Python as the overloads of a dispatch mode.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Set
 from typing import Any
 
@@ -20,6 +22,8 @@ from bilevel.scalars.scalar import LARGE
 
 aten = torch.ops.aten
 _OWN: Any = torch._C._VariableFunctions  # pyright: ignore[reportAttributeAccessIssue]
+_RAISING = {operator.truediv, operator.floordiv, operator.mod, operator.pow, math.sqrt}
+"""Of numbers: by zero, beyond the largest, of a negative one."""
 _ALIASES = {aten.detach.default, aten.alias.default}
 
 
@@ -40,6 +44,7 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
     for node in graph.nodes:
         if isinstance(node.target, OpOverload):
             node.meta["is_mutable"] = node.target._schema.is_mutable
+            node.meta["has_effect"] = has_effect(node)
             is_own = node.target.namespace == "aten" and "form" in node.meta
             node.meta["is_tensor"] = is_own and not _has_any_shape(node)
         node.target = _quick(node)
@@ -160,15 +165,19 @@ def _take_out_fixed(graph: fx.Graph, written: Set[int], results: Set[int]) -> li
 def drop_unused(graph: fx.Graph) -> None:
     """Erase what no result and no expectation needs."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and not _has_effect(node):
+        if node.op == "call_function" and not node.users and not has_effect(node):
             graph.erase_node(node)
 
 
-def _has_effect(node: fx.Node) -> bool:
-    """An expectation, a draw, or an operation that writes."""
+def has_effect(node: fx.Node) -> bool:
+    """An expectation, a draw, an operation that writes or only checks, or arithmetic that may raise."""
     if isinstance(node.target, OpOverload):
-        return node.target._schema.is_mutable
-    return node.meta.get("writes", False) or getattr(node.target, "has_effect", False)
+        schema = node.target._schema
+        return schema.is_mutable or (node.target.namespace == "aten" and not schema.returns)
+    if node.target in _RAISING and "form" not in node.meta:
+        return True
+    noted = node.meta.get("writes", False) or node.meta.get("has_effect", False)
+    return noted or getattr(node.target, "has_effect", False)
 
 
 def _has_any_shape(node: Any) -> bool:
@@ -187,5 +196,7 @@ def _quick(node: fx.Node) -> Any:
     if name.endswith("_"):  # which writes into its first argument: a method
         return getattr(torch._C.TensorBase, name, node.target)
     if node.target._overloadname == "out" or not node.target._schema.is_mutable:
-        return getattr(_OWN, name, node.target)
+        own = getattr(_OWN, name, None)
+        # code of a graph calls it by its name in torch, which may be another function in Python
+        return own if own is not None and getattr(torch, name, None) is own else node.target
     return node.target

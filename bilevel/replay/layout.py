@@ -113,10 +113,10 @@ def _write_take(like: Any, given: str, code: _Code, leaves: list[str]) -> None:
 def _is_such_tensor(like: Tensor, given: str, code: _Code) -> str:
     """The expression of whether a tensor has the form of `like`; of plain memory by the cheaper questions."""
     code.names["Tensor"] = Tensor
-    plain = (
-        like.is_contiguous()
-    )  # of another with its shape then says the same of every stride that counts
-    stride = "is_contiguous()" if plain else f"stride() == {code.name(like.stride())}"
+    # which of another with its shape says the same of every stride that counts
+    stride = (
+        "is_contiguous()" if like.is_contiguous() else f"stride() == {code.name(like.stride())}"
+    )
     device = "is_cpu" if like.is_cpu else f"device == {code.name(like.device)}"
     return (
         f"isinstance({given}, Tensor) and {given}.shape == {code.name(like.shape)} and {given}.{stride}"

@@ -50,7 +50,10 @@ _TAKEN = {
 
 
 def lift(graph: fx.Graph) -> None:
-    """Have it come to the same results, but for rounding, in fewer steps that wait for a number."""
+    """Have it come to the same results, but for rounding, in fewer steps that wait for a number.
+
+    A quotient of numbers is still taken, after the tensors: where it is one by zero the replay departs.
+    """
     put = _Lift(graph)
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -73,6 +76,7 @@ class _Lift:
             elif (
                 _is_tensor(node)
                 and node.target in _TAKEN
+                and len(node.args) == 2
                 and node.kwargs.keys() <= {"alpha", "out"}
             ):
                 made = self._made(node.target, *node.args, **node.kwargs)
@@ -102,6 +106,8 @@ class _Lift:
         for k, entry in enumerate(first):
             given = [other[k] if isinstance(other, (list, tuple)) else other for other in others]
             one = self._made(function, entry, *given, **node.kwargs)
+            if one is None and any(_is_number(part) for part in (*given, *node.kwargs.values())):
+                return  # a number that stays one
             made.append(one or self._call(function, entry, *given, **node.kwargs))
         for user in list(node.users):
             assert user.target is operator.getitem

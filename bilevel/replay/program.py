@@ -107,7 +107,9 @@ class Program:
         try:
             with torch.no_grad():
                 return self._rebuild(self._forward(*self._constants, feed, *leaves))
-        except (ArithmeticError, RuntimeError, ValueError) as error:
+        except Departed:
+            raise
+        except Exception as error:  # whatever an operation raises the step itself says better
             if feed.has_failed:
                 raise
             raise Departed(f"{type(error).__name__} in an operation") from error

@@ -46,6 +46,8 @@ _PASSED_OVER = tuple(
 )
 _UNSEEN = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 """They read a tensor's numbers past every dispatch."""
+_SPLITS = {torch.tensor_split, Tensor.tensor_split}
+"""They do where they are told by a tensor where to split."""
 
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
@@ -194,14 +196,20 @@ class Recorder(TorchDispatchMode):
     def read(self, value: Tensor) -> Any:
         """The number that a tensor holds."""
         node = self.graph.call_function(Tensor.item, (self.node_of(value),))
-        return self._bound(node, self.apart(value.item))
+        found = self.apart(value.item)
+        if not isinstance(found, (int, float)) or isinstance(found, bool):
+            self._expect(node, found)
+        return self._bound(node, found)
 
     def call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
         plain = map_aggregate((given, options), _plain)
         tensors = [leaf for leaf in _leaves((given, options)) if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors):
-            if function in _ARITHMETIC:  # of a tensor and a number
-                given = tuple(self._as_tensor(one, tensors[0].dtype) for one in given)
+            dtype = tensors[0].dtype  # a narrow one would round the number before it is used
+            if function in _ARITHMETIC and dtype in (torch.float32, torch.float64):
+                if function is operator.truediv and isinstance(given[0], Scalar):
+                    function, given = operator.mul, (tensors[0].reciprocal(), given[0])  # as torch
+                given = tuple(self._as_tensor(one, dtype) for one in given)
             return function(*map_aggregate(given, _fixed), **map_aggregate(options, _fixed))
         written = [] if options.get("out") is None else [options["out"]]
         if function.__name__.endswith("_"):  # as torch calls what writes into its first argument
@@ -353,14 +361,15 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         if Recording.tape and func is Tensor.item:
             return self._recorder.read(args[0])
-        if Recording.tape and func in _UNSEEN:
+        is_split = func in _SPLITS and any(isinstance(one, Tensor) for one in args[1:])
+        if Recording.tape and (func in _UNSEEN or is_split):
             raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
 def is_dynamic(func: OpOverload) -> bool:
     """Whether the shape of a result depends on numbers: of what a mask chooses, for one."""
-    return torch.Tag.dynamic_output_shape in func.tags
+    return torch.Tag.dynamic_output_shape in func.tags or func is aten._pack_padded_sequence.default
 
 
 def _plain(leaf: Any) -> Any:

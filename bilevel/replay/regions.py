@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule
 
+from bilevel.replay.graph import has_effect
 from bilevel.replay.lifted import lift
 
 Called = Callable[[list[Tensor]], list[Tensor]]
@@ -64,7 +65,10 @@ def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> Grap
         )
     graph = _copied(record.graph)
     if not by.is_exact:
-        lift(graph)
+        try:
+            lift(graph)
+        except Exception as error:  # a form of an operation that it does not know
+            raise CannotCompile(_said(error)) from error
     _part_views(graph)
     nodes = list(graph.nodes)
     known = dict(zip(nodes, constants, strict=False))
@@ -132,7 +136,7 @@ def _levels(nodes: list[fx.Node], taken: set[fx.Node]) -> dict[fx.Node, int]:
         level = max((levels[one] + (node not in taken and one in taken) for one in of), default=0)
         if not of and node.op == "call_function":  # a clock
             level = latest
-        if node.op == "call_function" and getattr(node.target, "has_effect", False):
+        if node.op == "call_function" and has_effect(node):
             is_draw = "feed" in (one.name for one in of)
             level = max(level, effects) if is_draw else level
             effects = max(effects, level)
@@ -172,8 +176,7 @@ def _put(
     except CannotCompile:
         raise
     except Exception as error:  # whatever a compiler may raise
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise CannotCompile(f"{type(error).__name__}: {text}") from error
+        raise CannotCompile(_said(error)) from error
     result = made.call_function(_called(call), tuple(new[node] for node in given))
     taken = {one.untyped_storage().data_ptr() for one in example}
     for k, (node, one) in enumerate(zip(outer, found, strict=True)):
@@ -184,6 +187,10 @@ def _put(
         taken.add(memory)
         if (one.shape, one.stride(), one.dtype) != node.meta["form"]:
             raise CannotCompile("a result is laid out in another way")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _called(call: Called) -> Callable[..., list[Tensor]]:

@@ -7,8 +7,9 @@ import torch
 
 from bilevel import tree
 from bilevel.linear.cg import CG
+from bilevel.replay import regions
 from bilevel.replay.program import Departed, Feed, record
-from bilevel.replay.regions import Compiler
+from bilevel.replay.regions import CannotCompile, Compiler
 from bilevel.scalars.functions import call, larger, smaller, sqrt
 from tests.replay.steps import X, long
 
@@ -89,6 +90,51 @@ def test_a_number_that_is_not_read_from_a_tensor_stays_one():
     other = program(X, Feed({"lower": iter(batches[1:])}))
     expected = step(X, {"lower": iter(batches[1:])})
     assert all(torch.equal(one, two) for one, two in zip(other, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda z: 1 / (1 / z + 1),
+        lambda z: 1 / (1 + (1 / (z + 1e-300)) ** 300.0),
+        lambda z: sqrt(z - 1) * 0,
+    ],
+)
+def test_where_arithmetic_of_numbers_raises_it_departs(number):
+    """Though what is lifted comes to a finite tensor, or to one that is masked."""
+
+    def step(x, _):
+        return long(long(x) * (1 + number(x[0].item())))
+
+    _, program, lengths = regions_of(step, X + 1.5)
+    assert len(lengths) == 1
+    with pytest.raises((ArithmeticError, ValueError)):
+        step(X - X[0], None)
+    with pytest.raises(Departed):
+        program(X - X[0], Feed({}))
+
+
+def test_numbers_that_stay_numbers_keep_lists_of_tensors():
+    """A count of steps scales several entries at once."""
+
+    def step(x, draws):
+        y = {"a": long(x), "b": long(x + 1)}
+        return tree.axpy(1 / next(draws["lower"])["count"], y, y), tree.scale(
+            x.argmax().item() + 1, y
+        )
+
+    counts = [{"count": 3}, {"count": 7}]
+    _, program, _ = regions_of(step, draws={"lower": iter(counts)})
+    found = program(X, Feed({"lower": iter(counts[1:])}))
+    expected = step(X, {"lower": iter(counts[1:])})
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_what_cannot_be_lifted_is_replayed_uncompiled(monkeypatch):
+    monkeypatch.setattr(regions, "lift", lambda graph: {}["form"])
+    with pytest.raises(CannotCompile, match="KeyError"):
+        regions_of(lambda x, _: long(x))
 
 
 def test_conjugate_gradient_is_one_region_and_departs_where_it_ends_earlier():

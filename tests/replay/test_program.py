@@ -173,3 +173,17 @@ def test_a_tensor_of_python_numbers_is_new_in_each_replay():
         replayed(of(lambda a: torch.tensor([1.0, 1.0]).add_(a["a"].float())), A, A)[1],
         1 + A["a"].float(),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_entries_are_scaled_to_the_bits_of_a_scale_in_place(dtype):
+    """torch rounds 16-bit numbers once in the one way and twice in the other."""
+    x = torch.linspace(0.1, 0.9, 64).to(dtype)
+
+    def step(x, _):
+        return tree.scale_({"a": x * 1}, 1 / x.sum().item())["a"]
+
+    found, program = record(step, x, {})
+    assert torch.equal(found, step(x, None))
+    other = x.flip(0) * 2
+    assert torch.equal(program(other, Feed({})), step(other, None))

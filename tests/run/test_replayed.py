@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from bilevel.errors import ConvergenceError, ProblemError, RecipeError
-from bilevel.estimators import Implicit, Penalty
+from bilevel.estimators import Implicit, OneStep, Penalty
 from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
+from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD, Adam, Clip, Schedule, TorchOptimizer
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
@@ -195,6 +196,15 @@ class Rooted(Parts):
             yield from [torch.tensor(-1.0 if step == 4 else 1.0, dtype=torch.float64)] * 5
 
 
+class Dividing(Rooted):
+    """G has a quotient of numbers, by zero in every batch of step 5, and a weight that hides it."""
+
+    def lower_loss(self, x, y, batch):
+        with torch.no_grad():
+            weight = torch.ones(()).double() * (1 + 1 / (1 / (1.0 + batch.item())))
+        return Parts.lower_loss(self, x, y, None) * weight
+
+
 class Ending(Parts):
     """Whose batches cannot be read from step 5 on."""
 
@@ -203,17 +213,72 @@ class Ending(Parts):
         raise ValueError("the file ends here")
 
 
-@pytest.mark.parametrize("problem", [Rooted(), Ending()])
+@pytest.mark.parametrize("problem", [Rooted(), Dividing(), Ending()])
 def test_an_error_is_that_of_the_step_itself(problem):
     said = []
     for mode in ("off", "step"):
         s = replace(setup(problem, Implicit(solver=FIXED), steps=8), compile=mode)
         state = start(s)
-        with pytest.raises((RuntimeError, ValueError), match=r"\S") as caught:
+        with pytest.raises((ArithmeticError, RuntimeError, ValueError), match=r"\S") as caught:
             list(run(s, state))
         said.append((caught.type, str(caught.value), state.step))
     assert said[0] == said[1]
     assert said[0][2] == 4
+
+
+class Deciding:
+    """G's weight is what `weight` makes of a batch: one number for twelve steps, then others."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def init(self, streams):
+        return {"b": torch.linspace(0.1, 0.9, 3)}, {"b": torch.linspace(1.3, 0.7, 3)}
+
+    def upper_loss(self, x, y, batch):
+        return (y["b"] - 1).square().sum()
+
+    def lower_loss(self, x, y, batch):
+        return (y["b"] - x["b"]).square().sum() * self.weight(batch, y)
+
+    def upper_batches(self, generator):
+        return itertools.repeat(None)
+
+    def lower_batches(self, generator):
+        for step in itertools.count():
+            value = 1.0 if step < 12 else 0.3 + step % 3 / 10
+            yield from [torch.tensor([value, 1.0, 1.0], dtype=torch.float64)] * 5
+
+
+def caught(batch, y):
+    """What a root is where there is none."""
+    try:
+        return torch.linalg.cholesky(torch.diag(batch.double() - 0.95))[0, 0]
+    except RuntimeError:
+        return 2.0
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda batch, y: 2.0 if (batch > 0.9).all().item() else 1.0,
+        lambda batch, y: (batch[0].item() / (0.3 + y["b"].square())).sum(),
+        lambda batch, y: 1 + (y["b"].square() / batch[0].item()).sum(),
+        lambda batch, y: 1 + (batch[0].item() - y["b"]).square().sum() / 10,
+        lambda batch, y: 1 + (batch[0].item() * y["b"]).square().sum() / 9,
+        lambda batch, y: torch.unique_consecutive(batch, return_counts=True)[1].sum() / 3,
+        lambda batch, y: torch.tensor_split(batch, (batch * 2).long()[:1])[0].sum() + 1,
+        caught,
+    ],
+    ids=["bool", "over", "by", "minus", "times", "unique", "split", "caught"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_a_loss_makes_of_numbers_is_what_it_makes_of_them_without(weight, dtype):
+    lower = Gradient(steps=5, optimizer=SGD(lr=0.05))
+    s = setup(Deciding(weight), OneStep(), steps=16, dtype=dtype, lower=lower)
+    plain, compiled = ended(s), ended(replace(s, compile="step"))
+    compiled[0].warned.pop("compile", None)
+    require_same(plain, compiled)
 
 
 # what Python remembers
