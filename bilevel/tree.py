@@ -504,11 +504,10 @@ def to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
 def _stands(values: dict[Any, Any], device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether all are numbers, or tensors that are where `to` would put them."""
     for leaf in values.values():
-        if isinstance(leaf, (int, float)):
-            continue
-        if not isinstance(leaf, Tensor) or leaf.device != device:
-            return False
-        if leaf.dtype != dtype and leaf.is_floating_point():
+        if isinstance(leaf, Tensor):
+            if leaf.device != device or (leaf.dtype != dtype and leaf.is_floating_point()):
+                return False
+        elif not isinstance(leaf, (int, float)):
             return False
     return True
 

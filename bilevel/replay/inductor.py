@@ -35,7 +35,8 @@ def by_inductor(region: GraphModule, given: list[Tensor]) -> Called:
         fake = [mode.from_tensor(one) for one in given]
         with tracing(TracingContext(mode)), mode:
             made: Any = compile_fx_inner(traced, fake)
-    return made
+        made(list(given))  # a first call keeps what was tuned; later ones need not look for it
+    return getattr(made, "current_callable", made)
 
 
 MATRIX = 2**12

@@ -78,6 +78,7 @@ class Program:
         self._take, self._rebuild, self._constants = take, rebuild, constants
         self._function = function
         self._forward = function.forward  # a call of the module looks for hooks, for 20 µs
+        self._without_grad = torch.no_grad()
         self.by: Compiler | None = None
         """What compiled its operations, where something did."""
         self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
@@ -105,7 +106,7 @@ class Program:
         if leaves is None:
             raise Departed("shapes or settings of what it begins with")
         try:
-            with torch.no_grad():
+            with self._without_grad:
                 return self._rebuild(self._forward(*self._constants, feed, *leaves))
         except Departed:
             raise

@@ -64,6 +64,7 @@ class Sampler:
                 "itertools.repeat(None) where the losses need none"
             )
         self._batches = iter(batches)
+        self._position = getattr(self._batches, "state_dict", None)
         self.drawn = 0
         self._last: Any = None
         self._begun, self._is_rewound = self._here(), False
@@ -99,11 +100,10 @@ class Sampler:
         return here | {"last": glimpse(here["last"])}
 
     def _here(self) -> dict[str, Any]:
-        position = getattr(self._batches, "state_dict", None)
         return {
             "drawn": self.drawn,
             "stream": self._stream.get_state(),
-            "position": position() if position else None,
+            "position": self._position() if self._position else None,
             "last": self._last,
         }
 

@@ -49,7 +49,8 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
 
     `take` stands in the place of `take_rounds` and `moved`, and gives the same.
     """
-    began, answer, sent = time.perf_counter(), None, setup.ranks.ledger.mark()
+    began, answer, ranks = time.perf_counter(), None, setup.ranks
+    sent = None if ranks.is_alone else ranks.ledger.mark()
     try:
         taken = _taken(setup, state, take)
     except ConvergenceError as error:
@@ -73,7 +74,8 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
         hvps=stats.hvps + lower.hvps,
         cross_products=stats.cross_products,
     )
-    yield from answer.settle(state) if answer else ()
+    if answer:
+        yield from answer.settle(state)
     yield from warn(setup, state, estimate, solution)
     yield Stepped(
         state.step,
@@ -84,7 +86,7 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
         stats,
         state.totals,
         time.perf_counter() - began,
-        None if setup.ranks.is_alone else Sent(*setup.ranks.ledger.since(sent)),
+        None if sent is None else Sent(*ranks.ledger.since(sent)),
     )
 
 
