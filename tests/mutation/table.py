@@ -269,9 +269,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("linear/neumann.py", "return replace(self, iterations=20000, tolerance=2e-11)"): (
         "a choice: what `tight` calls vanished"
     ),
-    ("linear/gmres.py", "if left <= target or beta <= 2e-14 * float(used.norm()):"): (
-        "a choice between rounding and anything meant"
-    ),
+    (
+        "linear/gmres.py",
+        "if left <= target or beta <= 2e-14 * H.norm().item() or len(columns) == budget:",
+    ): ("a choice between rounding and anything meant"),
     (
         "unrolling/traced.py",
         "if found is None or any((a() is not b for a, b in zip(found.owners, owners, strict=False))):",
