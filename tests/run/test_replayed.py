@@ -258,6 +258,14 @@ def caught(batch, y):
         return 2.0
 
 
+def outside(batch, y):
+    """What an entry is where there is none."""
+    try:
+        return torch.ones(2)[(3 * (1 - batch)).long()].sum()
+    except IndexError:
+        return 2.0
+
+
 @pytest.mark.parametrize(
     "weight",
     [
@@ -269,8 +277,9 @@ def caught(batch, y):
         lambda batch, y: torch.unique_consecutive(batch, return_counts=True)[1].sum() / 3,
         lambda batch, y: torch.tensor_split(batch, (batch * 2).long()[:1])[0].sum() + 1,
         caught,
+        outside,
     ],
-    ids=["bool", "over", "by", "minus", "times", "unique", "split", "caught"],
+    ids=["bool", "over", "by", "minus", "times", "unique", "split", "caught", "outside"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_a_loss_makes_of_numbers_is_what_it_makes_of_them_without(weight, dtype):
