@@ -225,10 +225,9 @@ def axpy_(y: Params, alpha: float, a: Params) -> Params:
 
 def scale_(y: Params, alpha: float) -> Params:
     """y ← alpha · y."""
-    wide = all(
-        entry.dtype not in HALF for entry in y.values()
-    )  # others are rounded otherwise in place
-    if y and wide and Recording.tape and Recording.tape.makes_anew(y.values()):
+    tape = Recording.tape
+    # 16-bit numbers are rounded in another way where they are scaled in place
+    if y and tape and tape.makes_anew(y.values()) and not any(e.dtype in HALF for e in y.values()):
         y.update(scale(alpha, y))
     elif y:
         mul_ = (
@@ -396,11 +395,10 @@ def is_finite(a: Params) -> bool:
     """Whether no entry holds NaN or an infinity."""
     here = True
     for value in a.values():
-        # a sum, in one pass, has any that there is; finite entries may have an infinite one
-        plain = (
-            value.dim() == 1 and value.is_floating_point()
-        )  # of squares, where that is the quicker one
-        total = torch.dot(value, value) if plain else value.sum()
+        # a sum, in one pass, has any that there is; finite entries may have an infinite one. That of
+        # squares is the quicker one of a vector
+        is_vector = value.dim() == 1 and value.is_floating_point()
+        total = torch.dot(value, value) if is_vector else value.sum()
         if not -math.inf < total.item() < math.inf and not torch.isfinite(value).all():
             here = False
             break

@@ -127,7 +127,7 @@ class ValueFunction:
     def _level(self, losses: Losses, x: Params, z: Params) -> float:
         """What G is to stay below: its regularised minimum."""
         with torch.no_grad():
-            return float(losses.lower(x, z) + self.mu / 2 * _square(z))
+            return (losses.lower(x, z) + self.mu / 2 * _square(z)).item()
 
     def _solve_upper(self, losses: Losses, x: Params, level: float, start: Auxiliary) -> Auxiliary:
         def penalised(x: Params, y: Params, batch: Any) -> Tensor:

@@ -44,10 +44,8 @@ class GMRES:
             budget = min(self.restart, self.iterations - steps)
             basis, H, norm_after = self._cycle(matvec, r, norm, budget, target)
             taken, previous = H.shape[1], norm
-            steps, largest = (
-                steps + taken,
-                larger(largest, call(torch.linalg.matrix_norm, H, 2).item()),
-            )
+            steps += taken
+            largest = larger(largest, call(torch.linalg.matrix_norm, H, 2).item())
             square = H[:taken]
             lowest = smaller(lowest, call(torch.linalg.eigvalsh, (square + square.T) / 2)[0].item())
             coefficients = least_squares(H, tensor_of([norm, *[0.0] * taken]))

@@ -218,9 +218,8 @@ class Recorder(TorchDispatchMode):
             self._note_written(changed)
         node = self.graph.call_function(function, *map_aggregate((given, options), self.node_of))
         node.meta["writes"] = bool(written)
-        with (
-            _disable_current_modes()
-        ):  # within a mode torch computes some operations in another way
+        # within a mode torch computes some operations in another way
+        with _disable_current_modes():
             found = self.apart(lambda: function(*plain[0], **plain[1]))
         return self._bound(node, found)
 
@@ -361,10 +360,11 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         if Recording.tape and func is Tensor.item:
             return self._recorder.read(args[0])
-        is_split = func in _SPLITS and any(isinstance(one, Tensor) for one in args[1:])
-        if Recording.tape and (func in _UNSEEN or is_split):
+        kwargs = kwargs or {}
+        told = (*args[1:], *kwargs.values()) if func in _SPLITS else ()
+        if Recording.tape and (func in _UNSEEN or any(isinstance(one, Tensor) for one in told)):
             raise NotReplayable(f"{where()} reads numbers by {func.__name__}")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def is_dynamic(func: OpOverload) -> bool:

@@ -276,10 +276,25 @@ def outside(batch, y):
         lambda batch, y: 1 + (batch[0].item() * y["b"]).square().sum() / 9,
         lambda batch, y: torch.unique_consecutive(batch, return_counts=True)[1].sum() / 3,
         lambda batch, y: torch.tensor_split(batch, (batch * 2).long()[:1])[0].sum() + 1,
+        lambda batch, y: (
+            torch.tensor_split(batch, tensor_indices_or_sections=(batch * 2).long()[:1])[0].sum()
+            + 1
+        ),
         caught,
         outside,
     ],
-    ids=["bool", "over", "by", "minus", "times", "unique", "split", "caught", "outside"],
+    ids=[
+        "bool",
+        "over",
+        "by",
+        "minus",
+        "times",
+        "unique",
+        "split",
+        "split by name",
+        "caught",
+        "outside",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_a_loss_makes_of_numbers_is_what_it_makes_of_them_without(weight, dtype):

@@ -39,8 +39,6 @@ OPTIONS = {
 }
 TAKEN = {
     "maid": "accuracies change from step to step",
-    "value_function": "its inner solves are those of lbfgs",
-    "bvfsm": "its inner solves are those of lbfgs",
     **dict.fromkeys(LOWER, "torch.optim.LBFGS searches along lines"),
     **dict.fromkeys(("betty:darts", "betty:sama"), "betty-ml adds in place by a number"),
 }
