@@ -39,15 +39,15 @@ class Feed:
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
         self._taken: dict[str, list[Any]] = {level: [] for level in draws}
-        self.has_failed = False
-        """Whether a batch could not be drawn."""
 
     def draw(self, level: str) -> Any:
-        self.has_failed = True
         batch = next(self.draws[level])
-        self.has_failed = False
         self._taken[level].append(batch)
         return batch
+
+    def count(self, level: str) -> int:
+        """Batches of a level that were drawn."""
+        return len(self._taken[level])
 
     def iterators(self) -> Draws:
         """Batches that are kept as they are drawn."""
@@ -110,9 +110,7 @@ class Program:
                 return self._rebuild(self._forward(*self._constants, feed, *leaves))
         except Departed:
             raise
-        except Exception as error:  # whatever an operation raises the step itself says better
-            if feed.has_failed:
-                raise
+        except Exception as error:  # whatever is raised the step itself says better
             raise Departed(f"{type(error).__name__} in an operation") from error
 
 

@@ -18,6 +18,14 @@ class Draws(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
+    def look(self) -> Iterator[Any]:
+        """The batches that come next, which are still to be drawn."""
+        ...
+
+    def skip(self, count: int) -> None:
+        """Draw that many of those that were looked at."""
+        ...
+
     def renew(self) -> None:
         """An upper step has ended, and the next begins."""
         ...
@@ -45,6 +53,9 @@ class Sampler:
     An iterator with `state_dict` and `load_state_dict` is resumed by them. Any other is drawn
     from again as often as it had been, must leave its stream where it was, and must end at the
     batch it ended at: one that draws from a global random state does not.
+
+    Batches that were looked at wait to be drawn. Where it is then is where it was when none did, and how many
+    have been drawn since.
     """
 
     def __init__(
@@ -65,27 +76,72 @@ class Sampler:
             )
         self._batches = iter(batches)
         self._position = getattr(self._batches, "state_dict", None)
-        self.drawn = 0
+        self._drawn = 0
         self._last: Any = None
-        self._begun, self._is_rewound = self._here(), False
+        self._waiting: list[Any] = []
+        """Batches that were looked at, and not drawn."""
+        self._failure: Exception | None = None
+        """What the iterator raised, which it does once."""
+        self._place = self._here()
+        """Where it was when no batch waited."""
+        self._since = self._begun = 0
+        """Draws since; of them those before the present upper step."""
+        self._is_rewound = False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
+    @property
+    def drawn(self) -> int:
+        """Batches that were drawn."""
+        return self._drawn - len(self._waiting)
+
     def __next__(self) -> Any:
+        if not self._waiting:
+            batch = self._made()
+            self._since += 1
+            return batch
+        batch = self._waiting[0]
+        self.skip(1)
+        return batch
+
+    def _made(self) -> Any:
+        """The next batch of the iterator."""
+        if self._failure:
+            raise self._failure
         try:
             batch = next(self._batches)
         except StopIteration:
             raise ProblemError(
-                f"{self._name} ended after {self.drawn} batches; batch iterators must be "
+                f"{self._name} ended after {self._drawn} batches; batch iterators must be "
                 "infinite: itertools.repeat(batch) for one batch, a `while True:` for epochs"
             ) from None
-        self.drawn, self._last = self.drawn + 1, batch
+        except Exception as error:
+            self._failure = error
+            raise
+        self._drawn, self._last = self._drawn + 1, batch
         return tree.to(batch, self._device, self._dtype)
+
+    def look(self) -> Iterator[Any]:
+        """The batches that come next, which are still to be drawn."""
+        return _Look(self._at)
+
+    def _at(self, place: int) -> Any:
+        """The batch that comes after `place` others."""
+        if place == len(self._waiting):
+            self._waiting.append(self._made())
+        return self._waiting[place]
+
+    def skip(self, count: int) -> None:
+        """Draw that many of those that were looked at."""
+        del self._waiting[:count]
+        self._since += count
 
     def renew(self) -> None:
         """Note where an upper step begins; each draw is a batch of its own."""
-        self._begun = self._here()
+        if not self._waiting:
+            self._place, self._since = self._here(), 0
+        self._begun = self._since
 
     def next_round(self) -> None:
         """Each draw is a batch of its own."""
@@ -96,12 +152,17 @@ class Sampler:
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
-        here = self._begun if self._is_rewound else self._here()
-        return here | {"last": glimpse(here["last"])}
+        if self._is_rewound:
+            here, since = self._place, self._begun
+        elif self._waiting:
+            here, since = self._place, self._since
+        else:
+            here, since = self._here(), 0
+        return here | {"last": glimpse(here["last"]), "since": since}
 
     def _here(self) -> dict[str, Any]:
         return {
-            "drawn": self.drawn,
+            "drawn": self._drawn,
             "stream": self._stream.get_state(),
             "position": self._position() if self._position else None,
             "last": self._last,
@@ -126,7 +187,15 @@ class Sampler:
                 "random stream elsewhere. Draw from the given stream only, or give the iterator "
                 "state_dict and load_state_dict"
             )
-        self.drawn = saved["drawn"]
+        self._drawn = saved["drawn"]
+        self.renew()
+        since = saved.get("since", 0)
+        if type(since) is not int or since < 0:
+            raise CheckpointError(
+                f"the saved state holds {str(since)[:40]!r} as {self._name}.since: it was altered"
+            )
+        for _ in range(since):
+            next(self)
         self.renew()
 
     def _require_same(self, saved: dict[str, Any]) -> None:
@@ -140,6 +209,21 @@ class Sampler:
             "numpy or random (a DataLoader that shuffles takes generator=stream), or give the "
             "iterator state_dict and load_state_dict; and leave the data as they were"
         )
+
+
+class _Look:
+    """Batches by their places; where one cannot be had, each time anew."""
+
+    def __init__(self, at: Callable[[int], Any]) -> None:
+        self._at, self._place = at, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = self._at(self._place)
+        self._place += 1
+        return batch
 
 
 RTOL = 0.02
@@ -173,6 +257,13 @@ class Paired:
         if not self._present:
             self._present.append(next(self._pairs))
         return self._present[0][self._half]
+
+    def look(self) -> Iterator[Any]:
+        """What is drawn stays the present pair, and so is drawn again."""
+        return self
+
+    def skip(self, count: int) -> None:
+        """The present pair stays."""
 
     def renew(self) -> None:
         """The next draw is of the next pair."""

@@ -85,8 +85,7 @@ class ReplayedSteps:
         self._is_first = False
         if self._is_off or begins:
             return moved(setup, state, *take_rounds(setup, state))
-        feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
-        found = self._found(setup, state, feed)
+        found = self._found(setup, state, looking(state))
         return found if self._is_whole else moved(setup, state, *found)
 
     def _found(self, setup: Setup, state: State, feed: Feed) -> Any:
@@ -116,8 +115,9 @@ class ReplayedSteps:
                 self._programs.insert(0, kept)
             kept.unseen += 1
             if kept.unseen < kept.spacing and state.step + 1 < setup.upper.steps:
+                draw(state, feed)
                 return found
-            truth = step(inputs, feed.again())
+            truth = by_itself(step, inputs, state, feed)
             near = kept.near(state)
             holds = is_same(found, truth, near)
             if not holds and near is not None:
@@ -131,14 +131,14 @@ class ReplayedSteps:
         reason = unfit(setup)
         if reason:
             self._end(state, reason)
-            return step(inputs, feed.again())
+            return by_itself(step, inputs, state, feed)
         if self._recorded > IN_VAIN + self._replays // 4:
             self._end(state, f"steps go on to depart from those recorded ({why})")
-            return step(inputs, feed.again())
+            return by_itself(step, inputs, state, feed)
         seldom, self._in_a_row = self._in_a_row >= SELDOM, 0
         self._met[why] += seldom
         if seldom and self._met[why] < TIMES:
-            return step(inputs, feed.again())
+            return by_itself(step, inputs, state, feed)
         self._are_apart |= why.startswith(OTHERS)
         began, feed = time.perf_counter(), Feed(feed.again())
         found, program, reason = None, None, ""
@@ -147,7 +147,7 @@ class ReplayedSteps:
         except Exception as error:  # the step itself raises what is wrong with it
             reason = _said(error)
         seconds = time.perf_counter() - began
-        truth = step(inputs, feed.again())
+        truth = by_itself(step, inputs, state, feed)
         if program is None or not is_same(found, truth):
             self._end(state, reason or OTHER)
             return truth
@@ -201,6 +201,26 @@ class ReplayedSteps:
         if "compile" not in state.warned:
             self.news.append(Warned(state.step + 1, "compile", message))
         state.warned["compile"] = 0
+
+
+def looking(state: State) -> Feed:
+    """The batches that the next step will draw."""
+    return Feed({"upper": state.upper_batches.look(), "lower": state.lower_batches.look()})
+
+
+def draw(state: State, feed: Feed) -> None:
+    """Draw the batches that a feed took: no other step is to have them."""
+    state.upper_batches.skip(feed.count("upper"))
+    state.lower_batches.skip(feed.count("lower"))
+
+
+def by_itself(step: Any, inputs: Any, state: State, feed: Feed) -> Any:
+    """What a step comes to, on the batches of a feed; those that it takes no more are for the next."""
+    taken = Feed(feed.again())
+    try:
+        return step(inputs, taken.iterators())
+    finally:
+        draw(state, taken)
 
 
 class _Kept:

@@ -159,12 +159,11 @@ def test_a_view_is_made_where_it_is_wanted():
     def step(x, draws):
         data = next(draws["upper"])
         y = long(data.T @ long(x))
-        if y.sum().item() > 100:
-            return y
-        return long(data.T @ long(y + next(draws["upper"])[0]))
+        rows = call(round, y.sum().item(), 3)  # which no tensor computes
+        return long(data.T @ long(y * rows))
 
-    found, program, lengths = regions_of(step, draws={"upper": iter([A, A + 1])})
+    found, program, lengths = regions_of(step, draws={"upper": iter([A])})
     assert len(lengths) == 2
     called = {node.target for node in program._forward.__self__.graph.nodes}
     assert torch.clone not in called
-    assert torch.equal(program(X, Feed({"upper": iter([A, A + 1])})), found)
+    assert torch.equal(program(X, Feed({"upper": iter([A])})), found)

@@ -210,3 +210,83 @@ def test_an_iterator_with_a_position_resumes_by_it():
     assert 0 < again.step < 6
     list(run(s, again))
     assert same(again.save(), whole.save())
+
+
+def numbers(generator):
+    while True:
+        yield torch.rand(2, generator=generator)
+
+
+class Counted:
+    """An iterator that is resumed by its position."""
+
+    def __init__(self, generator):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return torch.tensor([float(self.at)])
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, saved):
+        self.at = saved["at"]
+
+
+@pytest.mark.parametrize("make", [numbers, Counted])
+@pytest.mark.parametrize("is_rewound", [False, True])
+def test_batches_that_were_looked_at_are_still_to_be_drawn(make, is_rewound):
+    def sampler():
+        return Sampler(make, 0, "lower.batches", torch.device("cpu"), torch.float64)
+
+    plain = [batch for batch, _ in zip(sampler(), range(9), strict=False)]
+    one = sampler()
+    assert torch.equal(next(one), plain[0])
+    one.renew()
+    for _ in range(2):  # looked at twice, they are the same
+        found = [batch for batch, _ in zip(one.look(), range(4), strict=False)]
+        assert all(torch.equal(a, b) for a, b in zip(found, plain[1:5], strict=True))
+    one.skip(2)
+    assert one.drawn == 3
+    one.renew()
+    assert torch.equal(next(one), plain[3])
+    if is_rewound:
+        one.rewind()
+    two = sampler()
+    two.restore(one.save())
+    places = (3, 4, 5, 6) if is_rewound else (4, 5, 6)
+    assert two.drawn == places[0]
+    assert all(torch.equal(next(two), plain[k]) for k in places)
+    two.renew()
+    three = sampler()
+    three.restore(two.save())
+    assert torch.equal(next(three), plain[7])
+
+
+def test_what_an_iterator_raises_is_raised_where_the_batch_is_drawn():
+    def two(generator):
+        yield torch.zeros(1)
+        yield torch.ones(1)
+        raise OSError("the disk is gone")
+
+    one = Sampler(two, 0, "lower.batches", torch.device("cpu"), torch.float64)
+    look = one.look()
+    assert [next(look).item(), next(look).item()] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(look)
+    assert [next(one).item(), next(one).item()] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(one)
+
+
+def test_a_position_that_was_altered_is_refused():
+    one = Sampler(numbers, 0, "lower.batches", torch.device("cpu"), torch.float64)
+    next(one)
+    two = Sampler(numbers, 0, "lower.batches", torch.device("cpu"), torch.float64)
+    with pytest.raises(CheckpointError, match="since"):
+        two.restore(one.save() | {"since": -1})
