@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, fx
 
 from bilevel import tree
+from bilevel.replay.code import function_of
 from bilevel.replay.graph import shorten
 from bilevel.replay.layout import GIVEN, Rebuild, Take, given_leaves, is_given, rebuilder, taker
 from bilevel.replay.recorder import Departed, NotReplayable, Recorder
@@ -73,15 +73,15 @@ class Program:
     """A step that was recorded: how its inputs look, its operations, and its result."""
 
     def __init__(
-        self, take: Take, function: GraphModule, constants: list[Tensor], rebuild: Rebuild
+        self, take: Take, graph: fx.Graph, constants: list[Tensor], rebuild: Rebuild
     ) -> None:
         self._take, self._rebuild, self._constants = take, rebuild, constants
-        self._function = function
-        self._forward = function.forward  # a call of the module looks for hooks, for 20 µs
+        self._recorded = self.graph = graph
+        self._forward = function_of(graph)
         self._without_grad = torch.no_grad()
         self.by: Compiler | None = None
         """What compiled its operations, where something did."""
-        self.operations = sum(node.op == "call_function" for node in function.graph.nodes)
+        self.operations = sum(node.op == "call_function" for node in graph.nodes)
 
     @property
     def is_compiled(self) -> bool:
@@ -93,12 +93,14 @@ class Program:
         Raises:
             CannotCompile: it cannot be, and stays as it is.
         """
-        self._forward = compiled(self._function, by, self._constants).forward
-        self.by = by
+        self._run(compiled(self._recorded, by, self._constants), by)
 
     def restore(self) -> None:
         """Undo `compile`."""
-        self._forward, self.by = self._function.forward, None
+        self._run(self._recorded, None)
+
+    def _run(self, graph: fx.Graph, by: Compiler | None) -> None:
+        self.graph, self._forward, self.by = graph, function_of(graph), by
 
     def __call__(self, inputs: Any, feed: Feed) -> Any:
         """Raises `Departed` where the step is another one, and says at which line of code."""
@@ -149,8 +151,7 @@ def record(step: Step, inputs: Any, draws: Draws, *, apart: bool = False) -> tup
     rebuild = rebuilder(tree.map_nested(held, found, whole=(RowTable,)))
     recorder.graph.output(tuple(nodes))
     constants = [*shorten(recorder.graph, recorder.written), *recorder.constants[::-1]]
-    function = GraphModule(torch.nn.Module(), recorder.graph)
-    return _plain(found), Program(take, function, constants, rebuild)
+    return _plain(found), Program(take, recorder.graph, constants, rebuild)
 
 
 def _plain(value: Any) -> Any:

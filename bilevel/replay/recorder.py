@@ -89,6 +89,7 @@ def _answering(function: Callable[..., bool]) -> Callable[..., None]:
             raise Departed(where)
 
     expect_answer.has_effect = True  # pyright: ignore[reportFunctionMemberAccess]
+    expect_answer.answers = function  # pyright: ignore[reportFunctionMemberAccess]
     return expect_answer
 
 

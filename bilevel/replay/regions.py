@@ -52,17 +52,17 @@ class Compiler:
     """Operations that a region may have."""
 
 
-def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> GraphModule:
+def compiled(record: fx.Graph, by: Compiler, constants: list[Tensor]) -> fx.Graph:
     """A record whose regions are functions of their own; its first arguments are these constants.
 
     Raises:
         CannotCompile: it writes into tensors, has no region worth it, or the compiler cannot.
     """
-    if any(_writes(node) for node in record.graph.nodes):
+    if any(_writes(node) for node in record.nodes):
         raise CannotCompile(
             "a step writes into its own tensors (sums in place, as of several batches)"
         )
-    graph = _copied(record.graph)
+    graph = _copied(record)
     if not by.is_exact:
         try:
             lift(graph)
@@ -96,7 +96,7 @@ def compiled(record: GraphModule, by: Compiler, constants: list[Tensor]) -> Grap
             f"no {LEAST} operations follow each other without a number read between them"
         )
     made.node_copy(graph.output_node(), lambda one: new[one])
-    return GraphModule(torch.nn.Module(), made)
+    return made
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

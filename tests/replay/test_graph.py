@@ -13,7 +13,7 @@ def left(function, size=3):
     x = torch.linspace(0.1, 1, size, dtype=torch.float64)
     found, program = record(lambda inputs, draws: function(inputs), x, Feed({}).iterators())
     assert torch.equal(program(x, Feed({})), found)
-    targets = (n.target for n in program._function.graph.nodes if n.op == "call_function")
+    targets = (n.target for n in program.graph.nodes if n.op == "call_function")
     return Counter(getattr(target, "__name__", str(target)) for target in targets)
 
 
