@@ -124,7 +124,7 @@ class Sampler:
 
     def look(self) -> Iterator[Any]:
         """The batches that come next, which are still to be drawn."""
-        return _Look(self._at)
+        return _Ahead(self._at)
 
     def _at(self, place: int) -> Any:
         """The batch that comes after `place` others."""
@@ -211,7 +211,7 @@ class Sampler:
         )
 
 
-class _Look:
+class _Ahead:
     """Batches by their places; where one cannot be had, each time anew."""
 
     def __init__(self, at: Callable[[int], Any]) -> None:
