@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -54,8 +55,8 @@ class Sampler:
     from again as often as it had been, must leave its stream where it was, and must end at the
     batch it ended at: one that draws from a global random state does not.
 
-    Batches that were looked at wait to be drawn. Where it is then is where it was when none did, and how many
-    have been drawn since.
+    Where a step began, and where it is while batches that were looked at wait to be drawn, is told by a place
+    that it noted before and the number of draws since.
     """
 
     def __init__(
@@ -82,10 +83,13 @@ class Sampler:
         """Batches that were looked at, and not drawn."""
         self._failure: Exception | None = None
         """What the iterator raised, which it does once."""
-        self._place = self._here()
-        """Where it was when no batch waited."""
-        self._since = self._begun = 0
-        """Draws since; of them those before the present upper step."""
+        self._place: dict[str, Any]
+        """Where it was at some time when no batch waited."""
+        self._since: int
+        """Draws since."""
+        self._begun: int
+        """Of them those before the present upper step."""
+        self._settle()
         self._is_rewound = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -139,9 +143,18 @@ class Sampler:
 
     def renew(self) -> None:
         """Note where an upper step begins; each draw is a batch of its own."""
-        if not self._waiting:
-            self._place, self._since = self._here(), 0
+        # a state_dict may take longer than a step, so that most of the time draws are counted
+        if self._since >= COUNTED and not self._waiting:
+            self._settle()
         self._begun = self._since
+
+    def _settle(self) -> None:
+        """Begin to count here."""
+        self._place = self._here()
+        with suppress(Exception):  # what cannot be copied no checkpoint could hold either
+            # it may be what the iterator itself goes on to write into
+            self._place["position"] = copy.deepcopy(self._place["position"])
+        self._since = self._begun = 0
 
     def next_round(self) -> None:
         """Each draw is a batch of its own."""
@@ -188,7 +201,7 @@ class Sampler:
                 "state_dict and load_state_dict"
             )
         self._drawn = saved["drawn"]
-        self.renew()
+        self._settle()
         since = saved.get("since", 0)
         if type(since) is not int or since < 0:
             raise CheckpointError(
@@ -196,7 +209,7 @@ class Sampler:
             )
         for _ in range(since):
             next(self)
-        self.renew()
+        self._settle()
 
     def _require_same(self, saved: dict[str, Any]) -> None:
         now = glimpse(self._last)
@@ -209,6 +222,10 @@ class Sampler:
             "numpy or random (a DataLoader that shuffles takes generator=stream), or give the "
             "iterator state_dict and load_state_dict; and leave the data as they were"
         )
+
+
+COUNTED = 64
+"""Draws from which on a sampler notes anew where it is: those are drawn again where a run resumes within a step."""
 
 
 class _Ahead:

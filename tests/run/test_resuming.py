@@ -16,7 +16,7 @@ from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.rng import stream
-from bilevel.run.batches import RTOL, Sampler, glimpse
+from bilevel.run.batches import COUNTED, RTOL, Sampler, glimpse
 from bilevel.run.engine import restore, run, start
 from bilevel_problems.hyper_cleaning import HyperCleaning
 from tests.run.setups import Noisy, frozen, same, setup
@@ -220,21 +220,53 @@ def numbers(generator):
 class Counted:
     """An iterator that is resumed by its position."""
 
+    asked = 0
+
     def __init__(self, generator):
-        self.at = 0
+        self.at = {"at": 0}
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        self.at += 1
-        return torch.tensor([float(self.at)])
+        self.at["at"] += 1
+        return torch.tensor([float(self.at["at"])])
 
     def state_dict(self):
-        return {"at": self.at}
+        self.asked += 1
+        return self.at  # which it goes on to write into
 
     def load_state_dict(self, saved):
-        self.at = saved["at"]
+        self.at = dict(saved)
+
+
+@pytest.mark.parametrize("make", [numbers, Counted])
+def test_where_a_step_began_is_counted_from_a_place_that_is_noted_seldom(make):
+    batches = []
+
+    def noted(generator):
+        batches.append(make(generator))
+        return batches[-1]
+
+    def sampler():
+        return Sampler(noted, 0, "lower.batches", torch.device("cpu"), torch.float64)
+
+    plain = [batch for batch, _ in zip(sampler(), range(3 * COUNTED), strict=False)]
+    one = sampler()
+    for _ in range(2 * COUNTED):
+        next(one)
+        one.renew()
+    if make is Counted:
+        assert batches[-1].asked == 3
+    for _ in range(2):  # two steps later, and in the middle of the third
+        next(one), next(one)
+        one.renew()
+    next(one)
+    one.rewind()
+    two = sampler()
+    two.restore(one.save())
+    assert two.drawn == 2 * COUNTED + 4
+    assert torch.equal(next(two), plain[2 * COUNTED + 4])
 
 
 @pytest.mark.parametrize("make", [numbers, Counted])
