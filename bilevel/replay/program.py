@@ -34,20 +34,40 @@ Step = Callable[[Any, Draws], Any]
 
 
 class Feed:
-    """Batches that a replay draws, kept for the step that is taken again where it departs."""
+    """Batches that a replay draws, kept for the step that is taken again where it departs.
 
-    def __init__(self, draws: Draws) -> None:
-        self.draws = draws
+    With `copies` they are kept as they were drawn, also where their memory is written into afterwards.
+    """
+
+    def __init__(self, draws: Draws, *, copies: bool = False) -> None:
+        self.draws, self._copies = draws, copies
+        self._copied: list[tuple[Any, Any]] = []
+        """Batches, and their copies."""
         self._taken: dict[str, list[Any]] = {level: [] for level in draws}
+        self.has_failed = False
+        """Whether a batch could not be drawn."""
 
     def draw(self, level: str) -> Any:
+        self.has_failed = True
         batch = next(self.draws[level])
-        self._taken[level].append(batch)
+        self.has_failed = False
+        kept = tree.map_nested(_copied, batch) if self._copies else batch
+        self._taken[level].append(kept)
+        if self._copies:
+            self._copied.append((batch, kept))
         return batch
 
-    def count(self, level: str) -> int:
-        """Batches of a level that were drawn."""
-        return len(self._taken[level])
+    def count(self) -> int:
+        """Batches that were drawn."""
+        return sum(len(kept) for kept in self._taken.values())
+
+    def is_rewritten(self) -> bool:
+        """Whether the memory of one, kept as a copy, holds something else by now."""
+        return not all(
+            _is_still(now, before)
+            for pair in self._copied
+            for now, before in zip(*map(given_leaves, pair), strict=True)
+        )
 
     def iterators(self) -> Draws:
         """Batches that are kept as they are drawn."""
@@ -69,6 +89,19 @@ class Feed:
         }
 
 
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_still(now: Any, before: Any) -> bool:
+    """Whether a leaf of a batch is what it was; NaN is."""
+    if not isinstance(now, Tensor):
+        return True
+    if torch.equal(now, before):
+        return True
+    return now.is_floating_point() and torch.allclose(now, before, 0.0, 0.0, equal_nan=True)
+
+
 class Program:
     """A step that was recorded: how its inputs look, its operations, and its result."""
 
@@ -86,6 +119,12 @@ class Program:
     @property
     def is_compiled(self) -> bool:
         return self.by is not None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it computes something in float32 but counts."""
+        metas = (node.meta for node in self._recorded.nodes)
+        return any(one.get("dtype") is torch.float32 and one["size"] > 1 for one in metas)
 
     def compile(self, by: Compiler) -> None:
         """Have its operations compiled: results are then as the compiler says.
@@ -112,7 +151,9 @@ class Program:
                 return self._rebuild(self._forward(*self._constants, feed, *leaves))
         except Departed:
             raise
-        except Exception as error:  # whatever is raised the step itself says better
+        except Exception as error:  # whatever an operation raises the step itself says better
+            if feed.has_failed:
+                raise
             raise Departed(f"{type(error).__name__} in an operation") from error
 
 

@@ -44,6 +44,7 @@ _PASSED_OVER = tuple(
         Path(torch.__file__).parent,
     )
 )
+_PRODUCTS = {aten.prod.default, aten.prod.dim_int, aten.cumprod.default}
 _UNSEEN = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 """They read a tensor's numbers past every dispatch."""
 _SPLITS = {torch.tensor_split, Tensor.tensor_split}
@@ -174,6 +175,11 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
+        if func in _PRODUCTS:
+            raise NotReplayable(
+                f"{where()} takes a product over entries ({func}), whose derivative torch computes in "
+                "another way while it is recorded"
+            )
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotReplayable(f"{where()} draws random numbers ({func})")
         if func is torch.ops.aten.lift_fresh.default:  # numbers of Python, new in each step

@@ -2,8 +2,8 @@
 
 A region is what nothing in Python lies between: a draw, a number that is read and goes into an
 operation, an operation given by a function of Python. What a region decides is looked at as soon as it
-has been computed, so that a replay departs where the record does. A draw waits for nothing but draws:
-where the replay departs, what was drawn is drawn again.
+has been computed, so that a replay departs where the record does; a draw waits for every expectation
+that stood before it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule
 
+from bilevel.replay.graph import has_effect
 from bilevel.replay.lifted import lift
 
 Called = Callable[[list[Tensor]], list[Tensor]]
@@ -129,14 +130,16 @@ def _writes(node: fx.Node) -> bool:
 def _levels(nodes: list[fx.Node], taken: set[fx.Node]) -> dict[fx.Node, int]:
     """When each is done: at a level first what no region takes, in its order, and then the regions."""
     levels: dict[fx.Node, int] = {}
-    drawn = latest = 0
+    effects = latest = 0
     for node in nodes:
         of = node.all_input_nodes
         level = max((levels[one] + (node not in taken and one in taken) for one in of), default=0)
         if not of and node.op == "call_function":  # a clock
             level = latest
-        if "feed" in (one.name for one in of):
-            level = drawn = max(level, drawn)
+        if node.op == "call_function" and has_effect(node):
+            is_draw = "feed" in (one.name for one in of)
+            level = max(level, effects) if is_draw else level
+            effects = max(effects, level)
         levels[node] = level
         latest = max(latest, level + (node in taken))
     for node in reversed(nodes):

@@ -19,14 +19,6 @@ class Draws(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
-    def look(self) -> Iterator[Any]:
-        """The batches that come next, which are still to be drawn."""
-        ...
-
-    def skip(self, count: int) -> None:
-        """Draw that many of those that were looked at."""
-        ...
-
     def renew(self) -> None:
         """An upper step has ended, and the next begins."""
         ...
@@ -55,8 +47,8 @@ class Sampler:
     from again as often as it had been, must leave its stream where it was, and must end at the
     batch it ended at: one that draws from a global random state does not.
 
-    Where a step began, and where it is while batches that were looked at wait to be drawn, is told by a place
-    that it noted before and the number of draws since.
+    Where a step began is told by a place that was noted before and the number of draws from there: a `state_dict`
+    may take longer than a step.
     """
 
     def __init__(
@@ -77,84 +69,42 @@ class Sampler:
             )
         self._batches = iter(batches)
         self._position = getattr(self._batches, "state_dict", None)
-        self._drawn = 0
+        self.drawn = 0
         self._last: Any = None
-        self._waiting: list[Any] = []
-        """Batches that were looked at, and not drawn."""
-        self._failure: Exception | None = None
-        """What the iterator raised, which it does once."""
         self._place: dict[str, Any]
-        """Where it was at some time when no batch waited."""
-        self._since: int
-        """Draws since."""
+        """Where it was at some step before."""
         self._begun: int
-        """Of them those before the present upper step."""
-        self._settle()
+        """Batches drawn before the present upper step."""
         self._is_rewound = False
+        self._settle()
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    @property
-    def drawn(self) -> int:
-        """Batches that were drawn."""
-        return self._drawn - len(self._waiting)
-
     def __next__(self) -> Any:
-        if not self._waiting:
-            batch = self._made()
-            self._since += 1
-            return batch
-        batch = self._waiting[0]
-        self.skip(1)
-        return batch
-
-    def _made(self) -> Any:
-        """The next batch of the iterator."""
-        if self._failure:
-            raise self._failure
         try:
             batch = next(self._batches)
         except StopIteration:
             raise ProblemError(
-                f"{self._name} ended after {self._drawn} batches; batch iterators must be "
+                f"{self._name} ended after {self.drawn} batches; batch iterators must be "
                 "infinite: itertools.repeat(batch) for one batch, a `while True:` for epochs"
             ) from None
-        except Exception as error:
-            self._failure = error
-            raise
-        self._drawn, self._last = self._drawn + 1, batch
+        self.drawn, self._last = self.drawn + 1, batch
         return tree.to(batch, self._device, self._dtype)
-
-    def look(self) -> Iterator[Any]:
-        """The batches that come next, which are still to be drawn."""
-        return _Ahead(self._at)
-
-    def _at(self, place: int) -> Any:
-        """The batch that comes after `place` others."""
-        if place == len(self._waiting):
-            self._waiting.append(self._made())
-        return self._waiting[place]
-
-    def skip(self, count: int) -> None:
-        """Draw that many of those that were looked at."""
-        del self._waiting[:count]
-        self._since += count
 
     def renew(self) -> None:
         """Note where an upper step begins; each draw is a batch of its own."""
-        # a state_dict may take longer than a step, so that most of the time draws are counted
-        if self._since >= COUNTED and not self._waiting:
+        self._begun = self.drawn
+        if self._begun - self._place["drawn"] >= COUNTED:
             self._settle()
-        self._begun = self._since
 
     def _settle(self) -> None:
         """Begin to count here."""
-        self._place = self._here()
+        self._place, self._begun = self._here(), self.drawn
+        self._place["last"] = glimpse(self._last)
         with suppress(Exception):  # what cannot be copied no checkpoint could hold either
             # it may be what the iterator itself goes on to write into
             self._place["position"] = copy.deepcopy(self._place["position"])
-        self._since = self._begun = 0
 
     def next_round(self) -> None:
         """Each draw is a batch of its own."""
@@ -166,19 +116,14 @@ class Sampler:
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
         if self._is_rewound:
-            here, since = self._place, self._begun
-        elif self._waiting:
-            here, since = self._place, self._since
-        else:
-            here, since = self._here(), 0
-        return here | {"last": glimpse(here["last"]), "since": since}
+            return self._place | {"since": self._begun - self._place["drawn"]}
+        return self._here() | {"last": glimpse(self._last), "since": 0}
 
     def _here(self) -> dict[str, Any]:
         return {
-            "drawn": self._drawn,
+            "drawn": self.drawn,
             "stream": self._stream.get_state(),
             "position": self._position() if self._position else None,
-            "last": self._last,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -200,8 +145,7 @@ class Sampler:
                 "random stream elsewhere. Draw from the given stream only, or give the iterator "
                 "state_dict and load_state_dict"
             )
-        self._drawn = saved["drawn"]
-        self._settle()
+        self.drawn = saved["drawn"]
         since = saved.get("since", 0)
         if type(since) is not int or since < 0:
             raise CheckpointError(
@@ -225,24 +169,7 @@ class Sampler:
 
 
 COUNTED = 64
-"""Draws from which on a sampler notes anew where it is: those are drawn again where a run resumes within a step."""
-
-
-class _Ahead:
-    """Batches by their places; where one cannot be had, each time anew."""
-
-    def __init__(self, at: Callable[[int], Any]) -> None:
-        self._at, self._place = at, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        batch = self._at(self._place)
-        self._place += 1
-        return batch
-
-
+"""Draws from which on a place is noted anew: those are drawn again where a step that failed is resumed."""
 RTOL = 0.02
 """Batches may have been moved to another dtype; bfloat16 rounds by 0.4 %."""
 
@@ -274,13 +201,6 @@ class Paired:
         if not self._present:
             self._present.append(next(self._pairs))
         return self._present[0][self._half]
-
-    def look(self) -> Iterator[Any]:
-        """What is drawn stays the present pair, and so is drawn again."""
-        return self
-
-    def skip(self, count: int) -> None:
-        """The present pair stays."""
 
     def renew(self) -> None:
         """The next draw is of the next pair."""

@@ -83,9 +83,13 @@ class ReplayedSteps:
         estimates = bool(state.x) or setup.estimator.needs.moves_lower
         begins = state.estimator is None and (estimates or self._is_first)
         self._is_first = False
+        reason = None if self._is_off or begins or self._recorded else unfit(setup)
+        if reason:
+            self._end(state, reason)
         if self._is_off or begins:
             return moved(setup, state, *take_rounds(setup, state))
-        found = self._found(setup, state, looking(state))
+        feed = Feed({"upper": state.upper_batches, "lower": state.lower_batches})
+        found = self._found(setup, state, feed)
         return found if self._is_whole else moved(setup, state, *found)
 
     def _found(self, setup: Setup, state: State, feed: Feed) -> Any:
@@ -115,9 +119,8 @@ class ReplayedSteps:
                 self._programs.insert(0, kept)
             kept.unseen += 1
             if kept.unseen < kept.spacing and state.step + 1 < setup.upper.steps:
-                draw(state, feed)
                 return found
-            truth = by_itself(step, inputs, state, feed)
+            truth = step(inputs, feed.again())
             near = kept.near(state)
             holds = is_same(found, truth, near)
             if not holds and near is not None:
@@ -128,31 +131,36 @@ class ReplayedSteps:
     def _record(
         self, setup: Setup, state: State, step: Any, inputs: Any, feed: Feed, why: str
     ) -> Any:
-        reason = unfit(setup)
-        if reason:
-            self._end(state, reason)
-            return by_itself(step, inputs, state, feed)
         if self._recorded > IN_VAIN + self._replays // 4:
             self._end(state, f"steps go on to depart from those recorded ({why})")
-            return by_itself(step, inputs, state, feed)
+            return step(inputs, feed.again())
         seldom, self._in_a_row = self._in_a_row >= SELDOM, 0
         self._met[why] += seldom
         if seldom and self._met[why] < TIMES:
-            return by_itself(step, inputs, state, feed)
+            return step(inputs, feed.again())
         self._are_apart |= why.startswith(OTHERS)
-        began, feed = time.perf_counter(), Feed(feed.again())
+        began, feed = time.perf_counter(), Feed(feed.again(), copies=True)
+        memory = PythonState(setup.problem)
         found, program, reason = None, None, ""
         try:
             found, program = record(step, inputs, feed.iterators(), apart=self._are_apart)
         except Exception as error:  # the step itself raises what is wrong with it
+            if feed.has_failed:
+                raise
             reason = _said(error)
         seconds = time.perf_counter() - began
-        truth = by_itself(step, inputs, state, feed)
-        if program is None or not is_same(found, truth):
+        changed = memory.changed()
+        if changed and program is not None:  # batches that are drawn again change nothing
+            self._end(state, f"the problem's {changed} changes within a step")
+            return found
+        truth = step(inputs, feed.again())
+        if feed.is_rewritten():
+            reason = "batches of a step share memory, which later ones are written into"
+        if program is None or reason or not is_same(found, truth):
             self._end(state, reason or OTHER)
             return truth
         self._recorded += 1
-        self._programs = [_Kept(program, PythonState(setup.problem)), *self._programs[: LIMIT - 1]]
+        self._programs = [_Kept(program, memory), *self._programs[: LIMIT - 1]]
         self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
         return truth
 
@@ -203,26 +211,6 @@ class ReplayedSteps:
         state.warned["compile"] = 0
 
 
-def looking(state: State) -> Feed:
-    """The batches that the next step will draw."""
-    return Feed({"upper": state.upper_batches.look(), "lower": state.lower_batches.look()})
-
-
-def draw(state: State, feed: Feed) -> None:
-    """Draw the batches that a feed took: no other step is to have them."""
-    state.upper_batches.skip(feed.count("upper"))
-    state.lower_batches.skip(feed.count("lower"))
-
-
-def by_itself(step: Any, inputs: Any, state: State, feed: Feed) -> Any:
-    """What a step comes to, on the batches of a feed; those that it takes no more are for the next."""
-    taken = Feed(feed.again())
-    try:
-        return step(inputs, taken.iterators())
-    finally:
-        draw(state, taken)
-
-
 class _Kept:
     """A record, and what Python remembered when it was made."""
 
@@ -259,11 +247,22 @@ class _Kept:
         """How close its results have to be to those of the step: the same bits, unless compiled to rounding."""
         if self.by is None or self.by.is_exact:
             return None
-        return max(tree.eps(state.x), tree.eps(state.y)) ** 0.5
+        single = torch.finfo(torch.float32).eps if self._program.is_single else 0.0
+        return max(tree.eps(state.x), tree.eps(state.y), single) ** 0.5
 
     def replay(self, inputs: Any, feed: Feed) -> Any:
+        """Raises `ProblemError` where a batch that is not the only one of the step changed what losses may read."""
+        changed = self._memory.changed()
+        if changed:
+            raise Departed(f"the problem's {changed} has changed")
         found = self._program(inputs, feed)
-        changed = self._memory.changed()  # since it was recorded, or as a batch was drawn
+        changed = self._memory.changed()
+        if changed and feed.count() > 1:
+            raise ProblemError(
+                f"runtime.compile: the problem's {changed} changed as the batches of a step were drawn, and the step "
+                "cannot be taken again as it was for each of them: change it elsewhere, or go on with "
+                "runtime.compile: off"
+            )
         if changed:
             raise Departed(f"the problem's {changed} has changed")
         return found

@@ -18,7 +18,7 @@ from bilevel.run import engine, replayed
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel_problems.logistic import Logistic
 from tests.run.replays import ended, require_same
-from tests.run.setups import Noisy, setup
+from tests.run.setups import setup
 
 PLAIN = setup(Logistic(data="synthetic", num_features=6), Unroll(memory="store"), steps=9)
 COMPILED_RUN = replace(PLAIN, compile="inductor")
@@ -193,16 +193,3 @@ def test_an_infinity_is_near_nothing():
     assert not replayed.is_same(7.0, torch.inf, 1e-8)
     assert not replayed.is_same(one, one + 1, 1e-8, far)
     assert replayed.is_same(one, one + 1e-9, 1e-8)  # control
-
-
-def test_batches_that_a_shorter_step_does_not_draw_are_for_the_next(monkeypatch):
-    """Compiled, a step draws before it decides anything: here, after how many lower steps a solve ends."""
-    monkeypatch.setattr(engine, "by_inductor", lambda region, _: lambda args: list(region(*args)))
-    lower = Gradient(steps=6, optimizer=SGD(lr=0.2), tolerance=0.6)
-    s = setup(Noisy(), Unroll(memory="store"), steps=30, lower=lower)
-    plain, compiled = ended(s), ended(replace(s, compile="inductor"))
-    lengths = {step.lower.steps for step in plain[1]}
-    assert len(lengths) > 1
-    assert any(trace.why == COMPILED for trace in compiled[2])
-    assert compiled[0].lower_batches.drawn == plain[0].lower_batches.drawn
-    assert compiled[0].x["log_penalty"].sub(plain[0].x["log_penalty"]).abs().max() < 1e-12
