@@ -124,6 +124,8 @@ class State:
     """The step at which the problem's own measures were taken last."""
     recovery: dict[str, Any] = field(default_factory=dict)
     """What `upper.nonfinite` goes back to, or counts (`bilevel.run.nonfinite`)."""
+    scale: dict[str, Any] = field(default_factory=dict)
+    """How large losses and ‖∇y G‖ were in the first steps, and of how many (`run.divergence`)."""
     watched: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The best of each measure that is watched, when, and how often not since (`run.early_stop`)."""
 
@@ -154,6 +156,7 @@ class State:
             "warned": dict(self.warned),
             "evaluated": self.evaluated,
             "recovery": self.recovery,
+            "scale": dict(self.scale),
             "watched": {name: dict(seen) for name, seen in self.watched.items()},
         }
 
@@ -244,6 +247,7 @@ def restore(setup: Setup, saved: dict[str, Any]) -> State:
     state.totals = Totals(**saved["totals"])
     state.evaluated = saved.get("evaluated", state.step)
     state.recovery = _on(saved.get("recovery", {}), setup.device)
+    state.scale = dict(saved.get("scale", {}))
     state.watched = {name: dict(seen) for name, seen in saved.get("watched", {}).items()}
     return state
 
@@ -288,6 +292,8 @@ def _require_saved(saved: Any, steps: int) -> None:
     for key, value in saved.get("recovery", {}).items():
         kinds = {"row": int, "x": dict.fromkeys(saved["x"], torch.Tensor)}
         require(value, kinds.get(key, int), f"recovery.{key}.")
+    if saved.get("scale"):
+        require(saved["scale"], {"steps": int, "loss": float, "norm": float}, "scale.")
     require(saved.get("watched", {}), dict, "watched.")
     for name, seen in saved.get("watched", {}).items():
         require(seen, {"value": float, "step": int, "waited": int}, f"watched.{name}.")

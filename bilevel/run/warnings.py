@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from bilevel.events import Warned
 from bilevel.problem.over_tasks import replay_refusal
 from bilevel.problem.trust import Step, found
+from bilevel.run import divergence
 from bilevel.run.setup import Setup, State
 from bilevel.types import Estimate, LowerSolution
 
@@ -20,6 +21,8 @@ def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -
             f"{skipped} of the lower steps were left out, since G or its gradient was not finite "
             "(lower.nonfinite: skip)"
         )
+    if diverging := divergence.note(state, estimate.value, lower.stats):
+        kinds["divergence"] = lambda _: diverging
     if slower := replay_refusal(setup.problem):
         kinds["tasks"] = lambda _: slower
     for kind, message in kinds.items():

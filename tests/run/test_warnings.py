@@ -19,6 +19,7 @@ from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.optimizers.differentiable import SGD
 from bilevel.problem.trust import LOWER, TABLE, Step, found
+from bilevel.run.divergence import note
 from bilevel.run.engine import restore, run, start
 from bilevel.types import Estimate, LowerSolution, LowerStats, Stats
 from bilevel_problems.quadratic import Quadratic
@@ -228,3 +229,40 @@ def test_warnings_are_counted_across_a_resume():
     events = list(run(s, restore(s, state.save())))
     assert not [e for e in events if isinstance(e, Warned)]
     assert events[-1].warned == {"residual": 4}
+
+
+@pytest.mark.parametrize("estimator", [Implicit(), Unroll()])
+@pytest.mark.parametrize("compile", ["off", "step"])
+def test_a_lower_level_that_diverges_over_the_steps_is_said(estimator, compile):
+    """The largest curvature is 1: lr = 2.1 takes each solve a little farther, and none far."""
+
+    def of(lr):
+        lower = Gradient(steps=10, optimizer=SGD(lr=lr))
+        return setup(estimator=estimator, lower=lower, steps=40, compile=compile)
+
+    s = of(2.1)
+    state, said = start(s), []
+    for event in run(s, state):
+        if isinstance(event, Warned) and event.kind == "divergence":
+            said.append((event.step, event.message))
+        if isinstance(event, Stepped) and event.step == 30:
+            break
+    assert len(said) == 1
+    assert 4 < said[0][0] < 20
+    assert "smaller lower.optimizer.lr" in said[0][1]
+    rest = list(run(s, restore(s, state.save())))
+    assert rest[-1].warned["divergence"] == 40 - said[0][0] + 1
+    right = of(1.9)  # below the bound of 2
+    assert "divergence" not in list(run(right, start(right)))[-1].warned
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "is_said"),
+    [(0.4, 1e-3, False), (1e4, 1e-3, True), (1e4, 1e-12, False), (float("nan"), 1.0, False)],
+)
+def test_a_gradient_that_was_rounding_alone_may_grow(loss, norm, is_said):
+    """As where y begins at its solution, and x moves later: it diverges where the loss has grown as well."""
+    state, value = start(setup()), torch.tensor(1.0)
+    for _ in range(4):
+        assert not note(state, value, LowerStats(10, 10, 0.3, 1e-14))
+    assert bool(note(state, value, LowerStats(10, 10, loss, norm))) == is_said
