@@ -31,17 +31,31 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
     result = scalar(loss, x, y)
     number = result.item()
     if not -math.inf < number < math.inf:
-        raise ConvergenceError(_not_finite(f"{loss.level}_loss = {number}", x, y))
+        raise ConvergenceError(_not_finite(loss, number, x, y))
     return result
 
 
-def _not_finite(what: str, x: Params, y: Params) -> str:
-    """Names the variable that was not finite before the loss saw it, where there is one."""
-    blamed = first_not_finite({"x": x, "y": y})
+OF_ITS_BATCH = "because its batch is not finite"
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _not_finite(loss: Loss, number: float, x: Params, y: Params) -> str:
+    """Names the variable, or the tensor of the batch, that was not finite before the loss saw it, where there is one."""
+    what, blamed = f"{loss.level}_loss = {number}", first_not_finite({"x": x, "y": y})
     if blamed is None:
+        batch = {name: leaf for name, leaf in tree.named(loss.batch, "batch") if _is_floating(leaf)}
+        blamed = first_not_finite({"batch": batch})
+        if blamed:
+            return f"{what} {OF_ITS_BATCH}: {blamed[1]} has {blamed[2]}; look at the data"
+        steps = "a smaller step (lower.optimizer.lr, upper.optimizer.lr) or damping keeps it finite"
+        if number == -math.inf:
+            steps = f"where it has no lower bound no step mends that; else {steps}"
         return (
-            f"{what} at finite x and y; a smaller step (lower.optimizer.lr, upper.optimizer.lr) or "
-            "damping keeps it finite, or a start where the loss is defined"
+            f"{what} at finite x and y; {steps}, or a start where the loss is defined; or look for "
+            "NaN in the problem's own data"
         )
     level, name, found = blamed
     return (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bilevel.calculus.products import first_not_finite
+from bilevel.calculus.products import OF_ITS_BATCH, first_not_finite
 from bilevel.errors import ConvergenceError
 from bilevel.types import Loss, Params
 
 BEGIN_ELSEWHERE = (
     "give another start (solve_lower's y, the problem's init or lower_start) or, where earlier "
-    "steps of a run led here, smaller ones (upper.optimizer.lr, lower.optimizer.lr)"
+    "steps of a run led here, smaller ones (upper.optimizer.lr, lower.optimizer.lr); and look for NaN "
+    "in the problem's own data"
 )
 
 
@@ -21,7 +22,7 @@ def at_start(taken: int) -> Iterator[None]:
     try:
         yield
     except ConvergenceError as error:
-        if taken:
+        if taken or OF_ITS_BATCH in str(error):
             raise
         raise blaming_the_start(error) from error
 

@@ -73,6 +73,31 @@ def test_a_loss_that_is_infinite_at_the_start_names_the_start(name):
     assert torch.allclose(good, B, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_batch_that_is_not_finite_is_named_and_no_step_is_blamed(name):
+    solver, bad = SOLVERS[name], B.clone()
+    bad[1] = math.nan
+    options = {"solver": solver, "structure": structure(solver)}
+
+    def loss(x, y, batch):
+        return (y["w"] - batch["rows"][0]).square().sum() / 2
+
+    with pytest.raises(ConvergenceError) as told:
+        solve_lower(loss, X, at(1.0, 1.0, 1.0), batch={"rows": [bad]}, **options)
+    assert "because its batch is not finite: batch['rows'][0] has NaN" in str(told.value)
+    assert "step" not in str(told.value)
+    good = solve_lower(loss, X, at(1.0, 1.0, 1.0), batch={"rows": [B]}, **options).y["w"]
+    assert torch.allclose(good, B, rtol=0, atol=1e-4)
+
+
+def test_a_lower_loss_without_a_bound_is_said_to_have_none():
+    def loss(x, y, _):
+        return -y["w"].square().sum().exp()
+
+    with pytest.raises(ConvergenceError, match=r"lower_loss = -inf .* has no lower bound no step"):
+        solve_lower(loss, X, at(1.0, 1.0, 1.0), solver=Gradient(optimizer=SGD(lr=9.0)))
+
+
 def test_newton_says_that_the_hessian_is_not_finite_and_lbfgs_solves_it():
     def powered(x, y, _):
         return (y["w"] - B).square().sum() / 2 + y["w"].abs().pow(1.5).sum()
