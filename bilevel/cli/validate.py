@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +11,16 @@ from rich.console import Console
 from bilevel import recipe as recipes
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
-from bilevel.errors import RecipeError
+from bilevel.errors import ProblemError, RecipeError
+from bilevel.recipe.assemble import assemble
 from bilevel.recipe.settings import code
+from bilevel.run.refusals import refuse_mismatch
 
 
 def validate(
     console: Console, reference: str, overrides: Sequence[str], answer: JSONAnswer | None = None
 ) -> None:
-    """Load a recipe; says that it is valid, or raises with all that is wrong in it.
+    """Load a recipe; says that it is valid, or raises with all that is wrong in it, or why a run would refuse it.
 
     An `answer` has {"valid", "file", "hash", "code": [files of the user's own], "problems": [a line on each]}.
     """
@@ -28,7 +31,9 @@ def validate(
         path = locate(reference)
         found["file"] = str(path)
         recipe = recipes.load(path, overrides)
-    except RecipeError as error:
+        # what is valid where there is a device of its kind is valid
+        refuse_mismatch(assemble(replace(recipe, runtime=replace(recipe.runtime, device="cpu"))))
+    except (RecipeError, ProblemError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         found["problems"] = lines[1:] or lines
         raise

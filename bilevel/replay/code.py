@@ -101,6 +101,8 @@ class _Writer:
             if function in (max, min) and len(given) == 2:
                 one, other = given  # of equals both give the first
                 return f"{other} if {other} {'>' if function is max else '<'} {one} else {one}"
+        if not all(name.isidentifier() for name in node.kwargs):
+            raise SyntaxError(f"an operation is given {[*node.kwargs]} by name")
         given += [f"{name}={self._expression(one)}" for name, one in node.kwargs.items()]
         return f"{self._name(function)}({', '.join(given)})"
 

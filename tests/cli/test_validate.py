@@ -24,3 +24,22 @@ def test_validate_shows_every_error_with_its_line(tmp_path: Path):
     assert f"{path}:3: upper.stpes: unknown key. Did you mean 'steps'?" in text
     assert f"{path}:4: seed = -1; must be an integer ≥ 0" in text
     assert "override 'estimator.damping=-1': estimator.damping = -1; must be ≥ 0" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lower=lbfgs", "estimator unroll differentiates through the lower steps"),
+        ("estimator=kkt", "for problems that have lower_constraints"),
+    ],
+)
+def test_validate_refuses_what_a_run_refuses_before_it_begins(override, said):
+    given = ["quadratic", "estimator=unroll", override]
+    end = invoke("validate", *given, code=2)
+    assert said in end.stderr
+    assert end.stderr == invoke("run", "--dry-run", *given, code=2).stderr
+    assert "valid (hash" in invoke("validate", "quadratic", "estimator=unroll").output
+
+
+def test_a_recipe_for_a_device_that_is_not_here_is_valid():
+    assert "valid (hash" in invoke("validate", "quadratic", "runtime.device=cuda").output

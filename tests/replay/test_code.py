@@ -120,3 +120,27 @@ def test_memory_is_given_back_after_the_last_use():
         return (first, last)
 
     assert function_of(graph_of(write, "x"))(torch.ones(3))[1]
+
+
+def test_strings_are_literals_and_nothing_that_runs():
+    text = '\'); raise SystemExit #\n"""'
+    found = both(graph_of(lambda g, x: {text: (x, text)}, "x"), 1.0)
+    assert found == {text: (1.0, text)}
+    graph = graph_of(lambda g, x: g.call_function(dict, (), {"a=1, b": x}), "x")
+    with pytest.raises(SyntaxError):  # torch.fx would write it as it is
+        function_of(graph)
+
+
+def test_what_is_no_literal_is_named():
+    class Text(str):
+        __slots__ = ()
+
+        def __repr__(self):
+            return "1 / 0"
+
+    class Number(float):
+        def __repr__(self):
+            return "1 / 0"
+
+    call = function_of(graph_of(lambda g, x: (x, Text("a"), Number(2.0)), "x"))
+    assert call(1.0) == (1.0, "a", 2.0)
