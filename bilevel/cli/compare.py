@@ -324,6 +324,6 @@ _SPREAD = {
 _LEGEND = (
     "err: ‖h − dΦ/dx‖ / ‖dΦ/dx‖, median along the recipe's run; at end: its last point; {warm}"
     "in run: after its own lower solves. F at end: F(x, y*) once gradients + HVPs + cross products "
-    "reach the budget."
+    "reach the budget, on one batch a level: with minibatches a number of that batch, noise included."
 )
 _WARM = "warm (*): with the state of the point before; "

@@ -7,6 +7,7 @@ its own by declaring them. Nothing here imports torch, and listing imports no co
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.machinery
@@ -96,12 +97,27 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
         return _attribute(_import(match["module"], reference), match["name"], reference)
     points = _points(group)
     if reference not in points:
+        if reference.endswith(".py"):
+            raise RecipeError(_no_class(reference, base or Path()))
         known = {*points, *presets.of(group)}
         raise RecipeError(unknown(reference, known, kind(group)))
     if conflict := _conflict(group, reference):
         raise RecipeError(conflict)
     module, _, name = points[reference].value.partition(":")
     return _attribute(_import(module, reference), name, reference)
+
+
+def _no_class(reference: str, base: Path) -> str:
+    """What is wrong with a file that stands where a class of it is meant."""
+    path = _path(reference, reference, base)
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):
+        body = []
+    names = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    such = f"{reference}:{names[-1] if names else 'Name'}"
+    held = f" (it has {', '.join(names)})" if names else ""
+    return f"{reference!r} is a file; say which class of it{held}, as in {such}"
 
 
 def absolute(reference: str, base: Path) -> str:

@@ -256,3 +256,14 @@ def test_components_validate_across_their_fields():
     with pytest.raises(RecipeError, match=r"o.beta1 = 1; must be < 1"):
         build("optimizers", {"name": "adam", "beta1": 1}, "o")
     assert build("optimizers", {"name": "adam", "lr": 1}) == Adam(lr=1.0)
+
+
+def test_a_file_without_a_class_is_told_which_it_has(tmp_path: Path):
+    (tmp_path / "own.py").write_text("raise SystemExit\nclass A: ...\nclass B: ...\n")
+    with pytest.raises(RecipeError, match=r"own.py' is a file; .* it has A, B.*own.py:B$"):
+        registry.find("problems", "own.py", tmp_path)
+    (tmp_path / "broken.py").write_text("class")
+    with pytest.raises(RecipeError, match=r"as in broken.py:Name$"):
+        registry.find("problems", "broken.py", tmp_path)
+    with pytest.raises(RecipeError, match="there is no file"):
+        registry.find("problems", "absent.py", tmp_path)
