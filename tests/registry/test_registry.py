@@ -260,10 +260,12 @@ def test_components_validate_across_their_fields():
 
 def test_a_file_without_a_class_is_told_which_it_has(tmp_path: Path):
     (tmp_path / "own.py").write_text("raise SystemExit\nclass A: ...\nclass B: ...\n")
-    with pytest.raises(RecipeError, match=r"own.py' is a file; .* it has A, B.*own.py:B$"):
+    with pytest.raises(
+        RecipeError, match=r"own.py' is a file; .* \(it has A, B\), as in own.py:B$"
+    ):
         registry.find("problems", "own.py", tmp_path)
     (tmp_path / "broken.py").write_text("class")
-    with pytest.raises(RecipeError, match=r"as in broken.py:Name$"):
+    with pytest.raises(RecipeError, match=r"as in broken\.py:Name$"):
         registry.find("problems", "broken.py", tmp_path)
     with pytest.raises(RecipeError, match="there is no file"):
         registry.find("problems", "absent.py", tmp_path)
