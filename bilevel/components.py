@@ -48,6 +48,7 @@ def _by_name_only(made: type[Any]) -> Any:
             raise TypeError(_by_position(cls, args))
         _refuse_unknown(cls, options)
         _refuse_tensors(cls, options)
+        _refuse_names(cls, options)
         return create(cls) if create is object.__new__ else create(cls, **options)
 
     return __new__
@@ -75,6 +76,30 @@ def _refuse_tensors(cls: type[Any], options: dict[str, Any]) -> None:
                 f"nothing is differentiated in it; give {name}=tensor.item()"
                 f"{_or_from_x(name, field.annotation)}"
             )
+
+
+def _refuse_names(cls: type[Any], options: dict[str, Any]) -> None:
+    """Raise `TypeError` for a component's class, or its name in a recipe, in the place of the component."""
+    for name, value in options.items():
+        made = f"{cls.__name__}({name}=…)"
+        if hasattr(value, "__pydantic_fields__") and isinstance(value, type):
+            raise TypeError(
+                f"{made} must be a component, got the class {value.__name__}: give "
+                f"{name}={value.__name__}()"
+            )
+        slot = _slot(cls.__pydantic_fields__[name]) if isinstance(value, str) else None
+        if slot:
+            raise TypeError(
+                f"{made} must be a component, got the string {value!r}, which names one in a recipe "
+                f"alone: make it, of one of the classes that `bilevel ls {slot.group}` lists"
+            )
+
+
+def _slot(field: Any) -> Slot | None:
+    """The mark of a field that holds another component."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    marks = [*field.metadata, *(mark for kind in kinds for mark in typing.get_args(kind)[1:])]
+    return next((mark for mark in marks if isinstance(mark, Slot)), None)
 
 
 def _or_from_x(name: str, annotation: Any) -> str:

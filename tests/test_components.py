@@ -13,6 +13,7 @@ from pydantic import Field
 from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RENAMED, RecipeError
+from bilevel.estimators import Implicit
 from bilevel.linear.cg import CG
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
@@ -157,3 +158,18 @@ def test_an_unknown_option_is_answered_with_the_nearest_or_all():
     with pytest.raises(TypeError, match=r"unknown option\. Known: iterations, tolerance"):
         CG(xyz=50)
     assert CG(iterations=50).iterations == 50  # negative control
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Implicit(solver=CG), r"got the class CG: give solver=CG\(\)"),
+        (lambda: Implicit(solver="cg"), r"got the string 'cg'.*bilevel ls linear"),
+        (lambda: Implicit(preconditioner="jacobi"), r"got the string 'jacobi'.*ls preconditioners"),
+    ],
+)
+def test_a_component_is_neither_its_class_nor_its_name(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()
+    # control: a component, and a string where one is an option
+    assert Implicit(solver=CG(), curvature="hessian").curvature == "hessian"
