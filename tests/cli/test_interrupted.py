@@ -1,0 +1,80 @@
+"""What is said of a run that ended before its last step, or before its first: measures, report, folder."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+
+from bilevel.runfolder import record
+from tests.cli.commands import SHORT, invoke
+from tests.report.records import table
+
+ENDING = """
+import os, signal
+from bilevel.components import component
+from bilevel.events import Stepped
+
+@component
+class Signal:
+    def open(self, folder, step): return self
+    def receive(self, event):
+        if isinstance(event, Stepped) and event.step == 3: os.kill(os.getpid(), signal.SIGINT)
+    def close(self): ...
+"""
+
+
+@pytest.fixture
+def ending(tmp_path: Path) -> Path:
+    path = tmp_path / "ending.py"
+    path.write_text(ENDING)
+    return path
+
+
+def interrupted(ending: Path, runs: Path, *words: str):
+    """A run of six steps in which Ctrl-C comes after the third: (result, run folder)."""
+    sinks = f"sinks=[jsonl, {{name: '{ending}:Signal'}}]"
+    words = ("quadratic", "upper.steps=6", *words, sinks)
+    result = invoke("run", *words, "--runs-dir", runs, code=130)
+    (folder,) = runs.glob("*/*")
+    return result, folder
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "head", "in_list"),
+    [
+        (2, 2, "at step 2", "{} at step 2"),
+        (0, 0, "after", "{} at step 0"),
+        (3, 3, "after", "{}"),
+    ],
+)
+def test_no_measure_is_shown_as_that_of_another_step(every, at, head, in_list, ending, runs):
+    result, folder = interrupted(ending, runs, f"evaluate.every={every}", "--quiet")
+    measured = [event for event in record.read(folder) if event["event"] == "evaluated"]
+    assert measured[-1]["step"] == at
+    first, last = (f"{measured[n]['metrics']['upper value']:.4g}" for n in (0, -1))
+    after = last if at else "-"
+    found = re.search(
+        r"before +(.*)\nupper value +(\S+) +(\S+)\n", result.stdout.replace(" \n", "\n")
+    )
+    assert found is not None
+    assert (found[1].strip(), found[2], found[3]) == (head, first, after)
+
+    rows = table((folder / "report.html").read_text(), "Result")
+    assert rows[""] == ["before", head, "change"]
+    assert (rows["upper value"][1] == "–") is (at == 0)
+
+    answer = json.loads(invoke("runs", "--runs-dir", runs, "--json").stdout)["runs"][0]
+    assert answer["measured_at"] == at
+    line = invoke("runs", "--runs-dir", runs, "--show", "upper_value").output.splitlines()[1]
+    shown = re.sub(r"[\d.]+", "{}", line.split("  ")[-1].strip(), count=1)
+    assert shown == in_list
+
+
+def test_the_answer_says_of_which_step_the_measures_are(ending, runs):
+    result, _ = interrupted(ending, runs, "evaluate.every=2", "report=false", "--json")
+    (found,) = json.loads(result.stdout.splitlines()[-1])["runs"]
+    assert (found["step"], found["measured_at"]) == (3, 2)
