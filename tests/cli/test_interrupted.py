@@ -1,7 +1,9 @@
 """What is said of a run that ended before its last step, or before its first: measures, report, folder."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
+from bilevel import report
 from bilevel.runfolder import record
 from tests.cli.commands import SHORT, invoke
 from tests.report.records import table
@@ -78,3 +81,34 @@ def test_the_answer_says_of_which_step_the_measures_are(ending, runs):
     result, _ = interrupted(ending, runs, "evaluate.every=2", "report=false", "--json")
     (found,) = json.loads(result.stdout.splitlines()[-1])["runs"]
     assert (found["step"], found["measured_at"]) == (3, 2)
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_signal_in_the_report_of_a_run_that_is_done_says_so(is_written, runs, monkeypatch):
+    write = report.write
+
+    def stopped(folder):
+        if is_written:
+            write(folder)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the report of a run that is done may be left")
+
+    monkeypatch.setattr(report, "write", stopped)
+    result = invoke("run", "quadratic", *SHORT[:-1], "--runs-dir", runs, code=130)
+    (folder,) = runs.glob("*/*")
+    said = result.stderr.strip()
+    assert said == f"the run in {folder} is done. Write its report: bilevel report {folder}"
+    monkeypatch.undo()
+    invoke("report", folder)
+    assert "is done" in invoke("resume", folder, code=2).stderr
+
+
+def test_a_signal_as_the_sinks_of_a_run_that_is_done_are_closed_says_so(ending, runs):
+    text = ending.read_text().replace(
+        "def close(self): ...", "def close(self): os.kill(os.getpid(), signal.SIGINT)"
+    )
+    ending.write_text(text.replace("event.step == 3", "False"))
+    sinks = f"sinks=[jsonl, {{name: '{ending}:Signal'}}]"
+    result = invoke("run", "quadratic", *SHORT, sinks, "--runs-dir", runs, code=130)
+    (folder,) = runs.glob("*/*")
+    assert result.stderr.strip() == f"the run in {folder} is done"
