@@ -68,6 +68,8 @@ class RunLoop:
     is_done: bool = False
     """Whether that is the end of the run, after which there is nothing to resume."""
     is_reported: bool = False
+    is_named: bool = False
+    """Whether the folder was told."""
     broken: UserCodeError | None = None
     """What the first sink raised that is somebody's own: it has no more events, the others have."""
 
@@ -99,6 +101,7 @@ class RunLoop:
                     self._discard()
                     _say_stopped(error)
                 else:
+                    self._name_folder()
                     self._report_on(error)
                 raise
 
@@ -106,6 +109,7 @@ class RunLoop:
         self.is_resumed = True
         with self._without_console(), self.signals:
             before = self._first_measures()
+            self._name_folder()
             with self._closing_on_error(), explaining(), self._requiring():
                 early = self._prepare(before)
                 if found is None:
@@ -123,7 +127,6 @@ class RunLoop:
         shown = self.shown(self.console, before)
         self.signals.tell = shown.stopping
         self.receivers.append(shown)
-        self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
         for sink in self.recipe.sinks:
             if require := getattr(sink, "require", None):
                 require()
@@ -286,7 +289,15 @@ class RunLoop:
             self.setup.ranks.from_first(state is not None)
         return state.save() if state else None
 
+    def _name_folder(self) -> None:
+        """Said once, when there is what stays in it: what fails before leaves no folder."""
+        if not self.is_named:
+            self.is_named = True
+            self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
+
     def _deliver(self, event: Event) -> None:
+        if isinstance(event, (Stepped, Saved)):
+            self._name_folder()
         for receiver in tuple(self.receivers):
             self._tell(receiver, event)
 

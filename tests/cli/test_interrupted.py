@@ -20,6 +20,7 @@ ENDING = """
 import os, signal
 from bilevel.components import component
 from bilevel.events import Stepped
+from bilevel_problems.quadratic import Quadratic
 
 @component
 class Signal:
@@ -27,6 +28,20 @@ class Signal:
     def receive(self, event):
         if isinstance(event, Stepped) and event.step == 3: os.kill(os.getpid(), signal.SIGINT)
     def close(self): ...
+
+@component
+class Failing(Quadratic):
+    where: str
+    def init(self, streams):
+        if self.where == "init": raise ValueError("no start")
+        return super().init(streams)
+    def evaluate(self, x, y):
+        if self.where == "evaluate": raise ValueError("no measure")
+        return super().evaluate(x, y)
+    def upper_batches(self, stream):
+        for number, batch in enumerate(super().upper_batches(stream)):
+            if self.where == f"step {number}": raise ValueError("no batch")
+            yield batch
 """
 
 
@@ -112,3 +127,24 @@ def test_a_signal_as_the_sinks_of_a_run_that_is_done_are_closed_says_so(ending, 
     result = invoke("run", "quadratic", *SHORT, sinks, "--runs-dir", runs, code=130)
     (folder,) = runs.glob("*/*")
     assert result.stderr.strip() == f"the run in {folder} is done"
+
+
+@pytest.mark.parametrize(
+    ("where", "is_left"),
+    [("init", False), ("evaluate", False), ("step 0", False), ("step 2", True)],
+)
+def test_a_folder_is_named_where_there_is_one(where, is_left, ending, runs):
+    problem = f"problem={{name: '{ending}:Failing', where: {where}}}"
+    words = ("run", "quadratic", problem, *SHORT, "--runs-dir", runs)
+    result = invoke(*words, code=7)
+    assert "no " in result.stderr
+    assert bool(list(runs.glob("*/*"))) is is_left
+    assert (str(runs) in result.stdout) is is_left
+    assert result.stdout.count(f"{runs}/quadratic") == is_left
+
+
+def test_a_run_that_diverges_in_its_first_step_names_what_it_leaves(runs):
+    words = ("upper.optimizer={name: sgd, lr: 1e200}", "lower.steps=2", "report=false")
+    result = invoke("run", "quadratic", *words, "--runs-dir", runs, code=5)
+    (folder,) = runs.glob("*/*")
+    assert result.stdout.count(f"{folder}/\n") == 1
