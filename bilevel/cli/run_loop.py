@@ -65,6 +65,11 @@ class RunLoop:
     """Whether every sink has what the engine said last."""
     is_finished: bool = False
     """Whether the record has its end."""
+    is_done: bool = False
+    """Whether that is the end of the run, after which there is nothing to resume."""
+    is_reported: bool = False
+    is_named: bool = False
+    """Whether the folder was told."""
     broken: UserCodeError | None = None
     """What the first sink raised that is somebody's own: it has no more events, the others have."""
 
@@ -96,6 +101,7 @@ class RunLoop:
                     self._discard()
                     _say_stopped(error)
                 else:
+                    self._name_folder()
                     self._report_on(error)
                 raise
 
@@ -103,6 +109,7 @@ class RunLoop:
         self.is_resumed = True
         with self._without_console(), self.signals:
             before = self._first_measures()
+            self._name_folder()
             with self._closing_on_error(), explaining(), self._requiring():
                 early = self._prepare(before)
                 if found is None:
@@ -120,7 +127,6 @@ class RunLoop:
         shown = self.shown(self.console, before)
         self.signals.tell = shown.stopping
         self.receivers.append(shown)
-        self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
         for sink in self.recipe.sinks:
             if require := getattr(sink, "require", None):
                 require()
@@ -142,9 +148,14 @@ class RunLoop:
                 self.signals.is_patient = True
                 self._loop(state)
             self._close()
+            if self.is_done:
+                self.signals.is_patient = False
+                if self.signals.received:
+                    raise Stopped(self.signals.code)
             self._report()
         except Stopped as stopped:
-            raise Stopped(stopped.code, f"stopped at once. {self._how_to_resume()}") from None
+            said = f"stopped at once. {self._how_to_resume()}"
+            raise Stopped(stopped.code, self._how_to_report() if self.is_done else said) from None
         if self.signals.received:
             raise Stopped(self.signals.code, self._how_to_resume())
 
@@ -193,12 +204,14 @@ class RunLoop:
             self._deliver(event)
             self.is_delivered = True
             if isinstance(event, Finished):
-                self.signals.received, self.is_finished = None, True
+                self.signals.received, self.signals.tell = None, None
+                self.is_finished = self.is_done = True
             elif isinstance(event, Progress) and event.stage == HELD:
                 if self.signals.agree(self.setup.ranks):
                     self._deliver(Warned(state.step, HELD, LEFT_OUT))
                     self._end(state, began, *engine.ending(self.setup, state))
-                    self.signals.received = None
+                    self.signals.received, self.signals.tell = None, None
+                    self.is_done = True
                     return
             elif is_settled(event, self.setup, state):
                 if isinstance(event, Evaluated) and engine.is_best(state):
@@ -276,7 +289,15 @@ class RunLoop:
             self.setup.ranks.from_first(state is not None)
         return state.save() if state else None
 
+    def _name_folder(self) -> None:
+        """Said once, when there is what stays in it: what fails before leaves no folder."""
+        if not self.is_named:
+            self.is_named = True
+            self.console.print(Text(f"{self.folder.path}/", style="dim"), soft_wrap=True)
+
     def _deliver(self, event: Event) -> None:
+        if isinstance(event, (Stepped, Saved)):
+            self._name_folder()
         for receiver in tuple(self.receivers):
             self._tell(receiver, event)
 
@@ -356,16 +377,26 @@ class RunLoop:
         with_ranks = "" if ranks.is_alone else f" --ranks {ranks.size}"
         return f"Go on ({where}): bilevel resume {self.folder.path}{with_ranks}"
 
+    def _how_to_report(self) -> str:
+        said = f"the run in {self.folder.path} is done"
+        if self.is_reported or not self._is_report_asked():
+            return said
+        return f"{said}. Write its report: bilevel report {self.folder.path}"
+
+    def _is_report_asked(self) -> bool:
+        return self.with_report and self.recipe.report and not report.missing()
+
     def _report_on(self, error: BaseException) -> None:
         """The report of a run that an error ended; a disk that took no event takes no report."""
         if not isinstance(error, (CheckpointError, OSError)):
             self._report()
 
     def _report(self) -> None:
-        if not (self.with_report and self.recipe.report) or report.missing():
+        if not self._is_report_asked():
             return
         try:
             path = report.write(self.folder)
+            self.is_reported = True
         except (BilevelError, OSError) as error:
             complain(f"no report: {error}", kind="warning: ")
         else:

@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.cli.answer import JSONAnswer
-from bilevel.cli.selection import Listed, Value, chosen, column, listed, ordered
+from bilevel.cli.selection import Listed, cell, chosen, listed, ordered
 from bilevel.cli.tables import print_fitted
-from bilevel.sinks.numbers import significant
 
 _STYLES = {"done": "green", "stopped early": "green", "running": "cyan"}
 
@@ -57,7 +56,7 @@ def list_runs(
 
     A sweep is one row, unless `every` run is asked for, or some are chosen or sorted.
 
-    An `answer` has {"runs": [{"run", "name", "status", …, "measures", "settings"}]}.
+    An `answer` has {"runs": [{"run", "name", "status", …, "measures", "measured_at", "settings"}]}.
     """
     found = listed(runs)
     if answer:
@@ -78,8 +77,8 @@ def list_runs(
     asked = [*show, *([key] if key and key not in (*_BESIDE, *show) else [])]
     columns = dict(_COLUMNS)
     for name in asked:
-        of = column(kept, name, "--show")
-        columns[name] = lambda each, of=of: _written(of(each))
+        of = cell(kept, name, "--show")
+        columns[name] = lambda each, of=of: Text(of(each))
 
     is_grouped = not (every or where or sort or show)
     grouped: dict[str, list[Listed]] = {}
@@ -119,10 +118,5 @@ def _statuses(rows: Sequence[Listed]) -> Text:
 
 
 def _plain(each: Listed) -> dict[str, Any]:
-    return each.columns | {"measures": each.measures, "settings": each.settings}
-
-
-def _written(value: Value) -> Text | str:
-    if value is None:
-        return "-"
-    return Text(value) if isinstance(value, str) else significant(value)
+    measured = {"measures": each.measures, "measured_at": each.measured_at}
+    return each.columns | measured | {"settings": each.settings}

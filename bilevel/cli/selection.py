@@ -20,6 +20,7 @@ from bilevel.recipe.settings import NUMERIC, flattened, shown
 from bilevel.recipe.yaml_source import parse
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RunFolder, Summary, summaries, summary_of
+from bilevel.sinks.numbers import dated, significant
 
 Value = str | float | None
 _CONDITION = re.compile(r"(.+?)(<=|>=|!=|=|<|>)(.*)", re.DOTALL)
@@ -71,11 +72,27 @@ class Listed:
     def measures(self) -> dict[str, Value]:
         """The problem's last measures, and what the last step says."""
         try:
-            evaluated = record.last(self.summary.folder.path, "evaluated")
             stepped = record.last(self.summary.folder.path, "stepped")
             found = {} if stepped is None else _of_step(stepped)
-            measured = (evaluated or {}).get("metrics", {})
+            measured = self._evaluated.get("metrics", {})
             return found | {name: record.number(value) for name, value in measured.items()}
+        except BilevelError:
+            return {}
+
+    @property
+    def measured_at(self) -> int | None:
+        """The step at which the problem's own measures were last taken."""
+        return self._evaluated.get("step")
+
+    def dated(self, text: str, measure: str) -> str:
+        """A measure as it is written, with its step where that is not the one the run has reached."""
+        is_own = measure in self._evaluated.get("metrics", {})
+        return dated(text, self.measured_at, self.summary.step) if is_own else text
+
+    @cached_property
+    def _evaluated(self) -> Mapping[str, Any]:
+        try:
+            return record.last(self.summary.folder.path, "evaluated") or {}
         except BilevelError:
             return {}
 
@@ -151,15 +168,38 @@ def ordered(found: Sequence[Listed], key: str, descending: bool = False) -> list
 def column(found: Sequence[Listed], key: str, option: str) -> Callable[[Listed], Value]:
     """What a run has below `key`: a column, a measure, or a setting by its dotted key or its last part.
 
+    Raises `RecipeError` as `meant` does.
+    """
+    part, names = meant(found, key, option)
+    return lambda each: _first(getattr(each, part), names)[1]
+
+
+def cell(found: Sequence[Listed], key: str, option: str) -> Callable[[Listed], str]:
+    """What `column` gives as it is shown: a measure that was not taken at the last step with its step."""
+    part, names = meant(found, key, option)
+
+    def written(each: Listed) -> str:
+        name, value = _first(getattr(each, part), names)
+        if value is None:
+            return "-"
+        text = value if isinstance(value, str) else significant(value)
+        return each.dated(text, name) if part == "measures" else text
+
+    return written
+
+
+def meant(found: Sequence[Listed], key: str, option: str) -> tuple[str, Sequence[str]]:
+    """(which part of a `Listed`, the names there) that a key stands for; a run has one of the names at most.
+
     `estimator` is the component's name; a measure may be told by how it begins. Raises `RecipeError`
     for a key that no run has, or that stands for several.
     """
     if not found or key in found[0].columns:
-        return lambda each: each.columns.get(key)
+        return "columns", [key]
     measures = dict.fromkeys(name for each in found for name in each.measures)
     same = [name for name in measures if _spelled(name) == _spelled(key)]
     if same:
-        return lambda each: next((each.measures[n] for n in same if n in each.measures), None)
+        return "measures", same
     begun = [name for name in measures if _spelled(name).startswith(_spelled(key))]
     for part in (
         "made_with",
@@ -168,19 +208,22 @@ def column(found: Sequence[Listed], key: str, option: str) -> Callable[[Listed],
         settings = dict.fromkeys(name for each in found for name in getattr(each, part))
         for name in (key, f"{key}.name"):
             if name in settings:
-                return lambda each: getattr(each, part).get(name)
+                return part, [name]
         ends = [name for name in settings if name.removesuffix(".name").endswith(f".{key}")]
         near = begun or ends
         if len(near) > 1:
             raise RecipeError(f"{option} {key}: stands for {', '.join(near)}; write one of them")
         if near:
-            (name,) = near
-            return lambda each: (each.measures if begun else getattr(each, part)).get(name)
+            return "measures" if begun else part, near
     known = [*found[0].columns, *map(_spelled, measures)]
     if difflib.get_close_matches(key, settings):
         known += settings
     said = registry.unknown(key, known, "column, measure or setting")
     raise RecipeError(f"{option} {said} A setting is one like upper.optimizer.lr")
+
+
+def _first(of: Mapping[str, Value], names: Sequence[str]) -> tuple[str, Value]:
+    return next(((name, of[name]) for name in names if name in of), ("", None))
 
 
 def _of_step(stepped: Mapping[str, Any]) -> dict[str, Value]:

@@ -72,7 +72,7 @@ class EventLines:
 
 
 def conclude(answer: JSONAnswer | None, folder: RunFolder) -> None:
-    """Add a run to {"event": "result", "runs": [{"run", "status", "step", …, "measures", "report"}]}.
+    """Add a run to {"event": "result", "runs": [{"run", "status", "step", …, "measures", "measured_at", "report"}]}.
 
     One that failed before its first step left no folder, and is not there.
     """
@@ -95,6 +95,7 @@ def conclude(answer: JSONAnswer | None, folder: RunFolder) -> None:
             "steps": found.steps,
             "upper_loss": found.upper_loss,
             "measures": evaluated["metrics"] if evaluated else {},
+            "measured_at": evaluated["step"] if evaluated else None,
             "report": str(folder.report) if folder.report.is_file() else None,
         }
     )

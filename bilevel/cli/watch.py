@@ -16,7 +16,7 @@ from bilevel.cli.selection import chosen, listed
 from bilevel.errors import RecipeError
 from bilevel.runfolder import record
 from bilevel.runfolder.folder import RunFolder, find
-from bilevel.sinks.numbers import duration, significant
+from bilevel.sinks.numbers import dated, duration, significant
 
 EVERY = 0.5
 """Seconds between two looks at the record."""
@@ -74,8 +74,9 @@ class _Watched:
     def __init__(self) -> None:
         self.name, self.step, self.steps = "", 0, 0
         self.last: dict[str, Any] | None = None
-        self.first_measures: dict[str, Any] | None = None
+        self.first_measures: dict[str, Any] = {}
         self.measures: dict[str, Any] = {}
+        self.measured_at: int | None = None
         self.warnings: dict[str, str] = {}
         self.finished: dict[str, Any] | None = None
         self._seconds: list[float] = []
@@ -90,8 +91,9 @@ class _Watched:
             self.last = event
             self._seconds = [*self._seconds[1 - RECENT :], record.number(event["seconds"])]
         elif kind == "evaluated":
-            self.measures = event["metrics"]
-            self.first_measures = self.first_measures or self.measures
+            self.measures, self.measured_at = event["metrics"], event["step"]
+            if not self.step:
+                self.first_measures = self.measures
         elif kind == "warned":
             self.warnings[event["kind"]] = event["message"]
 
@@ -122,10 +124,11 @@ def _conclude(console: Console, seen: _Watched) -> None:
     if seen.last:
         loss = record.number(seen.last["upper_loss"])
         console.print(f"upper loss F {significant(loss)}", highlight=False)
+    at = seen.measured_at
     for name, value in seen.measures.items():
-        first = (seen.first_measures or {}).get(name)
-        before = f", {significant(record.number(first))} before" if first is not None else ""
-        text = f"{name} {significant(record.number(value))}{before}"
-        console.print(text, markup=False, highlight=False)
+        parts = [dated(significant(record.number(value)), at, seen.step)] if at else []
+        if name in seen.first_measures:
+            parts.append(f"{significant(record.number(seen.first_measures[name]))} before")
+        console.print(f"{name} {', '.join(parts)}", markup=False, highlight=False)
     for message in seen.warnings.values():
         console.print(Text.assemble(("warned: ", "yellow"), message))

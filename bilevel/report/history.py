@@ -67,6 +67,12 @@ class History:
         return list(dict.fromkeys(name for _, metrics in self.evaluations for name in metrics))
 
     @property
+    def last_metrics(self) -> Mapping[str, float]:
+        """The measures that were taken at the last step; empty where none were."""
+        at, metrics = self.evaluations[-1] if self.evaluations else (0, {})
+        return metrics if at and at == (self.steps or [0])[-1] else {}
+
+    @property
     def calls(self) -> dict[int, float]:
         """All oracle calls so far, by step; none before the first."""
         counts = zip(*(self.columns[kind] for kind in CALLS), strict=True)

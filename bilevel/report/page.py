@@ -18,7 +18,7 @@ from bilevel.report.history import CALLS, History, read
 from bilevel.report.pictures import embedded
 from bilevel.report.template import fill
 from bilevel.runfolder.folder import RunFolder
-from bilevel.sinks.numbers import signed, significant, spelled
+from bilevel.sinks.numbers import at_end, signed, significant, spelled
 
 
 def render(folder: RunFolder) -> str:
@@ -146,26 +146,29 @@ def _inline(section: Any) -> str:
 
 def _measures(history: History) -> tuple[list[str], list[tuple[str, list[str]]]] | None:
     """(heads, rows) of the table of measures; of a problem without any, of its losses."""
-    curves = {name: history.metric(name) for name in history.metrics}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    is_late = bool(curves) and history.evaluations[0][0] > 0  # not taken before the first step
-    if not curves:
+    names = [name for name in history.metrics if history.metric(name)]
+    title, is_one = "after", False
+    if names:
+        (start, before), (at, after) = history.evaluations[0], history.evaluations[-1]
+        before = {} if start else before  # where it was not taken before the first step
+        title, after = at_end(after, at, (history.steps or [0])[-1])
+    else:
         losses = {"upper loss F": "upper_loss", "lower loss G": "lower_loss"}
         curves = {name: history.curve(column) for name, column in losses.items()}
-        curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
+        names = [name for name, curve in curves.items() if curve]
+        before = {name: curves[name][0][1] for name in names}
+        after = {name: curves[name][-1][1] for name in names}
+        is_one = len(history.steps) < 2
+    if not names:
         return None
     rows = []
-    for name, curve in curves.items():
-        (_, first), (_, last) = curve[0], curve[-1]
-        if is_late:
-            first = math.nan
-        held = history.held.get(name, math.nan)
+    for name in names:
+        first, last, held = (of.get(name, math.nan) for of in (before, after, history.held))
         row = {
             "before": significant(first),
             HELD: significant(held),
-            "after": significant(last),
-            "change": signed(last - first if len(curve) > 1 else math.nan),
+            title: significant(last),
+            "change": signed(math.nan if is_one else last - first),
             "owed to x": signed(last - held),
         }
         left_out = () if history.held else (HELD, "owed to x")

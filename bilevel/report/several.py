@@ -109,13 +109,14 @@ def _cell(values: Sequence[float], runs: int) -> str:
 
 
 def _measures(arms: Sequence[Arm]) -> Table | None:
+    """Measures that were not taken at a run's last step are left out of the means."""
     names = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.history.metrics)
     columns: dict[str, Callable[[Run], float]] = {}
     for name in names:
-        columns[name] = lambda run, name=name: _end(run.history.metric(name))
+        columns[name] = lambda run, name=name: run.history.last_metrics.get(name, math.nan)
         columns[f"{name}, {HELD}"] = lambda run, name=name: run.history.held.get(name, math.nan)
         columns[f"{name}, owed to x"] = lambda run, name=name: (
-            _end(run.history.metric(name)) - run.history.held.get(name, math.nan)
+            run.history.last_metrics.get(name, math.nan) - run.history.held.get(name, math.nan)
         )
     columns["upper loss F"] = lambda run: _end(run.history.points("upper_loss"))
     columns["lower loss G"] = lambda run: _end(run.history.points("lower_loss"))

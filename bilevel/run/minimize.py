@@ -191,8 +191,9 @@ def minimize(
         progress: show it on stderr; "auto" does in a terminal and in a notebook.
 
     Warnings of the run are Python warnings (`UserWarning`), once a kind. Ctrl-C (a notebook's
-    "interrupt") returns the steps that were taken, with a warning and `reason` "interrupted";
-    before the first step is whole it is raised. To keep the steps before an error, drive
+    "interrupt") returns the steps that were taken, with a warning and `reason` "interrupted"; its
+    measures are those that were last taken (`Result.measured_at`). Before the first step is whole it is
+    raised. To keep the steps before an error, drive
     `iterate` yourself.
 
     Raises:
@@ -229,7 +230,10 @@ def minimize(
         if not result.history:
             raise
         taken = f"{result.history[-1].step} of {run.setup.upper.steps}"
-        warnings.warn(f"interrupted after {taken} steps", UserWarning, stacklevel=2)
+        at = result.measured_at
+        is_older = at is not None and at != result.history[-1].step
+        measured = f"; the measures are those of step {at}" if is_older else ""
+        warnings.warn(f"interrupted after {taken} steps{measured}", UserWarning, stacklevel=2)
         return replace(result, reason="interrupted")
     finally:
         if receiver:

@@ -9,7 +9,7 @@ from typing import Any
 from bilevel import notebook
 from bilevel.events import HELD, HELD_NOTE, Evaluated, Stepped, Warned
 from bilevel.run.setup import Setup
-from bilevel.sinks.numbers import duration, significant, spelled
+from bilevel.sinks.numbers import at_end, dated, duration, significant, spelled
 
 _OF_A_STEP = {
     "upper loss F": "upper_loss",
@@ -51,8 +51,13 @@ class Result:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The problem's own measures when they were last taken; empty where it has none."""
+        """The problem's own measures when they were last taken, `measured_at`; empty where it has none."""
         return self.evaluations[-1].metrics if self.evaluations else {}
+
+    @property
+    def measured_at(self) -> int | None:
+        """The step of `metrics`: of a run that was interrupted or raised, often one before its last."""
+        return self.evaluations[-1].step if self.evaluations else None
 
     def columns(self) -> dict[str, list[float]]:
         """The history as lists of one length: what `pandas.DataFrame` and `plt.plot` take."""
@@ -93,8 +98,11 @@ class Result:
         )
 
     def _headline(self) -> str:
-        taken = self.history[-1].step if self.history else 0
-        return f"{self.setup.name}: {self.reason} after {taken} of {self.setup.upper.steps} steps"
+        total = self.setup.upper.steps
+        return f"{self.setup.name}: {self.reason} after {self._taken()} of {total} steps"
+
+    def _taken(self) -> int:
+        return self.history[-1].step if self.history else 0
 
     def _heads(self) -> list[str]:
         return ["before", HELD, "after"] if self.held else ["before", "after"]
@@ -104,10 +112,14 @@ class Result:
         for name, column in _OF_A_STEP.items():
             ends = (significant(getattr(self.history[n], column)) for n in (0, -1))
             yield name, [*ends] if not self.held else [next(ends), "", next(ends)]
-        first = self.evaluations[0].metrics if self.evaluations else {}
-        for name, last in self.metrics.items():
-            sources = (first, self.held, {name: last}) if self.held else (first, {name: last})
-            yield name, [significant(of[name]) if name in of else "-" for of in sources]
+        is_before = self.evaluations and not self.evaluations[0].step
+        first = self.evaluations[0].metrics if is_before else {}
+        at, end = self.measured_at or 0, self._taken()
+        _, last = at_end(self.metrics, at, end)
+        for name in self.metrics:
+            sources = (first, self.held, last) if self.held else (first, last)
+            cells = [significant(of[name]) if name in of else "-" for of in sources]
+            yield name, [*cells[:-1], dated(cells[-1], at or None, end)]
 
     def _notes(self) -> list[str]:
         """Oracle calls, time, the best point, what the run was warned of."""

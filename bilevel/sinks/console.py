@@ -30,7 +30,7 @@ from bilevel.events import (
     Warned,
 )
 from bilevel.sinks.evidence import CALLS, EVIDENCE, Clock, Column
-from bilevel.sinks.numbers import duration, spelled
+from bilevel.sinks.numbers import at_end, duration, spelled
 from bilevel.sinks.panel import Panel
 
 ROWS = 20
@@ -45,7 +45,7 @@ class ConsoleReceiver:
         self._console = console
         self._before = before
         self._held: Mapping[str, float] | None = None
-        self._after: Mapping[str, float] | None = None
+        self._measured: Evaluated | None = None
         self._live = Panel(console) if console.is_terminal else None
         self._plain = None if console.is_terminal else _Plain(console)
         self._first: Stepped | None = None
@@ -61,7 +61,7 @@ class ConsoleReceiver:
             self._console.print(_headline(event), highlight=False)
         if isinstance(event, Evaluated):
             self._before = self._before if event.step else event.metrics
-            self._after = event.metrics
+            self._measured = event
         if isinstance(event, Held):
             self._held = event.metrics
         if isinstance(event, Stepped):
@@ -93,13 +93,16 @@ class ConsoleReceiver:
         self._console.print(text)
 
     def _finish(self, event: Finished) -> None:
-        if self._after:
-            self._console.print(_comparison(self._before or {}, self._after, self._held))
+        if self._measured and self._measured.metrics:
+            head, after = at_end(self._measured.metrics, self._measured.step, event.step)
+            columns = {"before": self._before or {}}
+            columns |= {HELD: self._held} if self._held else {}
+            self._console.print(_comparison(columns | {head: after}))
             if self._held:
                 self._console.print(Text(HELD_NOTE, style="dim"))
         elif self._first and self._last:  # a problem without measures has its losses
             first = {} if self._resumed_at else _losses(self._first)
-            self._console.print(_comparison(first, _losses(self._last)))
+            self._console.print(_comparison({"before": first, "after": _losses(self._last)}))
         done = f"{event.reason} at step {event.step} after {duration(event.seconds)}"
         if self._resumed_at:
             done += f" since step {self._resumed_at}"
@@ -205,14 +208,13 @@ def _losses(step: Stepped) -> dict[str, float]:
     return {"upper loss F": step.upper_loss, "lower loss G": step.lower_loss}
 
 
-def _comparison(
-    before: Mapping[str, float], after: Mapping[str, float], held: Mapping[str, float] | None = None
-) -> Table:
-    columns = {"before": before, **({HELD: held} if held else {}), "after": after}
+def _comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Measures by the heads of their columns; the last has the names, if any."""
+    before, *_, after = columns.values()
     table = Table("", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in columns:
         table.add_column(title, justify="right")
-    for name in after:
+    for name in after or before:
         known = (f"{found[name]:.4g}" if name in found else "-" for found in columns.values())
         table.add_row(Text(name), *known)
     return table

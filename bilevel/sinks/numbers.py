@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+V = TypeVar("V")
 
 COUNTS = "grad/HVP/cross"
 """The head over `counts`: gradients, HVPs and cross products."""
@@ -100,6 +104,21 @@ def interval(mean: float, half: float | None) -> str:
         return f"{significant(mean, digits)} ± {significant(half, 2)}"
     decimals = max(0, decimals)
     return f"{mean:,.{decimals}f} ± {half:,.{decimals}f}"
+
+
+def at_end(metrics: Mapping[str, V], at: int, end: int) -> tuple[str, Mapping[str, V]]:
+    """The column of measures that were last taken at step `at` of a run that ended at `end`: (head, measures).
+
+    Those of step 0 stand under "before" alone.
+    """
+    if not at:
+        return "after", {}
+    return ("after" if at == end else f"at step {at:,}"), metrics
+
+
+def dated(text: str, at: int | None, end: int) -> str:
+    """A measure with the step at which it was taken, where that is not the one that the run ended at."""
+    return text if at in (None, end) else f"{text} at step {at:,}"
 
 
 def _magnitude(value: float) -> int:

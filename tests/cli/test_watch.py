@@ -38,6 +38,18 @@ def test_a_run_that_has_ended_is_told_with_its_end(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("at", "said"), [(2, "gap 0.25 at step 2, 5 before"), (0, "gap 5 before")])
+def test_measures_of_an_earlier_step_say_so(at, said, folder, tmp_path):
+    path = folder.path / record.FILE
+    lines = path.read_text().splitlines(keepends=True)
+    place = next(n for n, line in enumerate(lines) if '"evaluated", "step": 3' in line)
+    moved = lines.pop(place).replace('"step": 3', f'"step": {at}')
+    if at:
+        lines.insert(4, moved)
+    path.write_text("".join(lines))
+    assert watched(tmp_path, "toy")[6] == said
+
+
 def test_it_follows_one_that_is_running_until_its_end(folder, tmp_path, monkeypatch):
     path = folder.path / record.FILE
     whole = path.read_bytes()

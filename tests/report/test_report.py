@@ -15,7 +15,7 @@ pytest.importorskip("vl_convert")
 from bilevel import recipe as recipes
 from bilevel import report, runfolder
 from bilevel.errors import RecipeError, RequirementError
-from bilevel.events import Finished, Held, Sent
+from bilevel.events import Evaluated, Finished, Held, Sent
 from bilevel.report.charts import charts
 from bilevel.report.history import POINTS, read
 from bilevel.report.page import _seconds, _size
@@ -108,7 +108,36 @@ def test_what_is_owed_to_x_is_told_where_the_control_was_measured(run):
     titles = ["before", "x held", "after", "change", "owed to x"]
     assert "".join(f'<th scope="col">{title}</th>' for title in titles) in html
     assert row("accuracy", "0.5", "0.875", "1", "+0.5", "+0.125") in html
-    assert row("gap", "1", "–", "2", "+1", "–") in html
+    assert row("gap", "–", "–", "2", "–", "–") in html  # it was NaN before the first step
+
+
+@pytest.mark.parametrize("reason", ["interrupted", "terminated", "diverged", "failed", None])
+@pytest.mark.parametrize(
+    ("measured", "steps", "title", "cells"),
+    [
+        ((0, 2), 3, "at step 2", ("0", "20", "+20")),
+        ((2,), 3, "at step 2", ("–", "20", "–")),
+        ((0,), 3, "after", ("0", "–", "–")),
+        ((0, 2), 2, "after", ("0", "20", "+20")),
+    ],
+)
+def test_no_measure_is_of_a_step_at_which_it_was_not_taken(
+    measured, steps, title, cells, reason, run
+):
+    receiver = JSONLines().open(run.path, None)
+    receiver.receive(STARTED)
+    for step in range(steps + 1):
+        if step:
+            receiver.receive(stepped(step))
+        if step in measured:
+            receiver.receive(Evaluated(step, {"gap": 10 * step}))
+    if reason:
+        receiver.receive(Finished(steps, reason, 1.0))
+    receiver.close()
+    html = report.write(run).read_text()
+    titles = ["before", title, "change"]
+    assert "".join(f'<th scope="col">{each}</th>' for each in titles) in html
+    assert row("gap", *cells) in html
 
 
 @pytest.mark.parametrize(

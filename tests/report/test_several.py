@@ -67,6 +67,18 @@ def test_the_specifications_are_vega_lite(folders):
         altair.Chart.from_dict(spec)
 
 
+def test_measures_of_an_earlier_step_are_left_out_of_the_means(folders):
+    path = folders[2].path / "events.jsonl"
+    last = '"event": "evaluated", "step": 3'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if last not in line and "held" not in line))
+    cells = table(page(folders), "Results")["estimator=implicit"]
+    half = mean([0.5, 0.6]).half
+    assert half is not None
+    assert cells[1] == f"0.55 ± {half:.2f} (of 2)"
+    assert cells[4] == "2.0 ± 2.5"
+
+
 def test_the_results_are_means_with_intervals(folders):
     rows = table(page(folders), "Results")
     assert rows["arm"] == [

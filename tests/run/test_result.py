@@ -76,6 +76,31 @@ def test_measures_the_control_and_warnings_stand_in_it():
     assert f"best at step {best.best.step}: see .best" in repr(best)
 
 
+class Interrupted(Measured):
+    """Ctrl-C in the fourth step."""
+
+    def upper_batches(self, stream):
+        yield from [None] * 3
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "cells"), [(2, 2, ["3", "3.5 at step 2"]), (0, 0, ["3", "-"])]
+)
+def test_measures_of_an_interrupted_run_say_of_which_step_they_are(every, at, cells):
+    warned = f"^interrupted after 3 of 9 steps; the measures are those of step {at}$"
+    with pytest.warns(UserWarning, match=warned):
+        result = bilevel.minimize(Interrupted(), steps=9, evaluate_every=every, **EXACT)
+    assert re.split("  +", repr(result).splitlines()[5]) == ["x & <y>", *cells]
+    assert cells[-1] in page(result)[0]
+    assert result.measured_at == result.evaluations[-1].step == at
+    assert result.metrics == result.evaluations[-1].metrics
+    with pytest.warns(UserWarning, match="^interrupted after 3 of 9 steps$"):
+        whole = bilevel.minimize(Interrupted(), steps=9, evaluate_every=3, **EXACT)
+    assert whole.measured_at == 3
+    assert "at step" not in repr(whole)
+
+
 def test_a_notebook_has_the_same_numbers_and_the_curves():
     result = bilevel.minimize(Measured(), steps=3, **EXACT)
     texts, tags = page(result)

@@ -354,6 +354,20 @@ def test_the_end_says_how_often_each_warning_held():
     assert "warned:" not in shown(EVENTS)
 
 
+@pytest.mark.parametrize("reason", ["interrupted", "terminated", "diverged", "failed"])
+def test_measures_stand_below_the_step_at_which_they_were_taken(reason):
+    first, later = Evaluated(0, {"gap": 1.0}), Evaluated(2, {"gap": 0.5})
+    steps = [stepped(1), stepped(2), later, stepped(3)]
+    text = shown([STARTED, first, *steps, Finished(3, reason, 1.0)])
+    assert re.search(r"before +at step 2\ngap +1 +0\.5\n", text)
+    text = shown([STARTED, first, *steps[:3], Finished(2, reason, 1.0)])
+    assert re.search(r"before +after\ngap +1 +0\.5\n", text)
+    text = shown([STARTED, first, stepped(1), Finished(1, reason, 1.0)])
+    assert re.search(r"before +after\ngap +1 +-\n", text)
+    text = shown([STARTED, *steps, Finished(3, reason, 1.0)])
+    assert re.search(r"before +at step 2\ngap +- +0\.5\n", text)
+
+
 def test_without_measures_the_losses_end_a_run():
     steps = [stepped(1, 4.0), stepped(6, 2.5), Finished(6, "done", 1.0)]
     text = shown([STARTED, *steps])
