@@ -35,7 +35,6 @@ def altered(base, change, **options):
     def lower_solution(self, x):
         return change(right(self, x))
 
-    # beside the class, whose fields pydantic has frozen
     return type("Mine", (base,), {"lower_solution": lower_solution})(**options)
 
 
@@ -76,24 +75,25 @@ def test_where_y_is_restricted_the_restricted_step_is_looked_at(base, solver):
             scenes(altered(base, change), solver, FixedPoint())
 
 
-def test_a_minimum_at_a_kink_is_taken():
-    """|y| has a slope at each y but 0, and torch may say that it has one there."""
+class Kinked(Ridge):
+    """G = |w| in asymmetric slopes: torch has ∇y G = 1 at its minimum."""
 
-    class Kinked(Quadratic):
-        def lower_loss(self, x, y, batch):
-            return sum(
-                torch.relu(p).sum() + torch.where(p < 0, -2 * p, 0).sum() for p in y.values()
-            )
+    def lower_loss(self, x, y, batch):
+        return torch.where(y["w"] >= 0, y["w"], -2 * y["w"]).sum() + 0 * x["log_penalty"].sum()
 
-        def lower_solution(self, x):
-            return tree.zeros_like(self.init_y)
+    def lower_solution(self, x):
+        w = super().lower_solution(x)["w"]
+        return {"w": torch.full_like(w, self.at)}
 
-    given = Kinked()
-    setup = Setup(given, Gradient(steps=1), Upper(steps=1), Implicit(), dtype=torch.float64)
-    from bilevel.run.engine import start
+    at = 0.0
 
-    object.__setattr__(given, "init_y", start(setup).y)
-    assert CheckScenes(setup, 0.1).own.scene.stationary
+
+def test_a_minimum_at_a_kink_is_taken_and_a_slope_without_curvature_is_not():
+    given = Kinked(data="synthetic")
+    assert scenes(given, Gradient(steps=1), Implicit()).stationary
+    away = type("Mine", (Kinked,), {"at": 1.0})(data="synthetic")
+    with pytest.raises(ProblemError, match=r"^Mine\.lower_solution is not a solution"):
+        scenes(away, Gradient(steps=1), Implicit())
 
 
 def test_check_ends_before_an_estimator_is_blamed():
