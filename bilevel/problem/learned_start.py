@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import Slot, component
+from bilevel.problem.answers import initial
 from bilevel.problem.levels import Levels
 from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
@@ -44,7 +45,7 @@ class LearnedStart:
         return self
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
-        x, y = self.problem.init(streams)
+        x, y = initial(self.problem, streams)
         return {**x, **{PREFIX + name: p for name, p in tree.clone(y).items()}}, y
 
     def lower_start(self, x: Params, y: Params) -> Params:

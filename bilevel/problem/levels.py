@@ -9,6 +9,7 @@ from typing import Any
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.lower.solved import solved
+from bilevel.problem.answers import answered, require_form, said
 from bilevel.problem.protocol import OPTIONAL
 from bilevel.problem.states import require_state
 from bilevel.types import (
@@ -43,7 +44,7 @@ class Levels:
                 "see bilevel.problem.Problem"
             )
         self.problem = problem
-        found = ((name, getattr(problem, name, None)) for name in OPTIONAL)
+        found = ((name, answered(problem, name)) for name in OPTIONAL)
         self.optional: dict[str, Callable[..., Any]] = {n: m for n, m in found if m is not None}
         """The optional methods that it has."""
         self.structure = structure_of(problem)
@@ -69,6 +70,15 @@ class Levels:
             Loss(self.problem.upper_loss, upper_batch, counts, "upper", upper),
             Loss(self.problem.lower_loss, lower_batch, counts, "lower", lower, self.structure),
         )
+
+    def solution(self, x: Params, y: Params) -> Params | None:
+        """`lower_solution` at x, in the form of y; None where there is none."""
+        closed = self.get("lower_solution")
+        if closed is None:
+            return None
+        found = closed(x)
+        require_form(found, y, said(self.problem, "lower_solution"), "y")
+        return tree.detach(found)
 
     def restart(self, y: Params) -> Callable[[Params], Params] | None:
         """`lower_start` as a function of x alone, y held fixed; None where there is none."""
@@ -123,7 +133,7 @@ def structure_of(problem: Any) -> Structure:
         "constraints": "lower_constraints",
         "diagonal": "lower_diagonal",
     }
-    return Structure(**{field: getattr(problem, name, None) for field, name in methods.items()})
+    return Structure(**{field: answered(problem, name) for field, name in methods.items()})
 
 
 def solve(

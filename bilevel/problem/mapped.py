@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bilevel.problem.answers import answered
 from bilevel.problem.protocol import OPTIONAL
 
 Maps = Mapping[str, Callable[[Any, Any], Any] | str]
@@ -36,4 +37,4 @@ def mapped(outer: Any, inner: Any, maps: Maps, name: str) -> Any:
     how = maps.get(name)
     if how is None or isinstance(how, str) or getattr(inner, name, None) is None:
         raise AttributeError(name)
-    return how(outer, getattr(inner, name))
+    return how(outer, answered(inner, name))

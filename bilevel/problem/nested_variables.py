@@ -9,6 +9,7 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import ProblemError
+from bilevel.problem.answers import require_form, said
 from bilevel.problem.mapped import Maps, keep, mapped
 from bilevel.problem.tied import Ties, expanding
 from bilevel.rng import Streams
@@ -51,7 +52,17 @@ class NestedVariables:
         return lambda x: self.x.shrink(method(self.x.expand(x)))
 
     def _solution(self, method: Any) -> Any:
-        return lambda x: self.y.shrink(method(self.x.expand(x)))
+        def solution(x: Params) -> Params:
+            found, who = method(self.x.expand(x)), said(self.problem, "lower_solution")
+            require_form(found, self.y.expand(self._cast(x)), who, "y")
+            return self.y.shrink(found)
+
+        return solution
+
+    def _cast(self, x: Params) -> Params:
+        """y as `init` gave it, on the device and in the dtype that the run has it in, as x is."""
+        entry = next(iter(x.values()), None)
+        return self.y.unique if entry is None else tree.to(self.y.unique, entry.device, entry.dtype)
 
     def _of_y(self, method: Any) -> Any:
         return lambda y: self.y.shrink(method(self.y.expand(y)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
+from bilevel.problem.answers import initial, require_pair, said
 from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
 from bilevel.problem.protocol import Problem
 from bilevel.problem.replayed import Replayed
@@ -62,7 +63,7 @@ class OverTasks:
         return self
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
-        x, y = self.problem.init(streams)
+        x, y = initial(self.problem, streams)
         return x, tree.map(lambda p: p.expand(self.num_tasks, *p.shape).clone(), y)
 
     def upper_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
@@ -82,7 +83,10 @@ class OverTasks:
         """The batches of `num_tasks` tasks at a time."""
         tasks: Iterator[Any] = iter(self.problem.episodes(stream))  # pyright: ignore[reportAttributeAccessIssue]
         while True:
-            batch = stack([next(tasks) for _ in range(self.num_tasks)])
+            drawn = [next(tasks) for _ in range(self.num_tasks)]
+            for task in drawn:
+                require_pair(task, said(self.problem, "episodes"))
+            batch = stack(drawn)
             if not self.fresh:
                 yield from repeat(batch)
             yield batch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.errors import CheckpointError, ProblemError
+from bilevel.problem.answers import require_pair
 
 
 class Draws(Protocol):
@@ -191,15 +192,17 @@ def glimpse(batch: Any, most: int = 64) -> Tensor:
 class Paired:
     """One half of the pairs of a sampler; the two halves give the same pair until `renew`."""
 
-    def __init__(self, pairs: Sampler, half: int, present: list[Any]) -> None:
-        self._pairs, self._half, self._present = pairs, half, present
+    def __init__(self, pairs: Sampler, half: int, present: list[Any], said: str) -> None:
+        self._pairs, self._half, self._present, self._said = pairs, half, present, said
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         if not self._present:
-            self._present.append(next(self._pairs))
+            pair = next(self._pairs)
+            require_pair(pair, self._said)
+            self._present.append(pair)
         return self._present[0][self._half]
 
     def renew(self) -> None:
@@ -225,7 +228,10 @@ class Paired:
             self._pairs.restore(saved)
 
 
-def paired(episodes: Sampler) -> tuple[Draws, Draws]:
-    """The (upper, lower) halves of `episodes`, which yields (lower batch, upper batch)."""
+def paired(episodes: Sampler, said: str) -> tuple[Draws, Draws]:
+    """The (upper, lower) halves of `episodes`, which yields (lower batch, upper batch).
+
+    `said` begins the message where it does not: "MyProblem.episodes".
+    """
     present: list[Any] = []
-    return Paired(episodes, 1, present), Paired(episodes, 0, present)
+    return Paired(episodes, 1, present, said), Paired(episodes, 0, present, said)

@@ -10,6 +10,7 @@ from typing import Any
 
 from bilevel.errors import ProblemError
 from bilevel.events import Drawn, Evaluated, Event, Progress, Tabulated, Warned
+from bilevel.problem.answers import require_figures, said
 from bilevel.run.early_stop import watch
 from bilevel.run.setup import Setup, State
 
@@ -77,5 +78,7 @@ def draw_figures(setup: Setup, state: State) -> Iterator[Event]:
     if draw is None:
         return
     yield Progress("figures", 0)
-    for name, figure in draw(state.x, state.y).items():
+    figures = draw(state.x, state.y)
+    require_figures(figures, said(setup.problem, "figures"))
+    for name, figure in figures.items():
         yield Drawn(state.step, name, figure)

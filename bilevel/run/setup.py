@@ -12,6 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.errors import BilevelError, CheckpointError, ProblemError, RecipeError
 from bilevel.events import Totals
+from bilevel.problem.answers import initial, said
 from bilevel.problem.autocast import NEEDS_FLOAT32, under_autocast
 from bilevel.problem.levels import Levels
 from bilevel.problem.nested_variables import NestedVariables
@@ -167,18 +168,11 @@ def start(setup: Setup) -> State:
     Where the problem's x or y is nested, `setup.problem` is from now on the same problem of flat
     dicts (`NestedVariables`).
     """
-    made = setup.problem.init(Streams(setup.seed))
-    if not isinstance(made, (tuple, list)) or len(made) != 2:
-        raise ProblemError(
-            f"{type(setup.problem).__name__}.init must return (x, y), two dicts of tensors; got a "
-            f"{type(made).__name__}"
-        )
-    x, y = made
+    x, y = initial(setup.problem, Streams(setup.seed))
     if tree.flat(x, "x") is not x or tree.flat(y, "y") is not y:
         setup.flatten(x, y)
         x, y = tree.flat(x, "x"), tree.flat(y, "y")
     for params, name in ((x, "x"), (y, "y")):
-        tree.require(params, name)
         if not Ties(params).trivial:
             raise ProblemError(f"{name} holds one tensor under two names; give it one name")
     if not y:
@@ -208,7 +202,7 @@ def _draws(setup: Setup) -> tuple[Draws, Draws]:
 
     episodes = setup.levels.get("episodes")
     if episodes is not None:
-        return paired(sampler(episodes, "episodes"))
+        return paired(sampler(episodes, "episodes"), said(setup.problem, "episodes"))
     return (
         sampler(setup.problem.upper_batches, "upper.batches"),
         sampler(setup.problem.lower_batches, "lower.batches"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import PositiveInt
 
 from bilevel.components import component
-from bilevel.errors import CheckpointError
+from bilevel.errors import CheckpointError, ProblemError
 from bilevel.events import Drawn, Event
 
 FOLDER = "figures"
@@ -46,6 +46,11 @@ class FigureWriter:
     def close(self) -> None: ...
 
     def _write(self, event: Drawn) -> None:
+        if not hasattr(event.figure, "savefig"):
+            raise ProblemError(
+                f"the problem's figures must be matplotlib figures; {event.name!r} is a "
+                f"{type(event.figure).__name__}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "_", event.name)
         event.figure.savefig(self.folder / f"{name}.png", dpi=self.dpi, bbox_inches="tight")

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.errors import UntrustedWarning
@@ -19,7 +20,7 @@ from bilevel.rng import Streams
 from bilevel.run.engine import Setup, start
 from bilevel.run.upper import Upper
 from bilevel.testing.reference import Reference, Scene, scene_at
-from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Point, tightened
+from bilevel.types import Estimate, Estimator, Losses, LowerSolver, Params, Path, Point, tightened
 
 
 class Harness:
@@ -89,7 +90,7 @@ def in_float32(scene: Scene) -> Scene:
     """The same scene with every number rounded, the lower steps and what they taught included."""
     solved, losses = scene.solved, scene.losses
     rounded = replace(
-        solved, y=_narrow(solved.y), path=_fields(solved.path), pairs=_narrow(solved.pairs)
+        solved, y=_narrow(solved.y), path=_path(solved.path), pairs=_narrow(solved.pairs)
     )
     upper, lower = (loss.on(_narrow(loss.batch)) for loss in (losses.upper, losses.lower))
     return replace(
@@ -105,8 +106,12 @@ def _narrow(value: Any) -> Any:
     return tree.to(value, "cpu", torch.float32)
 
 
-def _fields(value: Any) -> Any:
-    """A frozen dataclass of tensors, rounded."""
-    if value is None:
+def _path(path: Path | None) -> Path | None:
+    """Recorded steps with every number rounded; a start that follows x is what it was, then rounded."""
+    if path is None:
         return None
-    return replace(value, **{f.name: _narrow(getattr(value, f.name)) for f in fields(value)})
+    narrow = replace(path, **{f.name: _narrow(getattr(path, f.name)) for f in fields(path)})
+    restart = path.restart
+    if restart is None:
+        return narrow
+    return replace(narrow, restart=lambda x: _narrow(restart(tree.map(Tensor.double, x))))

@@ -18,6 +18,7 @@ from bilevel.lower.newton import Newton
 from bilevel.lower.tolerance import curvature_along
 from bilevel.problem.levels import Levels, solve
 from bilevel.run.engine import Setup, State
+from bilevel.testing.closed_form import require_solution
 from bilevel.types import ALL_STEPS, Loss, Losses, LowerSolution, Params, Point, Structure
 
 STATIONARY = 1e-9
@@ -73,11 +74,16 @@ def scene_at(setup: Setup, state: State, x: Params, generator: torch.Generator) 
     """The scene at x, with the batches that a run in `state` draws next.
 
     The lower level is solved from the state's y: once as the setup has it, once tightly.
+
+    Raises:
+        ProblemError: the problem's `lower_solution` gives no solution.
     """
     levels, record = setup.levels, ALL_STEPS if setup.lower.offers.path else 0
     solved = levels.solve(setup.lower, x, state.y, batches=state.lower_batches, record=record)
     losses = levels.losses(next(state.upper_batches), solved.batch)
     tight, stationary = _resolve(setup, losses.lower, x, solved.y)
+    if "lower_solution" in levels:
+        require_solution(levels, losses.lower, x, tight, state.y)
     return Scene(setup, losses, x, solved, tight, stationary, generator)
 
 
@@ -116,9 +122,9 @@ def _is_restricted(levels: Levels) -> bool:
 
 def solve_tightly(levels: Levels, lower: Loss, x: Params, y: Params) -> tuple[Params, bool]:
     """(y, whether ‖∇y G‖ is negligible there): closed form, Newton to 200 unknowns, else L-BFGS."""
-    closed = levels.get("lower_solution")
+    closed = levels.solution(x, y)
     if closed is not None:
-        return tree.detach(closed(x)), True
+        return closed, True
     _, g = calculus.gradient_y(lower, x, y)
     # of the scale of G: what y times its curvature has, or the gradient where that is more
     goal = STATIONARY * (curvature_along(lower, x, y, g) * tree.norm(y) + tree.norm(g))
@@ -165,7 +171,9 @@ def reference_at(scene: Scene) -> Reference | None:
     levels, x = scene.setup.levels, scene.x
     closed = levels.get("hypergradient")
     if closed is not None:
-        return Reference("closed form", tree.flatten(closed(x)).detach(), 1e-6)
+        h = closed(x)
+        in_order = tree.flatten({name: h[name] for name in x})
+        return Reference("closed form", in_order.detach(), 1e-6)
     if scene.stationary:
         found = _differences_of_value(scene)
         if found.error <= 1e-2:

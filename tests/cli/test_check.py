@@ -104,3 +104,30 @@ def test_a_check_has_a_page(tmp_path: Path):
     assert "bilevel check quadratic --estimators implicit,kkt" in page
     rows = table(page, "Result")
     assert (rows["implicit"][-1], rows["kkt"][-1]) == ("exact", "refused")
+
+
+OWN = """
+from bilevel_problems.ridge import Ridge
+class Mine(Ridge):
+    def lower_solution(self, x):
+        w = super().lower_solution(x)["w"]
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("{'w': w + 0.3}", "Mine.lower_solution is not a solution: ‖∇y G‖ = "),
+        ("{'w': 1.1 * w}", "Mine.lower_solution is not a solution: ‖∇y G‖ = "),
+        ("{'w': w[:, None]}", "Mine.lower_solution must return y as {'w': ("),
+        ("{'y': w}", "Mine.lower_solution must return y as {'w': ("),
+        ("{'w': w.numpy()}", "got {'w': a ndarray}"),
+    ],
+)
+def test_a_closed_form_that_is_wrong_is_told_before_an_estimator_is(made, said, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN.replace("{}", made))
+    problem = f"problem={tmp_path}/own.py:Mine"
+    result = invoke("check", "ridge", problem, "--estimators", "implicit", code=2)
+    assert said in " ".join(result.stderr.split())
+    assert "wrong" not in result.output

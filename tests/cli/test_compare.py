@@ -183,3 +183,20 @@ def test_what_is_wrong_is_said_before_anything_starts(arguments, code, message, 
     assert message in invoke(tmp_path, *arguments, code=code).stderr
     assert not started
     assert not list(tmp_path.iterdir())
+
+
+OWN = """
+from bilevel_problems.ridge import Ridge
+class Mine(Ridge):
+    def lower_solution(self, x):
+        return {"w": 1.1 * super().lower_solution(x)["w"]}
+"""
+
+
+def test_a_lower_solution_that_is_none_is_no_reference(tmp_path, started):
+    (tmp_path / "own.py").write_text(OWN)
+    words = ("ridge", f"problem={tmp_path}/own.py:Mine", *SHORT, "--estimators", "implicit")
+    result = invoke(tmp_path, *words, code=6)
+    said = "the recipe's own run: Mine.lower_solution is not a solution: ‖∇y G‖ = "
+    assert said in " ".join(result.output.split())
+    assert started == ["points"]

@@ -273,6 +273,10 @@ def test_projections_that_do_not_rest():
 
     said = complaint(Wrong())
     assert "project_upper moves what it has projected" in said
+    assert (
+        "projections: Wrong.project_lower must return y as {'weight': (2, 2) float64, 'bias'"
+        in said
+    )
 
 
 def test_a_projection_of_another_form():
@@ -291,4 +295,7 @@ def test_a_start_that_is_no_y():
         def lower_start(self, x, y):
             return {"weight": y["weight"]}
 
-    assert "lower_start(x, y) has {'weight': (2, 2)}; expected" in complaint(Wrong())
+    assert (
+        "lower_start: Wrong.lower_start must return y as {'weight': (2, 2) float64, "
+        in complaint(Wrong())
+    )
