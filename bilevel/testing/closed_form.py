@@ -53,7 +53,8 @@ def require_solution(levels: Levels, lower: Loss, x: Params, y: Params, start: P
         far += (
             f"; a {'proximal' if structure.prox else 'projected'} step from it leads {off:.2g} away"
         )
+    of = "" if lower.batch is None else ", on the lower batch that was drawn"
     raise ProblemError(
-        f"{said(levels.problem, 'lower_solution')} is not a solution: {far}. Correct it, or take it "
+        f"{said(levels.problem, 'lower_solution')} is not a solution: {far}{of}. Correct it, or take it "
         "out, and the lower level is solved numerically"
     )
