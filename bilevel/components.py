@@ -47,8 +47,7 @@ def _by_name_only(made: type[Any]) -> Any:
         if args:
             raise TypeError(_by_position(cls, args))
         _refuse_unknown(cls, options)
-        _refuse_tensors(cls, options)
-        _refuse_names(cls, options)
+        _refuse_values(cls, options)
         return create(cls) if create is object.__new__ else create(cls, **options)
 
     return __new__
@@ -62,37 +61,42 @@ def _refuse_unknown(cls: type[Any], options: dict[str, Any]) -> None:
             raise TypeError(f"{cls.__name__}({name}=…): {unknown(name, known, 'option')}")
 
 
-def _refuse_tensors(cls: type[Any], options: dict[str, Any]) -> None:
-    """Raise `TypeError` for a tensor given as a number: it would be cut from its graph, unsaid."""
+def _refuse_values(cls: type[Any], options: dict[str, Any]) -> None:
+    """Raise `TypeError` for what would be taken for something else: see what it calls."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return
     for name, value in options.items():
-        field = cls.__pydantic_fields__.get(name)
-        if isinstance(value, torch.Tensor) and field and _is_number(field.annotation):
-            raise TypeError(
-                f"{cls.__name__}({name}=…) must be a number, got a tensor of shape "
-                f"{tuple(value.shape)}: it would be read as one and cut from its graph, so that "
-                f"nothing is differentiated in it; give {name}=tensor.item()"
-                f"{_or_from_x(name, field.annotation)}"
-            )
+        if isinstance(value, (str, type)):
+            _refuse_name(cls, name, value)
+        elif torch is not None and isinstance(value, torch.Tensor):
+            _refuse_tensor(cls, name, value)
 
 
-def _refuse_names(cls: type[Any], options: dict[str, Any]) -> None:
-    """Raise `TypeError` for a component's class, or its name in a recipe, in the place of the component."""
-    for name, value in options.items():
-        made = f"{cls.__name__}({name}=…)"
-        if hasattr(value, "__pydantic_fields__") and isinstance(value, type):
-            raise TypeError(
-                f"{made} must be a component, got the class {value.__name__}: give "
-                f"{name}={value.__name__}()"
-            )
-        slot = _slot(cls.__pydantic_fields__[name]) if isinstance(value, str) else None
-        if slot:
-            raise TypeError(
-                f"{made} must be a component, got the string {value!r}, which names one in a recipe "
-                f"alone: make it, of one of the classes that `bilevel ls {slot.group}` lists"
-            )
+def _refuse_tensor(cls: type[Any], name: str, value: Any) -> None:
+    """A tensor given as a number: it would be cut from its graph, unsaid."""
+    annotation = cls.__pydantic_fields__[name].annotation
+    if _is_number(annotation):
+        raise TypeError(
+            f"{cls.__name__}({name}=…) must be a number, got a tensor of shape "
+            f"{tuple(value.shape)}: it would be read as one and cut from its graph, so that "
+            f"nothing is differentiated in it; give {name}=tensor.item()"
+            f"{_or_from_x(name, annotation)}"
+        )
+
+
+def _refuse_name(cls: type[Any], name: str, value: Any) -> None:
+    """A component's class, or its name in a recipe, in the place of the component."""
+    made = f"{cls.__name__}({name}=…)"
+    if isinstance(value, type) and hasattr(value, "__pydantic_fields__"):
+        raise TypeError(
+            f"{made} must be a component, got the class {value.__name__}: give "
+            f"{name}={value.__name__}()"
+        )
+    slot = _slot(cls.__pydantic_fields__[name]) if isinstance(value, str) else None
+    if slot:
+        raise TypeError(
+            f"{made} must be a component, got the string {value!r}, which names one in a recipe "
+            f"alone: make it, of one of the classes that `bilevel ls {slot.group}` lists"
+        )
 
 
 def _slot(field: Any) -> Slot | None:

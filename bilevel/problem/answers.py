@@ -36,12 +36,16 @@ class Answered:
     def __init__(self, method: Callable[..., Any], said: str, position: int, level: str) -> None:
         update_wrapper(self, method)
         self._method, self._said, self._position, self._level = method, said, position, level
+        self._is_cast = said.endswith(".lower_start")
+        """A start may be data, which comes in the run's dtype as those of `init` do."""
         # by which a trace knows whose method it has frozen
         self.__self__ = getattr(method, "__self__", method)
 
     def __call__(self, *arguments: Any) -> Any:
-        found = self._method(*arguments)
-        require_form(found, arguments[self._position], self._said, self._level)
+        found, like = self._method(*arguments), arguments[self._position]
+        if self._is_cast:
+            found = _cast(found, like)
+        require_form(found, like, self._said, self._level)
         return found
 
 
@@ -78,6 +82,22 @@ def require_form(found: Any, like: Any, said: str, level: str) -> None:
     raise ProblemError(
         f"{said} must return {level} as {expected}; got {got}{nothing if found is None else ''}"
     )
+
+
+def _cast(found: Any, like: Any) -> Any:
+    """Floating tensors in the dtypes of those of the same names."""
+    if not isinstance(found, dict) or not isinstance(like, dict) or found.keys() != like.keys():
+        return found
+    return {
+        name: entry.to(like[name].dtype)
+        if _is_floating(entry) and _is_floating(like[name])
+        else entry
+        for name, entry in found.items()
+    }
+
+
+def _is_floating(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.is_floating_point()
 
 
 def _shares_devices(found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> bool:

@@ -120,8 +120,8 @@ def test_the_merit_function_has_the_same_hypergradient_at_a_squared_condition():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda x, y, b: {"y": y["y"][:2]}, "lower_map returned"),
-        (lambda x, y, b: {"z": y["y"]}, "names and shapes of y"),
+        (lambda x, y, b: {"y": y["y"][:2]}, r"lower_map must return y .*; got \{'y': \(2,\)"),
+        (lambda x, y, b: {"z": y["y"]}, r"lower_map must return y .*; got \{'z'"),
         (lambda x, y, b: {"y": y["y"].detach()}, "depends on neither x nor y"),
     ],
 )

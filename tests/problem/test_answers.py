@@ -57,7 +57,6 @@ WRONG = {
     "lower_start": [
         (lambda self, x, y: {"y": torch.zeros(1)}, AS_Y + r"\{'y': \(1,\) float32\}"),
         (lambda self, x, y: {"z": y["y"]}, AS_Y + r"\{'z': \(3,\) float32\}"),
-        (lambda self, x, y: {"y": y["y"].double()}, AS_Y + r"\{'y': \(3,\) float64\}"),
         (lambda self, x, y: {**y, "z": y["y"]}, AS_Y + r"\{'y': \(3,\) float32, 'z': "),
         (lambda self, x, y: {"y": y["y"].numpy()}, AS_Y + r"\{'y': a ndarray\}"),
         (lambda self, x, y: y["y"], AS_Y + r"\(3,\) float32"),
@@ -98,6 +97,17 @@ RIGHT = {
 def test_what_has_the_form_is_taken(name):
     lower = Proximal(steps=2) if name == "prox_lower" else None
     assert ends(mine(**{name: RIGHT[name]}), lower).step == 2
+
+
+def test_a_start_comes_in_the_dtype_of_the_run_as_init_does():
+    fixed = torch.full((3,), 0.25, dtype=torch.float64)
+    ended = ends(mine(lower_start=lambda self, x, y: {"y": fixed}))
+    single = ends(mine(lower_start=lambda self, x, y: {"y": fixed.float()}))
+    assert ended.y["y"].dtype == torch.float32
+    assert torch.equal(ended.y["y"], single.y["y"])
+    # control: what a projection gives has the dtype of what it was given
+    with pytest.raises(ProblemError, match=r"project_upper must return x as .*float32.*float64"):
+        ends(mine(project_upper=lambda self, x: {"x": x["x"].double()}))
 
 
 def test_one_that_goes_wrong_later_is_named_too():
