@@ -54,12 +54,12 @@ def run(
     given = Given(recipes.read(path), overrides, ("bilevel", "run", reference, *spread))
     if profile and recipe.is_ensemble:
         raise RecipeError(
-            "--profile is of one run, and this recipe has seeds: give one, as in seeds=null seed=0"
+            "--profile is of one run, and this recipe has seeds: give one, as in seed=0"
         )
     if recipe.is_ensemble and not ranks.is_alone:
         raise RecipeError(
-            f"{ranks.size} ranks compute one run, and this recipe has seeds: give one, as in "
-            "seeds=null seed=0, or run it on one rank"
+            f"{ranks.size} ranks compute one run, and this recipe has seeds: give one, as in seed=0, "
+            "or run it on one rank"
         )
     if recipe.is_ensemble and not dry:
         ensemble.begin(console, recipe, given, runs, with_report, quiet, answer)

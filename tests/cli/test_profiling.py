@@ -93,3 +93,12 @@ def test_work_is_charged_to_the_innermost_kind_alone():
     spent = {kind: seconds for kind, seconds in clock.seconds.items() if seconds}
     assert spent == {"engine": (3 - 1) + (10 - 6) + (21 - 15), "losses": 3 + 5}
     assert clock.calls == {"engine": 1, "losses": 2}
+
+
+def test_a_recipe_with_seeds_is_told_what_to_write_and_that_works(tmp_path):
+    path = tmp_path / "seeds.yaml"
+    path.write_text("problem: quadratic\nseeds: 0..2\nupper: {steps: 2}\n")
+    said = invoke("run", path, "--profile", "--runs-dir", tmp_path / "runs", code=2).stderr
+    remedy = said.strip().rpartition("as in ")[2]
+    assert remedy == "seed=0"
+    assert "seed: 0" in invoke("run", path, remedy, "--profile", "--dry-run").output
