@@ -562,6 +562,11 @@ def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in fields)
 
 
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of floating-point numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(where, leaf) of a nested value: ("batch['a'][0]", tensor)."""
     if not is_nested(value):

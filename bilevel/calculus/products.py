@@ -38,15 +38,12 @@ def value(loss: Loss, x: Params, y: Params) -> Tensor:
 OF_ITS_BATCH = "because its batch is not finite"
 
 
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
 def _not_finite(loss: Loss, number: float, x: Params, y: Params) -> str:
     """Names the variable, or the tensor of the batch, that was not finite before the loss saw it, where there is one."""
     what, blamed = f"{loss.level}_loss = {number}", first_not_finite({"x": x, "y": y})
     if blamed is None:
-        batch = {name: leaf for name, leaf in tree.named(loss.batch, "batch") if _is_floating(leaf)}
+        leaves = tree.named(loss.batch, "batch")
+        batch = {name: leaf for name, leaf in leaves if tree.is_floating(leaf)}
         blamed = first_not_finite({"batch": batch})
         if blamed:
             return f"{what} {OF_ITS_BATCH}: {blamed[1]} has {blamed[2]}; look at the data"

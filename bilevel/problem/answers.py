@@ -90,14 +90,10 @@ def _cast(found: Any, like: Any) -> Any:
         return found
     return {
         name: entry.to(like[name].dtype)
-        if _is_floating(entry) and _is_floating(like[name])
+        if tree.is_floating(entry) and tree.is_floating(like[name])
         else entry
         for name, entry in found.items()
     }
-
-
-def _is_floating(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.is_floating_point()
 
 
 def _shares_devices(found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> bool:

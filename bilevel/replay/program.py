@@ -51,7 +51,7 @@ class Feed:
         self.has_failed = True
         batch = next(self.draws[level])
         self.has_failed = False
-        kept = tree.map_nested(_copied, batch) if self._copies else batch
+        kept = tree.map_nested(_copy, batch) if self._copies else batch
         self._taken[level].append(kept)
         if self._copies:
             self._copied.append((batch, kept))
@@ -89,7 +89,7 @@ class Feed:
         }
 
 
-def _copied(leaf: Any) -> Any:
+def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 

@@ -35,6 +35,14 @@ def rows(generator):
     return torch.randn(5, 3, dtype=torch.float64, generator=generator)
 
 
+def require_given_up(s, reason, other=None):
+    """That replays of a run say why there are none, and that it is the run without."""
+    plain, compiled = ended(s), ended(replace(other or s, compile="step"))
+    assert reason in compiled[3][0]
+    compiled[0].warned.pop("compile")
+    require_same(plain, compiled)
+
+
 class Restarting:
     """Ends after `count` batches, and then begins again where it is asked once more."""
 
@@ -74,10 +82,7 @@ def one_buffer(generator):
 
 def test_batches_in_one_buffer_are_seen():
     s = setup(Drawn(one_buffer), Implicit(solver=FIXED), steps=9, lower=LOWER)
-    plain, compiled = ended(s), ended(replace(s, compile="step"))
-    assert "batches of a step share memory" in compiled[3][0]
-    compiled[0].warned.pop("compile")
-    require_same(plain, compiled)
+    require_given_up(s, "batches of a step share memory")
     # control: one batch for all steps is as well the same memory, and is replayed
     batch = rows(stream(0, "batch"))
     s = setup(Drawn(lambda _: itertools.repeat(batch)), Unroll(), steps=9, lower=LOWER)
@@ -102,10 +107,7 @@ class Counting(Noisy):
 
 def test_drawing_may_not_change_what_a_loss_reads():
     s, other = (setup(Counting(bool), Unroll(memory="store"), steps=9, lower=LOWER) for _ in "ab")
-    plain, compiled = ended(s), ended(replace(other, compile="step"))
-    assert "the problem's weight changes within a step" in compiled[3][0]
-    compiled[0].warned.pop("compile")
-    require_same(plain, compiled)
+    require_given_up(s, "the problem's weight changes within a step", other)
 
 
 def test_drawing_that_changes_it_seldom_ends_the_run_before_a_step_is_wrong():
@@ -154,11 +156,7 @@ class Episodic(Noisy):
 
 def test_episodes_in_rounds_are_taken_as_with_off():
     s = setup(Episodic(), Implicit(solver=FIXED), steps=5, lower=LOWER)
-    s = replace(s, upper=Upper(steps=5, accumulate=2))
-    plain, compiled = ended(s), ended(replace(s, compile="step"))
-    assert "episodes" in compiled[3][0]
-    compiled[0].warned.pop("compile")
-    require_same(plain, compiled)
+    require_given_up(replace(s, upper=Upper(steps=5, accumulate=2)), "episodes")
 
 
 class Multiplied(Noisy):
@@ -168,10 +166,7 @@ class Multiplied(Noisy):
 
 def test_a_product_over_entries_is_refused():
     s = setup(Multiplied(), Unroll(memory="store"), steps=6, lower=LOWER)
-    plain, compiled = ended(s), ended(replace(s, compile="step"))
-    assert "takes a product over entries" in compiled[3][0]
-    compiled[0].warned.pop("compile")
-    require_same(plain, compiled)
+    require_given_up(s, "takes a product over entries")
 
 
 class Single(Drawn):
