@@ -20,7 +20,7 @@ from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
-from bilevel.problem.trust import Step, reasons
+from bilevel.problem.trust import UNMEASURED, Step, reasons
 from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
@@ -120,9 +120,13 @@ def hypergradient(
     found = estimate(method, losses, at, state)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
-    found = replace(found, reasons=reasons(Step(method, found, solved)))
-    if found.reasons and method.claim == "solution":
-        warnings.warn("; ".join(found.reasons), UntrustedWarning, stacklevel=2)
+    step = Step(method, found, solved)
+    against = reasons(step)
+    if against and step.claim == "solution":
+        warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)
+    if not against and step.is_unmeasured:
+        against = (UNMEASURED,)
+    found = replace(found, reasons=against, claim=step.claim)
     if tied[0].trivial and found.moved is None:
         return found
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))

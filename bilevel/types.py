@@ -274,6 +274,9 @@ class Stats:
     """Iterations of the adjoint solve, or lower steps differentiated."""
     residual: float | None = None
     """‖b − A v‖ / ‖b‖ of the adjoint system at the returned v."""
+    damping_residual: float | None = None
+    """damping ‖v‖ / ‖b‖: what v leaves of the system without damping, beside `residual`. None where
+    there is no damping."""
     curvature: float | None = None
     """Smallest pᵀA p / pᵀp met; ≤ 0 means the lower Hessian is not positive definite there."""
     condition: float | None = None
@@ -330,6 +333,18 @@ def _described(entry: Tensor) -> str:
     return f"norm {float(entry.norm()):.3g}, shape {[*entry.shape]}"
 
 
+Claim = Literal["solution", "path", "step", "penalty", "direct"]
+
+CLAIMS: Mapping[Claim | None, str] = {
+    "solution": "the gradient of F(x, y*(x))",
+    "path": "the gradient of F(x, y_K(x)), along the lower steps",
+    "step": "the gradient of F(x, y − lr ∇y G(x, y)), after one lower step",
+    "penalty": "the gradient of a penalty function",
+    "direct": "the gradient of F(x, y) at fixed y",
+    None: "the gradient of no function: an approximation",
+}
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate:
     """A hypergradient with its evidence. `state` warm-starts the next call at a nearby point."""
@@ -345,11 +360,14 @@ class Estimate:
     """How far x is to go along −hypergradient, for one whose `needs` say that it moves x."""
     reasons: tuple[str, ...] = ()
     """Why not to trust it, each with its remedy: set by `bilevel.hypergradient` from `stats`, and from
-    the lower solve where that is known. Empty where no evidence speaks against it."""
+    the lower solve where that is known. Empty where no evidence speaks against it, and there is some
+    where dΦ/dx or no function is claimed."""
+    claim: Claim | None = None
+    """Of which function it is the gradient, as `Estimator.claim`: set by `bilevel.hypergradient`."""
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing that was seen speaks against it: no `reasons`."""
+        """Whether it can be taken for the gradient that the method claims: no `reasons`."""
         return not self.reasons
 
     def __repr__(self) -> str:
@@ -368,6 +386,7 @@ class Estimate:
         for name, entry in _entries(self.hypergradient):
             yield name, _described(entry)
         yield "evidence", repr(self.stats).removeprefix("Stats(").removesuffix(")") or "none"
+        yield "claims", CLAIMS[self.claim]
         yield "trusted", "yes" if self.trusted else "no"
 
 
@@ -456,7 +475,7 @@ class Estimator(Protocol):
     @property
     def needs(self) -> Needs: ...
     @property
-    def claim(self) -> Literal["solution", "path", "step", "penalty", "direct"] | None: ...
+    def claim(self) -> Claim | None: ...
     def init(self, at: Point) -> Any: ...
     def estimate(self, losses: Losses, at: Point, state: Any) -> Estimate: ...
 

@@ -15,6 +15,7 @@ from bilevel.calculus.gauss_newton import gauss_newton
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.linear.cg import CG
+from bilevel.linear.guards import damped
 from bilevel.types import (
     Estimate,
     LinearSolver,
@@ -108,12 +109,14 @@ class Implicit:
             return tree.sub(F_x, lower.vjp_xy(v))
 
         b, bound = lower.restrict(F_y), self._bound
-        size = tree.norm(b) if bound else 0.0  # before the solver writes into b
+        size = tree.norm(b) if bound or self.damping else 0.0  # before the solver writes into b
         system = System(
             matvec if self.damping else product, b, losses, at, self.damping, state["spent"]
         )
         h, solve, state = self._adjoint.solve(system, h_of, state)
         stats = bound.stats(solve, size, lower.gradient) if bound else solve.stats
+        if self.damping:
+            stats = damped(stats, self.damping, solve.solution, size)
         return Estimate(h, value, state, stats)
 
     @property

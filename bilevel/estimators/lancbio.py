@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import component
-from bilevel.linear.guards import require_finite
+from bilevel.linear.guards import damped, require_finite
 from bilevel.scalars.functions import call
 from bilevel.scalars.matrices import least_squares, numbers_of, tensor_of
 from bilevel.types import Estimate, Losses, Matvec, Needs, Params, Point, Stats, Stopped
@@ -80,6 +80,8 @@ class LancBiO:
         # a basis that cannot grow has a v that solves the system as well as the dtype allows
         stopped: Stopped = "iterations" if added == self.products else "rounding"
         stats = Stats(iterations=added, curvature=min(ritz, default=None), stopped=stopped)
+        if self.damping:
+            stats = damped(stats, self.damping, v, tree.norm(b))
         if self.residual:
             off = tree.norm(tree.sub(b, matvec(v))) / (tree.norm(b) or 1.0)
             solved = off <= self.tolerance

@@ -16,6 +16,7 @@ from bilevel import tree
 from bilevel.calculus.products import gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
+from bilevel.linear.guards import damped
 from bilevel.linear.quasi_newton import NO_PAIRS, bfgs, block, newest
 from bilevel.types import (
     Estimate,
@@ -82,10 +83,13 @@ class Shine:
         value, F_x, F_y = gradients(losses.upper, at)
         lower = linearize(losses.lower, at)
         b = lower.restrict(F_y)
+        size = tree.norm(b) if self.damping else 0.0
         invert = bfgs if self.update == "bfgs" else block
         v = invert([(s, tree.axpy(self.damping, s, c)) for s, c in pairs])(b)
         solve = Solve(v, Stats(iterations=len(pairs)))
         if self.refine:
             solve = self.refine.solve(lambda u: tree.axpy(self.damping, u, lower.hvp_yy(u)), b, v)
-        h = tree.sub(F_x, lower.vjp_xy(solve.solution))
-        return Estimate(h, value, kept, solve.stats)
+        h, stats = tree.sub(F_x, lower.vjp_xy(solve.solution)), solve.stats
+        if self.damping:
+            stats = damped(stats, self.damping, solve.solution, size)
+        return Estimate(h, value, kept, stats)

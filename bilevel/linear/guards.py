@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +176,12 @@ def ended(
         stopped == "rounding" and residual <= smaller(resolved(v), 100 * floor)
     )
     return Stats(residual=residual, converged=solved, stopped=stopped, **evidence)
+
+
+def damped(stats: Stats, damping: float, v: Params, size: float) -> Stats:
+    """The statistics of a solve of (A + damping · I) v = b, with what v leaves of A v = b; ‖b‖ = `size`."""
+    left = damping * tree.norm(v) / larger(size, sys.float_info.min)  # v = 0 where b is
+    return replace(stats, damping_residual=left)
 
 
 def flagged(stats: Stats, reason: Stopped) -> Stats:

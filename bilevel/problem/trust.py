@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bilevel import tree
-from bilevel.types import Estimate, Estimator, LowerSolution, Stats
+from bilevel.types import Claim, Estimate, Estimator, LowerSolution, Stats
 
 LARGE = 0.1
 """A relative residual above this is warned of, whatever `converged` says."""
@@ -29,11 +29,17 @@ class Step:
     def stats(self) -> Stats:
         return self.estimate.stats
 
+    @cached_property
+    def claim(self) -> Claim | None:
+        return self.estimator.claim
+
     @property
     def is_silent(self) -> bool:
         """Whether there is nothing that any rule could hold of, as single-loop methods leave it."""
         stats, lower = self.stats, self.lower
         if not (stats.residual is stats.curvature is stats.degenerate is stats.converged is None):
+            return False
+        if stats.damping_residual is not None:
             return False
         return lower is None or (lower.stats.converged is None and not lower.stats.infeasible)
 
@@ -52,12 +58,31 @@ class Step:
 
     @cached_property
     def has_large_residual(self) -> bool:
+        residual = self.stats.residual
+        return residual is not None and residual > LARGE and self._matters
+
+    @property
+    def has_large_damping(self) -> bool:
+        left = self.stats.damping_residual
+        return left is not None and left > LARGE and self._matters
+
+    @property
+    def _matters(self) -> bool:
         """Unless the error of h is known to be small, or is as large as the method means it to be."""
-        stats = self.stats
-        if stats.residual is None or stats.residual <= LARGE or self.estimate.step is not None:
+        if self.estimate.step is not None:
             return False
-        bound = stats.error_bound
+        bound = self.stats.error_bound
         return bound is None or bound > LARGE * tree.norm(self.estimate.hypergradient)
+
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether dΦ/dx is claimed, or the gradient of no function, and nothing says how far off it is."""
+        stats = self.stats
+        if self.claim not in ("solution", None):
+            return False
+        if getattr(self.estimator, "curvature", "hessian") != "hessian":
+            return True  # what is known is of another system
+        return stats.residual is stats.error_bound is None and not stats.converged
 
     @property
     def lower_error(self) -> float:
@@ -196,6 +221,17 @@ TABLE = (
         unless=("curvature",),
     ),
     WarningRule(
+        "damping",
+        lambda step: step.has_large_damping,
+        lambda step: (
+            "damping leaves the adjoint system, taken without it, with a relative residual of "
+            f"{step.stats.damping_residual:.2g}: the part of the hypergradient that goes through y is "
+            "off by as much, or by up to the condition number times that; set estimator.damping to a "
+            "smaller value, or look with bilevel check how far it is off"
+        ),
+        unless=("curvature", "adjoint", "residual"),
+    ),
+    WarningRule(
         "lower solve",
         # ‖y‖ last: it is a pass over y, and seldom asked for
         lambda step: step.lower_error > 1e-6 and step.lower_error > LARGE * step.lower_size,
@@ -212,7 +248,7 @@ TABLE = (
 LOWER = (
     WarningRule(
         "lower solve",
-        lambda step: step.lower_converged is False and step.estimator.claim == "solution",
+        lambda step: step.lower_converged is False and step.claim == "solution",
         lambda step: (
             f"the lower solve ended at ‖∇y G‖ = {step.lower_norm:.1e}, above its tolerance, and the "
             "hypergradient is that of the lower solution: give the solver more steps, or resume from "
@@ -223,7 +259,7 @@ LOWER = (
     WarningRule(
         "lower solve",
         lambda step: (
-            step.estimator.claim == "solution"
+            step.claim == "solution"
             and step.unbounded_lower_error > 1e-6
             and step.unbounded_lower_error > LARGE * step.lower_size
         ),
@@ -237,10 +273,17 @@ LOWER = (
 )
 """Beside `TABLE` for one call of `hypergradient`; in a run a lower solve may stop short by design."""
 
+UNMEASURED = (
+    "nothing that was computed says how far this is from dΦ/dx: look with bilevel check, or take "
+    "estimator: implicit, whose solver cg says when it has converged"
+)
+
 
 def reasons(step: Step) -> tuple[str, ...]:
     """Why not to trust one estimate, in the words that a run would use; empty where nothing is."""
-    return tuple(message(step) for message in found(step, (*TABLE, *LOWER)).values())
+    caution = step.estimator.needs.caution
+    said = (message(step) for message in found(step, (*TABLE, *LOWER)).values())
+    return (caution(), *said) if caution else tuple(said)
 
 
 def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, Callable[[Step], str]]:

@@ -42,6 +42,7 @@ def _worst(stats: list[Stats]) -> Stats:
         iterations=sum(one.iterations for one in stats),
         seconds=sum(one.seconds for one in stats),
         residual=_most(max, (one.residual for one in stats)),
+        damping_residual=_most(max, (one.damping_residual for one in stats)),
         curvature=_most(min, (one.curvature for one in stats)),
         condition=_most(max, (one.condition for one in stats)),
         degenerate=_most(max, (one.degenerate for one in stats)),

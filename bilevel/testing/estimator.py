@@ -17,9 +17,8 @@ from bilevel.testing.needs import cases_of, unprovided, without_y
 from bilevel.testing.passes import Passes
 from bilevel.testing.reference import Scene
 from bilevel.testing.verdicts import CheckRow, check
-from bilevel.types import AGREES, Counts, Estimate, Estimator, Losses, Params, Point
+from bilevel.types import AGREES, CLAIMS, Counts, Estimate, Estimator, Losses, Params, Point
 
-CLAIMS = ("solution", "path", "step", "penalty", "direct", None)
 LOOSE = 0.05
 """Relative, between float32 and float64: a difference quotient loses half of the digits."""
 
@@ -93,7 +92,7 @@ def _protocol(estimator: Estimator) -> Iterator[str]:
         yield f"is not an Estimator: it lacks {', '.join(missing)}"
         return
     if estimator.claim not in CLAIMS:
-        yield f"claim = {estimator.claim!r}; must be one of {CLAIMS}"
+        yield f"claim = {estimator.claim!r}; must be one of {(*CLAIMS,)}"
     elif estimator.claim not in ("solution", None) and not hasattr(estimator, "objective"):
         yield (
             f"claims {estimator.claim!r} and has no `objective(losses, at)`, the function of x "

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bilevel import hypergradient, solve_lower
+from bilevel.calculus.gauss_newton import Composed
 from bilevel.errors import ConvergenceError, UntrustedWarning
 from bilevel.estimators import Implicit, Unroll
-from bilevel.linear import CG
+from bilevel.linear import CG, Identity, Nystrom
 from bilevel.lower import LBFGS, Gradient, Newton
 from bilevel.lower.divergence import Growth
 from bilevel.optimizers import SGD, Adam
@@ -158,3 +159,64 @@ def test_where_a_set_holds_y_its_gradient_is_no_distance(held):
     stats = Stats(residual=0.0, converged=True, curvature=1.0)
     found = Estimate(x, torch.zeros(()), None, stats)
     assert bool(reasons(Step(Implicit(), found, solved))) is not held
+
+
+@pytest.mark.parametrize("estimator", ["implicit", "lancbio"])
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 1.0, 1e6])
+def test_damping_that_outweighs_the_lower_hessian_is_not_trusted(estimator, damping):
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    more = {"products": 4} if estimator == "lancbio" else {}
+    asked = {"name": estimator, "damping": damping, **more}
+    found = hypergradient(F, G, x, y, estimator=asked)
+    d = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    v = y["w"] / (d + damping)
+    left = float(damping * v.norm() / y["w"].norm())
+    assert found.stats.damping_residual == pytest.approx(left, rel=1e-9)
+    # the error of a tenth is met between the second and the third
+    assert (error(found, right) > 0.05) is (damping >= 0.1)
+    assert ("estimator.damping to a smaller value" in "".join(found.reasons)) is (left > 0.1)
+    assert error(found, right) < 0.1 or not found.trusted
+
+
+def test_damping_within_a_known_bound_is_trusted():
+    """h is nearly ∇x F alone, which no solve changes."""
+    F, G, x, y, _ = problem([1.0, 2.0, 3.0, 4.0])
+
+    def outweighed(x, y, batch):
+        return 1e4 * x["s"].square() + F(x, y, batch)
+
+    known = {"strong_convexity": 1.0, "cross_norm": float(B.norm())}
+    bounded = Implicit(damping=1.0, **known)
+    assert hypergradient(outweighed, G, x, y, estimator=bounded).trusted
+    assert not hypergradient(F, G, x, y, estimator=bounded).trusted
+
+
+@pytest.mark.parametrize(
+    "name", ["implicit", "identity", "gauss_newton", "soba", "lancbio", "nystrom"]
+)
+def test_what_has_no_evidence_of_its_error_is_not_trusted_and_warns_of_nothing(name):
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    asked = {
+        "identity": Implicit(solver=Identity()),
+        "nystrom": Implicit(solver=Nystrom(rank=4, rho=1e-9)),
+        "gauss_newton": {"name": "implicit", "curvature": "gauss_newton"},
+    }.get(name, name)
+    if name == "gauss_newton":
+        written = G
+        G = Composed(
+            outputs=lambda x, y, _: y["w"], loss=lambda x, y, z, _: written(x, {"w": z}, _)
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hypergradient(F, G, x, y, estimator=asked)
+    measured = name in ("implicit", "nystrom")
+    assert found.trusted is measured
+    assert measured or "nothing that was computed says" in found.reasons[0]
+    assert error(found, right) < 1e-6 or name in ("identity", "soba", "lancbio")
+
+
+def test_another_claim_than_that_of_the_solution_is_trusted_for_itself():
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    found = hypergradient(F, G, x, y, estimator="none")
+    assert (found.claim, found.trusted, float(found.hypergradient["s"])) == ("direct", True, 0.0)
+    assert error(found, right) == 1.0

@@ -58,6 +58,7 @@ CASES = {
     "adjoint, stagnation": (step(replace(SHORT, stopped="stagnation")), "gains nothing more"),
     "adjoint, unverified": (step(replace(SHORT, stopped="unverified")), "estimator.solver: gmres"),
     "residual": (step(replace(RIGHT, residual=0.3)), "estimator.solver.iterations, or look"),
+    "damping": (step(replace(RIGHT, damping_residual=0.3)), "estimator.damping to a smaller value"),
     "infeasible": (unmet(), "y is 1 outside them"),
     "lower solve": (step(gradient_norm=0.3), "set lower.tolerance to 1e-03"),
 }

@@ -74,9 +74,11 @@ def test_an_estimate_prints_its_evidence_and_no_tensor_in_full():
     assert lines[0] == "Estimate: F = 9"
     assert lines[1] == f"x: norm {0.02 * 300**0.5:.3g}, shape [300]"
     assert lines[2].startswith("evidence: gradients=2, hvps=")
-    assert lines[3] == "trusted: yes"
+    assert lines[3:] == ["claims: the gradient of F(x, y*(x))", "trusted: yes"]
     doubted = estimated(Implicit(solver=CG(iterations=1)))
-    assert repr(doubted).splitlines()[3:] == ["trusted: no", *doubted.reasons]
+    assert repr(doubted).splitlines()[4:] == ["trusted: no", *doubted.reasons]
+    direct = repr(estimated(Alternating())).splitlines()
+    assert direct[3:] == ["claims: the gradient of F(x, y) at fixed y", "trusted: yes"]
     assert "trusted</td>" in doubted._repr_html_()
     nested = replace(doubted, hypergradient={"a": [torch.ones(4)], "b": (torch.zeros(2, 1),)})
     assert repr(nested).splitlines()[1:3] == [
