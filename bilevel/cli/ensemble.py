@@ -19,9 +19,9 @@ from rich.text import Text
 from bilevel import report
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
-from bilevel.cli.one_run import Given, Showing, begin_in, resume_in, unchanged
+from bilevel.cli.one_run import Given, begin_in, resume_in, unchanged
 from bilevel.cli.output import going_on
-from bilevel.cli.shown import showing
+from bilevel.cli.shown import Showing, showing
 from bilevel.cli.signals import Signals
 from bilevel.cli.tables import print_fitted
 from bilevel.errors import BilevelError, ConvergenceError, UserCodeError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from bilevel.cli.boundary import complain
 from bilevel.cli.follow import follow
 from bilevel.cli.member import Member
 from bilevel.cli.run_loop import RunLoop
-from bilevel.cli.shown import Shown, conclude
+from bilevel.cli.shown import Showing, conclude
 from bilevel.cli.signals import Signals
 from bilevel.errors import RecipeError
 from bilevel.recipe.assemble import assemble
@@ -24,9 +24,6 @@ from bilevel.recipe.settings import added_since, code, differences, refuse_other
 from bilevel.recipe.yaml_source import parse
 from bilevel.run.setup import Setup
 from bilevel.runfolder import RunFolder, checkpoint
-
-Showing = Callable[[Console, dict[str, float] | None], Shown]
-"""Makes what a person or a machine sees of a run; see `bilevel.cli.shown`."""
 
 
 @dataclass(frozen=True)

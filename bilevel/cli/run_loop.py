@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from bilevel.cli.boundary import Stopped, complain, requiring
 from bilevel.cli.member import leave_word
 from bilevel.cli.options import settings as given
 from bilevel.cli.output import going_on
-from bilevel.cli.shown import Shown
+from bilevel.cli.shown import Measured, Showing
 from bilevel.cli.signals import Signals, unheard
 from bilevel.cli.user_code import explained, explaining
 from bilevel.errors import (
@@ -53,7 +53,7 @@ class RunLoop:
     folder: RunFolder
     with_report: bool = True
     """False where the command line says so, whatever the recipe says."""
-    shown: Callable[[Console, dict[str, float] | None], Shown] = ConsoleReceiver
+    shown: Showing = ConsoleReceiver
     """What a person, or a machine, sees of it."""
     signals: Signals = field(default_factory=Signals)
     receivers: list[Receiver] = field(default_factory=list)
@@ -80,7 +80,7 @@ class RunLoop:
         with self._without_console(), self.signals:
             try:
                 with self._closing_on_error(), explaining(), self._requiring():
-                    early = self._prepare(None)
+                    early = self._prepare()
                     state = engine.start(self.setup)
             except BaseException as error:
                 self._discard()
@@ -108,10 +108,10 @@ class RunLoop:
     def resume(self, found: checkpoint.FoundCheckpoint | None) -> None:
         self.is_resumed = True
         with self._without_console(), self.signals:
-            before = self._first_measures()
+            measured = self._measured(found.step if found else 0)
             self._name_folder()
             with self._closing_on_error(), explaining(), self._requiring():
-                early = self._prepare(before)
+                early = self._prepare(measured)
                 if found is None:
                     state, step = engine.start(self.setup), None
                 else:
@@ -123,8 +123,8 @@ class RunLoop:
                 self._report_on(error)
                 raise
 
-    def _prepare(self, before: dict[str, float] | None) -> list[Event]:
-        shown = self.shown(self.console, before)
+    def _prepare(self, measured: Measured = ()) -> list[Event]:
+        shown = self.shown(self.console, measured)
         self.signals.tell = shown.stopping
         self.receivers.append(shown)
         for sink in self.recipe.sinks:
@@ -364,12 +364,14 @@ class RunLoop:
     def _requiring(self) -> AbstractContextManager[None]:
         return requiring(f"problem {type(self.setup.problem).__name__}")
 
-    def _first_measures(self) -> dict[str, float] | None:
-        """Reads the whole record, so that damage is told before the problem's slow work."""
+    def _measured(self, step: int) -> list[Evaluated]:
+        """What the record has up to a step. It is read whole, so that damage is told before slow work."""
         events = list(record.read(self.folder.path))
-        measured = [event for event in events if event["event"] == "evaluated"]
-        first = measured[0]["metrics"] if measured and not measured[0]["step"] else None
-        return first and {name: record.number(value) for name, value in first.items()}
+        return [
+            Evaluated(each["step"], {k: record.number(v) for k, v in each["metrics"].items()})
+            for each in events
+            if each["event"] == "evaluated" and each["step"] <= step
+        ]
 
     def _how_to_resume(self) -> str:
         where = f"from {self.saved.name}" if self.saved else "from the start: nothing is saved yet"

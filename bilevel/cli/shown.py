@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,14 +10,14 @@ from rich.console import Console
 
 from bilevel.cli.answer import JSONAnswer
 from bilevel.errors import BilevelError
-from bilevel.events import Event, Finished
+from bilevel.events import Evaluated, Event, Finished
 from bilevel.runfolder import RunFolder, record
 from bilevel.runfolder.folder import summary_of
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.jsonl import JSONLinesWriter
 
-Before = dict[str, float] | None
-"""The first measures of a run that is resumed."""
+Measured = Sequence[Evaluated]
+"""What was measured of a run that is resumed."""
 
 
 class Shown(Protocol):
@@ -28,24 +28,28 @@ class Shown(Protocol):
     def close(self) -> None: ...
 
 
-def showing(quiet: bool, answer: JSONAnswer | None) -> Callable[[Console, Before], Shown]:
+Showing = Callable[[Console, Measured], Shown]
+"""What makes the receiver of a run."""
+
+
+def showing(quiet: bool, answer: JSONAnswer | None) -> Showing:
     """What makes the receiver for the options `--quiet` and `--json`."""
     if answer:
         return partial(_for_machines, answer)
     return EndAlone if quiet else ConsoleReceiver
 
 
-def _for_machines(answer: JSONAnswer, console: Console, before: Before) -> Shown:
+def _for_machines(answer: JSONAnswer, console: Console, measured: Measured) -> Shown:
     return EventLines(answer)
 
 
 class EndAlone:
     """Shows how a run ended, and nothing before that."""
 
-    def __init__(self, console: Console, before: Before) -> None:
+    def __init__(self, console: Console, measured: Measured) -> None:
         # not a terminal's lines that are redrawn, which would be when they are shown again
         self._console = Console(width=console.width, force_terminal=False, quiet=True, emoji=False)
-        self._receiver = ConsoleReceiver(self._console, before)
+        self._receiver = ConsoleReceiver(self._console, measured)
 
     def receive(self, event: Event) -> None:
         self._console.quiet = not isinstance(event, Finished)

@@ -19,7 +19,7 @@ from rich.console import Console
 from bilevel.cli.boundary import Stopped
 from bilevel.cli.ensemble import run_seed
 from bilevel.cli.one_run import Given
-from bilevel.cli.shown import Before
+from bilevel.cli.shown import Measured
 from bilevel.cli.signals import Signals
 from bilevel.comparing import processes
 from bilevel.errors import BilevelError
@@ -53,8 +53,8 @@ class Watcher:
     is_pruned: bool = False
     inner: Any = None
 
-    def showing(self, console: Console, before: Before) -> Watcher:
-        self.inner = ConsoleReceiver(console, before)
+    def showing(self, console: Console, measured: Measured) -> Watcher:
+        self.inner = ConsoleReceiver(console, measured)
         return self
 
     def receive(self, event: Event) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 
@@ -39,13 +39,15 @@ PATIENCE = 30.0
 
 
 class ConsoleReceiver:
-    """Shows events on a rich console; `before` are the measures of a run that is resumed."""
+    """Shows events on a rich console; `measured` is what was measured of a run that is resumed."""
 
-    def __init__(self, console: Console, before: Mapping[str, float] | None = None) -> None:
+    def __init__(self, console: Console, measured: Iterable[Evaluated] = ()) -> None:
         self._console = console
-        self._before = before
+        self._before: Mapping[str, float] = {}
         self._held: Mapping[str, float] | None = None
         self._measured: Evaluated | None = None
+        for event in measured:
+            self._note(event)
         self._live = Panel(console) if console.is_terminal else None
         self._plain = None if console.is_terminal else _Plain(console)
         self._first: Stepped | None = None
@@ -60,8 +62,7 @@ class ConsoleReceiver:
             self._resumed_at = event.step
             self._console.print(_headline(event), highlight=False)
         if isinstance(event, Evaluated):
-            self._before = self._before if event.step else event.metrics
-            self._measured = event
+            self._note(event)
         if isinstance(event, Held):
             self._held = event.metrics
         if isinstance(event, Stepped):
@@ -86,6 +87,10 @@ class ConsoleReceiver:
         if self._live:
             self._live.close()
 
+    def _note(self, event: Evaluated) -> None:
+        self._before = self._before if event.step else event.metrics
+        self._measured = event
+
     def _warn(self, event: Warned) -> None:
         if self._live:
             self._live.receive(event)
@@ -95,7 +100,7 @@ class ConsoleReceiver:
     def _finish(self, event: Finished) -> None:
         if self._measured and self._measured.metrics:
             head, after = at_end(self._measured.metrics, self._measured.step, event.step)
-            columns = {"before": self._before or {}}
+            columns = {"before": self._before}
             columns |= {HELD: self._held} if self._held else {}
             self._console.print(_comparison(columns | {head: after}))
             if self._held:

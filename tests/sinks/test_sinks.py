@@ -219,10 +219,10 @@ def test_figures_are_png_and_svg_and_the_same_each_time(tmp_path: Path):
     assert png.read_bytes() == (tmp_path / "b" / "figures" / png.name).read_bytes()
 
 
-def shown(events, *, terminal: bool = False, before=None) -> str:
+def shown(events, *, terminal: bool = False, measured=()) -> str:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=terminal, color_system=None)
-    receiver = ConsoleReceiver(console, before)
+    receiver = ConsoleReceiver(console, measured)
     for event in events:
         receiver.receive(event)
     receiver.close()
@@ -262,10 +262,17 @@ def test_each_kind_of_warning_is_said_once():
 
 def test_a_resumed_run_compares_with_its_beginning():
     events = [Started(4, 6, "toy", 3, 4, "cpu", "float64"), *EVENTS[-4:]]
-    text = shown(events, before={"accuracy": 0.125})
+    before = Evaluated(0, {"accuracy": 0.125})
+    text = shown(events, measured=[before])
     assert "resumed from step 4" in text
     assert re.search(r"accuracy +0.125 +1\n", text)
     assert not re.search(r"accuracy +0.125", shown(events))
+    # and where nothing is measured again, with what was last measured
+    silent = [event for event in events if not isinstance(event, Evaluated)]
+    text = shown(silent, measured=[before, Evaluated(3, {"accuracy": 0.25})])
+    assert re.search(r"before +at step 3\n", text)
+    assert re.search(r"accuracy +0.125 +0.25\n", text)
+    assert "upper loss" not in text
 
 
 def test_the_control_stands_between_before_and_after_and_is_explained():
