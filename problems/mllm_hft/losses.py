@@ -43,7 +43,7 @@ def log_weights_of(scores: Float[Tensor, "kind"]) -> Float[Tensor, "kind"]:
     The fixed total leaves λ and τ alone to say how strong the contrast is; raw weights would grow
     and act as a larger λ.
     """
-    return scores.log_softmax(0) + math.log(scores.numel())
+    return scores.log_softmax(0) + math.log(max(1, scores.numel()))  # of no kinds none
 
 
 def row_weights(

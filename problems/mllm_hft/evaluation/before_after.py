@@ -22,13 +22,14 @@ TRIPLES = 180
 def figures(
     evaluator: Evaluator, evaluation: EvaluationSplit, models: Mapping[str, Params], split: str
 ) -> dict[str, Any]:
-    """Figures by name, of models by title; no embeddings where pictures come without captions.
+    """Figures by name, of models by title; no embeddings where pictures come without captions, or none
+    of them with a hallucinated one.
 
     `split` is how the footnote names the evaluated split.
     """
     found = {"captions": _captions(evaluator, evaluation, models, split)}
-    if evaluation.has_captions:
-        present = evaluation.captions.present
+    present = evaluation.captions.present
+    if evaluation.has_captions and present.any():
         panels = [
             Panel.of(title, evaluator.embed(at, evaluation), present, TRIPLES)
             for title, at in models.items()

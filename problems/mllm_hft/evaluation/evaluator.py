@@ -89,7 +89,7 @@ class Evaluator:
 
     @torch.no_grad()
     def embed(self, parameters: Params, evaluation: EvaluationSplit) -> Embeddings:
-        """Embeddings of every picture, caption and hallucinated caption."""
+        """Embeddings of every picture, caption and hallucinated caption, in float32 at least."""
         weights, _ = split(parameters)
         found = []
         for part in chunks(len(evaluation.scenes), self.rows):
@@ -99,7 +99,8 @@ class Evaluator:
             )
             flat = {name: lines[name].flatten(0, 1) for name in ("ids", "mask")}
             text = call(self.network, weights, "text", **flat).unflatten(0, lines["ids"].shape[:2])
-            found.append((image.cpu(), text[:, 0].cpu(), text[:, 1:].cpu()))
+            image, text = (_at_least_float32(one.cpu()) for one in (image, text))
+            found.append((image, text[:, 0], text[:, 1:]))
         return Embeddings(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     @torch.no_grad()
@@ -216,3 +217,7 @@ class Evaluator:
 
     def _move(self, value: Any) -> Any:
         return tree.to(value, self.device, self.dtype)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

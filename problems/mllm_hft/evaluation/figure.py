@@ -65,7 +65,7 @@ def _choose(present: Bool[Tensor, "n kind"], triples: int) -> tuple[Tensor, Tens
         if options and len(rows) < triples:
             rows.append(row)
             kinds.append(options[row % len(options)])
-    return torch.tensor(rows), torch.tensor(kinds)
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(kinds, dtype=torch.long)
 
 
 def plane(panels: Sequence[Panel]) -> list[Float[Tensor, "3 n 2"]]:
