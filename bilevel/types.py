@@ -277,6 +277,8 @@ class Stats:
     damping_residual: float | None = None
     """damping ‖v‖ / ‖b‖: what v leaves of the system without damping, beside `residual`. None where
     there is no damping."""
+    value_error: float | None = None
+    """F(x, y) − F(x, y*) to first order, vᵀ∇y G: what y, where it is not solved to the end, makes of F."""
     curvature: float | None = None
     """Smallest pᵀA p / pᵀp met; ≤ 0 means the lower Hessian is not positive definite there."""
     condition: float | None = None

@@ -79,7 +79,8 @@ class FixedPoint:
         solve = self._solve(step, step.restrict(F_y), start)
         kinks = step.kinks(self.margin)
         curvature = min(step.curvature, default=None)
-        stats = replace(solve.stats, degenerate=kinks, curvature=curvature)
+        error = -tree.dot(solve.solution, step.shift)
+        stats = replace(solve.stats, degenerate=kinks, curvature=curvature, value_error=error)
         stats = flagged(stats, "degenerate") if kinks else stats
         return Estimate(tree.add(F_x, step.vjp_x(solve.solution)), value, solve.solution, stats)
 

@@ -25,6 +25,7 @@ from bilevel.types import (
     Point,
     Preconditioner,
     System,
+    changed,
     is_approximate,
     tightened,
 )
@@ -115,6 +116,8 @@ class Implicit:
         )
         h, solve, state = self._adjoint.solve(system, h_of, state)
         stats = bound.stats(solve, size, lower.gradient) if bound else solve.stats
+        if stats.residual is not None:
+            stats = changed(stats, value_error=tree.dot(solve.solution, lower.gradient))
         if self.damping:
             stats = damped(stats, self.damping, solve.solution, size)
         return Estimate(h, value, state, stats)

@@ -93,6 +93,7 @@ class KKT:
             # vᵀ ∂²yy L v = vᵀ(∇y F − Jᵀw) = vᵀ∇y F, since J v = 0
             curvature=tree.dot(v, F_y) / size if size else None,
             degenerate=degenerate,
+            value_error=tree.dot(solve.solution, lower.gradient),
         )
         stats = flagged(stats, "degenerate") if degenerate else stats
         return Estimate(tree.sub(F_x, lower.vjp_xy(solve.solution)), value, {}, stats)

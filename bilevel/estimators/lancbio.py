@@ -80,6 +80,7 @@ class LancBiO:
         # a basis that cannot grow has a v that solves the system as well as the dtype allows
         stopped: Stopped = "iterations" if added == self.products else "rounding"
         stats = Stats(iterations=added, curvature=min(ritz, default=None), stopped=stopped)
+        stats = replace(stats, value_error=tree.dot(v, lower.gradient))
         if self.damping:
             stats = damped(stats, self.damping, v, tree.norm(b))
         if self.residual:

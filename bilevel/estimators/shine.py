@@ -90,6 +90,8 @@ class Shine:
         if self.refine:
             solve = self.refine.solve(lambda u: tree.axpy(self.damping, u, lower.hvp_yy(u)), b, v)
         h, stats = tree.sub(F_x, lower.vjp_xy(solve.solution)), solve.stats
+        if self.refine:
+            stats = replace(stats, value_error=tree.dot(solve.solution, lower.gradient))
         if self.damping:
             stats = damped(stats, self.damping, solve.solution, size)
         return Estimate(h, value, kept, stats)

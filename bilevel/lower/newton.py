@@ -94,7 +94,10 @@ def _direction(hessian: torch.Tensor, gradient: Params) -> tuple[Params, float]:
     values, vectors = call(torch.linalg.eigh, (hessian + hessian.T) / 2)
     size = values.abs()
     largest = size.max()
-    size = torch.maximum(size, largest * 1e-8 + torch.finfo(size.dtype).tiny)
+    # what is positive definite beyond the rounding of its products is taken as it is
+    rounding = len(size) * tree.eps(gradient)
+    least = rounding if values.min() > rounding * largest else 1e-8
+    size = torch.maximum(size, largest * least + torch.finfo(size.dtype).tiny)
     g = tree.wide(tree.flatten(gradient))
     return tree.cast(-(vectors @ ((vectors.T @ g) / size)), gradient), largest.item()
 

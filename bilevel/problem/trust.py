@@ -89,6 +89,14 @@ class Step:
         """How far y is off where its solve met a tolerance, by ‖∇y G‖ / curvature; else 0."""
         return self._distance if self.lower_converged else 0.0
 
+    @cached_property
+    def has_value_error(self) -> bool:
+        """Whether F(x, y*) is, to first order, another than F here."""
+        error = self.stats.value_error
+        if error is None or self.estimate.step is not None:
+            return False
+        return abs(error) > LARGE * abs(float(self.estimate.value))
+
     @property
     def unbounded_lower_error(self) -> float:
         """The same where the solve had no tolerance to meet; else 0.
@@ -242,6 +250,18 @@ TABLE = (
             f"lower.tolerance to {_lower_tolerance(step):.0e}, or lower.relative_tolerance in its place"
         ),
     ),
+    WarningRule(
+        "lower solve",
+        lambda step: (
+            step.lower_error > 1e-6 * max(1.0, step.lower_size)
+            and step.lower_error <= LARGE * step.lower_size
+            and step.has_value_error
+        ),
+        lambda step: (
+            f"the lower solve met its tolerance at ‖∇y G‖ = {step.lower_norm:.1e}, and "
+            f"{_value_error(step)}: set lower.tolerance, or lower.relative_tolerance, smaller"
+        ),
+    ),
 )
 
 
@@ -270,6 +290,15 @@ LOWER = (
             "steps, or a solver with a tolerance (lower: lbfgs)"
         ),
     ),
+    WarningRule(
+        "value",
+        lambda step: step.has_value_error,
+        lambda step: (
+            f"y is not the lower solution for this x: {_value_error(step)}; solve the lower level "
+            f"further, or pass the y that belongs to this x{_of_constraints(step)}"
+        ),
+        unless=("curvature", "lower solve", "infeasible", "residual"),
+    ),
 )
 """Beside `TABLE` for one call of `hypergradient`; in a run a lower solve may stop short by design."""
 
@@ -297,6 +326,17 @@ def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, Calla
 
 def _violation(step: Step) -> float:
     return (step.lower and step.lower.stats.violation) or 0.0
+
+
+def _value_error(step: Step) -> str:
+    error, value = step.stats.value_error or 0.0, float(step.estimate.value)
+    return f"F = {value:.3g} here, and at the lower solution, to first order, {value - error:.3g}"
+
+
+def _of_constraints(step: Step) -> str:
+    if not hasattr(step.estimator, "activity"):
+        return ""
+    return "; or raise estimator.activity, where an active constraint is taken for inactive"
 
 
 def _remedy(estimator: Estimator) -> str:

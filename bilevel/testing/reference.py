@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel import calculus, tree
 from bilevel.calculus.finite_differences import Differences, central
 from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
 from bilevel.lower.tolerance import curvature_along
@@ -23,6 +24,8 @@ from bilevel.types import ALL_STEPS, Loss, Losses, LowerSolution, Params, Point,
 
 STATIONARY = 1e-9
 """‖∇y G‖ at which the lower level counts as solved, relative to 1 + its size at the start."""
+SMALL, SETTLED = 200, 1e-7
+"""Up to so many unknowns a Newton step is taken exactly; what it moves of ‖y‖ where y counts as solved."""
 SOLVES, RESTS, LOOK_BACK = 1000, 1e-12, 50
 """The setup's own solver is asked up to `SOLVES` times, until y moves by `RESTS` of 1 + its size."""
 
@@ -128,12 +131,13 @@ def solve_tightly(levels: Levels, lower: Loss, x: Params, y: Params) -> tuple[Pa
     _, g = calculus.gradient_y(lower, x, y)
     # of the scale of G: what y times its curvature has, or the gradient where that is more
     goal = STATIONARY * (curvature_along(lower, x, y, g) * tree.norm(y) + tree.norm(g))
-    small = tree.size(y) <= 200
+    small = tree.size(y) <= SMALL
     solver = Newton(tolerance=goal) if small else LBFGS(tolerance=goal, steps=500, history=20)
     free = replace(lower, structure=Structure())  # the minimum of G itself is what is asked
     found = solve(solver, free, x, y, itertools.repeat(lower.batch)).y
-    found, is_small = _polish(lower, x, found, goal)
-    return found, is_small and not _slides(lower, x, found, max(map(tree.norm, (found, y))))
+    size = max(map(tree.norm, (found, y)))
+    found, is_small = _polish(lower, x, found, goal, SETTLED * size if small else math.inf)
+    return found, is_small and not _slides(lower, x, found, size)
 
 
 def _slides(lower: Loss, x: Params, y: Params, size: float) -> bool:
@@ -147,23 +151,29 @@ def _slides(lower: Loss, x: Params, y: Params, size: float) -> bool:
     return slope > 0 and bend > 0 and slope**2 / bend > size / 100
 
 
-def _polish(lower: Loss, x: Params, y: Params, goal: float) -> tuple[Params, bool]:
-    """Newton steps by CG while ‖∇y G‖ falls: it can be driven far below what G itself resolves.
+def _polish(lower: Loss, x: Params, y: Params, goal: float, settled: float) -> tuple[Params, bool]:
+    """Newton steps while ‖∇y G‖ falls: it can be driven far below what G itself resolves.
 
-    Whether the end is stationary is decided by the gradient alone, not by the products used.
+    The end is stationary where the gradient is small, whatever the products used, and where `settled`
+    says how far a step may still move y: a small gradient says little of y in flat directions.
     """
-    at = calculus.linearize(lower, Point(x, y))
+    exact = settled < math.inf
+    solver = Dense() if exact else CG(iterations=500, tolerance=1e-6)
+    at, moves = calculus.linearize(lower, Point(x, y)), math.inf
     norm = tree.norm(at.gradient)
     for _ in range(10):
-        if norm <= goal:
-            return y, True
-        step = CG(iterations=500, tolerance=1e-6).solve(at.hvp_yy, at.gradient, tree.zeros_like(y))
-        trial = tree.sub(y, step.solution)
+        if norm <= goal and not exact:
+            break
+        step = solver.solve(at.hvp_yy, at.gradient, tree.zeros_like(y)).solution
+        moves = tree.norm(step)
+        if norm <= goal and moves <= settled:
+            break
+        trial = tree.sub(y, step)
         at = calculus.linearize(lower, Point(x, trial))
         if not tree.norm(at.gradient) < norm:
             break
         y, norm = trial, tree.norm(at.gradient)
-    return y, norm <= goal
+    return y, norm <= goal and (not exact or moves <= 1e3 * settled)
 
 
 def reference_at(scene: Scene) -> Reference | None:
@@ -176,7 +186,7 @@ def reference_at(scene: Scene) -> Reference | None:
         return Reference("closed form", in_order.detach(), 1e-6)
     if scene.stationary:
         found = _differences_of_value(scene)
-        if found.error <= 1e-2:
+        if found and found.error <= 1e-2:
             return from_differences("central differences", found)
     if _is_restricted(levels):
         return None  # the adjoint equation does not know the set that restricts y
@@ -190,14 +200,17 @@ def from_differences(name: str, found: Differences) -> Reference:
     return Reference(name + some, found.slopes, max(1e-5, 10 * found.error), found.directions)
 
 
-def _differences_of_value(scene: Scene) -> Differences:
-    """Central differences of Φ, the lower level solved again at every x."""
+def _differences_of_value(scene: Scene) -> Differences | None:
+    """Central differences of Φ, the lower level solved again at every x; None where it could not be."""
+    solved: list[bool] = []
 
     def value(x: Params) -> Tensor:
-        y, _ = _resolve(scene.setup, scene.losses.lower, x, scene.tight)
+        y, is_solved = _resolve(scene.setup, scene.losses.lower, x, scene.tight)
+        solved.append(is_solved)
         return scene.losses.upper(x, y)
 
-    return central(value, scene.x, scene.generator, step=1e-3)
+    found = central(value, scene.x, scene.generator, step=1e-3)
+    return found if all(solved) else None
 
 
 def _verified_adjoint(scene: Scene) -> Reference | None:

@@ -176,6 +176,23 @@ def test_newton_counts_its_steps_and_solves_a_quadratic_in_one():
     assert solve(case, Newton(), case.y).stats.steps == 0
 
 
+@pytest.mark.parametrize("condition", [1e6, 1e9, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_newton_solves_a_positive_definite_quadratic_in_one_step_whatever_its_condition(
+    condition, dtype
+):
+    """Control: what the dtype does not resolve of H is not solved."""
+    start = {name: torch.zeros((), dtype=dtype) for name in "ab"}
+
+    def G(x, y, _):
+        return (y["a"] - x["s"]).square() / 2 + condition * (y["b"] - 1).square() / 2
+
+    found = solve_lower(G, {"s": torch.tensor(3.0, dtype=dtype)}, start, solver=Newton())
+    resolved = condition * 2 * torch.finfo(dtype).eps < 1
+    assert found.stats.steps == 1
+    assert (abs(float(found.y["a"]) - 3) < 1e-6) is resolved
+
+
 def test_newton_stops_at_its_budget_and_says_so():
     def lower(x, y, batch):
         return (y["y"] ** 4).sum()

@@ -220,3 +220,111 @@ def test_another_claim_than_that_of_the_solution_is_trusted_for_itself():
     found = hypergradient(F, G, x, y, estimator="none")
     assert (found.claim, found.trusted, float(found.hypergradient["s"])) == ("direct", True, 0.0)
     assert error(found, right) == 1.0
+
+
+def toy(curvature):
+    """G = ½ (a − x)² + ½ c (b − 50)², F = ½ (a − 1)²: a* = x, and dΦ/dx = x − 1."""
+
+    def F(x, y, _):
+        return (y["a"] - 1).square() / 2
+
+    def G(x, y, _):
+        return (y["a"] - x["s"]).square() / 2 + curvature * (y["b"] - 50).square() / 2
+
+    x = {"s": torch.tensor(3.0, dtype=torch.float64)}
+    return F, G, x, {name: torch.zeros((), dtype=torch.float64) for name in "ab"}
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "proximal", "newton"])
+@pytest.mark.parametrize("curvature", [1e2, 1e5, 1e7, 1e8])
+def test_a_small_gradient_beside_a_large_curvature_hides_no_error_of_f(solver, curvature):
+    """‖∇y G‖ = 2 meets a tolerance of 1e-8 · 1e8 · 50, and leaves a off by 2 of 50."""
+    F, G, x, start = toy(curvature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrustedWarning)
+        solved = solve_lower(G, x, start, solver=solver)
+        found = hypergradient(F, G, x, solved, estimator="implicit")
+    off = error(found, 2.0)
+    assert found.trusted is (off < 0.1)
+    assert off < 1e-3 or off > 1  # both sides are clear of the threshold
+    if solver == "newton":
+        assert off < 1e-12
+
+
+def test_an_offset_of_y_hides_no_error_of_f():
+    """Two steps are far from enough, and 4 is little beside a y of a thousand."""
+    one = torch.ones(2, dtype=torch.float64)
+
+    def F(x, y, _):
+        return (y["w"] - 1001).square().sum() / 2
+
+    def G(x, y, _):
+        return (y["w"] - 1000 - x["s"]).square().sum() / 2
+
+    x, start = {"s": torch.tensor([5.0, -3.0], dtype=torch.float64)}, {"w": 1000 * one}
+    for steps in (2, 400):
+        solved = solve_lower(G, x, start, solver=Gradient(steps=steps, optimizer=SGD(lr=0.1)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustedWarning)
+            found = hypergradient(F, G, x, solved, estimator="implicit")
+        off = float((found.hypergradient["s"] - (x["s"] - 1)).norm() / (x["s"] - 1).norm())
+        assert found.trusted is (off < 1e-6) is (steps == 400)
+
+
+@pytest.mark.parametrize("estimator", ["implicit", "fixed_point", "kkt", "lancbio"])
+def test_a_y_that_is_not_the_solution_for_this_x_is_not_trusted(estimator):
+    """y of another x: nothing but ∇y G at this one says so."""
+    F, G, x, y, _ = problem([1.0, 2.0, 3.0, 4.0])
+    mean = torch.full_like(B, 0.25)
+    free = Structure()
+    if estimator == "kkt":  # a constraint that the solution meets by itself
+        level = float(mean @ y["w"]) / float(x["s"])
+        free = Structure(
+            constraints=lambda x, y, _: {"equality": (mean @ y["w"] - level * x["s"])[None]}
+        )
+    elif estimator == "fixed_point":  # a set that y is well inside of
+        free = Structure(project=lambda y: {"w": y["w"].clamp(-100, 100)})
+    asked = (
+        {"name": "lancbio", "products": 4, "residual": True}
+        if estimator == "lancbio"
+        else estimator
+    )
+
+    def ask(y):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustedWarning)
+            return hypergradient(F, G, x, y, estimator=asked, structure=free)
+
+    good, stale = ask(y), ask({"w": 0.3 * y["w"]})
+    assert good.trusted
+    assert abs(good.stats.value_error) < 1e-12
+    assert not stale.trusted
+    # F is quadratic and y* linear in x: at 0.3 y*, F(y) − F(y*) is −0.7 · 0.3 ‖y*‖² to first order
+    least = 0.3 * 0.7 * float(y["w"].square().sum())
+    assert stale.stats.value_error == pytest.approx(-least, rel=1e-6)
+    assert "y is not the lower solution for this x" in "".join(stale.reasons)
+
+
+def test_an_active_constraint_that_is_taken_for_inactive_is_not_trusted():
+    """The nearest point of a disc, from a solve that ends just inside its edge."""
+    a, w = torch.tensor([3.0, 4.0]).double(), torch.tensor([1.0, 2.0]).double()
+    x = {"radius": torch.tensor(2.0, dtype=torch.float64)}
+
+    def F(x, y, _):
+        return (y["w"] @ w) ** 2
+
+    def G(x, y, _):
+        return (y["w"] - a).square().sum()
+
+    inside = Structure(
+        constraints=lambda x, y, _: {"inequality": (y["w"] @ y["w"] - x["radius"] ** 2)[None]}
+    )
+    for short, held in ((1e-5, False), (1e-9, True)):
+        y = {"w": a / a.norm() * 2 * (1 - short)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustedWarning)
+            found = hypergradient(F, G, x, y, estimator="kkt", structure=inside)
+        right = 2 * 2 * float(a @ w / a.norm()) ** 2
+        assert (abs(float(found.hypergradient["radius"]) - right) < 1e-3 * right) is held
+        assert found.trusted is held
+        assert held or "estimator.activity" in found.reasons[0]

@@ -355,6 +355,8 @@ def test_the_evidence_of_several_is_the_worst():
     other = replace(
         one, residual=1e-3, curvature=-0.1, converged=False, stopped="curvature", error_bound=2.0
     )
+    one = replace(one, value_error=0.5, damping_residual=0.1)
+    other = replace(other, value_error=-2.0, damping_residual=0.2)
 
     def estimate(h, stats, reasons=()):
         return Estimate({"x": torch.tensor(h)}, torch.tensor(h), None, stats, reasons=reasons)
@@ -366,6 +368,7 @@ def test_the_evidence_of_several_is_the_worst():
     assert (stats.gradients, stats.hvps, stats.cross_products, stats.iterations) == (6, 9, 3, 15)
     assert (stats.residual, stats.curvature, stats.stopped) == (1e-3, -0.1, "curvature")
     assert (stats.converged, stats.error_bound) == (False, None)
+    assert (stats.value_error, stats.damping_residual) == (-2.0, 0.2)
     assert mean([estimate(1.0, other), estimate(1.0, replace(other, error_bound=4.0))]).stats == (
         replace(other, gradients=4, hvps=6, cross_products=2, iterations=10, error_bound=3.0)
     )
