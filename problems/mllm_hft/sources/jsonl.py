@@ -1,7 +1,9 @@
 """Our own layout: JSON lines, one picture a line. What a file does not say is left out.
 
-    {"image": "a.jpg", "caption": "A dog on a couch.", "objects": ["dog", "couch"]}
-    {"id": "b", "image": "b.png", "split": "test", "origin": "web", "caption": "Two cats.", "objects": {"cat": 2},
+    {"image": "a.jpg", "caption": "A dog on a couch.",
+     "objects": ["dog", "couch"]}
+    {"id": "b", "image": "b.png", "split": "test", "origin": "web",
+     "caption": "Two cats.", "objects": {"cat": 2},
      "hallucinated": {"count": "Three cats."},
      "questions": [{"text": "Is there a dog?", "answer": "no", "name": "dog"}],
      "conversation": [["What is there?", "Two cats."]]}
