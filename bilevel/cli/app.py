@@ -27,7 +27,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class OptionalWatch(TyperGroup):
+class WholeSummaries(TyperGroup):
+    """Says in `--help` what each command does without cutting it off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, each.get_short_help_str(UNCUT))
+            for name, each in named
+            if each and not each.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class OptionalWatch(WholeSummaries):
     """`--watch` may stand without a run, for which there is no way to ask otherwise."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -37,7 +51,7 @@ class OptionalWatch(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-class Remembering(TyperGroup):
+class Remembering(WholeSummaries):
     """Keeps the words of the command line, which ranks are started with."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -46,6 +60,8 @@ class Remembering(TyperGroup):
 
 
 WORDS = "bilevel.words"
+UNCUT = 1000
+"""Characters of a summary at most: as many as any has."""
 
 app = typer.Typer(
     cls=Remembering,
@@ -132,7 +148,7 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]",
+            metavar="KIND",
             help="problems, estimators, recipes, …",
             autocompletion=complete_kind,
         ),
@@ -151,6 +167,7 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
+            metavar="NAME",
             help="A component (cg, or linear/cg), or a recipe (ridge.yaml).",
             autocompletion=complete_name,
         ),
@@ -182,7 +199,9 @@ def copy(
 @app.command()
 def new(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="problem, estimator or package.")],
-    name: Annotated[str, typer.Argument(help="As a module of Python is called: my_problem.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As a module of Python is called: my_problem.")
+    ],
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where to write.")] = Path(),
 ) -> None:
     """Write a problem, an estimator or a package to begin with: it runs and passes its test."""
@@ -657,7 +676,12 @@ def schema() -> None:
 def doctor(
     ranks: Annotated[
         int | None,
-        typer.Option(min=2, help="Also start so many ranks on this machine, and compare sums."),
+        typer.Option(
+            "--ranks",
+            metavar="N",
+            min=2,
+            help="Also start so many ranks on this machine, and compare sums.",
+        ),
     ] = None,
 ) -> None:
     """Check this installation: devices, extras, data."""

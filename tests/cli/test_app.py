@@ -107,6 +107,14 @@ def test_commands_and_options_are_frozen():
     assert top == ["--version", "--debug", "--install-completion", "--show-completion"]
 
 
+def test_help_says_what_a_command_does_without_cutting_it_off():
+    group: Any = typer.main.get_command(app)
+    told = " ".join(invoke("--help").output.split())
+    for name, command in group.commands.items():
+        assert f"{name} {' '.join(command.help.split())}" in told
+    assert "..." not in told.partition("Commands:")[2]
+
+
 def test_the_version_is_said():
     assert invoke("--version").output == f"bilevel {version('bilevel')}\n"
 
@@ -117,7 +125,7 @@ def test_a_file_bears_its_commands_name():
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
     shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling", "doctor_ranks"}
-    shared |= {"study_cell"}
+    shared |= {"study_cell", "docstrings"}
     shared |= {"spreading", "launch", "member", "follow"}
     assert files - set(COMMANDS) == shared
 
