@@ -72,7 +72,7 @@ def test_a_line_that_is_set_off_stays_so_where_it_is_too_long(width):
 def test_no_page_is_wider_than_the_terminal(width):
     for group in registry.groups():
         for name in (*registry.names(group), *presets.of(group)):
-            title, *lines = shown(f"{group}/{name}", width)
+            _, *lines = shown(f"{group}/{name}", width)
             wide = [line for line in lines if len(line) > width and "Its options:" not in line]
             assert not wide, (name, wide)
 

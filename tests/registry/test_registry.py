@@ -78,6 +78,19 @@ def test_an_unknown_name_suggests_the_nearest():
         registry.find("linear", "zzzzzz")
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "elsewhere"),
+    [("estimators", "newton", "lower/newton"), ("lower", "cg", "linear/cg")],
+)
+def test_a_name_of_another_kind_is_told_where_it_is(group, name, elsewhere):
+    with pytest.raises(RecipeError) as told:
+        registry.find(group, name)
+    assert str(told.value).endswith(f" Of another kind there is {elsewhere}.")
+    assert "Did you mean" not in str(told.value), "a guess that is far off"
+    with pytest.raises(RecipeError, match=r"proximal\.$"):
+        registry.find("lower", "adamax")
+
+
 def test_a_name_registered_twice_is_refused(monkeypatch):
     twice = [EntryPoint("cg", value, "bilevel.linear") for value in ("a:A", "b:B")]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: twice)
