@@ -72,6 +72,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _path(given: str | Path) -> Path:
+    """A path of the command line. Empty it would stand for the current folder, which nobody has named."""
+    if given == "":
+        raise typer.BadParameter("got ''; must name a file or a folder (. is the current one)")
+    return Path(given)
+
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -105,7 +113,10 @@ WhereOption = Annotated[
         help="Runs with this column, measure or setting; also != < <= > >=; all of several.",
     ),
 ]
-RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs-dir", metavar="FOLDER", parser=_path, help="Where run folders are."),
+]
 
 
 JSONOption = Annotated[
@@ -187,7 +198,9 @@ def show(
 @app.command("cp")
 def copy(
     recipe: RecipeArgument,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DEST", parser=_path, help="A file or a folder.")
+    ],
 ) -> None:
     """Copy a recipe, to change it."""
     from bilevel.cli.cp import copy as copy_recipe
@@ -202,7 +215,9 @@ def new(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="As a module of Python is called: my_problem.")
     ],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where to write.")] = Path(),
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER", parser=_path, help="Where to write.")
+    ] = Path(),
 ) -> None:
     """Write a problem, an estimator or a package to begin with: it runs and passes its test."""
     with boundary():
@@ -307,7 +322,9 @@ def check(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="An HTML page of what was found."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=_path, help="An HTML page of what was found."
+        ),
     ] = None,
     quiet: QuietOption = False,
     json: JSONOption = False,
@@ -343,9 +360,11 @@ def compare(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", metavar="FILE", help="YAML or JSON: label to estimator."),
+        typer.Option(
+            "--labels", metavar="FILE", parser=_path, help="YAML or JSON: label to estimator."
+        ),
     ] = None,
-    with_: Annotated[Path | None, typer.Option("--with", hidden=True)] = None,
+    with_: Annotated[Path | None, typer.Option("--with", parser=_path, hidden=True)] = None,
     seeds: Annotated[
         str | None,
         typer.Option("--seeds", metavar="0..4", help="Seeds; the recipe's if not given."),
@@ -546,7 +565,9 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="One page of all these runs."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=_path, help="One page of all these runs."
+        ),
     ] = None,
     where: WhereOption = None,
     runs_dir: RunsOption = Path("runs"),
@@ -561,7 +582,9 @@ def report(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new or empty folder.")],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER", parser=_path, help="A new or empty folder.")
+    ],
     merged: Annotated[
         bool, typer.Option("--merged", help="One whole model, not adapters on top of its base.")
     ] = False,

@@ -214,6 +214,11 @@ def test_build_nests_to_any_depth(toys: Path):
     assert nested.path == Path("a/b")
 
 
+def test_an_empty_path_is_refused_and_not_the_current_folder(toys: Path):
+    with pytest.raises(RecipeError, match=r"^p\.path = ''; must name a file or a folder"):
+        build("problems", {"name": f"{toys}:Nested", "need": 1, "path": ""}, "p")
+
+
 def test_build_shows_all_errors_at_their_places(toys: Path):
     spec = {
         "need": "1",

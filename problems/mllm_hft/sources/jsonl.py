@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 
 from .files import FileSource, Reading, Record
 from .json_files import Entry, json_lines
@@ -34,7 +34,7 @@ ANSWERS = {"yes": True, "no": False}
 class Jsonl(FileSource):
     """One JSON object a line: picture, captions, objects, hallucinated captions, questions."""
 
-    path: str
+    path: PathName
     """The file."""
 
     def read(self) -> Reading:
