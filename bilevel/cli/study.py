@@ -81,11 +81,7 @@ def study(
     found = findings(plan)
     if answer:
         answer.data = {"study": asked.name, **document(found)}
-    for table in found.regimes:
-        _show(console, asked, table)
-    if found.headroom:
-        console.print()
-        console.print(found.headroom.said, markup=False, highlight=False)
+    _print(console, asked, found, quiet)
     for path in _write(asked, found):
         console.print(Text(f"{path}"), soft_wrap=True)
     if failed:
@@ -248,7 +244,18 @@ def _leave(console: Console, driver: StudyDriver) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(console: Console, asked: Study, table: Table) -> None:
+def _print(console: Console, asked: Study, found: Findings, quiet: bool) -> None:
+    """The regimes and the headroom; where it is to be `quiet`, of both what there is a result of."""
+    for table in found.regimes:
+        if table.done or not quiet:
+            _show(console, asked, table, quiet)
+    gate = found.headroom
+    if gate and not (quiet and gate.verdict == "not yet computed"):
+        console.print()
+        console.print(gate.said, markup=False, highlight=False)
+
+
+def _show(console: Console, asked: Study, table: Table, quiet: bool) -> None:
     content = asked.content
     failed = f", {table.failed} failed" if table.failed else ""
     way = "largest" if content.maximize else "smallest"
@@ -262,7 +269,8 @@ def _show(console: Console, asked: Study, table: Table) -> None:
     if not table.done:
         return
     print_fitted(console, lambda left_out: _columns(table, left_out), SPARE)
-    if named := table.named.get(files.BASELINE):
+    named = table.named.get(files.BASELINE)
+    if named and not quiet:
         text = f"difference from {named}, the baseline named on development seeds, 95 % interval"
         console.print(text, style="dim", markup=False, highlight=False)
 

@@ -59,6 +59,23 @@ def test_every_cell_is_kept_and_no_run_is_left(there):
     assert all(len(line) <= 100 for line in said.splitlines() if " left  " not in line)
 
 
+def test_a_quiet_study_is_the_tables_of_what_is_there(there):
+    quiet = invoke("study", "small.yaml", "--no-run", "-q").output
+    whole = invoke("study", "small.yaml", "--no-run").output
+    assert re.search(r"implicit +ours ", quiet)
+    assert "the baseline named on development seeds" in whole
+    assert "the baseline named on development seeds" not in quiet
+    assert set(quiet.splitlines()) < set(whole.splitlines())
+
+
+def test_a_quiet_study_without_a_cell_says_where_its_page_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.lay(tmp_path)
+    assert "0 of" in invoke("study", "small.yaml", "--no-run").output
+    quiet = invoke("study", "small.yaml", "--no-run", "-q").output
+    assert quiet.splitlines() == [line for line in quiet.splitlines() if Path(line).is_file()]
+
+
 def test_the_numbers_are_those_of_the_cells(there):
     (easy, hard) = json.loads(invoke("study", "small.yaml", "--no-run", "--json").stdout)["regimes"]
     book = Book(there / "results")
