@@ -25,6 +25,7 @@ from bilevel.recipe.assemble import assemble
 from bilevel.recipe.seeds import parse_seeds
 from bilevel.run import engine
 from bilevel.runfolder import arithmetic
+from bilevel.sinks.console import say
 from bilevel.sinks.numbers import duration, significant
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
@@ -240,8 +241,7 @@ def _leave(console: Console, driver: StudyDriver) -> None:
         console.print(f"{driver.elsewhere} cells are running in another process", highlight=False)
     reasons = Counter(driver.waiting.values())
     for reason, number in reasons.most_common(SHOWN):
-        text = f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}")
 
 
 def _print(console: Console, asked: Study, found: Findings, quiet: bool) -> None:
