@@ -238,7 +238,7 @@ def _running(driver: StudyDriver) -> Text:
 def _leave(console: Console, driver: StudyDriver) -> None:
     """Say what was not run and why."""
     if driver.elsewhere:
-        console.print(f"{driver.elsewhere} cells are running in another process", highlight=False)
+        console.print(f"running in another process: {driver.elsewhere}", highlight=False)
     reasons = Counter(driver.waiting.values())
     for reason, number in reasons.most_common(SHOWN):
         say(console, f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}")
@@ -262,6 +262,10 @@ def _show(console: Console, asked: Study, table: Table, quiet: bool) -> None:
     console.print()
     title = f"{table.regime}: {table.title}" if table.title else table.regime
     console.print(title, style="bold", markup=False, highlight=False)
+    if not table.cells:
+        why = "" if table.named else ": ours and baseline, its arms, are not named yet"
+        console.print(f"no cells{why}", highlight=False)
+        return
     head = (
         f"{table.done} of {table.cells} cells are there{failed}; {content.measure}, {way} is best"
     )
