@@ -72,7 +72,7 @@ def test_a_quiet_study_without_a_cell_says_where_its_page_is(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     small.lay(tmp_path)
     said = invoke("study", "small.yaml", "--no-run").output
-    assert "0 of 19 cells are there" in said
+    assert "0 of 34 cells are there" in said
     assert "no cells: ours and baseline, its arms, are not named yet" in said
     text = small.TEXT.replace("arms: [ours, baseline]", "arms: [again, mixed]")
     assert "no cells" not in invoke("study", str(small.lay(tmp_path, text)), "--no-run").output
