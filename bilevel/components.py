@@ -6,10 +6,10 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from bilevel.errors import BilevelError, unknown
 
@@ -18,6 +18,17 @@ COMPONENT = ConfigDict(
 )
 
 C = TypeVar("C")
+
+
+def named(path: Any) -> Any:
+    """A path that is given; raises `ValueError` for an empty one, which would be the current folder."""
+    if path == "":
+        raise ValueError("must name a file or a folder (. is the current folder)")
+    return path
+
+
+PathName = Annotated[str, AfterValidator(named)]
+"""A file or a folder, and not nothing."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))

@@ -22,6 +22,11 @@ RENAMED = {
 }
 """Options that were called otherwise: what took the place of each, suggested where one is given."""
 
+ALIKE = 0.75
+"""Likeness from which on a name is a slip of another: of four letters one is wrong."""
+SHORTEST = 3
+"""Letters of a beginning that stands for a name."""
+
 
 class BilevelError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is the command line's."""
@@ -124,13 +129,32 @@ def require_kind(value: object, kind: type, what: str) -> None:
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:
-    """`'nmae': unknown <what>.` with its new name, the nearest known, those it is a word of, or all."""
+    """`'nmae': unknown <what>.` with its new name, the nearest known, or all where none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    near = near or [one for one in known if name in one.split("_")][:2]
-    near = [now for now in RENAMED.get(name, ()) if now in known] or near
+    near = [now for now in RENAMED.get(name, ()) if now in known] or nearest(name, known)
     if near:
         hint = f"Did you mean {' or '.join(map(repr, near))}?"
     else:
         hint = f"Known: {', '.join(known)}." if known else "None is known."
     return f"{name!r}: unknown {what}. {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that `name` may be a slip of, the likest first; else those that it abbreviates."""
+    known = [*known]
+    likeness = {one: _likeness(name.lower(), one.lower()) for one in known}
+    near = [one for one in known if likeness[one] >= ALIKE]
+    near.sort(key=lambda one: -likeness[one])
+    return (near or [one for one in known if _abbreviates(name.lower(), one.lower())])[:2]
+
+
+def _likeness(name: str, other: str) -> float:
+    """Share of the letters that two names have in common in the same order; 1 where all but the order agrees."""
+    if sorted(name) == sorted(other):
+        return 1.0
+    return difflib.SequenceMatcher(None, other, name).ratio()
+
+
+def _abbreviates(name: str, other: str) -> bool:
+    is_beginning = len(name) >= SHORTEST and other.startswith(name.removesuffix("s"))
+    return is_beginning or name in other.split("_")

@@ -12,21 +12,22 @@ import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import rng
-from bilevel.components import component
+from bilevel.components import component, named
 from bilevel.errors import ProblemError, RequirementError
 from bilevel.ranks import by_rows
 from bilevel.rng import Streams
 from bilevel.types import Params
 
+Folder = Annotated[Path, BeforeValidator(named)]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -44,7 +45,7 @@ class HyperCleaning:
     num_train: PositiveInt = 600
     num_clean: PositiveInt = 300
     ridge: PositiveFloat = 1e-3
-    folder: Path | None = Field(default=None, strict=False)
+    folder: Folder | None = Field(default=None, strict=False)
     data_seed: int = 0
 
     @cached_property

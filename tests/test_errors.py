@@ -37,3 +37,36 @@ def test_each_is_caught_as_its_builtin_and_says_what_it_was_given(name, builtin)
     assert isinstance(caught.value, errors.BilevelError)
     others = {ValueError, ImportError, RuntimeError, ArithmeticError, OSError} - {builtin}
     assert not isinstance(caught.value, tuple(others))
+
+
+NAMES = ["adam", "box_qp", "cg", "gradient", "iterations", "neumann", "none", "optimizer", "sgd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("iteratons", ["iterations"]),
+        ("sdg", ["sgd"]),
+        ("CG", ["cg"]),
+        ("Adamm", ["adam"]),
+        ("iters", ["iterations"]),
+        ("optim", ["optimizer"]),
+        ("box", ["box_qp"]),
+        ("newton", []),
+        ("lion", []),
+        ("o", []),
+        ("", []),
+    ],
+)
+def test_a_name_is_near_where_it_is_a_slip_or_an_abbreviation(name, near):
+    assert errors.nearest(name, NAMES) == near
+
+
+def test_the_likest_comes_first_and_two_at_most():
+    assert errors.nearest("steps", ["step", "stops", "steps_", "stepsize"]) == ["steps_", "step"]
+
+
+def test_an_unknown_name_that_is_near_to_none_is_told_all():
+    assert errors.unknown("newton", ["none", "cg"], "estimator") == (
+        "'newton': unknown estimator. Known: cg, none."
+    )

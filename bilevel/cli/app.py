@@ -27,7 +27,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class OptionalWatch(TyperGroup):
+class WholeSummaries(TyperGroup):
+    """Says in `--help` what each command does without cutting it off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, each.get_short_help_str(UNCUT))
+            for name, each in named
+            if each and not each.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class OptionalWatch(WholeSummaries):
     """`--watch` may stand without a run, for which there is no way to ask otherwise."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -37,7 +51,7 @@ class OptionalWatch(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-class Remembering(TyperGroup):
+class Remembering(WholeSummaries):
     """Keeps the words of the command line, which ranks are started with."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -46,6 +60,8 @@ class Remembering(TyperGroup):
 
 
 WORDS = "bilevel.words"
+UNCUT = 1000
+"""Characters of a summary at most: as many as any has."""
 
 app = typer.Typer(
     cls=Remembering,
@@ -55,6 +71,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _path(given: str | Path) -> Path:
+    """A path of the command line. Empty it would stand for the current folder, which nobody has named."""
+    if given == "":
+        raise typer.BadParameter("got ''; must name a file or a folder (. is the current one)")
+    return Path(given)
+
 
 RecipeArgument = Annotated[
     str,
@@ -89,7 +113,10 @@ WhereOption = Annotated[
         help="Runs with this column, measure or setting; also != < <= > >=; all of several.",
     ),
 ]
-RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.")]
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs-dir", metavar="FOLDER", parser=_path, help="Where run folders are."),
+]
 
 
 JSONOption = Annotated[
@@ -132,7 +159,7 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]",
+            metavar="KIND",
             help="problems, estimators, recipes, …",
             autocompletion=complete_kind,
         ),
@@ -151,6 +178,7 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
+            metavar="NAME",
             help="A component (cg, or linear/cg), or a recipe (ridge.yaml).",
             autocompletion=complete_name,
         ),
@@ -170,7 +198,9 @@ def show(
 @app.command("cp")
 def copy(
     recipe: RecipeArgument,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DEST", parser=_path, help="A file or a folder.")
+    ],
 ) -> None:
     """Copy a recipe, to change it."""
     from bilevel.cli.cp import copy as copy_recipe
@@ -182,8 +212,12 @@ def copy(
 @app.command()
 def new(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="problem, estimator or package.")],
-    name: Annotated[str, typer.Argument(help="As a module of Python is called: my_problem.")],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where to write.")] = Path(),
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As a module of Python is called: my_problem.")
+    ],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER", parser=_path, help="Where to write.")
+    ] = Path(),
 ) -> None:
     """Write a problem, an estimator or a package to begin with: it runs and passes its test."""
     with boundary():
@@ -288,7 +322,9 @@ def check(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="An HTML page of what was found."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=_path, help="An HTML page of what was found."
+        ),
     ] = None,
     quiet: QuietOption = False,
     json: JSONOption = False,
@@ -324,9 +360,11 @@ def compare(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", metavar="FILE", help="YAML or JSON: label to estimator."),
+        typer.Option(
+            "--labels", metavar="FILE", parser=_path, help="YAML or JSON: label to estimator."
+        ),
     ] = None,
-    with_: Annotated[Path | None, typer.Option("--with", hidden=True)] = None,
+    with_: Annotated[Path | None, typer.Option("--with", parser=_path, hidden=True)] = None,
     seeds: Annotated[
         str | None,
         typer.Option("--seeds", metavar="0..4", help="Seeds; the recipe's if not given."),
@@ -527,7 +565,9 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="One page of all these runs."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=_path, help="One page of all these runs."
+        ),
     ] = None,
     where: WhereOption = None,
     runs_dir: RunsOption = Path("runs"),
@@ -542,7 +582,9 @@ def report(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new or empty folder.")],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER", parser=_path, help="A new or empty folder.")
+    ],
     merged: Annotated[
         bool, typer.Option("--merged", help="One whole model, not adapters on top of its base.")
     ] = False,
@@ -657,7 +699,12 @@ def schema() -> None:
 def doctor(
     ranks: Annotated[
         int | None,
-        typer.Option(min=2, help="Also start so many ranks on this machine, and compare sums."),
+        typer.Option(
+            "--ranks",
+            metavar="N",
+            min=2,
+            help="Also start so many ranks on this machine, and compare sums.",
+        ),
     ] = None,
 ) -> None:
     """Check this installation: devices, extras, data."""

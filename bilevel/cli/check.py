@@ -29,7 +29,7 @@ from bilevel.report import write_check
 from bilevel.run.setup import Setup
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.testing import Agreement, CheckRow, PathRow
-from bilevel.testing.table import COLUMNS, WORDS
+from bilevel.testing.table import CLAIM_ALONE, COLUMNS, WORDS
 from bilevel.types import Estimator, Stats
 
 Row = TypeVar("Row", CheckRow, PathRow)
@@ -194,7 +194,7 @@ def _print_path(
     console.print()
     console.print(_PATH_LEGEND, style="dim", highlight=False)
     if left:
-        console.print(f"{len(left)} more variables are in `all` alone", highlight=False)
+        console.print(f"in `all` alone: {len(left)} more of them", highlight=False)
     for row in rows:
         if row.note:
             console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
@@ -270,6 +270,8 @@ def _print(console: Console, recipe: Recipe, rows: Sequence[CheckRow], quiet: bo
         return
     console.print()
     console.print(_LEGEND, style="dim", highlight=False)
+    if any(row.is_claim_alone for row in rows):
+        console.print(CLAIM_ALONE, style="dim", highlight=False)
     settled = [row.name for row in rows if _is_settled_only(row)]
     if settled:
         console.print(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from bilevel import registry
@@ -14,6 +16,8 @@ STUDIES = "studies"
 """Folder of studies beside the recipes."""
 SCHEMA_KEY = "# yaml-language-server: $schema="
 """Begins the comment by which editors find the schema of a recipe, and complete its keys."""
+
+SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
 
 
 def shipped() -> dict[str, Path]:
@@ -57,7 +61,11 @@ def locate(reference: str, what: str = "recipe") -> Path:
 
 
 def summary(path: Path) -> str:
-    """The comment on the first line of a recipe."""
+    """The first sentence of the comment that a recipe begins with, on however many lines."""
     with path.open(encoding="utf-8") as file:
-        first = file.readline().strip()
-    return first.lstrip("# ") if first.startswith("#") else ""
+        text = " ".join(line.strip("# \n") for line in takewhile(_is_comment, file))
+    return SENTENCE_END.split(text, maxsplit=1)[0]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not line.startswith(SCHEMA_KEY)

@@ -69,7 +69,7 @@ def list_runs(
         return
     kept = chosen(found, where)
     if not kept:
-        console.print(f"None of {len(found)} runs in {runs}/ is so.", markup=False)
+        console.print(f"No run of {len(found)} in {runs}/ is so.", markup=False)
         return
     key = (sort or "").removeprefix("-")
     if sort:

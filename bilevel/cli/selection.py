@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import operator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import registry, sweeping
-from bilevel.errors import BilevelError, RecipeError
+from bilevel.errors import BilevelError, RecipeError, nearest
 from bilevel.recipe.settings import NUMERIC, flattened, shown
 from bilevel.recipe.yaml_source import parse
 from bilevel.runfolder import record
@@ -216,7 +215,7 @@ def meant(found: Sequence[Listed], key: str, option: str) -> tuple[str, Sequence
         if near:
             return "measures" if begun else part, near
     known = [*found[0].columns, *map(_spelled, measures)]
-    if difflib.get_close_matches(key, settings):
+    if nearest(key, settings):
         known += settings
     said = registry.unknown(key, known, "column, measure or setting")
     raise RecipeError(f"{option} {said} A setting is one like upper.optimizer.lr")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from bilevel import recipe as recipes
 from bilevel import registry
+from bilevel.cli.docstrings import wrapped
 from bilevel.cli.names import SUFFIXES, locate, shipped
 from bilevel.errors import RecipeError
 from bilevel.recipe import yaml_source
@@ -77,7 +76,8 @@ def _show_recipe_or_refuse(console: Console, reference: str, name: str, is_recip
 def _preset(console: Console, group: str, preset: Preset) -> None:
     title = Text.assemble((preset.name, "bold cyan"), f"  {registry.kind(group)}, preset")
     console.print(title, soft_wrap=True)
-    console.print(Text(f"\n{preset.about}"))
+    console.print()
+    _print_doc(console, preset.about)
     text = yaml_source.to_yaml({registry.kind(group): dict(preset.spec)}).rstrip()
     console.print(Text(f"\n{text}"))
     console.print(Text(f"\nIts options: bilevel show {group}/{preset.spec['name']}", style="dim"))
@@ -99,44 +99,11 @@ def _component(console: Console, group: str, entry: registry.Entry) -> None:
     _options(console, outline)
 
 
-def reflow(doc: str) -> str:
-    """A docstring with the lines of its paragraphs joined; what is indented or listed stays.
-
-    Under "Raises:" an entry is an indented line, and what is indented further continues it.
-    """
-    lines: list[str] = []
-    in_raises = False
-    for line in doc.splitlines():
-        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
-        is_text = line and not line.startswith((" ", "- ", "* "))
-        follows_text = lines and lines[-1] and not lines[-1].startswith(" ")
-        if is_text and follows_text:
-            lines[-1] = f"{lines[-1]} {line}"
-        elif _goes_on(line, lines[-1] if lines else "", in_raises):
-            lines[-1] = f"{lines[-1]} {line.strip()}"
-        else:
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _goes_on(line: str, before: str, in_raises: bool) -> bool:
-    """Whether an indented line belongs to the item above it."""
-    is_item = line.startswith("  ") and before.startswith(("- ", "* "))
-    return is_item or (in_raises and line.startswith(" " * 8))
-
-
-def _print_doc(console: Console, doc: str, style: str = "") -> None:
-    """Paragraphs as wide as the console; what goes on in an indented one is indented further."""
-    in_raises = False
-    for line in reflow(doc).split("\n"):
-        in_raises = line == "Raises:" or (in_raises and line.startswith(" "))
-        if in_raises and line.startswith(" "):
-            body = textwrap.wrap(line.strip(), console.width - 8, break_on_hyphens=False)
-            console.print(Padding(Text(body[0], style), (0, 0, 0, 4)))
-            if body[1:]:
-                console.print(Padding(Text("\n".join(body[1:]), style), (0, 0, 0, 8)))
-        else:
-            console.print(Text(line, style))
+def _print_doc(console: Console, doc: str, style: str = "", head: str = "") -> None:
+    """A docstring as wide as the console; `head`, which it begins with, stands out."""
+    text = Text("\n".join(wrapped(doc, console.width)), style)
+    text.stylize("cyan", 0, len(head))
+    console.print(text, soft_wrap=True)
 
 
 def _options(console: Console, outline: Outline) -> None:
@@ -159,7 +126,7 @@ def _options(console: Console, outline: Outline) -> None:
     for option in outline.options:
         if option.doc:
             console.print()
-            console.print(Text.assemble((option.name, "cyan"), f": {reflow(option.doc)}"))
+            _print_doc(console, f"{option.name}: {option.doc}", head=option.name)
 
 
 def _default(option: Option) -> str:

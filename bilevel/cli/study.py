@@ -25,6 +25,7 @@ from bilevel.recipe.assemble import assemble
 from bilevel.recipe.seeds import parse_seeds
 from bilevel.run import engine
 from bilevel.runfolder import arithmetic
+from bilevel.sinks.console import say
 from bilevel.sinks.numbers import duration, significant
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
@@ -81,11 +82,7 @@ def study(
     found = findings(plan)
     if answer:
         answer.data = {"study": asked.name, **document(found)}
-    for table in found.regimes:
-        _show(console, asked, table)
-    if found.headroom:
-        console.print()
-        console.print(found.headroom.said, markup=False, highlight=False)
+    _print(console, asked, found, quiet)
     for path in _write(asked, found):
         console.print(Text(f"{path}"), soft_wrap=True)
     if failed:
@@ -241,20 +238,34 @@ def _running(driver: StudyDriver) -> Text:
 def _leave(console: Console, driver: StudyDriver) -> None:
     """Say what was not run and why."""
     if driver.elsewhere:
-        console.print(f"{driver.elsewhere} cells are running in another process", highlight=False)
+        console.print(f"running in another process: {driver.elsewhere}", highlight=False)
     reasons = Counter(driver.waiting.values())
     for reason, number in reasons.most_common(SHOWN):
-        text = f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{number} {'cells wait' if number > 1 else 'cell waits'}: {reason}")
 
 
-def _show(console: Console, asked: Study, table: Table) -> None:
+def _print(console: Console, asked: Study, found: Findings, quiet: bool) -> None:
+    """The regimes and the headroom; where it is to be `quiet`, of both what there is a result of."""
+    for table in found.regimes:
+        if table.done or not quiet:
+            _show(console, asked, table, quiet)
+    gate = found.headroom
+    if gate and not (quiet and gate.verdict == "not yet computed"):
+        console.print()
+        console.print(gate.said, markup=False, highlight=False)
+
+
+def _show(console: Console, asked: Study, table: Table, quiet: bool) -> None:
     content = asked.content
     failed = f", {table.failed} failed" if table.failed else ""
     way = "largest" if content.maximize else "smallest"
     console.print()
     title = f"{table.regime}: {table.title}" if table.title else table.regime
     console.print(title, style="bold", markup=False, highlight=False)
+    if not table.cells:
+        why = "" if table.named else ": ours and baseline, its arms, are not named yet"
+        console.print(f"no cells{why}", highlight=False)
+        return
     head = (
         f"{table.done} of {table.cells} cells are there{failed}; {content.measure}, {way} is best"
     )
@@ -262,7 +273,8 @@ def _show(console: Console, asked: Study, table: Table) -> None:
     if not table.done:
         return
     print_fitted(console, lambda left_out: _columns(table, left_out), SPARE)
-    if named := table.named.get(files.BASELINE):
+    named = table.named.get(files.BASELINE)
+    if named and not quiet:
         text = f"difference from {named}, the baseline named on development seeds, 95 % interval"
         console.print(text, style="dim", markup=False, highlight=False)
 

@@ -309,7 +309,7 @@ def _conclude(
         if row.status == "failed":
             console.print(Text(f"trial {row.number} failed: {row.reason}"), soft_wrap=True)
     if left := driver.elsewhere():
-        console.print(f"{left} trials are running in another process", highlight=False)
+        console.print(f"running in another process: {left}", highlight=False)
     if not figure.is_possible():
         complain("no figure: it needs matplotlib: pip install 'bilevel[report]'", kind="note: ")
     else:

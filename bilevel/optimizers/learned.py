@@ -7,7 +7,6 @@ Maclaurin, Duvenaud and Adams (2015), arXiv:1502.03492; one for each coordinate:
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import component
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, nearest
 from bilevel.sharding.parts import for_rows
 from bilevel.types import Optimizer, Params
 
@@ -58,7 +57,7 @@ class Learned:
         found = {name: entry for name, entry in x.items() if name.startswith(f"{self.upper}.")}
         if found:
             return found
-        close = difflib.get_close_matches(self.upper, x, 1)
+        close = nearest(self.upper, x)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ProblemError(
             f"an option of the lower optimizer is {self}, and x has no entry {self.upper!r}: it has "

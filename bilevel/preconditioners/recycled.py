@@ -10,7 +10,7 @@ Differs from the papers in:
    symmetric, and its symmetric part is inverted.
 2. Eigenvalues of it below √eps of the largest, or not positive, are left out: such combinations of
    pairs are rounding, or curvature that A no longer has. M⁻¹ stays positive definite.
-3. The pairs are an even selection of a long solve's, not its first or last: `room` is in bytes.
+3. The pairs are an even selection of a long solve's, not its first or last: `memory` is in bytes.
 """
 
 from __future__ import annotations

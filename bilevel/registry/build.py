@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from bilevel import registry
-from bilevel.components import COMPONENT, Slot
+from bilevel.components import COMPONENT, Slot, named
 from bilevel.errors import BilevelError, RecipeError, RequirementError
 from bilevel.registry import presets
 from bilevel.registry.diagnostics import Complaints, Where, show
@@ -266,8 +266,15 @@ class Builder:
             if isinstance(given, Mapping) and hasattr(member, "__pydantic_fields__"):
                 return self.options(member, given, where)
             if member is Path and isinstance(given, str):
-                return Built(Path(given), given)
+                return self._path(given, where)
         return Built(given, given)
+
+    def _path(self, given: str, where: Where) -> Built | None:
+        try:
+            return Built(Path(named(given)), given)
+        except ValueError as error:
+            self._complaints.add(where, str(error), given)
+            return None
 
     def _items(
         self, origin: Any, arguments: Any, given: Any, where: Where, group: str | None

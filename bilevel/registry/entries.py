@@ -100,11 +100,17 @@ def find(group: str, reference: str, base: Path | None = None) -> type[Any]:
         if reference.endswith(".py"):
             raise RecipeError(_no_class(reference, base or Path()))
         known = {*points, *presets.of(group)}
-        raise RecipeError(unknown(reference, known, kind(group)))
+        raise RecipeError(unknown(reference, known, kind(group)) + _elsewhere(reference, group))
     if conflict := _conflict(group, reference):
         raise RecipeError(conflict)
     module, _, name = points[reference].value.partition(":")
     return _attribute(_import(module, reference), name, reference)
+
+
+def _elsewhere(name: str, group: str) -> str:
+    """What has this name though it is not of this group."""
+    found = [f"{other}/{name}" for other in groups() if other != group and name in _points(other)]
+    return f" Of another kind there is {' and '.join(found)}." if found else ""
 
 
 def _no_class(reference: str, base: Path) -> str:

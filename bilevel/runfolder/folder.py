@@ -166,14 +166,14 @@ def create(
 
 def find(reference: str, runs: Path) -> RunFolder:
     """The run at the path `reference`, or the newest run of that name below `runs`."""
-    for path in (Path(reference), runs / reference):
+    for path in _places(reference, runs):
         if _is_run(path):
             return RunFolder(path)
         below = _folders(path)
         if below:
             return RunFolder(max(below, key=_age))
     raise RecipeError(
-        f"{reference}: is not a run: neither a folder with {RESOLVED} nor the name of a run below "
+        f"{reference or repr(reference)}: is not a run: neither a folder with {RESOLVED} nor the name of a run below "
         f"{runs}/; `bilevel runs` lists them"
     )
 
@@ -183,7 +183,7 @@ def find_all(reference: str, runs: Path) -> list[RunFolder]:
 
     Patterns are those of the shell, of `name` or `name/run`. Raises `RecipeError` where there is none.
     """
-    for path in (Path(reference), runs / reference):
+    for path in _places(reference, runs):
         if _is_run(path):
             return [RunFolder(path)]
         if below := _folders(path):
@@ -199,10 +199,15 @@ def find_all(reference: str, runs: Path) -> list[RunFolder]:
         ]
     if not found:
         raise RecipeError(
-            f"{reference}: is not a run: neither a folder with {RESOLVED} nor a name, or a pattern of "
+            f"{reference or repr(reference)}: is not a run: neither a folder with {RESOLVED} nor a name, or a pattern of "
             f"names, of runs below {runs}/; `bilevel runs` lists them"
         )
     return found
+
+
+def _places(reference: str, runs: Path) -> tuple[Path, ...]:
+    """Where a run may be; nothing is none, and not the current folder."""
+    return (Path(reference), runs / reference) if reference else ()
 
 
 def _age(run: Path) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -123,6 +124,18 @@ class ConsoleReceiver:
                 self._console.print(Text.assemble((f"warned: {kind}", "yellow"), steps))
 
 
+def say(console: Console, text: str) -> None:
+    """Print a text in lines as wide as the console; a word that is wider, as a path, stays whole."""
+    lines = textwrap.wrap(
+        text,
+        max(1, console.width),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
 class _Plain:
     """Some twenty rows a run, none wider than 80 columns.
 
@@ -161,21 +174,24 @@ class _Plain:
             count = f"{event.done:,} of {event.total:,}"
         else:
             count = f"{event.done:,}" if event.done else "…"
-        self._say("  ".join(part for part in (f"{event.stage}: {count}", event.note) if part))
+        self._said = time.monotonic()
+        parts = (f"{event.stage}: {count}", event.note)
+        say(self._console, "  ".join(part for part in parts if part))
 
     def _row(self, event: Stepped) -> None:
         before = self._shown or ()
         shown = [each for each in EVIDENCE if each in before or each.of(event) is not None]
         width = max(4, len(str(self._clock.steps)))
         digits = 3 if width == 4 else 2
+        self._said = time.monotonic()
         if shown != self._shown:
             self._shown = shown
             heads = " ".join(f"{each.head:>{each.width}}" for each in (*shown, CALLS))
-            self._say(
+            self._print(
                 f"{'step':>{width}} {'F':>{digits + 7}} {'G':>{digits + 7}} ‖dΦ/dx‖ {heads} {'ETA':>6}"
             )
         cells = " ".join(f"{each.of(event) or '-':>{each.width}}" for each in (*shown, CALLS))
-        self._say(
+        self._print(
             f"{event.step:{width}d} {event.upper_loss:{digits + 7}.{digits}e} "
             f"{event.lower_loss:{digits + 7}.{digits}e} "
             f"{event.hypergradient_norm:7.1e} {cells} {self._clock.left(event.step):>6}"
@@ -184,8 +200,7 @@ class _Plain:
     def _silent(self) -> bool:
         return time.monotonic() - self._said > PATIENCE
 
-    def _say(self, text: str) -> None:
-        self._said = time.monotonic()
+    def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

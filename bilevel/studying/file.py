@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import RecipeError, unknown
 from bilevel.recipe import recipe as recipes
 from bilevel.recipe.seeds import seeds_of
@@ -164,8 +164,8 @@ class StudyFile:
     """A study's file."""
 
     name: Name
-    recipe: str
-    results: str
+    recipe: PathName
+    results: PathName
     """Folder of what is kept, a file a cell; like `page` relative to where the command is given."""
     measure: str
     seeds: Seeds
@@ -191,7 +191,7 @@ class StudyFile:
     cases: Cases | None = None
     keep: tuple[str, ...] = ("*",)
     """Measures that a cell keeps, beside the one that counts; `*` stands for any words."""
-    page: str | None = None
+    page: PathName | None = None
     """Markdown in which the numbers are written between markers `<!-- study:… -->`."""
     axis: str = ""
     """What `at` of the regimes is."""

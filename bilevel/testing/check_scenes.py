@@ -34,7 +34,9 @@ class CheckScene:
     setup: Setup
     perturb: float
     substituted: str | None = None
-    """Which lower solver was substituted and why; None for the setup's own lower solver."""
+    """Which lower solver was substituted; None for the setup's own lower solver."""
+    lacking: str = ""
+    """Why: what the setup's own keeps nothing of."""
 
     @cached_property
     def scene(self) -> Scene:
@@ -89,18 +91,22 @@ class CheckScenes:
             ProblemError: the estimator cannot work with the problem, whatever the lower solver.
         """
         needs, lower = estimator.needs, self.setup.lower
-        chosen: LowerSolver | None = None
+        chosen, lacking = None, ""
         if needs.path and not lower.offers.path:
-            chosen = Gradient(optimizer=SGD(lr=0.9 / self._steepest))
+            chosen, lacking = Gradient(optimizer=SGD(lr=0.9 / self._steepest)), "path"
         elif needs.pairs and not lower.offers.pairs:
-            chosen = None if "project_lower" in self.setup.levels else LBFGS()
+            chosen, lacking = self._with_pairs, "pairs"
         setup = replace(self.setup, estimator=estimator, lower=chosen or lower)
         refuse_mismatch(setup)
         if chosen is None:
             return self.own
         name = type(chosen).__name__.lower()
-        about = f"after lower: {name}, for the recipe's own keeps nothing that it needs"
-        return self._substituted.setdefault(name, CheckScene(setup, self.perturb, about))
+        why = f"lower: {called(lower, 'lower')} keeps no {lacking}"
+        return self._substituted.setdefault(name, CheckScene(setup, self.perturb, name, why))
+
+    @property
+    def _with_pairs(self) -> LowerSolver | None:
+        return None if "project_lower" in self.setup.levels else LBFGS()
 
     @cached_property
     def _steepest(self) -> float:

@@ -22,9 +22,10 @@ COLUMNS: Mapping[str, Callable[[CheckRow], str]] = {
     "err vs\ndΦ/dx": lambda row: small(row.error),
     "cosine": lambda row: small(row.cosine, ".3f"),
     "HVPs": lambda row: f"{row.stats.hvps}",
-    "verdict": lambda row: row.verdict,
+    "verdict": lambda row: f"{row.verdict}{'*' * row.is_claim_alone}",
 }
-"""Cells by their head."""
+"""Cells by their head; a * is explained by `CLAIM_ALONE`."""
+CLAIM_ALONE = "*: of the claim alone; what the recipe itself would get was not measured"
 WORDS = ("estimator", "differentiates", "verdict")
 """Those that hold no numbers."""
 
@@ -51,7 +52,8 @@ class CheckTable(tuple[CheckRow, ...]):
         return f"reference: {', '.join(dict.fromkeys(row.reference for row in self))}"
 
     def _notes(self) -> list[str]:
-        return [f"{row.name}: {row.note}" for row in self if row.note]
+        alone = [CLAIM_ALONE] if any(row.is_claim_alone for row in self) else []
+        return [*alone, *(f"{row.name}: {row.note}" for row in self if row.note)]
 
 
 def check_table(

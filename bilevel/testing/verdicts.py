@@ -28,8 +28,12 @@ from bilevel.testing.reference import (
 from bilevel.types import Estimate, Estimator, Params, Point, Stats, tightened
 
 Verdict = Literal["exact", "as claimed", "approximate", "wrong", "refused", "untested"]
-"""exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim;
+"""exact: it is dΦ/dx; as claimed: it is the derivative of what it says; approximate: no claim, but an
+error that is known; untested: nothing was measured;
 refused: it cannot work on this problem, and the note says what can."""
+
+NO_CLAIM = "claims nothing that could be tested"
+NO_TRUTH = "no truth to compare with: the lower level cannot be solved tightly here"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class CheckRow:
     verdict: Verdict
     note: str
     stats: Stats
+
+    @property
+    def is_claim_alone(self) -> bool:
+        """Whether its claim was tested, and what the setup itself would get was not measured."""
+        return self.claim_error is not None and self.error is None
 
 
 def check(
@@ -85,14 +94,14 @@ def _row(
     row = CheckRow(name, known, None, None, estimator.claim, None, "untested", "", Stats())
     row = _judge(check_scenes, row, estimator)
     caution = estimator.needs.caution
-    return replace(row, note="; ".join(filter(None, (row.note, caution and caution()))))
+    return replace(row, note=_joined(row.note, caution and caution()))
 
 
 def _judge(check_scenes: CheckScenes, row: CheckRow, estimator: Estimator) -> CheckRow:
     try:
         check_scene = check_scenes.of(estimator)
         row = _judge_on(check_scene, row, estimator)
-        return replace(row, note="; ".join(filter(None, (row.note, check_scene.substituted))))
+        return replace(row, note=_joined(row.note, _not_as_configured(check_scene, estimator)))
     except ProblemError as error:
         verdict: Verdict = "untested" if check_scenes.own.is_one_of_many else "refused"
         return replace(row, verdict=verdict, note=str(error))
@@ -110,7 +119,7 @@ def _judge_on(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> C
     if estimator.claim is None:
         if row.note:  # as it is set it comes to no number, and there is no other way to judge it
             return replace(row, verdict="untested" if check_scene.is_one_of_many else "refused")
-        return replace(row, verdict="approximate", note="claims nothing (damped, or truncated)")
+        return _without_claim(check_scene, row)
     if reason := not_applicable(check_scene, estimator):
         return replace(row, verdict="refused", note=reason)
     if estimator.claim == "solution":
@@ -118,6 +127,27 @@ def _judge_on(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> C
             scene, check_scene.reference, row, tightened(estimator, tree.size(scene.tight))
         )
     return _judge_objective(scene, row, tightened(estimator, tree.size(scene.tight)))
+
+
+def _without_claim(check_scene: CheckScene, row: CheckRow) -> CheckRow:
+    """Its error as configured is all there is to say of it, where that is known."""
+    if row.error is not None:
+        return replace(row, verdict="approximate", note=f"{NO_CLAIM}: err vs dΦ/dx is all there is")
+    why = None if check_scene.substituted else NO_TRUTH
+    return replace(row, verdict="untested", note=_joined(NO_CLAIM, why))
+
+
+def _not_as_configured(check_scene: CheckScene, estimator: Estimator) -> str | None:
+    """What was done instead where the setup's own lower solver has nothing for an estimator."""
+    if check_scene.substituted is None:
+        return None
+    tested = f"its claim was tested after lower: {check_scene.substituted}"
+    said = f"not measured as configured, for {check_scene.lacking}"
+    return _joined(said, tested if estimator.claim else None)
+
+
+def _joined(*notes: str | None) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _as_configured(check_scene: CheckScene, row: CheckRow, estimator: Estimator) -> CheckRow:
@@ -139,8 +169,7 @@ def _judge_solution(
 ) -> CheckRow:
     """Against dΦ/dx at the lower solution. A method that says nothing of its solve has converged."""
     if reference is None:
-        nothing = "no truth to compare with: the lower level cannot be solved tightly here"
-        return replace(row, note="; ".join(filter(None, (row.note, nothing))))
+        return replace(row, note=_joined(row.note, NO_TRUTH))
     got = _ask_gently(scene, tight)
     if got is None:
         note = "diverges, however small its scale, on a lower level that is convex here"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def test_commands_and_options_are_frozen():
     assert top == ["--version", "--debug", "--install-completion", "--show-completion"]
 
 
+def test_help_says_what_a_command_does_without_cutting_it_off():
+    group: Any = typer.main.get_command(app)
+    told = " ".join(invoke("--help").output.split())
+    for name, command in group.commands.items():
+        assert f"{name} {' '.join(command.help.split())}" in told
+    assert "..." not in told.partition("Commands:")[2]
+
+
 def test_the_version_is_said():
     assert invoke("--version").output == f"bilevel {version('bilevel')}\n"
 
@@ -117,7 +126,7 @@ def test_a_file_bears_its_commands_name():
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
     shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling", "doctor_ranks"}
-    shared |= {"study_cell"}
+    shared |= {"study_cell", "docstrings"}
     shared |= {"spreading", "launch", "member", "follow"}
     assert files - set(COMMANDS) == shared
 
@@ -131,6 +140,50 @@ def _commands(group):
 
 def _argument(param) -> str:
     return param.name.upper() + ("" if param.required else "?")
+
+
+def _paths():
+    """(command, option or argument) for every path that a command takes."""
+    every = [("", each) for each in app.registered_commands]
+    every += [("", app_module.runs_app.registered_callback)]
+    every += [("runs ", each) for each in app_module.runs_app.registered_commands]
+    for below, each in every:
+        hints = typing.get_type_hints(each.callback)
+        name = getattr(each, "name", None) or each.callback.__name__
+        for parameter, hint in hints.items():
+            if Path in (hint, *typing.get_args(hint)):
+                yield f"{below}{name}", parameter
+
+
+@pytest.mark.parametrize(("name", "parameter"), [*_paths()])
+def test_an_empty_path_is_refused_and_not_the_current_folder(
+    name, parameter, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = dict(_commands(typer.main.get_command(app)))[name]
+    words = []
+    for each in command.params:
+        is_option = each.opts[0].startswith("-")
+        if each.name == parameter:
+            words += [each.opts[0], ""] if is_option else [""]
+        elif each.required:
+            words += [each.opts[0], "x"] if is_option else ["x"]
+    said = invoke(*name.split(), *words, code=2).stderr
+    assert "got ''; must name a file or a folder" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_paths_of_every_command_are_found():  # by the test above
+    assert len(list(_paths())) >= 15
+    assert {("run", "runs_dir"), ("cp", "destination"), ("runs rm", "runs_dir")} <= set(_paths())
+
+
+@pytest.mark.parametrize("command", [["resume"], ["report"], ["runs", "rm", "-y"]])
+def test_no_run_is_named_by_nothing(command, runs, monkeypatch):
+    folder = run(runs)
+    monkeypatch.chdir(folder)  # which is a run
+    assert "'': is not a run" in invoke(*command, "", code=2).stderr
+    assert folder.is_dir()
 
 
 LIGHT = [

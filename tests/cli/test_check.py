@@ -23,6 +23,23 @@ def test_check_shows_a_row_for_each_estimator():
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_claim_alone_is_marked_and_what_is_not_measured_is_untested():
+    text = invoke("check", "box_qp", "--estimators", "forward,zeroth_order,kkt").output
+    assert re.search(r"^forward +path +\d\S+ +- +- +\d+ +as claimed\*$", text, re.MULTILINE)
+    assert re.search(r"^zeroth_order +- +- +- +- +0 +untested *$", text, re.MULTILINE)
+    assert re.search(r"^kkt .* exact *$", text, re.MULTILINE)
+    assert "*: of the claim alone" in text
+    told = " ".join(text.split())
+    assert "forward: not measured as configured, for lower: proximal keeps no path; its" in told
+    assert "zeroth_order: claims nothing that could be tested; not measured" in told
+    assert "*" not in invoke("check", "box_qp", "--estimators", "kkt").output
+
+
+def test_variables_beyond_the_columns_are_counted():
+    text = invoke("check", "sinusoid", "--path", "problem.problem.width=4").output
+    assert "in `all` alone: 1 more of them" in text
+
+
 WRONG = """
 from bilevel import tree
 from bilevel.estimators.implicit import Implicit

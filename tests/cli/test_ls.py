@@ -1,7 +1,9 @@
 """`ls`: what is registered."""
 
+import json
 import re
 
+from bilevel.cli.names import summary
 from tests.cli.commands import invoke
 
 
@@ -32,3 +34,17 @@ def test_ls_lists_what_is_registered():
     assert "cg" in only
     assert "adam" not in only
     assert "Did you mean 'linear'" in invoke("ls", "liner", code=2).stderr
+
+
+def test_recipes_are_told_in_whole_sentences(tmp_path):
+    told = json.loads(invoke("ls", "recipes", "--json").stdout)["kinds"]["recipes"]
+    for each in told:
+        assert each["summary"].endswith("."), each
+    lines = invoke("ls", "recipes").output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "ImageNet weights." in " ".join(" ".join(lines).split())
+    path = tmp_path / "mine.yaml"
+    path.write_text("# Half of a\n# sentence. Another one.\nversion: 1\n# not this\n")
+    assert summary(path) == "Half of a sentence."
+    path.write_text("version: 1\n")
+    assert summary(path) == ""

@@ -59,6 +59,27 @@ def test_every_cell_is_kept_and_no_run_is_left(there):
     assert all(len(line) <= 100 for line in said.splitlines() if " left  " not in line)
 
 
+def test_a_quiet_study_is_the_tables_of_what_is_there(there):
+    quiet = invoke("study", "small.yaml", "--no-run", "-q").output
+    whole = invoke("study", "small.yaml", "--no-run").output
+    assert re.search(r"implicit +ours ", quiet)
+    assert "the baseline named on development seeds" in whole
+    assert "the baseline named on development seeds" not in quiet
+    assert set(quiet.splitlines()) < set(whole.splitlines())
+
+
+def test_a_quiet_study_without_a_cell_says_where_its_page_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.lay(tmp_path)
+    said = invoke("study", "small.yaml", "--no-run").output
+    assert "0 of 34 cells are there" in said
+    assert "no cells: ours and baseline, its arms, are not named yet" in said
+    text = small.TEXT.replace("arms: [ours, baseline]", "arms: [again, mixed]")
+    assert "no cells" not in invoke("study", str(small.lay(tmp_path, text)), "--no-run").output
+    quiet = invoke("study", "small.yaml", "--no-run", "-q").output
+    assert quiet.splitlines() == [line for line in quiet.splitlines() if Path(line).is_file()]
+
+
 def test_the_numbers_are_those_of_the_cells(there):
     (easy, hard) = json.loads(invoke("study", "small.yaml", "--no-run", "--json").stdout)["regimes"]
     book = Book(there / "results")
@@ -128,7 +149,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(there):
     place = there / "runs" / "small-study" / "easy" / "direct" / "test-seed0"
     with RunFolder(place).lock():
         result = invoke("study", "small.yaml", "--workers", "0")
-        assert "1 cells are running in another process" in result.output
+        assert "running in another process: 1" in result.output
         assert not gone.is_file()
     invoke("study", "small.yaml", "--workers", "0")
     assert gone.is_file()

@@ -288,9 +288,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("lower/lbfgs.py", "y = tree.detach(tree.clone(y))"): (
         "torch's L-BFGS reads .grad, which any tensor may have"
     ),
-    ("optimizers/learned.py", "close = difflib.get_close_matches(self.upper, x, 2)"): (
-        "the first is shown, however many follow it"
-    ),
     (
         "problem/trust.py",
         "return 0.001 * (step.stats.curvature or 0.0) * max(step.lower_size, 0.002)",

@@ -11,6 +11,8 @@ from bilevel.errors import ProblemError, RecipeError
 from bilevel.estimators import FOMAML, Forward, Implicit, OneStep, Penalty, Unroll, ZerothOrder
 from bilevel.lower import LBFGS, AugmentedLagrangian, Gradient
 from bilevel.optimizers import SGD, Adam, AdamW, Learned, RMSprop, TorchOptimizer
+from bilevel.optimizers.adjusted import Adjusted
+from bilevel.optimizers.clip import Clip
 from bilevel.optimizers.learned import bound
 from bilevel.registry.build import build
 from bilevel.registry.fields import describe
@@ -132,6 +134,14 @@ def test_differences_in_every_memory_mode_and_forward(optimizer):
         assert off(got, expected) < 1e-6, estimator
     shorter = estimate(Unroll(), optimizer, x, steps=K - 1).hypergradient
     assert off(shorter, expected) > 1e-2  # negative control
+
+
+def test_what_a_clipped_optimizer_learns_is_bound_too():
+    y = {"w": tensor(1.0, 2.0)}
+    x = {"lr": scalar(-2.5)}
+    rule = bound(Adjusted(SGD(lr=LR), Clip(norm=1.0)), x, y)
+    stepped, _ = rule.step(y, {"w": tensor(0.0, 10.0)}, rule.init(y))
+    torch.testing.assert_close(stepped["w"], tensor(1.0, 2.0 - math.exp(-2.5)))
 
 
 def test_one_step_of_sgd_by_hand():

@@ -96,7 +96,7 @@ def test_the_resolved_recipe_loads_again_to_an_equal_one(name):
         ("seed: 3", "seed: 2026-01-01", "my.yaml:3: seed: a date has no use in a recipe"),
         ("version: 1", "version: 2", "my.yaml:1: version = 2; this release reads version 1"),
         ("name: toy", "name: a/b", "my.yaml:2: name = 'a/b'; must be letters"),
-        ("seed: 3", "sede: 3", "my.yaml:3: sede: unknown key. Did you mean 'seed' or 'seeds'?"),
+        ("seed: 3", "sede: 3", "my.yaml:3: sede: unknown key. Did you mean 'seed'?"),
         ("seed: 3", "seed: 3\nseed: 4", "my.yaml:4: duplicate key 'seed'"),
         ("seed: 3", "seed: [3", "my.yaml:4: not valid YAML"),
         ("seed: 3", "1: 3", "my.yaml:3: 1: keys must be text"),

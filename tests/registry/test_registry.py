@@ -78,6 +78,19 @@ def test_an_unknown_name_suggests_the_nearest():
         registry.find("linear", "zzzzzz")
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "elsewhere"),
+    [("estimators", "newton", "lower/newton"), ("lower", "cg", "linear/cg")],
+)
+def test_a_name_of_another_kind_is_told_where_it_is(group, name, elsewhere):
+    with pytest.raises(RecipeError) as told:
+        registry.find(group, name)
+    assert str(told.value).endswith(f" Of another kind there is {elsewhere}.")
+    assert "Did you mean" not in str(told.value), "a guess that is far off"
+    with pytest.raises(RecipeError, match=r"proximal\.$"):
+        registry.find("lower", "adamax")
+
+
 def test_a_name_registered_twice_is_refused(monkeypatch):
     twice = [EntryPoint("cg", value, "bilevel.linear") for value in ("a:A", "b:B")]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: twice)
@@ -199,6 +212,11 @@ def test_build_nests_to_any_depth(toys: Path):
     assert nested.many == (Dense(), CG(iterations=2))
     assert nested.pair == (1.0, 2.5)
     assert nested.path == Path("a/b")
+
+
+def test_an_empty_path_is_refused_and_not_the_current_folder(toys: Path):
+    with pytest.raises(RecipeError, match=r"^p\.path = ''; must name a file or a folder"):
+        build("problems", {"name": f"{toys}:Nested", "need": 1, "path": ""}, "p")
 
 
 def test_build_shows_all_errors_at_their_places(toys: Path):

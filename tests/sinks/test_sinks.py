@@ -255,6 +255,15 @@ def test_a_stage_is_announced_and_ended_not_repeated():
     assert shown(events).splitlines() == ["features: 0 of 500", "features: 500 of 500"]
 
 
+def test_what_a_stage_notes_is_within_the_columns_and_breaks_no_path():
+    path = f"/data/{'long/' * 20}model.gguf"
+    note = f"at least 1.25 GB: weights 0.5 GB, graph 0.5 GB, a Hessian product 0.25 GB; {path}"
+    lines = shown([Progress("memory of a lower step", 1, 1, note)]).splitlines()
+    assert max(len(line) for line in lines if path not in line) <= 80
+    assert f"  {path}" in lines
+    assert " ".join(" ".join(lines).split()) == f"memory of a lower step: 1 of 1 {note}"
+
+
 def test_each_kind_of_warning_is_said_once():
     text = shown([STARTED, Warned(1, "a", "one"), Warned(2, "a", "one"), Warned(3, "b", "two")])
     assert (text.count("one"), text.count("two")) == (1, 1)

@@ -40,6 +40,12 @@ def test_arms_come_with_those_they_come_after(tmp_path):
         ("{arm: rates, choose: best}", "{arm: direct, choose: best}", "one run: give take"),
         ("{arm: rates, choose: best}", "{arm: again, take: {a: b}}", "it must stand above it"),
         ("problem.*ho", "problem.rho", r"one \* on both sides"),
+        (
+            "results: ",
+            "results: '' # ",
+            r"small.yaml:\d+: results = ''; must name a file or a folder",
+        ),
+        ("page: ", "page: '' # ", r"small.yaml:\d+: page = ''; must name a file or a folder"),
         ("hidden: true\n", "hidden: false\n", "tries weights alone"),
         ("0.1,0.5", "0.1", r"arms.direct.vary: 'upper.optimizer.lr=0.1' varies nothing"),
         ("0.1,0.5", "2..1", "the smaller end first"),

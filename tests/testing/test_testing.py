@@ -209,7 +209,12 @@ def test_a_lower_solver_is_lent_where_the_own_one_keeps_nothing():
     chosen = {"unroll": Unroll(), "wrong": wrong, "cg": Implicit()}
     found = rows(Quadratic(), chosen, lower=LBFGS())
     assert found["unroll"].verdict == "as claimed"
-    assert found["unroll"].note.startswith("after lower: gradient, for the recipe's own")
+    assert found["unroll"].note == (
+        "not measured as configured, for lower: lbfgs keeps no path; its claim was tested after "
+        "lower: gradient"
+    )
+    assert found["unroll"].is_claim_alone
+    assert not found["cg"].is_claim_alone
     assert (found["unroll"].error, found["unroll"].cosine) == (None, None)  # of no run there is
     assert found["wrong"].verdict == "wrong"
     assert found["cg"].verdict == "exact"
@@ -221,7 +226,19 @@ def test_a_lower_solver_is_lent_where_the_own_one_keeps_nothing():
         "shine": "exact",
         "wrong": "wrong",
     }
-    assert found["shine"].note.startswith("after lower: lbfgs")
+    assert "lower: gradient keeps no pairs; its claim was tested" in found["shine"].note
+
+
+def test_what_claims_nothing_is_untested_where_nothing_is_measured():
+    found = rows(Quadratic(), {"shine": Shine(), "damped": Implicit(damping=0.5)})
+    assert (found["shine"].error, found["shine"].claim_error) == (None, None)
+    assert found["shine"].verdict == "untested"
+    assert found["shine"].note == (
+        "claims nothing that could be tested; not measured as configured, for lower: gradient "
+        "keeps no pairs"
+    )
+    assert found["damped"].verdict == "approximate"
+    assert found["damped"].note.endswith("err vs dΦ/dx is all there is")
 
 
 def test_a_gap_that_is_flat_at_the_solution_is_tested_beside_it():

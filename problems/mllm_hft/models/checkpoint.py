@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 
 from bilevel import rng
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import ProblemError
 from bilevel.events import Progress
 
@@ -35,7 +35,7 @@ class Checkpoint:
     What it lacks is refused. The language model is not trained on text here: it comes trained.
     """
 
-    path: str
+    path: PathName
     """A folder written by `save_pretrained`, or an id of the Hugging Face hub."""
     template: str | None = None
     """How a turn is written, such as "USER: <image>\\n{prompt} ASSISTANT:"; None: the folder's own

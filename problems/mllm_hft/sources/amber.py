@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 
 from .files import FileSource, Reading, Record
 from .json_files import Entry, json_list, json_object, read
@@ -27,13 +27,13 @@ class Amber(FileSource):
     precision, recall and F1: `amber_existence`, `amber_attribute`, `amber_relation`.
     """
 
-    queries: str
+    queries: PathName
     """`query_all.json`, or any part of it."""
-    annotations: str
+    annotations: PathName
     """`annotations.json`."""
-    relation: str
+    relation: PathName
     """`relation.json`."""
-    safe_words: str | None = None
+    safe_words: PathName | None = None
     """`safe_words.txt`."""
 
     def read(self) -> Reading:

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import ProblemError
 
 from . import coco_objects
@@ -25,9 +25,9 @@ from .mentions import Lexicon
 class Coco(FileSource):
     """Pictures of COCO with objects from instances and captions from captions. A `Source`."""
 
-    instances: str | None = None
+    instances: PathName | None = None
     """`instances_*.json`; without it nothing is known to be absent, and CHAIR is not measured."""
-    captions: str | None = None
+    captions: PathName | None = None
     """`captions_*.json`; without it captions are written from the instances."""
 
     def __post_init__(self) -> None:

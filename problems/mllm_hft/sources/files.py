@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import ProblemError, RequirementError
 
 from . import coco_objects
@@ -81,7 +81,7 @@ class FileSource:
     """Folder that picture names begin at; empty: the folder of the file that names them."""
     pixels: Annotated[int | None, Field(ge=8)] = None
     """Cut every picture to this height and width; None: as they come, for models that resize."""
-    synonyms: str | None = None
+    synonyms: PathName | None = None
     """File of object names, one a line, each with its other words: "dog, puppy, pup" """
     ask: str = "{question}"
     """How own questions are put: "{question}\\nAnswer the question using a single word." """

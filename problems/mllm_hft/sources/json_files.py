@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bilevel.errors import ProblemError, RequirementError
+from bilevel.errors import ProblemError, RequirementError, nearest
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
@@ -46,7 +45,7 @@ class Entry:
         if key not in self.value:
             if default is not ...:
                 return default
-            near = get_close_matches(key, self.value, n=1)
+            near = nearest(key, self.value)
             hint = f"; did {near[0]!r} mean it?" if near else ""
             keys = ", ".join(map(repr, self.value)) or "nothing"
             self.refuse(f"has no {key!r}, only {keys}{hint}")
@@ -73,7 +72,7 @@ class Entry:
         """Raises `ProblemError` for a key that is not among them, and suggests the nearest."""
         for key in self.value:
             if key not in keys:
-                near = get_close_matches(key, keys, n=1)
+                near = nearest(key, keys)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(keys)}"
                 self.refuse(f"unknown key {key!r}{hint}")
 

@@ -1,7 +1,9 @@
 """Our own layout: JSON lines, one picture a line. What a file does not say is left out.
 
-    {"image": "a.jpg", "caption": "A dog on a couch.", "objects": ["dog", "couch"]}
-    {"id": "b", "image": "b.png", "split": "test", "origin": "web", "caption": "Two cats.", "objects": {"cat": 2},
+    {"image": "a.jpg", "caption": "A dog on a couch.",
+     "objects": ["dog", "couch"]}
+    {"id": "b", "image": "b.png", "split": "test", "origin": "web",
+     "caption": "Two cats.", "objects": {"cat": 2},
      "hallucinated": {"count": "Three cats."},
      "questions": [{"text": "Is there a dog?", "answer": "no", "name": "dog"}],
      "conversation": [["What is there?", "Two cats."]]}
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 
 from .files import FileSource, Reading, Record
 from .json_files import Entry, json_lines
@@ -32,7 +34,7 @@ ANSWERS = {"yes": True, "no": False}
 class Jsonl(FileSource):
     """One JSON object a line: picture, captions, objects, hallucinated captions, questions."""
 
-    path: str
+    path: PathName
     """The file."""
 
     def read(self) -> Reading:

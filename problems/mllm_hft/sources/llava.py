@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import ProblemError
 
 from .files import FileSource, Reading, Record
@@ -30,7 +30,7 @@ class Llava(FileSource):
     measured.
     """
 
-    path: str
+    path: PathName
     """The file."""
     by_folder: bool = False
     """Whether the first folder in a picture's path ("coco" of "coco/train2017/1.jpg") is its origin:

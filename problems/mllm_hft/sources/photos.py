@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 from bilevel.errors import RequirementError
 
 from .packages import require
@@ -94,7 +94,7 @@ class Photos:
     the bias leads to expect, in place of one that is."""
     pixels: Annotated[int, Field(ge=64)] = 128
     """Height and width of a picture."""
-    folder: str = FOLDER
+    folder: PathName = FOLDER
     """Where the stamps are."""
 
     @cached_property

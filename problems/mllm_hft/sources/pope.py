@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from bilevel.components import Slot, component
+from bilevel.components import PathName, Slot, component
 from bilevel.errors import ProblemError
 
 from .files import FileSource, Reading, Record
@@ -31,9 +31,9 @@ class Pope(FileSource):
     Measures are named `pope_random`, `pope_popular`, `pope_adversarial`.
     """
 
-    random: str | None = None
-    popular: str | None = None
-    adversarial: str | None = None
+    random: PathName | None = None
+    popular: PathName | None = None
+    adversarial: PathName | None = None
     about: Annotated[Source | None, Slot("mllm_sources")] = None
     """Captions and objects of the same pictures, by their names (`coco`): for CHAIR, the task loss
     and the gap, which questions alone do not give."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from bilevel.components import component
+from bilevel.components import PathName, component
 
 from .files import FileSource, Reading, Record
 from .json_files import Entry, json_list
@@ -23,7 +23,7 @@ class RlhfV(FileSource):
     What the rejected answer gets wrong is not said: its kind is "other".
     """
 
-    path: str
+    path: PathName
     """The file."""
 
     def read(self) -> Reading:
