@@ -18,10 +18,10 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from bilevel import registry
-from bilevel.components import COMPONENT, Slot
+from bilevel.components import COMPONENT, Slot, show
 from bilevel.errors import BilevelError, RecipeError, RequirementError
 from bilevel.registry import presets
-from bilevel.registry.diagnostics import Complaints, Where, show
+from bilevel.registry.diagnostics import Complaints, Where
 from bilevel.registry.fields import (
     Field,
     content_of,
@@ -222,12 +222,14 @@ class Builder:
                 return None
         try:
             instance = cls(**values)
-        except pydantic.ValidationError as error:
-            self._complaints.add_validation(error, where, values, failed)
-            return None
         except RequirementError:
             raise
         except Exception as error:
+            # a component says it in the words of Python
+            found = error.__context__ if is_pydantic and type(error) is RecipeError else error
+            if isinstance(found, pydantic.ValidationError):
+                self._complaints.add_validation(found, where, values, failed)
+                return None
             if not failed:
                 kind = "" if isinstance(error, BilevelError) else f"{type(error).__name__}: "
                 self._complaints.add(where, f"{cls.__name__} refused its options: {kind}{error}")
