@@ -85,21 +85,28 @@ def _in_our_words(init: Callable[..., None]) -> Callable[..., None]:
         try:
             init(self, *args, **options)
         except pydantic.ValidationError as error:
-            raise RecipeError(_refusal(type(self), error, options)) from None
+            raise refusal(faults(error, options, type(self).__name__)) from None
 
     __init__.is_in_our_words = True  # pyright: ignore[reportAttributeAccessIssue]
     return __init__
 
 
-def _refusal(cls: type[Any], error: pydantic.ValidationError, options: dict[str, Any]) -> str:
-    """`CG.iterations = 0; must be > 0`, a line for each option that is wrong."""
+def faults(error: pydantic.ValidationError, given: Any, name: str) -> list[str]:
+    """`CG.iterations = 0; must be > 0`: a line for all that pydantic found in `given`, called `name`."""
     lines = []
-    for part, (message, value) in refused(error, options, words=IN_PYTHON).items():
-        place = ".".join(map(str, (cls.__name__, *part)))
+    for part, (message, value) in refused(error, given, words=IN_PYTHON).items():
+        place = ".".join(map(str, (name, *part)))
         lines.append(
             f"{place}: {message}" if value is UNSAID else f"{place} = {cut(value)}; {message}"
         )
-    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors", *lines])
+    return lines
+
+
+def refusal(lines: list[str]) -> RecipeError:
+    """The error that says them."""
+    return RecipeError(
+        lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors", *lines])
+    )
 
 
 def _by_name_only(made: type[Any]) -> Any:

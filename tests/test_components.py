@@ -196,7 +196,10 @@ def test_a_component_is_neither_its_class_nor_its_name(make, said):
             "2 errors\n  EarlyStop.mode = 'up'; must be 'max' or 'min'\n  EarlyStop.patience = 0; ",
         ),
         (lambda: Mine(first=-1), "Mine.first = -1; must be ≥ 0"),
-        (lambda: Child(fourth="a", first=-1), "2 errors\n  Child.first = -1; must be ≥ 0\n  Child."),
+        (
+            lambda: Child(fourth="a", first=-1),
+            "2 errors\n  Child.first = -1; must be ≥ 0\n  Child.",
+        ),
     ],
 )
 def test_a_wrong_option_is_said_in_the_words_of_a_recipe(make, said):
