@@ -9,7 +9,7 @@ from typing import Any
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.lower.solved import solved
-from bilevel.problem.answers import answered, require_form, said
+from bilevel.problem.answers import RESTRICTS, answered, require_form, said
 from bilevel.problem.protocol import OPTIONAL
 from bilevel.problem.states import require_state
 from bilevel.types import (
@@ -126,13 +126,7 @@ class Levels:
 
 def structure_of(problem: Any) -> Structure:
     """What a problem says of y* beside the minimum of G."""
-    methods = {
-        "project": "project_lower",
-        "prox": "prox_lower",
-        "map": "lower_map",
-        "constraints": "lower_constraints",
-        "diagonal": "lower_diagonal",
-    }
+    methods = {**RESTRICTS, "constraints": "lower_constraints", "diagonal": "lower_diagonal"}
     return Structure(**{field: answered(problem, name) for field, name in methods.items()})
 
 
