@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.rng import Streams
+from bilevel.rng import Streams, seeded
 from bilevel.types import Structure
 
 FORMS: Mapping[str, tuple[int, str]] = {
@@ -134,8 +134,13 @@ def _formed(params: Mapping[str, Any]) -> str:
 
 
 def initial(problem: Any, streams: Streams) -> tuple[Any, Any]:
-    """x and y as `init` gives them, nested or not, with floating-point tensors for leaves."""
-    made, who = problem.init(streams), said(problem, "init")
+    """x and y as `init` gives them, nested or not, with floating-point tensors for leaves.
+
+    What it draws from a global random state, as the constructor of a module does, is of the seed too.
+    """
+    with seeded(streams.seed, "init.global"):
+        made = problem.init(streams)
+    who = said(problem, "init")
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise ProblemError(
             f"{who} must return (x, y), two dicts of tensors; got a {type(made).__name__}"

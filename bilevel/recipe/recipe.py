@@ -17,6 +17,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RecipeError
+from bilevel.problem.levels import lacks
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
 from bilevel.recipe.seeds import seeds_of, settled
@@ -215,10 +216,10 @@ class _Reading:
         built = self._builder.component(group, given, (key,))
         if built is None or isinstance(built.value, protocol):
             return built
-        lacking = ", ".join(m for m in _members(protocol) if not hasattr(built.value, m))
+        missing = [m for m in _members(protocol) if not hasattr(built.value, m)]
         kind = type(built.value).__name__
         what = f"{'an' if protocol.__name__[0] in 'AEIO' else 'a'} {protocol.__name__}"
-        self._complaints.add((key,), f"{kind} is not {what}: it lacks {lacking}")
+        self._complaints.add((key,), f"{kind} is not {what}: {lacks(built.value, missing)}")
         return None
 
     def _sinks(self) -> Built | None:
