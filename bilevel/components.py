@@ -121,8 +121,9 @@ def _by_name_only(made: type[Any]) -> Any:
     def __new__(cls: type[Any], *args: Any, **options: Any) -> Any:
         if args:
             raise TypeError(_by_position(cls, args))
-        _refuse_unknown(cls, options)
-        _refuse_values(cls, options)
+        if options:
+            _refuse_unknown(cls, options)
+            _refuse_values(cls, options)
         if not hasattr(made.__init__, "is_in_our_words"):
             made.__init__ = _in_our_words(made.__init__)
         return create(cls) if create is object.__new__ else create(cls, **options)

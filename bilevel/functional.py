@@ -16,6 +16,7 @@ from bilevel import tree
 from bilevel.errors import ProblemError, RecipeError, UntrustedWarning
 from bilevel.lower.start import at_start
 from bilevel.optimizers.learned import require_in_range
+from bilevel.problem.answers import structured
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
@@ -108,7 +109,7 @@ def hypergradient(
         structure = y.structure if structure is None else structure
         lower_batch = y.batch if lower_batch is None else lower_batch
         y, path, pairs = y.y, y.path, y.pairs
-    structure = structure or Structure()
+    structure = structured(structure) if structure else Structure()
     method: Estimator = resolve("estimators", estimator, "estimator")
     _refuse_ignored(method, structure)
     tied = _variables(x, y)
@@ -175,7 +176,8 @@ def solve_lower(
     lower: LowerSolver = resolve("lower", solver, "solver")
     keep = ALL_STEPS if record is True else float(record)
     require_offers(lower, structure or Structure(), keep)
-    loss = bind(lower_loss, lower_loss, batch, batch, tied, structure).lower
+    held = structured(structure) if structure else None
+    loss = bind(lower_loss, lower_loss, batch, batch, tied, held).lower
     draws = _batches(batch, batches)
     x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
     if state is None:

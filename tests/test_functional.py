@@ -11,7 +11,6 @@ import bilevel
 from bilevel import tree
 from bilevel.errors import ConvergenceError, ProblemError, RecipeError
 from bilevel.estimators.alternating import Alternating
-from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
@@ -22,14 +21,12 @@ from bilevel.linear.gmres import GMRES
 from bilevel.linear.minres import MINRES
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.lower.gradient import Gradient
-from bilevel.lower.iterate import Iterate
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
-from bilevel.lower.proximal import Proximal
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.preconditioners.hutchinson import Hutchinson
-from bilevel.types import Estimate, LowerSolution, Point, Structure
+from bilevel.types import Estimate, LowerSolution, Point
 from tests.cases import NAMES, PROBLEMS, assert_close, closed_form, relative
 from tests.points import halves, product
 
@@ -579,65 +576,3 @@ def test_a_call_with_state_evaluates_each_loss_once():
     calls.update(F=0, G=0)
     bilevel.hypergradient(F, G, *point(), estimator="implicit", state=state)
     assert calls == {"F": 1, "G": 1}
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    ("field", "solver", "estimator"),
-    [
-        ("project", Gradient(steps=2), FixedPoint()),
-        ("prox", Proximal(steps=2), FixedPoint()),
-        ("map", Iterate(steps=2), FixedPoint()),
-    ],
-)
-@pytest.mark.parametrize(
-    ("spoil", "got"),
-    [
-        (lambda w: w[:1], r"\(1,\) float64"),
-        (lambda w: w.float(), r"\(3,\) float32"),
-        (lambda w: w[:, None], r"\(3, 1\) float64"),
-        (lambda w: None, "None"),
-    ],
-)
-def test_what_restricts_y_is_held_to_the_form_of_y(field, solver, estimator, nested, spoil, got):
-    one, three = torch.ones((), dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    x, y = {"a": one}, {"w": [three]} if nested else {"w": three}
-
-    def entry(y):
-        return y["w"][0] if nested else y["w"]
-
-    def loss(x, y, batch):
-        return (entry(y) - x["a"]).square().sum()
-
-    def restricting(change):
-        def method(*given):
-            w = change(entry(given[0] if field == "project" else given[1]) * 0.5)
-            return {"w": [w] if nested else w}
-
-        return Structure(**{field: method})
-
-    good, bad = restricting(lambda w: w), restricting(spoil)
-    name = "w.0" if nested else "w"
-    said = rf"^structure\.{field} must return y as \{{'{name}': \(3,\) float64\}}; got .*{got}"
-    with pytest.raises(ProblemError, match=said):
-        bilevel.solve_lower(loss, x, y, solver=solver, structure=bad)
-    with pytest.raises(ProblemError, match=said):
-        bilevel.hypergradient(loss, loss, x, y, estimator=estimator, structure=bad)
-    solved = bilevel.solve_lower(loss, x, y, solver=solver, structure=good)  # control
-    assert solved.structure is good
-    assert entry(solved.y).shape == (3,)
-
-
-@pytest.mark.parametrize("count", ["a", -1, None, float("nan")])
-def test_a_count_that_is_none_is_named(count):
-    y = {"w": torch.ones(2)}
-
-    def loss(x, y, batch):
-        return y["w"].square().sum()
-
-    with pytest.raises(RecipeError, match=r"^record = .*; must be True, False, or a number of"):
-        bilevel.solve_lower(loss, {}, y, record=count)
-    for steps in (count, True, 1.0):
-        with pytest.raises(RecipeError, match=r"^steps = .*; must be an integer ≥ 0$"):
-            bilevel.unroll(loss, {}, y, steps=steps)
-    assert torch.equal(bilevel.unroll(loss, {}, y, steps=0)["w"], y["w"])

@@ -65,17 +65,23 @@ def _close(problem: Any) -> Iterator[tuple[str, str]]:
 
 
 def _parts(problem: Any) -> Iterator[Any]:
-    """A problem, and the problems that it is made of."""
-    yield problem
-    while isinstance(problem := getattr(problem, "problem", None), Problem):
+    """A problem and those that it is made of, without what this package puts around one."""
+    inner = getattr(problem, "problem", None)
+    is_made = isinstance(inner, Problem)
+    if not is_made or _package(type(problem)) != "bilevel":
         yield problem
+    if is_made:
+        yield from _parts(inner)
+
+
+def _package(cls: type[Any]) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _own_methods(cls: type[Any]) -> Iterator[str]:
     """Names of public methods, without those of a library's base class."""
-    package = cls.__module__.partition(".")[0]
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] == package:
+        if _package(base) == _package(cls):
             for name, value in vars(base).items():
                 if isinstance(value, FunctionType | staticmethod | classmethod) and name[0] != "_":
                     yield name

@@ -17,7 +17,6 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.gauss_newton import Composed
 from bilevel.errors import ProblemError
-from bilevel.problem.answers import structured
 from bilevel.types import Counts, Function, Loss, Losses, Pairs, Params, Structure
 
 Plain = Callable[[Params, Params], Tensor]
@@ -152,7 +151,7 @@ def bind(
     structure: Structure | None = None,
 ) -> Losses:
     """F and G of the unique variables, with their batches and one ledger."""
-    structure = structured(structure or Structure())
+    structure = structure or Structure()
     F, G = with_batch(upper, "upper"), with_batch(lower, "lower")
     if not all(ties.trivial for ties in tied):
         F, G = expanding(F, tied), expanding(G, tied)

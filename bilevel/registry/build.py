@@ -68,7 +68,10 @@ def resolve(group: str, given: Any, where: str) -> Any:
         return build(group, given, where)
     if isinstance(given, type):
         raise RecipeError(_class_given(where, given))
-    lacking = [name for name in DOES.get(group, ()) if not hasattr(given, name)]
+    lacking, cls = [], type(given)
+    for name in DOES.get(group, ()):
+        if not (hasattr(cls, name) or hasattr(given, name)):  # a property is not asked
+            lacking.append(name)
     if lacking and lacking[0] != DOES[group][0]:
         raise RecipeError(
             f"{where} = {show(given)}; {type(given).__name__} is none of {group} "
