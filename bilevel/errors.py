@@ -1,7 +1,7 @@
 """Errors that a user can act on: what is wrong, where, what was expected, what to do.
 
 Each is also the builtin that code around a call catches for this kind of failure. A `ValueError`
-raised while a component is made becomes pydantic's `ValidationError`, itself a `ValueError`.
+raised while a component is made becomes a `RecipeError`, itself a `ValueError`.
 """
 
 from __future__ import annotations

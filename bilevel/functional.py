@@ -6,15 +6,17 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ProblemError, UntrustedWarning
+from bilevel.errors import ProblemError, RecipeError, UntrustedWarning
 from bilevel.lower.start import at_start
 from bilevel.optimizers.learned import require_in_range
+from bilevel.problem.answers import structured
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
@@ -107,7 +109,7 @@ def hypergradient(
         structure = y.structure if structure is None else structure
         lower_batch = y.batch if lower_batch is None else lower_batch
         y, path, pairs = y.y, y.path, y.pairs
-    structure = structure or Structure()
+    structure = structured(structure) if structure else Structure()
     method: Estimator = resolve("estimators", estimator, "estimator")
     _refuse_ignored(method, structure)
     tied = _variables(x, y)
@@ -160,14 +162,16 @@ def solve_lower(
         record: True to record every step as `.path` for unrolling, or the number of last steps.
         structure: what y* is beside the minimum of G: `project` is applied after each step of
             `Gradient`, `prox` is for `Proximal`, `constraints` for `AugmentedLagrangian`, `map` for
-            `Iterate`.
+            `Iterate`. The first two and `map` return y in the names, shapes and dtypes it has.
 
     Raises:
         ProblemError: `record` with a solver whose steps cannot be replayed; a projection, a proximal
-            map or constraints with a solver that would ignore them.
+            map or constraints with a solver that would ignore them, or one that returns another form of y.
         ConvergenceError: G or its gradient became NaN or infinite; it says whether at the start.
-        RecipeError: the solver is a class, has an unknown name, or is none.
+        RecipeError: the solver is a class, has an unknown name, or is none; or `record` is no number.
     """
+    if not isinstance(record, Real) or not record >= 0:
+        raise RecipeError(f"record = {record!r}; must be True, False, or a number of steps ≥ 0")
     restart = y if callable(y) else None
     if callable(y):
         tree.require(tree.flat(x, "x"), "x")
@@ -176,7 +180,8 @@ def solve_lower(
     lower: LowerSolver = resolve("lower", solver, "solver")
     keep = ALL_STEPS if record is True else float(record)
     require_offers(lower, structure or Structure(), keep)
-    loss = bind(lower_loss, lower_loss, batch, batch, tied, structure).lower
+    held = structured(structure) if structure else None
+    loss = bind(lower_loss, lower_loss, batch, batch, tied, held).lower
     draws = _batches(batch, batches)
     x, y = tree.detach(tied[0].unique), tree.clone(tied[1].unique)
     if state is None:
@@ -211,8 +216,10 @@ def unroll(
         ProblemError: the optimizer's steps cannot be differentiated; or G is not a function of
             (x, y, batch) alone, writes into something, or has no second derivative.
         ConvergenceError: G became NaN or infinite.
-        RecipeError: the optimizer is a class, has an unknown name, or is none.
+        RecipeError: the optimizer is a class, has an unknown name, or is none; or `steps` is no count.
     """
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 0:
+        raise RecipeError(f"steps = {steps!r}; must be an integer ≥ 0")
     tied = _variables(x, y)
     rule: Optimizer = resolve("optimizers", optimizer, "optimizer")
     if not rule.differentiable:

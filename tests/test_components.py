@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import traceback
+from dataclasses import replace
 from typing import Annotated
 
 import pydantic
@@ -15,9 +17,11 @@ from bilevel.components import component
 from bilevel.errors import RENAMED, RecipeError
 from bilevel.estimators import Implicit
 from bilevel.linear.cg import CG
+from bilevel.lower import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
 from bilevel.optimizers.torch_optim import TorchOptimizer
 from bilevel.registry.build import build
+from bilevel.run.targets import Best, EarlyStop
 
 REGISTERED = [(group, name) for group in registry.groups() for name in registry.names(group)]
 
@@ -173,3 +177,45 @@ def test_a_component_is_neither_its_class_nor_its_name(make, said):
         make()
     # control: a component, and a string where one is an option
     assert Implicit(solver=CG(), curvature="hessian").curvature == "hessian"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: SGD(lr=0.0), "SGD.lr = 0.0; must be > 0 or a Learned"),
+        (lambda: Implicit(damping=-1), "Implicit.damping = -1; must be ≥ 0"),
+        (lambda: CG(iterations=0), "CG.iterations = 0; must be > 0"),
+        (lambda: CG(iterations=True), "CG.iterations = True; must be an integer"),
+        (lambda: Gradient(optimizer=3), "Gradient.optimizer = 3; must be a component of type "),
+        (lambda: Gradient(clip={"norm": 1.0}), "Gradient.clip = {'norm': 1.0}; must be a Clip"),
+        (lambda: replace(SGD(), lr=-1.0), "SGD.lr = -1.0; must be > 0 or a Learned"),
+        (lambda: SGD(nesterov=True), "SGD: nesterov needs momentum > 0"),
+        (lambda: Best(mode="max"), "Best.measure: missing; there is no default"),
+        (
+            lambda: EarlyStop(measure="F", mode="up", patience=0),
+            "2 errors\n  EarlyStop.mode = 'up'; must be 'max' or 'min'\n  EarlyStop.patience = 0; ",
+        ),
+        (lambda: Mine(first=-1), "Mine.first = -1; must be ≥ 0"),
+        (
+            lambda: Child(fourth="a", first=-1),
+            "2 errors\n  Child.first = -1; must be ≥ 0\n  Child.",
+        ),
+    ],
+)
+def test_a_wrong_option_is_said_in_the_words_of_a_recipe(make, said):
+    for _ in range(2):
+        with pytest.raises(RecipeError) as caught:
+            make()
+        assert str(caught.value).startswith(said)
+        assert "pydantic" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_recipe_says_where_and_in_its_own_words():
+    spec = {"name": "gradient", "optimizer": {"name": "sgd", "lr": 0.0}, "clip": 3}
+    with pytest.raises(RecipeError) as caught:
+        build("lower", spec, "lower")
+    assert str(caught.value).splitlines() == [
+        "2 errors",
+        "  lower.optimizer.lr = 0.0; must be > 0 or a mapping of Learned's options",
+        "  lower.clip = 3; must be a mapping of Clip's options",
+    ]

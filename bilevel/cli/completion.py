@@ -22,8 +22,8 @@ Found = list[tuple[str, str]]
 _SLOTS = {"problem": "problems", "lower": "lower", "estimator": "estimators", "sinks": "sinks"}
 _CLASSES = {
     "upper": "bilevel.run.upper:Upper",
-    "runtime": "bilevel.recipe.recipe:Runtime",
-    "evaluate": "bilevel.recipe.recipe:Evaluate",
+    "runtime": "bilevel.run.options:Runtime",
+    "evaluate": "bilevel.run.options:Evaluate",
     "checkpoint": "bilevel.recipe.recipe:Checkpoint",
 }
 _DEFAULTS = {"lower": "gradient", "estimator": "implicit"}

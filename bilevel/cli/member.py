@@ -23,7 +23,7 @@ from bilevel.run.notices import PERIOD, Notices
 
 if TYPE_CHECKING:
     from bilevel.ranks import Ranks
-    from bilevel.recipe.recipe import Runtime
+    from bilevel.run.options import Runtime
 
 PATIENCE = 1.0
 """Seconds in which a rank that failed expects the first to fail for the same reason.

@@ -14,7 +14,7 @@ import pydantic
 from bilevel import registry
 from bilevel.components import COMPONENT
 from bilevel.errors import BilevelError
-from bilevel.recipe.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint, Evaluate, Runtime
+from bilevel.recipe.recipe import DEFAULTS, SECTIONS, VERSION, Checkpoint
 from bilevel.registry import presets
 from bilevel.registry.fields import (
     NOTHING,
@@ -27,6 +27,7 @@ from bilevel.registry.fields import (
 )
 from bilevel.registry.presets import Preset
 from bilevel.registry.source_docs import outline_of
+from bilevel.run.options import Evaluate, Runtime
 from bilevel.run.upper import Upper
 
 _GROUPS = {"problem": "problems", "lower": "lower", "estimator": "estimators"}

@@ -12,6 +12,7 @@ from bilevel import recipe as recipes
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.names import locate
 from bilevel.errors import ProblemError, RecipeError
+from bilevel.problem.signatures import misspelt
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.settings import code
 from bilevel.run.refusals import refuse_mismatch
@@ -32,7 +33,8 @@ def validate(
         found["file"] = str(path)
         recipe = recipes.load(path, overrides)
         # what is valid where there is a device of its kind is valid
-        refuse_mismatch(assemble(replace(recipe, runtime=replace(recipe.runtime, device="cpu"))))
+        setup = assemble(replace(recipe, runtime=replace(recipe.runtime, device="cpu")))
+        refuse_mismatch(setup)
     except (RecipeError, ProblemError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         found["problems"] = lines[1:] or lines
@@ -42,3 +44,5 @@ def validate(
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     for file in found["code"]:
         console.print(f"  runs code of {file}", markup=False, highlight=False, soft_wrap=True)
+    for line in misspelt(setup.problem):
+        console.print(f"  warning: {line}", markup=False, highlight=False, soft_wrap=True)

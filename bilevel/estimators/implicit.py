@@ -45,7 +45,7 @@ class Implicit:
     the Ritz values, where `target_error` is given.
 
     Raises:
-        ValidationError: `target_error` or `preconditioner` with a solver that does not accept it;
+        RecipeError: `target_error` or `preconditioner` with a solver that does not accept it;
             constants with curvature other than hessian.
         ProblemError: `curvature` is gauss_newton and the lower loss is no `Composed`.
     """

@@ -42,8 +42,8 @@ from bilevel.types import (
 class Gradient:
     """At most `steps` steps of an optimizer, a new batch each; stops early at ‖∇y G‖ ≤ tolerance.
 
-    Costs `accumulate` lower gradients a step; with `steps` 0 y stays where it is, unevaluated. The
-    optimizer's state, and where it is in its schedule, go on from one upper step to the next unless
+    Costs `accumulate` lower gradients a step; with `steps` 0 y stays where it is, and they are taken
+    there, for G and ‖∇y G‖. The optimizer's state, and where it is in its schedule, go on from one upper step to the next unless
     the problem restarts y (`lower_start`). Options of the optimizer that are `Learned` are those at x.
     Unrolling differentiates the steps as they are taken: clipped, scheduled, of mean gradients.
 
@@ -168,6 +168,12 @@ class Gradient:
             steps, converged = steps + 1, False if stops else None
         if failed and skipped == self.steps:
             raise failed
+        if not self.steps:
+            here = loss.on(batch)
+            last_value, g, norm = _look(here, x, y, 0, None)
+            value = last_value.item()
+            spent = stop.begin(here, x, y, g) if is_relative else 0
+            converged = stop.is_met(norm, y) if stops else None
         growth.refuse_divergence()
         path = Path(rule, *start, tuple(used), dropped=steps - len(used))
         if graphed:
@@ -175,7 +181,8 @@ class Gradient:
         if every:
             passed[len(used)] = y, state
             path = replace(path, iterates=PathIterates(x, path.batches, passed))
-        taken = (steps + bool(converged) + skipped + spent) * self.accumulate
+        looked = steps + bool(converged) + skipped if self.steps else 1
+        taken = (looked + spent) * self.accumulate
         stopped = "tolerance" if converged else "iterations"
         stats = LowerStats(steps, taken, value, norm, converged, stopped=stopped, skipped=skipped)
         if is_relative:

@@ -6,6 +6,7 @@ One that gave another shape would be broadcast, and so change the problem withou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.rng import Streams
+from bilevel.rng import Streams, seeded
+from bilevel.types import Structure
 
 FORMS: Mapping[str, tuple[int, str]] = {
     "lower_start": (1, "y"),
@@ -28,6 +30,13 @@ FORMS: Mapping[str, tuple[int, str]] = {
 `lower_solution(x)` has that of y, which it is not given: whoever calls it uses `require_form`. Numbers
 of `lower_diagonal` may be of another dtype, and are looked at by the preconditioner.
 """
+
+RESTRICTS: Mapping[str, str] = {
+    "project": "project_lower",
+    "prox": "prox_lower",
+    "map": "lower_map",
+}
+"""By field of `Structure`: the optional method that gives it, of those that have a form."""
 
 
 class Answered:
@@ -55,6 +64,16 @@ def answered(problem: Any, name: str) -> Any:
     if method is None or name not in FORMS or isinstance(method, Answered):
         return method
     return Answered(method, said(problem, name), *FORMS[name])
+
+
+def structured(structure: Structure) -> Structure:
+    """What a caller says of y*, held to the form of the y that each is called with."""
+    held = {}
+    for field, name in RESTRICTS.items():
+        method = getattr(structure, field)
+        if method is not None and not isinstance(method, Answered):
+            held[field] = Answered(method, f"structure.{field}", *FORMS[name])
+    return replace(structure, **held) if held else structure
 
 
 def said(problem: Any, name: str) -> str:
@@ -115,8 +134,13 @@ def _formed(params: Mapping[str, Any]) -> str:
 
 
 def initial(problem: Any, streams: Streams) -> tuple[Any, Any]:
-    """x and y as `init` gives them, nested or not, with floating-point tensors for leaves."""
-    made, who = problem.init(streams), said(problem, "init")
+    """x and y as `init` gives them, nested or not, with floating-point tensors for leaves.
+
+    What it draws from a global random state, as the constructor of a module does, is of the seed too.
+    """
+    with seeded(streams.seed, "init.global"):
+        made = problem.init(streams)
+    who = said(problem, "init")
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise ProblemError(
             f"{who} must return (x, y), two dicts of tensors; got a {type(made).__name__}"

@@ -34,7 +34,7 @@ class LearnedStart:
     stay, with its own x.
 
     Raises:
-        ValidationError: `problem` has a `lower_start` of its own.
+        RecipeError: `problem` has a `lower_start` of its own.
     """
 
     problem: Annotated[Problem, Slot("problems")]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bilevel import tree
 from bilevel.errors import ProblemError
 from bilevel.lower.solved import solved
-from bilevel.problem.answers import answered, require_form, said
+from bilevel.problem.answers import RESTRICTS, answered, require_form, said
 from bilevel.problem.protocol import OPTIONAL
 from bilevel.problem.states import require_state
 from bilevel.types import (
@@ -40,8 +40,8 @@ class Levels:
         missing = [name for name in REQUIRED if not callable(getattr(problem, name, None))]
         if missing:
             raise ProblemError(
-                f"{type(problem).__name__} is not a Problem: it lacks {', '.join(missing)}; "
-                "see bilevel.problem.Problem"
+                f"{type(problem).__name__} is not a Problem: {lacks(problem, missing)}; see "
+                "bilevel.problem.Problem"
             )
         self.problem = problem
         found = ((name, answered(problem, name)) for name in OPTIONAL)
@@ -124,15 +124,20 @@ class Levels:
         return LowerSolution(y, state, LowerStats(0, 0, math.nan, math.nan), next(batches))
 
 
+def lacks(component: Any, missing: Sequence[str]) -> str:
+    """`it lacks init`, and what to write where the batches of a problem with `episodes` are missing."""
+    said = f"it lacks {', '.join(missing)}"
+    if not hasattr(component, "episodes") or not {"upper_batches", "lower_batches"} & {*missing}:
+        return said
+    return (
+        f"{said}, needed beside episodes, since losses are looked at on such batches before a run: return "
+        "(upper for _, upper in self.episodes(stream)), and (lower for lower, _ in self.episodes(stream))"
+    )
+
+
 def structure_of(problem: Any) -> Structure:
     """What a problem says of y* beside the minimum of G."""
-    methods = {
-        "project": "project_lower",
-        "prox": "prox_lower",
-        "map": "lower_map",
-        "constraints": "lower_constraints",
-        "diagonal": "lower_diagonal",
-    }
+    methods = {**RESTRICTS, "constraints": "lower_constraints", "diagonal": "lower_diagonal"}
     return Structure(**{field: answered(problem, name) for field, name in methods.items()})
 
 

@@ -43,7 +43,7 @@ class OverTasks:
 
     Raises:
         ProblemError: a loss that vmap cannot batch.
-        ValidationError: `problem` has no `episodes`, or a closed form of one task.
+        RecipeError: `problem` has no `episodes`, or a closed form of one task.
     """
 
     problem: Annotated[Problem, Slot("problems")]

@@ -93,7 +93,8 @@ OPTIONAL: Mapping[str, Optional] = {
     "episodes": Optional(
         "(stream) -> Iterator[(lower batch, upper batch)]",
         "batches that belong together, as the two halves of a task do: one pair an upper step, and "
-        "nothing else is drawn",
+        "nothing else is drawn to train on; `upper_batches` and `lower_batches` are its halves, which "
+        "losses are looked at on before a run",
     ),
     "project_upper": Optional("(x) -> x", "the projection of x, after each upper step"),
     "project_lower": Optional("(y) -> y", "the projection of y, after each lower step"),

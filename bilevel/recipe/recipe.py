@@ -10,22 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import NonNegativeInt, PositiveInt
 
 from bilevel import registry
 from bilevel.components import component
 from bilevel.errors import RecipeError
-from bilevel.problem.autocast import NEEDS_FLOAT32
+from bilevel.problem.levels import lacks
 from bilevel.problem.protocol import Problem
 from bilevel.recipe import yaml_limits
 from bilevel.recipe.seeds import seeds_of, settled
@@ -33,95 +25,14 @@ from bilevel.recipe.settings import digest
 from bilevel.recipe.yaml_source import Source, override, parse, to_yaml
 from bilevel.registry.build import Builder, Built
 from bilevel.registry.diagnostics import Complaints, Where
-from bilevel.run.targets import Best, EarlyStop
+from bilevel.run.options import Evaluate, Runtime, Seed
+from bilevel.run.targets import Best
 from bilevel.run.upper import Upper
 from bilevel.sinks import Sink
 from bilevel.types import Estimator, LowerSolver
 
 VERSION = 1
 MAX_SINKS = 20
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
-    return text
-
-
-def _autocast(value: Any) -> Any:
-    if value == "float16":
-        raise ValueError(
-            "float16 overflows at 65,504 and needs losses that are scaled, and with them every product "
-            "of second derivatives; take bfloat16, which has the range of float32"
-        )
-    return value
-
-
-def _teams(count: int) -> int:
-    if count != -1 and count < 1:
-        raise ValueError("must be ≥ 1, or -1 for what is left")
-    return count
-
-
-@component
-class Mesh:
-    """The ranks of a run as `data` teams of `shard` ranks; each rank of a team has its rows of y."""
-
-    data: Annotated[int, AfterValidator(_teams)] = -1
-    """-1 is what is left: the number of ranks over `shard`."""
-    shard: PositiveInt = 1
-    """How many ranks hold y together, and an x of a million numbers; 1: each rank has all."""
-
-
-@component
-class Runtime:
-    """Where a run is computed and in what precision, and by which ranks."""
-
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    """auto is the first CUDA device if there is one, else the CPU."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    autocast: Annotated[Literal["bfloat16"] | None, BeforeValidator(_autocast)] = None
-    """What the products in both losses are taken in, under `torch.autocast`; all else stays in dtype."""
-    compile: Literal["off", "step", "inductor"] = "off"
-    """step: an upper step is recorded once and replayed without the Python around its operations, to
-    the same bits, on CUDA by CUDA graphs; where it cannot be, steps are taken as with off, and a warning
-    says why. inductor: its operations are compiled by TorchInductor besides, which needs a C++ compiler
-    and some ten seconds; the same to rounding."""
-
-    mesh: Mesh = Field(default_factory=Mesh)
-    keep: Literal["whole", "again"] = "whole"
-    """Whether the graph of a loss keeps whole variables that ranks hold together, or gathers them again."""
-    timeout: PositiveFloat = 600.0
-    """Seconds that a rank waits for the others in a sum before it gives up; not while the first works alone."""
-
-    @model_validator(mode="after")
-    def _autocast_needs_float32(self) -> Self:
-        if self.autocast is not None and self.dtype != "float32":
-            raise ValueError(NEEDS_FLOAT32)
-        return self
-
-
-@component
-class Evaluate:
-    """When the problem's own measures are taken: always after the run."""
-
-    before: bool = True
-    """Also before the first step. The run is the same without, and no measure has a `before`."""
-    every: NonNegativeInt = 0
-    """Also every so many steps; 0 for never."""
-    held: bool = True
-    """At the end also with x as it began and y trained as long: what is above that is owed to x.
-    Costs the lower solves of the run again, and one evaluation."""
-    figures: bool = True
-    """Whether the problem draws its figures at the end."""
-    stop: EarlyStop | None = None
-    """When a measure that gains nothing ends the run; needs `every`."""
-
-    @model_validator(mode="after")
-    def _stop_needs_measures(self) -> Self:
-        if self.stop is not None and not self.every:
-            raise ValueError("stop looks at the measures of every so many steps; set every")
-        return self
 
 
 @component
@@ -270,10 +181,7 @@ class _Reading:
 
     def _seed(self) -> Built | None:
         got = self._get("seed", 0)
-        if type(got) is not int or got < 0:
-            self._complaints.add(("seed",), "must be an integer ≥ 0", got)
-            return None
-        return Built(got, got)
+        return Built(got, got) if self._builder.fits(Seed, got, ("seed",)) else None
 
     def _seeds(self) -> Built | None:
         if "seed" in self._source.data:
@@ -308,10 +216,10 @@ class _Reading:
         built = self._builder.component(group, given, (key,))
         if built is None or isinstance(built.value, protocol):
             return built
-        lacking = ", ".join(m for m in _members(protocol) if not hasattr(built.value, m))
+        missing = [m for m in _members(protocol) if not hasattr(built.value, m)]
         kind = type(built.value).__name__
         what = f"{'an' if protocol.__name__[0] in 'AEIO' else 'a'} {protocol.__name__}"
-        self._complaints.add((key,), f"{kind} is not {what}: it lacks {lacking}")
+        self._complaints.add((key,), f"{kind} is not {what}: {lacks(built.value, missing)}")
         return None
 
     def _sinks(self) -> Built | None:

@@ -19,9 +19,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from bilevel.components import Where, show
 from bilevel.errors import RecipeError
 from bilevel.recipe import yaml_limits
-from bilevel.registry.diagnostics import Complaints, Origin, Where, show
+from bilevel.registry.diagnostics import Complaints, Origin
 
 _AFTER_THE_FILE = 10**9
 _LARGEST = 2**63

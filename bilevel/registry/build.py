@@ -18,10 +18,10 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from bilevel import registry
-from bilevel.components import COMPONENT, Slot, named
+from bilevel.components import COMPONENT, Slot, named, show
 from bilevel.errors import BilevelError, RecipeError, RequirementError
 from bilevel.registry import presets
-from bilevel.registry.diagnostics import Complaints, Where, show
+from bilevel.registry.diagnostics import Complaints, Where
 from bilevel.registry.fields import (
     Field,
     content_of,
@@ -67,10 +67,17 @@ def resolve(group: str, given: Any, where: str) -> Any:
     if isinstance(given, (str, Mapping)):
         return build(group, given, where)
     if isinstance(given, type):
+        raise RecipeError(_class_given(where, given))
+    lacking, cls = [], type(given)
+    for name in DOES.get(group, ()):
+        if not (hasattr(cls, name) or hasattr(given, name)):  # a property is not asked
+            lacking.append(name)
+    if lacking and lacking[0] != DOES[group][0]:
         raise RecipeError(
-            f"{where} = {given.__name__}, a class; expected an instance: {given.__name__}(…)"
+            f"{where} = {show(given)}; {type(given).__name__} is none of {group} "
+            f"(`bilevel ls {group}`): it lacks {', '.join(lacking)}"
         )
-    if group in DOES and not hasattr(given, DOES[group]):
+    if lacking:
         known = ", ".join(registry.names(group))
         raise RecipeError(
             f"{where} = {show(given)}; expected an instance, a name ({known}), or a mapping with a "
@@ -86,6 +93,8 @@ def made(cls: type[C], given: Any, where: str) -> C:
     """
     if isinstance(given, cls):
         return given
+    if isinstance(given, type):
+        raise RecipeError(_class_given(where, given))
     complaints = Complaints()
     built = Builder(complaints).options(cls, given, (where,))
     complaints.finish()
@@ -93,13 +102,17 @@ def made(cls: type[C], given: Any, where: str) -> C:
     return built.value
 
 
+def _class_given(where: str, cls: type[Any]) -> str:
+    return f"{where} = {cls.__name__}, a class; expected an instance: {cls.__name__}(…)"
+
+
 DOES = {
-    "estimators": "estimate",
-    "lower": "solve",
-    "linear": "solve",
-    "optimizers": "step",
+    "estimators": ("estimate", "init", "needs"),
+    "lower": ("solve", "init", "offers"),
+    "linear": ("solve",),
+    "optimizers": ("step", "init"),
 }
-"""The method by which a component of a group is known; what a problem lacks, a run says."""
+"""What a component of a group is known by, and has besides; what a problem lacks, a run says."""
 
 
 class Builder:
@@ -216,26 +229,28 @@ class Builder:
         is_pydantic = hasattr(cls, "__pydantic_validator__")
         if not is_pydantic:
             for key in values.keys() & fields.keys():
-                if not self._fits(fields[key].annotation, values[key], (*where, key)):
+                if not self.fits(fields[key].annotation, values[key], (*where, key)):
                     failed.add(key)
             if failed:
                 return None
         try:
             instance = cls(**values)
-        except pydantic.ValidationError as error:
-            self._complaints.add_validation(error, where, values, failed)
-            return None
         except RequirementError:
             raise
         except Exception as error:
+            # a component says it in the words of Python
+            found = error.__context__ if is_pydantic and type(error) is RecipeError else error
+            if isinstance(found, pydantic.ValidationError):
+                self._complaints.add_validation(found, where, values, failed)
+                return None
             if not failed:
                 kind = "" if isinstance(error, BilevelError) else f"{type(error).__name__}: "
                 self._complaints.add(where, f"{cls.__name__} refused its options: {kind}{error}")
             return None
         return None if failed else instance
 
-    def _fits(self, annotation: Any, value: Any, where: Where) -> bool:
-        """Whether a value has the type that a class without pydantic asks for."""
+    def fits(self, annotation: Any, value: Any, where: Where) -> bool:
+        """Whether a value is of the type that an annotation asks for."""
         try:
             adapter = pydantic.TypeAdapter(annotation, config=COMPONENT)
         except (pydantic.PydanticUserError, pydantic.PydanticSchemaGenerationError):

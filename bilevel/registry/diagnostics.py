@@ -9,38 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bilevel.components import UNSAID, Where, refused, show
 from bilevel.errors import RecipeError, unknown
-
-Where = tuple[str | int, ...]
-"""The keys that lead to a value: ("lower", "optimizer", "lr")."""
 
 MOST = 50
 """Errors that are shown at once."""
-
-_UNSAID = object()
-
-_EXPECTED = {
-    "greater_than": "must be > {gt:g}",
-    "greater_than_equal": "must be ≥ {ge:g}",
-    "less_than": "must be < {lt:g}",
-    "less_than_equal": "must be ≤ {le:g}",
-    "multiple_of": "must be a multiple of {multiple_of:g}",
-    "finite_number": "must be finite",
-    "int_type": "must be an integer",
-    "int_from_float": "must be an integer",
-    "float_type": "must be a number",
-    "string_type": "must be text",
-    "bool_type": "must be true or false",
-    "none_required": "must be null",
-    "literal_error": "must be {expected}",
-    "tuple_type": "must be a list",
-    "list_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "too_short": "must have at least {min_length} items",
-    "too_long": "must have at most {max_length} items",
-    "is_instance_of": "must be a component of type {class}",
-    "dataclass_exact_type": "must be a mapping of {class_name}'s options",
-}
 
 
 @dataclass(frozen=True)
@@ -61,11 +34,11 @@ class Complaints:
         self._origins = {} if origins is None else origins
         self._said: list[tuple[int, str]] = []
 
-    def add(self, where: Where, message: str, value: Any = _UNSAID) -> None:
+    def add(self, where: Where, message: str, value: Any = UNSAID) -> None:
         """Complain about `where`, and show the value that was got if one is given."""
         origin = self._origin(where)
         place = ".".join(map(str, where))
-        if value is not _UNSAID:
+        if value is not UNSAID:
             text = f"{place} = {show(value)}; {message}"
         else:
             text = f"{place}: {message}" if place else message
@@ -87,17 +60,8 @@ class Complaints:
         Of a component whose options in `failed` were complained about before, only the other
         options are judged.
         """
-        found: dict[Where, tuple[list[str], Any]] = {}
-        for detail in error.errors(include_url=False):
-            loc = detail["loc"]
-            if failed and (not loc or loc[0] in failed):
-                continue
-            place = where + _known_part(loc, given)
-            value = _UNSAID if place == where and isinstance(given, dict) else detail["input"]
-            messages, _ = found.setdefault(place, ([], value))
-            messages.append(_expected(detail))
-        for place, (messages, value) in found.items():
-            self.add(place, _either(messages), value)
+        for part, (message, value) in refused(error, given, failed).items():
+            self.add((*where, *part), message, value)
 
     def base(self, where: Where) -> Path | None:
         """What a file that is named at `where` is relative to; None for the folder of the recipe."""
@@ -125,56 +89,3 @@ class Complaints:
             if where[:length] in self._origins:
                 return self._origins[where[:length]]
         return None
-
-
-def show(value: Any) -> str:
-    """A value as YAML would have it, cut to a readable length."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        return str(value["name"])
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _own_words(detail: Any) -> str:
-    cause = detail.get("ctx", {}).get("error")
-    return str(cause) if cause is not None else detail["msg"]
-
-
-def _expected(detail: Any) -> str:
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind in ("value_error", "assertion_error"):
-        return _own_words(detail)
-    message = _EXPECTED.get(kind)
-    text = message.format(**context) if message else detail["msg"][:1].lower() + detail["msg"][1:]
-    if kind in ("int_type", "float_type") and _reads_as_number(detail["input"]):
-        text += " (remove the quotes)"
-    return text
-
-
-def _either(messages: list[str]) -> str:
-    first, *rest = dict.fromkeys(messages)
-    return " or ".join([first, *(message.removeprefix("must be ") for message in rest)])
-
-
-def _reads_as_number(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and float(value) is not None
-    except ValueError:
-        return False
-
-
-def _known_part(loc: tuple[str | int, ...], given: Any) -> Where:
-    """The location without pydantic's own tags for the members of a union."""
-    known: list[str | int] = []
-    for part in loc:
-        if isinstance(given, Mapping) and part in given:
-            known.append(part)
-            given = given[part]
-        elif isinstance(given, (list, tuple)) and isinstance(part, int):
-            known.append(part)
-            given = given[part] if part < len(given) else None
-    return tuple(known)

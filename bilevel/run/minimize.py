@@ -5,17 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
 
 from bilevel import tree
-from bilevel.errors import RecipeError
 from bilevel.events import Drawn, Evaluated, Event, Finished, Held, Stepped, Warned
 from bilevel.problem.nested_variables import NestedVariables
 from bilevel.problem.protocol import Problem
 from bilevel.registry.build import made, resolve
 from bilevel.run import engine, placement
+from bilevel.run.options import require
 from bilevel.run.result import BestPoint, Result
 from bilevel.run.setup import Setup, State
 from bilevel.run.targets import Best, EarlyStop
@@ -121,6 +122,16 @@ def iterate(
 
     Args and Raises: as of `minimize`.
     """
+    given: dict[str, Any] = {
+        "seed": _integer(seed),
+        "device": _device(device),
+        "dtype": str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
+        "autocast": autocast,
+        "compile": compile,
+        "evaluate_every": _integer(evaluate_every),
+        "evaluate_held": evaluate_held,
+    }
+    require(**given, **({} if steps is None else {"steps": _integer(steps)}))
     name = problem["name"] if isinstance(problem, Mapping) and "name" in problem else problem
     return Iteration(
         Setup(  # which takes components by name
@@ -129,12 +140,12 @@ def iterate(
             _upper(upper, steps),
             cast("Estimator", estimator),
             name=name if isinstance(name, str) else type(problem).__name__,
-            seed=seed,
-            device=placement.device(device, "device") if isinstance(device, str) else device,
-            dtype=placement.dtype(dtype) if isinstance(dtype, str) else dtype,
-            autocast=placement.autocast(autocast),
+            seed=given["seed"],
+            device=placement.device(given["device"], "device"),
+            dtype=placement.DTYPES[given["dtype"]],
+            autocast=placement.DTYPES[autocast] if autocast else None,
             compile=compile,
-            evaluate_every=evaluate_every,
+            evaluate_every=given["evaluate_every"],
             evaluate_held=evaluate_held,
             stop=None if stop is None else made(EarlyStop, stop, "stop"),
             best=None if best is None else made(Best, best, "best"),
@@ -248,8 +259,16 @@ def _upper(given: Any, steps: int | None) -> Upper:
         upper = made(Upper, given, "upper")
     else:
         upper = Upper(optimizer=resolve("optimizers", given, "upper"))
-    if steps is None:
-        return upper
-    if type(steps) is not int or steps < 1:
-        raise RecipeError(f"steps = {steps!r}; must be an integer ≥ 1")
-    return replace(upper, steps=steps)
+    return upper if steps is None else replace(upper, steps=_integer(steps))
+
+
+def _integer(given: Any) -> Any:
+    """Also an integer of numpy, as an array of seeds has them."""
+    return int(given) if isinstance(given, Integral) and type(given) is not bool else given
+
+
+def _device(given: Any) -> Any:
+    """What a recipe calls the device; of those without a number in a recipe there is one."""
+    if not isinstance(given, torch.device):
+        return given
+    return str(given) if given.type == "cuda" else given.type

@@ -44,19 +44,3 @@ def device(asked: str, option: str = "runtime.device", ranks: Ranks = ALONE) -> 
             f"{option}=auto"
         )
     return torch.device(asked)
-
-
-def dtype(asked: str) -> torch.dtype:
-    """The dtype called `asked`. Raises `RecipeError` for one that runs are not made in."""
-    if asked not in DTYPES:
-        raise RecipeError(f"dtype = {asked!r}; must be one of {', '.join(DTYPES)}")
-    return DTYPES[asked]
-
-
-def autocast(asked: str | None) -> torch.dtype | None:
-    """The dtype for products. Raises `RecipeError` for one that losses are not evaluated in."""
-    if asked not in (None, "bfloat16"):
-        raise RecipeError(
-            f"autocast = {asked!r}; must be 'bfloat16' or None: float16 would need scaled losses"
-        )
-    return asked and torch.bfloat16

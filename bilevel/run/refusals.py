@@ -16,6 +16,7 @@ from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
+from bilevel.problem.signatures import misspelt, refuse_arguments
 from bilevel.run.early_stop import watched
 from bilevel.run.setup import Setup, State
 from bilevel.types import Counts, Estimator, Loss, Needs, Offers, Params
@@ -24,6 +25,7 @@ from bilevel.unrolling.path import refuse_learned
 
 def refuse_mismatch(setup: Setup) -> None:
     """Raise `ProblemError` for a combination that makes no sense, before anything slow."""
+    refuse_arguments(setup.levels.problem)
     needs, offers, levels = setup.estimator.needs, setup.lower.offers, setup.levels
     require_kind(needs, Needs, f"{type(setup.estimator).__name__}.needs")
     require_kind(offers, Offers, f"{type(setup.lower).__name__}.offers")
@@ -221,6 +223,9 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         # a batch that is not finite is what `skip` is for
         with suppress(*[ConvergenceError] if "skip" in policies else []):
             refuse_impure(loss.on(batch), state.x, state.y)
+    if close := misspelt(problem):
+        state.warned["misspelt"] = 0
+        yield Warned(0, "misspelt", "; ".join(close))
     needs = setup.estimator.needs
     if not state.x and not needs.moves_lower and setup.estimator.claim != "direct":
         state.warned["one level"] = 0

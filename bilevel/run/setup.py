@@ -24,6 +24,7 @@ from bilevel.ranks import ALONE, Ranks
 from bilevel.registry.build import resolve
 from bilevel.rng import Streams
 from bilevel.run.batches import Draws, Sampler, paired
+from bilevel.run.options import require
 from bilevel.run.targets import Best, EarlyStop
 from bilevel.run.upper import Upper
 from bilevel.sharding.parts import X_FROM
@@ -70,9 +71,8 @@ class Setup:
             ("estimator", "estimators"),
         ):
             object.__setattr__(self, name, resolve(group, getattr(self, name), name))
-
-        if self.compile not in ("off", "step", "inductor"):
-            raise RecipeError(f"compile = {self.compile!r}; must be 'off', 'step' or 'inductor'")
+        options = ("seed", "compile", "evaluate_every", "evaluate_held")
+        require(**{name: getattr(self, name) for name in options})
         if self.autocast is not None and self.dtype != torch.float32:
             raise RecipeError(NEEDS_FLOAT32)
         problem = under_autocast(self.problem, self.device, self.autocast)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rich.console import Console, RenderableType
 from rich.jupyter import JupyterMixin
 
+from bilevel.errors import RecipeError
 from bilevel.events import Event, Progress, Started, Stepped
 from bilevel.sinks import Receiver
 from bilevel.sinks.panel import REFRESHES, Panel
@@ -21,7 +22,12 @@ def progress(wanted: bool | Literal["auto"], console: Console | None = None) -> 
     A terminal has the panel of `bilevel run`, gone when the run ends, since the result says the
     same; a notebook has it in one output that is updated, which needs no widgets. A log gets a
     line every 10 % of the steps, if progress is asked for there.
+
+    Raises:
+        RecipeError: `wanted` is neither.
     """
+    if not isinstance(wanted, bool) and wanted != "auto":
+        raise RecipeError(f"progress = {wanted!r}; must be True, False or 'auto'")
     console = console or Console(stderr=True)
     if not wanted:
         return None

@@ -15,6 +15,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators.alternating import Alternating
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.proximal import Proximal
+from bilevel.problem.answers import initial
 from bilevel.problem.levels import Levels
 from bilevel.problem.purity import refuse_impure
 from bilevel.rng import Streams
@@ -105,7 +106,7 @@ def _at(problem: Any, seed: int, dtype: torch.dtype) -> Place:
 
 
 def _init(problem: Any, seed: int) -> Iterator[str]:
-    first, second = problem.init(Streams(seed)), problem.init(Streams(seed))
+    first, second = initial(problem, Streams(seed)), initial(problem, Streams(seed))
     for name, a, b in zip("xy", first, second, strict=True):
         if said := difference(tree.detach(a), tree.detach(b)):
             yield f"{name}: {said} from one call to the next with the same seed"

@@ -43,3 +43,22 @@ def test_validate_refuses_what_a_run_refuses_before_it_begins(override, said):
 
 def test_a_recipe_for_a_device_that_is_not_here_is_valid():
     assert "valid (hash" in invoke("validate", "quadratic", "runtime.device=cuda").output
+
+
+def test_a_misspelt_method_is_warned_of(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(PROBLEM)
+    path = tmp_path / "mine.yaml"
+    path.write_text("problem: mine.py:Mine\n")
+    said = invoke("validate", path).output
+    assert "warning: Mine.project_uper is not a method that a run calls. Did you mean" in said
+    (tmp_path / "mine.py").write_text(PROBLEM.replace("project_uper", "project_upper"))
+    assert "warning" not in invoke("validate", path).output
+
+
+PROBLEM = """
+from bilevel_problems.quadratic import Quadratic
+
+class Mine(Quadratic):
+    def project_uper(self, x):
+        return x
+"""

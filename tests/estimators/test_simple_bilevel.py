@@ -11,10 +11,9 @@ from functools import cached_property
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from bilevel.comparing import scene
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.estimators.aggregation import Aggregation
 from bilevel.estimators.alternating import Alternating
 from bilevel.estimators.bome import Bome
@@ -310,5 +309,5 @@ def test_a_run_that_does_not_lower_F_says_so():
 
 @pytest.mark.parametrize("given", [{"lowest": 0.0}, {"rate": 1.0}])
 def test_lowest_and_rate_belong_together(given):
-    with pytest.raises(ValidationError, match=r"without .*: give both, or neither"):
+    with pytest.raises(RecipeError, match=r"without .*: give both, or neither"):
         DynamicBarrier(**given)

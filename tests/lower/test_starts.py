@@ -183,7 +183,10 @@ def test_no_step_at_all_leaves_y_as_it_is_and_says_so():
         record=True,
     )
     assert torch.equal(still.y["w"], y["w"])
-    assert (still.stats.steps, still.stats.gradients, still.stats.converged) == (0, 0, None)
+    assert (still.stats.steps, still.stats.gradients, still.stats.converged) == (0, 1, None)
+    g = 2 * (y["w"] - B)
+    assert still.stats.loss == pytest.approx(float((g / 2).square().sum()))
+    assert still.stats.gradient_norm == pytest.approx(float(g.norm()))
     assert still.batch is B
     assert still.path is not None
     assert still.path.batches == ()
@@ -191,3 +194,20 @@ def test_no_step_at_all_leaves_y_as_it_is_and_says_so():
         lambda x, y, batch: (y["w"] - batch).square().sum(), X, y, solver=Gradient(steps=1), batch=B
     )
     assert not torch.equal(one.y["w"], y["w"])
+
+
+def test_without_a_step_a_tolerance_says_whether_y_is_good_enough():
+    def ask(y, **options):
+        solver = Gradient(steps=0, **options)
+        stats = solve_lower(distance, X, y, solver=solver, batch=B).stats
+        return stats.converged, stats.stopped, stats.gradients
+
+    away = at(1.0, 2.0, 3.0)
+    assert ask(away, tolerance=1e-6) == (False, "iterations", 1)
+    assert ask({"w": B.clone()}, tolerance=1e-6) == (True, "tolerance", 1)
+    assert ask(away, relative_tolerance=1e-6) == (False, "iterations", 2)
+    assert ask(away, accumulate=3) == (None, "iterations", 3)
+
+
+def distance(x, y, batch):
+    return (y["w"] - batch).square().sum()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from bilevel import tree
+from bilevel.errors import RecipeError
 from bilevel.optimizers.adjusted import Adjusted
 from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
 from bilevel.optimizers.schedule import Schedule
@@ -145,12 +145,12 @@ def test_any_torch_optimizer_by_name(name, options):
     ],
 )
 def test_a_wrong_torch_optimizer_is_refused_at_once(options, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(RecipeError, match=message):
         TorchOptimizer(**options)
 
 
 def test_what_is_offered_instead_may_be_chosen():
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(RecipeError) as caught:
         TorchOptimizer(optimizer="LBFGS")
     offered = str(caught.value).split("it has ")[1].split(". ")[0].split(", ")
     assert "Adagrad" in offered
@@ -169,7 +169,7 @@ def test_a_step_writes_into_nothing_it_was_given(optimizer):
 
 
 def test_nesterov_without_momentum_is_refused():
-    with pytest.raises(ValidationError, match="momentum > 0"):
+    with pytest.raises(RecipeError, match="momentum > 0"):
         SGD(nesterov=True)
 
 

@@ -1,7 +1,10 @@
 """What a problem's own methods give: other shapes, names and kinds end a run where they are given."""
 
 import itertools
+import random
+from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 
@@ -202,6 +205,22 @@ def test_episodes_that_are(pair):
     assert ends(mine(episodes=lambda self, stream: itertools.repeat(pair))).step == 2
 
 
+@pytest.mark.parametrize("name", ["upper_batches", "lower_batches"])
+def test_episodes_without_batches_are_told_what_to_write(name):
+    pairs = {"episodes": lambda self, stream: itertools.repeat((None, None)), name: None}
+    with pytest.raises(ProblemError) as caught:
+        ends(mine(**pairs))
+    said = str(caught.value)
+    assert said.startswith(
+        f"Mine is not a Problem: it lacks {name}, needed beside episodes, since "
+    )
+    assert (
+        "return (upper for _, upper in self.episodes(stream)), and (lower for lower, _ in" in said
+    )
+    with pytest.raises(ProblemError, match=f"it lacks {name}; see"):  # control
+        ends(mine(**{name: None}))
+
+
 @pytest.mark.parametrize("found", [3, None, ["a"], {3: "a"}])
 def test_figures_that_are_none(found):
     with pytest.raises(
@@ -263,3 +282,49 @@ def test_a_hypergradient_in_another_order_is_put_in_that_of_x():
 
     found = reference_at(scene(mine(Two, hypergradient=closed)))
     assert found.truth.tolist() == [1, 1, 1, 2, 2]
+
+
+# what init draws
+
+
+def random_start(self, streams):
+    """Modules, numpy and Python's own draws, none of which takes a generator of the run."""
+    layer = torch.nn.Linear(3, 1)
+    w = layer.weight[0] + random.random() + torch.from_numpy(numpy.random.randn(3)).float()
+    return {"x": w.detach()}, {"y": torch.randn(3)}
+
+
+@pytest.mark.parametrize("around", [lambda p: p, lambda p: LearnedStart(problem=p)])
+def test_what_init_draws_from_a_global_random_state_is_of_the_seed(around):
+    def began(seed):
+        setup = Setup(around(mine(init=random_start)), Gradient(), Upper(), Implicit(), seed=seed)
+        state = start(setup)
+        return {**state.x, **state.y}
+
+    first, second, other = began(3), began(3), began(4)
+    assert tree.equal(first, second)
+    for name in ("x", "y"):
+        assert not torch.isclose(first[name], other[name]).any()
+    torch.manual_seed(5)  # a caller's own seed is neither used nor lost
+    state = torch.get_rng_state()
+    assert tree.equal(began(3), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_random_states_of_a_caller_are_as_before():
+    def states():
+        return (
+            random.getstate(),
+            numpy.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        )
+
+    def fails(self, streams):
+        random_start(self, streams)
+        raise KeyError("mine")
+
+    before = states()
+    for init, error in ((random_start, None), (fails, KeyError)):
+        with pytest.raises(error) if error else nullcontext():
+            start(Setup(mine(init=init), Gradient(), Upper(), Implicit()))
+        assert states() == before

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from bilevel import rng, tree
+from bilevel.errors import RecipeError
 from bilevel.estimators.implicit import Implicit
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD
@@ -54,7 +54,7 @@ def test_eigenvalues_are_those_asked_for_up_to_sampling():
 
 
 def test_blocks_must_be_equal():
-    with pytest.raises(ValidationError, match="must divide 512"):
+    with pytest.raises(RecipeError, match="must divide 512"):
         SimulatedQuadratic(batch_size=100)
 
 

@@ -313,3 +313,14 @@ def _leads_into_a_list(data: Any, path: list[str]) -> bool:
             return True
         data = data.get(key) if isinstance(data, dict) else None
     return False
+
+
+def test_episodes_without_batches_are_told_what_to_write(tmp_path):
+    lines = ["class Tasks:"]
+    for name in ("init", "upper_loss", "lower_loss", "episodes"):
+        lines.append(f"    def {name}(self, *given): ...")
+    (tmp_path / "tasks.py").write_text("\n".join(lines))
+    with pytest.raises(RecipeError) as caught:
+        loads("problem: tasks.py:Tasks", base=tmp_path)
+    said = "Tasks is not a Problem: it lacks lower_batches, upper_batches, needed beside episodes"
+    assert said in str(caught.value)

@@ -305,3 +305,18 @@ def test_early_stopping_at_the_start_leaves_unrolling_something_to_say():
     steps = [e for e in run(s, start(s)) if isinstance(e, Stepped)]
     assert [e.lower.steps for e in steps] == [0, 0, 0]
     assert all(e.hypergradient_norm > 0 for e in steps)
+
+
+@pytest.mark.parametrize("compiled", ["off", "step"])
+def test_without_lower_steps_y_stays_and_losses_are_those_there(compiled):
+    s = setup(lower=Gradient(steps=0), compile=compiled)
+    state = start(s)
+    x, y = state.x, state.y
+    first, *others = [e for e in run(s, state) if isinstance(e, Stepped)]
+    G = s.problem.lower_loss(x, y, next(s.problem.lower_batches(None)))
+    assert first.lower_loss == pytest.approx(G.item())
+    assert (first.lower.steps, first.lower.gradients) == (0, 1)
+    assert first.lower.gradient_norm > 0
+    assert tree.equal(state.y, y)
+    assert not tree.equal(state.x, x)
+    assert all(e.lower_loss == e.lower_loss for e in others)  # none is NaN

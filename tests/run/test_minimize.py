@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from bilevel.lower import LBFGS, Gradient, Newton
 from bilevel.optimizers import SGD, Adam
 from bilevel.recipe.assemble import assemble
 from bilevel.run import Setup, Upper, engine
+from bilevel.run.targets import EarlyStop
 from tests.run.setups import EXACT, Plain
 
 
@@ -74,9 +76,33 @@ def test_components_are_taken_by_name_by_mapping_and_as_they_are():
         ({"lower": 3}, RecipeError, "lower = 3; expected an instance, a name .augm"),
         ({"upper": SGD}, RecipeError, "upper = SGD, a class"),
         ({"upper": {"name": "sgd", "rl": 1.0}}, RecipeError, "upper.rl: unknown key. .*lr"),
-        ({"steps": 0}, RecipeError, "steps = 0; must be an integer ≥ 1"),
-        ({"steps": True}, RecipeError, "steps = True; must be an integer ≥ 1"),
-        ({"dtype": "float16"}, RecipeError, "dtype = 'float16'; must be one of float32"),
+        (
+            {"lower": CG()},
+            RecipeError,
+            r"lower = CG\(.*; CG is none of lower .* lacks init, offers",
+        ),
+        ({"upper": 3}, RecipeError, "upper = 3; expected an instance, a name"),
+        ({"steps": 0}, RecipeError, "^steps = 0; must be > 0$"),
+        ({"steps": True}, RecipeError, "^steps = True; must be an integer$"),
+        ({"seed": "a"}, RecipeError, "^seed = 'a'; must be an integer ≥ 0$"),
+        ({"seed": -1}, RecipeError, "^seed = -1; must be an integer ≥ 0$"),
+        ({"seed": True}, RecipeError, "^seed = True; must be an integer ≥ 0$"),
+        ({"evaluate_every": -1}, RecipeError, "^evaluate_every = -1; must be ≥ 0$"),
+        ({"evaluate_every": "a"}, RecipeError, "^evaluate_every = 'a'; must be an integer$"),
+        ({"evaluate_held": 2}, RecipeError, "^evaluate_held = 2; must be True or False$"),
+        ({"dtype": "float16"}, RecipeError, "^dtype = 'float16'; must be 'float32', 'float64' or"),
+        ({"dtype": torch.int32}, RecipeError, "^dtype = 'int32'; must be 'float32', 'float64' or"),
+        ({"autocast": "float16"}, RecipeError, "^autocast = 'float16'; float16 overflows"),
+        ({"compile": True}, RecipeError, "^compile = True; must be 'off', 'step' or 'inductor'$"),
+        (
+            {"device": "gpu"},
+            RecipeError,
+            "^device = 'gpu'; must be auto, cpu, cuda, cuda:N or mps$",
+        ),
+        ({"device": torch.device("meta")}, RecipeError, "^device = 'meta'; must be auto, cpu, "),
+        ({"stop": EarlyStop}, RecipeError, "stop = EarlyStop, a class; expected an instance"),
+        ({"best": 3}, RecipeError, "best = 3; must be a mapping of options"),
+        ({"progress": "yes"}, RecipeError, "^progress = 'yes'; must be True, False or 'auto'$"),
         ({"device": "cuda:99"}, RequirementError, "device = 'cuda:99', but torch"),
         ({"stepps": 3}, TypeError, "stepps"),
     ],
@@ -84,6 +110,55 @@ def test_components_are_taken_by_name_by_mapping_and_as_they_are():
 def test_a_wrong_argument_is_named(options, error, words):
     with pytest.raises(error, match=words):
         bilevel.minimize("quadratic", **options)
+
+
+def test_all_wrong_arguments_are_said_at_once_and_nothing_is_computed():
+    class Untouched(Plain):
+        def __getattribute__(self, name):
+            raise AssertionError(name)
+
+    problem = Untouched()
+    with pytest.raises(RecipeError) as caught:
+        bilevel.iterate(problem, seed=-1, device="gpu", steps=0)
+    assert str(caught.value).splitlines() == [
+        "3 errors",
+        "  seed = -1; must be an integer ≥ 0",
+        "  device = 'gpu'; must be auto, cpu, cuda, cuda:N or mps",
+        "  steps = 0; must be > 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "option"),
+    [
+        ("device", "runtime.device"),
+        ("dtype", "runtime.dtype"),
+        ("autocast", "runtime.autocast"),
+        ("compile", "runtime.compile"),
+        ("seed", "seed"),
+        ("evaluate_every", "evaluate.every"),
+    ],
+)
+def test_a_recipe_refuses_an_argument_in_the_same_words(argument, option):
+    for value in (-1, "float16"):
+        with pytest.raises(RecipeError) as python:
+            bilevel.iterate("quadratic", **{argument: value})
+        with pytest.raises(RecipeError) as recipe:
+            recipes.loads("problem: quadratic", [f"{option}={value}"])
+        assert str(python.value).partition("; ")[2] == str(recipe.value).partition("; ")[2] != ""
+
+
+def test_a_set_up_by_hand_is_held_to_the_same():
+    with pytest.raises(RecipeError, match="seed = 'a'; must be an integer ≥ 0"):
+        Setup("quadratic", "newton", Upper(), "unroll", seed="a")
+
+
+def test_a_device_a_dtype_and_an_integer_may_be_those_of_torch_and_numpy():
+    given = {"device": torch.ones(1).device, "dtype": torch.float64, "seed": numpy.int64(3)}
+    run = bilevel.iterate("quadratic", steps=numpy.int32(2), evaluate_every=numpy.int64(1), **given)
+    assert (run.setup.device.type, run.setup.dtype, run.setup.seed) == ("cpu", torch.float64, 3)
+    assert (run.setup.upper.steps, run.setup.evaluate_every) == (2, 1)
+    assert type(run.setup.seed) is int  # whose text a stream is derived from
 
 
 def test_iterating_gives_events_and_lets_x_be_read_between_them():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.rng import Streams, stream
 from bilevel_problems.mllm_hft import filtering, formulations
 from bilevel_problems.mllm_hft.sources.mixture import Mixture
@@ -70,7 +69,7 @@ def test_the_filter_learns_from_clean_pictures_and_is_cached(monkeypatch):
     [{"formulation": "joint", "queue": 3}, {"formulation": "joint", "contrast_loss": "chip"}],
 )
 def test_what_draws_from_all_pictures_is_refused_beside_it(options):
-    with pytest.raises(ValidationError, match="kept below 1 with a queue, or with a preference"):
+    with pytest.raises(RecipeError, match="kept below 1 with a queue, or with a preference"):
         miniature(kept=0.5, **options)
 
 

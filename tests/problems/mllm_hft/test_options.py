@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from bilevel import tree
+from bilevel.errors import RecipeError
 from bilevel.rng import Streams, stream
 from bilevel_problems.mllm_hft.formulations import FORMS
 from bilevel_problems.mllm_hft.models.tiny import Tiny
@@ -96,7 +96,7 @@ def usual():
 def test_an_option_changes_something_or_is_refused(formulation, option, usual):
     changed = {option: OTHER[option]}
     if option in SOMETIMES - read(FORMS[formulation]):
-        with pytest.raises(ValidationError, match=rf"{option} (with|names)"):
+        with pytest.raises(RecipeError, match=rf"{option} (with|names)"):
             miniature(formulation=formulation, **changed)
     else:
         assert outcome(formulation, **changed) != usual(formulation)
@@ -116,7 +116,7 @@ def test_the_same_settings_give_the_same_loss(usual):
 @pytest.mark.parametrize("option", sorted(OF_HACL))
 @pytest.mark.parametrize("loss", ["chip", "chip_released"])
 def test_options_of_hacl_are_refused_with_a_preference(loss, option):
-    with pytest.raises(ValidationError, match=f"{option} with contrast_loss {loss}: .*hacl"):
+    with pytest.raises(RecipeError, match=f"{option} with contrast_loss {loss}: .*hacl"):
         miniature(contrast_loss=loss, **{option: OTHER[option]})
 
 
@@ -144,7 +144,7 @@ def test_options_of_hacl_are_refused_with_a_preference(loss, option):
     ],
 )
 def test_the_refusal_names_what_reads_it(options, said):
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(RecipeError, match=said):
         miniature(**options)
 
 
@@ -154,11 +154,11 @@ def test_steps_of_the_contrast_read_what_the_contrast_does_before_the_task_alone
     assert made.heads == "hacl"
     assert miniature(**first, contrast_loss="chip").contrast_loss == "chip"
     for option in ("queue", "heads"):
-        with pytest.raises(ValidationError, match=f"{option} with formulation task_only"):
+        with pytest.raises(RecipeError, match=f"{option} with formulation task_only"):
             miniature(**{**first, "contrast_first": 0}, **{option: OTHER[option]})
-        with pytest.raises(ValidationError, match=f"{option} with "):
+        with pytest.raises(RecipeError, match=f"{option} with "):
             miniature(**first, contrast_loss="chip", **{option: OTHER[option]})
-    with pytest.raises(ValidationError, match="contrast with formulation task_only"):
+    with pytest.raises(RecipeError, match="contrast with formulation task_only"):
         miniature(**first, contrast=2.0)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from bilevel import tree
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.events import Drawn, Evaluated, Finished, Progress, Stepped, Tabulated
 from bilevel.rng import Streams, stream
 from bilevel.run import engine
@@ -327,7 +326,7 @@ def test_the_clean_share_comes_from_upper_data_and_is_for_baselines():
     assert math.isfinite(
         float(problem.lower_loss({}, problem.init(Streams(0))[1], {"task": batch}))
     )
-    with pytest.raises(ValidationError, match="does not see"):
+    with pytest.raises(RecipeError, match="does not see"):
         miniature(formulation="weighted", clean=0.5)
 
 

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
-from bilevel.errors import ProblemError, RequirementError
+from bilevel.errors import ProblemError, RecipeError, RequirementError
 from bilevel.rng import stream
 from bilevel_problems.mllm_hft.sources.amber import Amber
 from bilevel_problems.mllm_hft.sources.by_split import BySplit
@@ -137,7 +136,7 @@ def test_a_split_without_pictures(tmp_path):
     ],
 )
 def test_options_that_cannot_be_met(options, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(RecipeError, match=message):
         Jsonl(path="x", **options)
 
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from bilevel.errors import ProblemError
+from bilevel.errors import ProblemError, RecipeError
 from bilevel.registry.build import build
 from bilevel.rng import stream
 from bilevel_problems.mllm_hft.sources.amber import Amber
@@ -116,7 +115,7 @@ def test_coco_without_captions_writes_them_and_without_instances_asks_nothing(tm
     assert scene.caption == "There are two dogs and a car."
     (scene,) = whole(Coco(images=files["images"], captions=files["captions"])).scenes
     assert (scene.caption, scene.annotated, scene.names) == ("A dog.", False, {"dog"})
-    with pytest.raises(ValidationError, match="instances, captions, or both"):
+    with pytest.raises(RecipeError, match="instances, captions, or both"):
         Coco(images=files["images"])
 
 
@@ -140,7 +139,7 @@ def test_pope_alone_and_about_coco(tmp_path):
     alone = Pope(**asked, images=files["images"])
     scene = by_id(whole(alone))[name_of(1)]
     assert (scene.annotated, scene.names, scene.caption) == (False, {"dog"}, "")
-    with pytest.raises(ValidationError, match="random, popular or adversarial"):
+    with pytest.raises(RecipeError, match="random, popular or adversarial"):
         Pope()
 
 
@@ -256,7 +255,7 @@ def test_layouts_are_combined_by_split(tmp_path):
     assert source.vocabulary[0] == "car"  # the most frequent of training data
     with pytest.raises(ProblemError, match="no development"):
         source.corpus("development", 1, generator=stream(0, "d"))
-    with pytest.raises(ValidationError, match=r"by_split\.train = Shapes"):
+    with pytest.raises(RecipeError, match=r"by_split\.train = Shapes"):
         BySplit(train=Shapes(), upper=source.upper, test=source.test)
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from pydantic import ValidationError
 
+from bilevel.errors import RecipeError
 from bilevel.rng import stream
 from bilevel_problems.mllm_hft.sources.mixture import Mixture
 from bilevel_problems.mllm_hft.sources.photos import Photos
@@ -52,11 +52,9 @@ def test_what_is_pretrained_depends_on_clean_alone():
 
 
 def test_parts_tell_of_the_same_things():
-    with pytest.raises(
-        ValidationError, match=r"mixture\.parts\.b: vocabulary sheep, dog, apple, …"
-    ):
+    with pytest.raises(RecipeError, match=r"mixture\.parts\.b: vocabulary sheep, dog, apple, …"):
         Mixture(parts={"a": Shapes(), "b": Photos()}, clean=Shapes())
-    with pytest.raises(ValidationError, match="parts"):
+    with pytest.raises(RecipeError, match="parts"):
         Mixture(parts={}, clean=Shapes())
 
 
