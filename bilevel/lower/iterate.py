@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bilevel import tree
 from bilevel.calculus import fixed_point_maps
@@ -15,12 +15,13 @@ from bilevel.calculus.products import first_not_finite
 from bilevel.components import component
 from bilevel.errors import ConvergenceError
 from bilevel.lower.start import BEGIN_ELSEWHERE
+from bilevel.lower.tolerance import Stop
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Params
 
 
 @component
 class Iterate:
-    """y ← T(x, y) with T the problem's `lower_map`, a new batch each; stops at ‖T − y‖ ≤ tolerance.
+    """y ← T(x, y) with T the problem's `lower_map`, a new batch each, until ‖T − y‖ is small enough.
 
     Converges at the rate of the spectral radius of ∂y T. Each evaluation of T counts as one
     gradient. The loss reported is ½ ‖T − y‖², the gradient norm ‖T − y‖. No path.
@@ -31,7 +32,10 @@ class Iterate:
     """
 
     steps: PositiveInt = 100
-    tolerance: NonNegativeFloat = 1e-8
+    tolerance: NonNegativeFloat | None = None
+    """An absolute ‖T − y‖ to stop at, in the place of `relative_tolerance`."""
+    relative_tolerance: PositiveFloat = 1e-8
+    """‖T − y‖ relative to the largest ‖y‖ at which a solve began or ended, or that of y."""
 
     @property
     def offers(self) -> Offers:
@@ -51,18 +55,20 @@ class Iterate:
         state: Any,
         record: float = 0,
     ) -> LowerSolution:
-        batch, shift, taken = None, float("inf"), 0
-        while taken < self.steps and shift > self.tolerance:
+        batch, shift, taken, converged = None, float("inf"), 0, False
+        stop = Stop(self.tolerance, self.relative_tolerance, state, y)
+        stop.curvature = 1.0  # T − y is of the scale of y
+        while taken < self.steps and not converged:
             batch = next(batches)
             after = fixed_point_maps.evaluate(loss.on(batch), x, y)
             shift = tree.norm(tree.sub(after, y))
             if not shift < math.inf:
                 _refuse(x, y, after, taken)
             taken, y = taken + 1, after
-        converged = shift <= self.tolerance
+            converged = stop.is_met(shift, y)
         stopped = "tolerance" if converged else "iterations"
         stats = LowerStats(taken, taken, shift**2 / 2, shift, converged, stopped=stopped)
-        return LowerSolution(tree.clone(y), state, stats, batch)
+        return LowerSolution(tree.clone(y), stop.state(y), stats, batch)
 
 
 def _refuse(x: Params, y: Params, after: Params, taken: int) -> None:

@@ -33,6 +33,10 @@ error that is known; untested: nothing was measured;
 refused: it cannot work on this problem, and the note says what can."""
 
 NO_CLAIM = "claims nothing that could be tested"
+NO_INNER_SOLUTION = (
+    "its inner solve comes to no end however many steps it has, so its claim cannot be tested: what it "
+    "minimises may have no minimum"
+)
 NO_TRUTH = "no truth to compare with: the lower level cannot be solved tightly here"
 
 
@@ -207,7 +211,10 @@ def _judge_objective(scene: Scene, row: CheckRow, tight: Estimator) -> CheckRow:
         note = f"its function is too rough for differences (error {found.error:.1e})"
         return replace(row, note=note)
     got, truth = _ask(scene, tight, scene.solved.y), from_differences("", found)
-    return _verdict(row, truth.error(got.hypergradient), truth.tolerance, "as claimed")
+    error = truth.error(got.hypergradient)
+    if error > truth.tolerance and got.stats.converged is False:
+        return replace(row, note=_joined(row.note, NO_INNER_SOLUTION))
+    return _verdict(row, error, truth.tolerance, "as claimed")
 
 
 def _differences(scene: Scene, objective: Any) -> Differences:

@@ -14,6 +14,7 @@ from bilevel import calculus, tree
 from bilevel.calculus.finite_differences import central
 from bilevel.errors import ProblemError
 from bilevel.estimators.alternating import Alternating
+from bilevel.estimators.averaged_multipliers import AveragedMultipliers
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
@@ -403,6 +404,36 @@ def test_a_rough_function_is_not_called_as_claimed():
 
     wrong = Planted(Alternating(), MISTAKES["sign of all"])
     assert rows(Rough(), {"none": wrong})["none"].verdict == "untested"
+
+
+def test_a_penalised_problem_without_a_minimum_is_no_test_of_the_penalty():
+    class Slides(Wavy):
+        """F falls for ever along an entry of y that G does not use."""
+
+        def init(self, streams):
+            return {"a": torch.ones(())}, {"w": torch.tensor([0.1, 0.2]), "free": torch.ones(())}
+
+        def upper_loss(self, x, y, batch):
+            return (y["w"] - 1).square().sum() + 0.1 * y["free"] * x["a"]
+
+        def lower_loss(self, x, y, batch):
+            return (y["w"] - x["a"]).square().sum() + 0.1 * (y["w"] ** 4).sum()
+
+    class Bounded(Slides):
+        def upper_loss(self, x, y, batch):
+            return super().upper_loss(x, y, batch) + 0.05 * y["free"].square() * x["a"] ** 2
+
+    wrong = Planted(Penalty(), MISTAKES["sign of all"])
+    asked = {"penalty": Penalty(), "averaged": AveragedMultipliers(), "cg": Implicit()}
+    found = rows(Slides(), asked, lower=Newton())
+    assert {name: row.verdict for name, row in found.items()} == {
+        "penalty": "untested",
+        "averaged": "untested",
+        "cg": "exact",
+    }
+    assert "what it minimises may have no minimum" in found["penalty"].note
+    found = rows(Bounded(), {"penalty": Penalty(), "wrong": wrong}, lower=Newton())
+    assert (found["penalty"].verdict, found["wrong"].verdict) == ("as claimed", "wrong")
 
 
 def test_nothing_to_check_is_said():
