@@ -17,6 +17,9 @@ from bilevel.lower.start import at_start, require_finite
 from bilevel.lower.tolerance import Stop
 from bilevel.types import Loss, LowerSolution, LowerStats, Offers, Pairs, Params, Stopped
 
+SHORT = 1e-4
+"""The part of ‖y‖ up to which a step may be one across a kink."""
+
 
 @component
 class LBFGS:
@@ -71,7 +74,8 @@ class LBFGS:
         best = (float("inf"), float("inf"), tree.clone(y))
         points: deque[tuple[Params, Params]] = deque(maxlen=self.history + 1)
 
-        scale, spent, curvatures = 1.0, 0, deque[float](maxlen=self.history)
+        scale, spent = 1.0, 0
+        curvatures, of_long = (deque[float](maxlen=self.history) for _ in range(2))
 
         def closure() -> float:
             nonlocal taken, best, scale, spent
@@ -84,11 +88,15 @@ class LBFGS:
                 spent = stop.begin(loss, x, here, g)
                 scale = stop.curvature or 1.0
                 curvatures.append(stop.curvature)
+                of_long.append(stop.curvature)
             taken += 1
             points.append((here, g))
             if taken > 1:
-                curvatures.append(_curvature(points[-2], points[-1]))
-                stop.curvature = max(curvatures)
+                met, is_long = _curvature(points[-2], points[-1])
+                curvatures.append(met)
+                if is_long:
+                    of_long.append(met)
+                stop.curvature = min(max(curvatures), max(of_long))
             if norm < best[1]:
                 best = (value.item(), norm, here)
             if stop.is_met(norm, here):
@@ -113,10 +121,14 @@ class LBFGS:
         return LowerSolution(y, stop.state(y), stats, batch, pairs=_pairs(points))
 
 
-def _curvature(before: tuple[Params, Params], after: tuple[Params, Params]) -> float:
-    """‖change of gradient‖ / ‖step‖ between two evaluations; 0 where y has not moved."""
+def _curvature(before: tuple[Params, Params], after: tuple[Params, Params]) -> tuple[float, bool]:
+    """(‖change of gradient‖ / ‖step‖ between two evaluations, whether the step is a long one).
+
+    Steps across a kink get as short as one likes, with a gradient that jumps: that is no curvature.
+    """
     step = tree.norm(tree.sub(after[0], before[0]))
-    return tree.norm(tree.sub(after[1], before[1])) / step if step else 0.0
+    change = tree.norm(tree.sub(after[1], before[1]))
+    return change / step if step else 0.0, step > SHORT * tree.norm(before[0])
 
 
 def _pairs(points: Sequence[tuple[Params, Params]]) -> Pairs:

@@ -327,6 +327,7 @@ def apart(count):
     return lower, {"w": normal(1, count)}
 
 
+@pytest.mark.untrusted("y is where the factors are looked at, and no solution")
 @pytest.mark.parametrize("damping", [0.1, 1e-3])
 @pytest.mark.parametrize("count", [20, 60])
 def test_where_the_factors_know_nothing_the_diagonal_does(count, damping):
