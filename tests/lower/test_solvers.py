@@ -243,3 +243,30 @@ def test_gradient_counts_the_steps_it_took():
     assert (stats.steps, stats.gradients, stats.converged) == (7, 7, None)
     few = solve(case, Gradient(steps=7, tolerance=1e-12)).stats
     assert (few.steps, few.gradients, few.converged) == (7, 7, False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lbfgs_takes_no_jump_across_a_kink_for_curvature(seed):
+    """Steps across it get as short as one likes; a curvature of 1e7 had met any gradient's tolerance."""
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(60, 5, generator=g, dtype=torch.float64)
+    t = torch.sign(A.sum(1) + torch.randn(60, generator=g, dtype=torch.float64))
+
+    def G(x, y, _, sharp=True):
+        z = 1 - t * (A @ y["w"])
+        hinge = z.relu() if sharp else torch.nn.functional.softplus(z)
+        return hinge.mean() + 0.05 * y["w"].square().sum()
+
+    x, y = {"s": torch.zeros(1).double()}, {"w": torch.zeros(5, dtype=torch.float64)}
+
+    def solved(sharp):
+        return solve_lower(
+            lambda x, y, _: G(x, y, _, sharp) + 0 * x["s"].sum(), x, y, solver=LBFGS()
+        ).stats
+
+    found = solved(sharp=True)
+    assert (found.converged, found.stopped) == (False, "stagnation")
+    assert found.gradient_norm > 1e-3
+    smooth = solved(sharp=False)
+    assert smooth.converged
+    assert smooth.gradient_norm < 1e-6
