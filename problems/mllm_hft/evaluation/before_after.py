@@ -28,7 +28,7 @@ def figures(
     """
     found = {"captions": _captions(evaluator, evaluation, models, split)}
     if evaluation.has_captions:
-        present = evaluation.captions.present
+        present = evaluation.captions.present[evaluation.described]
         panels = [
             Panel.of(title, evaluator.embed(at, evaluation), present, TRIPLES)
             for title, at in models.items()
