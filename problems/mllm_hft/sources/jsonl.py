@@ -7,9 +7,10 @@
      "conversation": [["What is there?", "Two cats."]]}
 
 `objects` are all the objects that are there; without them nothing is asked of the picture but its
-own questions, and CHAIR leaves it out; they are read by `synonyms`, whatever their case and number.
-`<image>` in a text is left out: where the picture stands, the model's template says. `origin` says where the picture comes from: origins are seen
-in equal numbers and weighed against each other. `id` is the picture's name where it is missing.
+own questions, and CHAIR leaves it out. They are read by `synonyms`, whatever their case and number.
+`<image>` in a text is left out: where the picture stands, the model's template says. `origin` says
+where the picture comes from: origins are seen in equal numbers and weighed against each other. `id`
+is the picture's name where it is missing.
 """
 
 from __future__ import annotations
