@@ -115,7 +115,9 @@ def distinct(names: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         key = key_of(name)
         spelled[key] = name if name == key else spelled.get(key, name)
-    singular = {form: one for one in (*spelled, *_COCO) for form in plurals(one) if form != one}
+    singular = {
+        form: one for one in (*spelled, *sorted(_COCO)) for form in plurals(one) if form != one
+    }
     found = (key if key in _COCO else singular.get(key, key) for key in spelled)
     return tuple(dict.fromkeys(one if one in _COCO else spelled.get(one, one) for one in found))
 
