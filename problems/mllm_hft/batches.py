@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -40,27 +40,42 @@ class Data:
     drawn_from: Int[Tensor, "kept"] | None = None
     """The scenes that batches are drawn from, which are then of one part; None: all."""
 
-    def draw(self, batch: int, stream: torch.Generator) -> Int[Tensor, "batch"]:
-        """Scenes of a batch, as many from each origin as from another, but for one."""
-        if self.drawn_from is not None:
-            return self.drawn_from[drawn(len(self.drawn_from), batch, stream)]
-        if self.origin is None:
-            return drawn(len(self.pictures), batch, stream)
-        each, more = divmod(batch, len(self._places))
+    def draw(
+        self, batch: int, stream: torch.Generator, *, described: bool = False
+    ) -> Int[Tensor, "batch"]:
+        """Scenes of a batch, as many from each origin as from another, but for one.
+
+        Of those with a caption alone where `described`; raises `ProblemError` where there is none.
+        """
+        pools = self._described if described else self._places
+        if not pools:
+            raise ProblemError(
+                "no training picture has a caption, which the contrast is about; give captions, or "
+                "use a formulation without a contrast (task_only, task_weighted)"
+            )
+        if len(pools) == 1:
+            return pools[0][drawn(len(pools[0]), batch, stream)]
+        each, more = divmod(batch, len(pools))
         # where the batch cannot be divided evenly, chance says which origins give one more
-        extra = torch.randperm(len(self._places), generator=stream)[:more].tolist()
+        extra = torch.randperm(len(pools), generator=stream)[:more].tolist()
         return torch.cat(
-            [
-                place[drawn(len(place), each + (i in extra), stream)]
-                for i, place in enumerate(self._places)
-            ]
+            [place[drawn(len(place), each + (i in extra), stream)] for i, place in enumerate(pools)]
         )
 
     @cached_property
     def _places(self) -> list[Int[Tensor, "scene"]]:
-        """The scenes of each origin; sought once, as every batch asks."""
-        assert self.origin is not None
+        """The scenes of each origin that batches are drawn from; sought once, as every batch asks."""
+        if self.drawn_from is not None:
+            return [self.drawn_from]
+        if self.origin is None:
+            return [torch.arange(len(self.pictures))]
         return [(self.origin == i).nonzero()[:, 0] for i in self.origin.unique().tolist()]
+
+    @cached_property
+    def _described(self) -> list[Int[Tensor, "scene"]]:
+        """Those of `_places` with a true caption, where an origin has any."""
+        found = [place[self.captions.described[place]] for place in self._places]
+        return [place for place in found if len(place)]
 
     def of(self, index: Int[Tensor, "batch"]) -> Batch:
         """The pictures, and the origins if there are any."""
@@ -85,14 +100,18 @@ def task_batch(data: Data, size: int, stream: torch.Generator) -> Batch:
 
 
 def others(
-    size: int, taken: Int[Tensor, "batch"], number: int, stream: torch.Generator
+    described: Bool[Tensor, "scene"],
+    taken: Int[Tensor, "batch"],
+    number: int,
+    stream: torch.Generator,
 ) -> Int[Tensor, "queued"]:
-    """Different scenes of `size`, none of them `taken`."""
-    left = torch.ones(size, dtype=torch.bool).index_fill(0, taken, False).nonzero()[:, 0]
+    """Different scenes that have a caption, none of them `taken`."""
+    left = described.index_fill(0, taken, False).nonzero()[:, 0]
     if number > len(left):
         raise ProblemError(
-            f"problem.queue = {number}: beside a batch of {len(taken)}, {len(left)} of {size} "
-            f"training pictures are left; must be at most {len(left)}"
+            f"problem.queue = {number}: beside a batch of {len(taken)}, {len(left)} of "
+            f"{int(described.sum())} training pictures with a caption are left; must be at most "
+            f"{len(left)}"
         )
     return left[torch.randperm(len(left), generator=stream)[:number]]
 
@@ -107,16 +126,18 @@ def contrast_batch(
 ) -> dict[str, Any]:
     """Pictures with their numbers, each with its caption and hallucinated captions.
 
+    A picture without a caption is in none: its hallucinated captions have no true one beside them.
+
     `against` says what of the batch is a negative of which picture. With `states` there is a
     `queue` of so many other pictures.
     """
-    index = data.draw(size, stream)
+    index = data.draw(size, stream, described=True)
     picture, lines = data.picture[index], data.captions.take(index)
     against = negatives(picture, data.captions.line[index], lines["present"], choice)
     found = {**data.of(index), **lines, "picture": picture, "against": against}
     if states is None:
         return found
-    more = others(len(data.pictures), index, queue, stream)
+    more = others(data.captions.described, index, queue, stream)
     other, true = data.picture[more], data.captions.line[:, 0]
     apart = (picture[:, None] != other) & (true[index][:, None] != true[more])
     kept = {**states.of(more), "picture": other}

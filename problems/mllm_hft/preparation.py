@@ -5,7 +5,8 @@ What takes long is cached, so only the first run with the same settings waits fo
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from bilevel.types import Params
 from . import formulations
 from .batches import Data, numbered, origin_numbers, origins
 from .contrast_first import contrast_first
-from .evaluation.evaluation_split import EvaluationSplit, captions, evaluation_split
+from .evaluation.evaluation_split import Captions, EvaluationSplit, captions, evaluation_split
 from .evaluation.questions import cooccurrence
 from .filtering import filtered
 from .formulations import SCALARS
@@ -31,6 +32,7 @@ from .models.instructions import conversations
 from .models.network import LoadedModel, hacl_heads, parameters, residual_head
 from .models.pretrain import dialogues
 from .models.tiny import Tiny
+from .models.tokenizer import Tokenizer
 from .preference_pairs import CaptionPairs, caption_pairs, spread
 from .sources.mixture import Mixture
 from .sources.protocol import Corpus, Scene, Split
@@ -189,6 +191,7 @@ def _data(
         return _LAST[split][1]
     _LAST.pop(split, None)
     corpus = yield from _corpus(problem, split, size)
+    refuse_marks(corpus.scenes, loaded.tokenizer)
     pictures = yield from loaded.encode(corpus)
     stream = rng.stream(problem.seed, f"dialogues.{split}")
     alone = split == "upper" and problem.upper_turns == "questions"
@@ -198,9 +201,43 @@ def _data(
     lines = captions(corpus.scenes, problem.source, loaded.tokenizer)
     origin = origin_numbers(corpus.scenes)
     made = Data(pictures, rows, lines, numbered(corpus), origin), corpus.scenes
+    if split == "train" and (problem.form.contrast or problem.contrast_first):
+        yield from _undescribed_note(lines)
     if is_drawn:
         _LAST[split] = drawn_from, made
     return made
+
+
+def refuse_marks(scenes: Sequence[Scene], tokenizer: Tokenizer) -> None:
+    """Raises `ProblemError` where a text holds a special token, which would end or pad it as one."""
+    marks = re.compile("|".join(re.escape(mark) for mark in tokenizer.marks) or r"\Z.")
+    for scene in scenes:
+        said = (
+            scene.caption,
+            scene.instruction,
+            scene.ask or "",
+            *scene.hallucinated.values(),
+            *(question.text for question in scene.questions),
+            *(text for turn in scene.turns for text in turn),
+        )
+        for text in said:
+            if found := marks.search(text):
+                raise ProblemError(
+                    f"{str(scene.at) or scene.id}: the text {_short(text)} holds {found[0]!r}, which is a "
+                    "special token of the model and no word; write it otherwise, or leave it out"
+                )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _undescribed_note(lines: Captions) -> Iterator[Progress]:
+    """Says how many pictures the contrast leaves out, where it leaves out some."""
+    total, missing = len(lines.described), int((~lines.described).sum())
+    if missing:
+        note = f"train: {missing} of {total} pictures have no caption, and are in no contrast"
+        yield Progress("pictures", 1, 1, note)
 
 
 def _undescribed(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
@@ -225,6 +262,7 @@ def _evaluation(
     problem: HierarchicalFineTuning, loaded: LoadedModel, training: tuple[Scene, ...]
 ) -> Generator[Progress, None, EvaluationSplit]:
     corpus = yield from _corpus(problem, problem.split, problem.test)
+    refuse_marks(corpus.scenes, loaded.tokenizer)
     pictures = yield from loaded.encode(corpus)
     return evaluation_split(
         corpus,

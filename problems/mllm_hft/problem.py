@@ -75,7 +75,7 @@ class HierarchicalFineTuning:
     """Pictures that are evaluated on, without bias."""
     split: Literal["test", "development"] = "test"
     """What is evaluated on: choose settings on development, report test."""
-    questions: PositiveInt = 6
+    questions: Annotated[int, Field(ge=2, multiple_of=2)] = 6
     """Questions a picture in each POPE split, half of them with yes; where pictures come with
     questions, those are asked."""
     generate_answers: bool = False

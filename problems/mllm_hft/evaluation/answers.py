@@ -18,8 +18,18 @@ from bilevel.errors import ConvergenceError, ProblemError
 Metrics = dict[str, float]
 _WORD = re.compile(r"[a-z]+(?:'t)?")
 _SENTENCE_END = re.compile(r"[.\n!]")
-_NO = frozenset({"no", "not", "isn't", "aren't", "doesn't", "don't", "cannot", "nope"})
+_NO = frozenset({"no", "not", "none", "cannot", "nope"})
+_NOT = re.compile(
+    r"[a-z]+n't|(?:is|are|was|were|do|does|did|has|have|had|wo|would|ca|could|should)nt"
+)
 _YES = frozenset({"yes", "yeah", "yep"})
+_REFUSES = re.compile(
+    r"\b(?:can(?:not|'t|t|\snot)|couldn't|could\snot|unable\sto|not\sable\sto|(?:im|not\s)possible\sto)\s"
+    r"(?:\w+\s)?(?:tell|say|determine|answer|help|assist|know|confirm|be\s(?:sure|certain))\b"
+    r"|\b(?:do|did)(?:n't|nt|\snot)\sknow\b|\bno\sidea\b"
+    r"|\bnot\s(?:entirely\s|quite\s|very\s|really\s|so\s)?(?:sure|certain|clear)\b"
+)
+"""An answer that it cannot be told: neither yes nor no."""
 
 
 def pope(scores: Float[Tensor, "question"], answers: Bool[Tensor, "question"]) -> Metrics:
@@ -47,8 +57,8 @@ def pope(scores: Float[Tensor, "question"], answers: Bool[Tensor, "question"]) -
 def pope_parsed(said: Sequence[str], answers: Bool[Tensor, "question"]) -> Metrics:
     """POPE's measures of generated answers, read by `parse_answer`.
 
-    As in the published script an answer that says neither is a yes; `unparsed` is the share of
-    these. There is no AUC: a text has no score.
+    As in the published script an answer that says neither, a refusal too, is a yes; `unparsed` is
+    the share of these. There is no AUC: a text has no score.
     """
     if len(said) != len(answers):
         raise ProblemError(f"pope: {len(said)} texts for {len(answers)} questions")
@@ -61,14 +71,19 @@ def pope_parsed(said: Sequence[str], answers: Bool[Tensor, "question"]) -> Metri
 def parse_answer(text: str) -> bool | None:
     """What the first sentence of a generated answer says: yes, no, or neither (None).
 
-    No where it holds "no", "not" or a verb with "n't", else yes where it holds "yes". Case and
-    punctuation do not matter.
+    No where it holds "no", "not", "none" or a verb with "n't", else yes where it holds "yes". Neither
+    where it says that it cannot tell ("I can't tell", "I'm not sure"), unless it begins with yes or no. Case and
+    punctuation do not matter, nor does a number before the answer ("1. No").
     """
-    sentence = next((part for part in _SENTENCE_END.split(text) if part.strip()), "")
-    words = set(_WORD.findall(sentence.lower().replace("\u2019", "'")))
-    if words & _NO:
+    plain = text.lower().replace("\u2019", "'")
+    sentence = next((part for part in _SENTENCE_END.split(plain) if _WORD.search(part)), "")
+    words = _WORD.findall(sentence)
+    told = _REFUSES.sub("", " ".join(words)).split()
+    if len(told) < len(words):  # it refuses: what it begins with is its answer, if anything is
+        words = [word for word in words[:1] if word in _YES | {"no", "nope"}]
+    if any(word in _NO or _NOT.fullmatch(word) for word in words):
         return False
-    return True if words & _YES else None
+    return True if _YES.intersection(words) else None
 
 
 def blind(

@@ -28,8 +28,8 @@ def figures(
     `split` is how the footnote names the evaluated split.
     """
     found = {"captions": _captions(evaluator, evaluation, models, split)}
-    present = evaluation.captions.present
-    if evaluation.has_captions and present.any():
+    present = evaluation.captions.present[evaluation.described]
+    if present.any():
         panels = [
             Panel.of(title, evaluator.embed(at, evaluation), present, TRIPLES)
             for title, at in models.items()

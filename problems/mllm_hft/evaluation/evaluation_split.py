@@ -41,6 +41,8 @@ class Captions:
     present: Bool[Tensor, "scene kind"]
     line: Int[Tensor, "scene line"]
     """A number each text: lines that read the same have the same."""
+    described: Bool[Tensor, "scene"]
+    """Which scenes have a true caption; without one there is nothing to contrast."""
 
     def take(self, index: Int[Tensor, "batch"] | slice) -> dict[str, Tensor]:
         """Some scenes as a batch, cut to the longest line of them."""
@@ -73,6 +75,7 @@ def captions(scenes: tuple[Scene, ...], source: Source, tokenizer: Tokenizer) ->
         rows.mask.unflatten(0, shape),
         torch.tensor(present, dtype=torch.bool),
         line.unflatten(0, shape),
+        torch.tensor([bool(scene.caption) for scene in scenes], dtype=torch.bool),
     )
 
 
@@ -101,8 +104,13 @@ class EvaluationSplit:
 
     @property
     def has_captions(self) -> bool:
-        """Whether every picture has a true caption, which the gap is measured with."""
-        return all(scene.caption for scene in self.scenes)
+        """Whether two pictures or more have a true caption, which the gap is measured with."""
+        return len(self.described) > 1
+
+    @property
+    def described(self) -> Int[Tensor, "described"]:
+        """The places of those pictures."""
+        return self.captions.described.nonzero()[:, 0]
 
 
 def evaluation_split(

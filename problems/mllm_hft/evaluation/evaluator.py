@@ -30,6 +30,7 @@ from .reports import (
     report_endings,
     report_pictures,
     report_questions,
+    report_undescribed,
 )
 
 ANSWER_TOKENS = 8
@@ -38,9 +39,9 @@ ANSWER_TOKENS = 8
 class Embeddings(NamedTuple):
     """Pictures, true captions and hallucinated captions through the heads, on CPU."""
 
-    image: Float[Tensor, "scene embedding"]
-    text: Float[Tensor, "scene embedding"]
-    hallucinated: Float[Tensor, "scene kind embedding"]
+    image: Float[Tensor, "described embedding"]
+    text: Float[Tensor, "described embedding"]
+    hallucinated: Float[Tensor, "described kind embedding"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Evaluator:
             ),
             ("captions", lambda: self._caption(found, weights, evaluation)),
         ]
+        report_undescribed(found, len(evaluation.described), len(evaluation.scenes))
         if evaluation.has_captions:
             stages.append(("gap", lambda: self._gap(found, parameters, evaluation)))
         for done, (name, stage) in enumerate(stages):
@@ -89,10 +91,10 @@ class Evaluator:
 
     @torch.no_grad()
     def embed(self, parameters: Params, evaluation: EvaluationSplit) -> Embeddings:
-        """Embeddings of every picture, caption and hallucinated caption, in float32 at least."""
+        """Embeddings of every picture that has a caption, and of its captions, in float32 at least."""
         weights, _ = split(parameters)
         found = []
-        for part in chunks(len(evaluation.scenes), self.rows):
+        for part in evaluation.described.split(self.rows):
             lines = self._move(evaluation.captions.take(part))
             image = call(
                 self.network, weights, "image", **self._move(evaluation.pictures.take(part))
@@ -150,9 +152,12 @@ class Evaluator:
         return self.tokenizer.decode(said), ended
 
     def _gap(self, found: Findings, parameters: Params, evaluation: EvaluationSplit) -> None:
-        embeddings, present = self.embed(parameters, evaluation), evaluation.captions.present
-        found.add("gap", gap(*embeddings, present, [scene.caption for scene in evaluation.scenes]))
-        report_pictures(found, *embeddings, present, self.kinds, evaluation.scenes)
+        described = evaluation.described
+        scenes = [evaluation.scenes[i] for i in described.tolist()]
+        embeddings = self.embed(parameters, evaluation)
+        present = evaluation.captions.present[described]
+        found.add("gap", gap(*embeddings, present, [scene.caption for scene in scenes]))
+        report_pictures(found, *embeddings, present, self.kinds, scenes)
 
     def _caption(self, found: Findings, weights: Params, evaluation: EvaluationSplit) -> None:
         said, ended = self.describe(weights, evaluation)

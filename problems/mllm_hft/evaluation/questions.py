@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from bilevel.errors import ProblemError
 
-from ..sources.language import ask_object
+from ..sources import language
 from ..sources.protocol import Scene
 
 Strategy = Literal["random", "popular", "adversarial"]
@@ -80,8 +80,8 @@ def questions(
         else:
             wrong = _expected(present, absent, vocabulary, cooccurrence)[:half]
         for right, lie in zip(random.sample(present, half), wrong, strict=True):
-            asked.append(Question(index, ask_object(right), True, right))
-            asked.append(Question(index, ask_object(lie), False, lie))
+            asked.append(Question(index, language.question(scene, right), True, right))
+            asked.append(Question(index, language.question(scene, lie), False, lie))
     return tuple(asked)
 
 

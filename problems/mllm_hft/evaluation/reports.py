@@ -155,6 +155,18 @@ def report_captions(
         )
 
 
+def report_undescribed(findings: Findings, described: int, size: int) -> None:
+    """A warning where some of the pictures have no true caption, and so no part in the gap.
+
+    None where no picture has one: that is what the benchmark is (POPE's questions alone, AMBER).
+    """
+    if 0 < described < size:
+        findings.warnings["captions_missing"] = (
+            f"{size - described} of {size} evaluated pictures have no caption, so "
+            + ("gap/… leaves them out" if described > 1 else "gap/… is not measured")
+        )
+
+
 def report_pictures(
     findings: Findings,
     image: Float[Tensor, "n e"],

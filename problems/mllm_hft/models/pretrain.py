@@ -14,10 +14,10 @@ from bilevel import rng
 from bilevel.errors import ProblemError
 from bilevel.events import Progress
 
-from ..evaluation.questions import Question, questions
+from ..evaluation.questions import questions
 from ..losses import task_loss
 from ..memory import nbytes, rows_at_a_time
-from ..sources.language import NO, YES
+from ..sources.language import NO, YES, answer
 from ..sources.protocol import Scene, Simulator, Source
 from .cache import Tensors, cached
 from .instructions import Rows, Turn, conversations, places, prompts, turn_ids
@@ -71,12 +71,13 @@ def dialogues(
         per_scene=QUESTIONS,
         generator=generator,
     ):
-        turns[question.scene].append(turn(question))
+        said = answer(scenes[question.scene], question.answer)
+        turns[question.scene].append((question.text, said))
     for i, (scene, conversation) in enumerate(zip(scenes, turns, strict=True)):
         if scene.turns:
             conversation[:] = scene.turns
             continue
-        own = [(question.text, YES if question.answer else NO) for question in scene.questions]
+        own = [(question.text, answer(scene, question.answer)) for question in scene.questions]
         asked = own or conversation
         order = torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist()
         described = [(scene.instruction, scene.caption)] if scene.caption else []
@@ -84,11 +85,6 @@ def dialogues(
             order = []
         conversation[:] = [*(asked[k] for k in order), *described]
     return turns
-
-
-def turn(question: Question) -> Turn:
-    """A question and its answer as a turn."""
-    return question.text, YES if question.answer else NO
 
 
 def pretrain(

@@ -50,6 +50,11 @@ class Tokenizer(Protocol):
         """The token that a picture's place is written with; None where there is none."""
         ...
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """How special tokens are written: in a text they become those tokens."""
+        ...
+
     def spellings(self, word: str) -> tuple[str, ...]:
         """The ways of writing a word that the vocabulary may hold."""
         ...
@@ -78,7 +83,7 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]
 class WordTokenizer:
     """One id a word of a closed vocabulary; words are separated by spaces."""
 
-    pad, end, ends, start, opening, picture = 0, 2, (2,), (1,), (), None
+    pad, end, ends, start, opening, picture, marks = 0, 2, (2,), (1,), (), None, SPECIAL
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = (*SPECIAL, *dict.fromkeys(words))
@@ -164,6 +169,12 @@ class PretrainedTokenizer:
         """The tokenizer's, unless it was added without a row in the embeddings: masks rule it out."""
         pad = self.tokenizer.pad_token_id
         return self.end if pad is None or pad >= self.rows else pad
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        own = self.tokenizer.added_tokens_decoder.values()
+        listed = (*self.tokenizer.all_special_tokens, *(str(t) for t in own if t.special))
+        return tuple(dict.fromkeys(listed))
 
     def spellings(self, word: str) -> tuple[str, ...]:
         return word, word.capitalize(), word.upper()

@@ -15,8 +15,9 @@ from itertools import combinations
 from random import Random
 
 from .mentions import Lexicon, Mention
+from .negation import affirmed, denied_at
 from .protocol import KINDS, Kind
-from .words import article, plural
+from .words import counted, indefinite, plural
 
 ATTRIBUTES: tuple[tuple[str, ...], ...] = (
     ("red", "blue", "green", "yellow", "black", "white", "brown", "purple", "pink", "gray"),
@@ -115,21 +116,29 @@ class Altering:
     def one(self, caption: str, present: Collection[str], kind: Kind, random: Random) -> str | None:
         """The caption made wrong in one way, or None where it holds nothing to swap."""
         mentions = self.lexicon.mentions(caption)
+        there = affirmed(caption, mentions)
         if kind == "object":
-            return self._object(caption, mentions, present, random)
+            return self._object(caption, there, mentions, present, random)
         if kind == "attribute":
             return _attribute(caption, mentions, random)
         if kind == "relation":
-            return _relation(caption, mentions, random)
+            return _relation(caption, there, mentions, random)
         if kind == "count":
             return _count(caption, mentions, random)
         return None
 
     def _object(
-        self, caption: str, mentions: Sequence[Mention], present: Collection[str], random: Random
+        self,
+        caption: str,
+        there: Sequence[Mention],
+        mentions: Sequence[Mention],
+        present: Collection[str],
+        random: Random,
     ) -> str | None:
-        named = list(dict.fromkeys(mention.name for mention in mentions))
-        absent = sorted(set(self.lexicon.vocabulary) - set(present) - set(named))
+        """One that the caption says is `there`, for one that no mention names."""
+        named = list(dict.fromkeys(mention.name for mention in there))
+        said = {mention.name for mention in mentions}
+        absent = sorted(set(self.lexicon.vocabulary) - set(present) - said)
         if not named or not absent:
             return None
         old = random.choice(named)
@@ -137,9 +146,7 @@ class Altering:
         # + 1: without company every absent name is as plausible as the others.
         weights = [1 + 9 * self._company(name, others) for name in absent]
         new = random.choices(absent, weights)[0]
-        swaps = [
-            (m.start, m.end, plural(new) if m.plural else new) for m in mentions if m.name == old
-        ]
+        swaps = [(m.start, m.end, plural(new) if m.plural else new) for m in there if m.name == old]
         return _swapped(caption, swaps)
 
     def _company(self, name: str, others: Iterable[str]) -> int:
@@ -160,15 +167,15 @@ def caption_of(counts: Mapping[str, int]) -> str:
         return ""
     parts = [_counted(name, number) for name, number in counts.items()]
     listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
-    verb = "is" if next(iter(counts.values())) == 1 else "are"
+    name, number = next(iter(counts.items()))
+    verb = "is" if number == 1 and indefinite(name) != "some" else "are"
     return f"There {verb} {listed}."
 
 
 def _counted(name: str, number: int) -> str:
     if number == 1:
-        return f"{article(name)} {name}"
-    word = NUMBERS[number - 2] if number <= len(NUMBERS) + 1 else "many"
-    return f"{word} {plural(name)}"
+        return f"{indefinite(name)} {name}"
+    return counted(name, NUMBERS[number - 2] if number <= len(NUMBERS) + 1 else "many")
 
 
 def _attribute(caption: str, mentions: Sequence[Mention], random: Random) -> str | None:
@@ -189,12 +196,25 @@ def _attribute(caption: str, mentions: Sequence[Mention], random: Random) -> str
 
 
 _PHRASE = re.compile(
-    r"\b(" + "|".join(sorted(map(re.escape, OPPOSITES), key=len, reverse=True)) + r")\b", re.I
+    r"\b(" + "|".join(sorted(map(re.escape, OPPOSITES), key=len, reverse=True)) + r")\b(?!\s+no\b)",
+    re.I,
 )
 
 
-def _relation(caption: str, mentions: Sequence[Mention], random: Random) -> str | None:
-    found = [m for m in _PHRASE.finditer(caption) if not _inside(m, mentions)]
+_IS_OF = re.compile(r"(?:\s+(?!and\b|but\b|or\b)\w+){0,2}\s+")
+"""Between a thing and where it is said to be: "no car parked near a dog"."""
+
+
+def _relation(
+    caption: str, there: Sequence[Mention], mentions: Sequence[Mention], random: Random
+) -> str | None:
+    absent = {mention.end for mention in mentions} - {mention.end for mention in there}
+    found = [
+        match
+        for match in _PHRASE.finditer(caption)
+        if _is_free(caption, match, mentions)
+        and not any(_IS_OF.fullmatch(caption, end, match.start()) for end in absent)
+    ]
     # "with" is everywhere and says little: only where there is nothing else.
     telling = [match for match in found if match[0].lower() != "with"] or found
     if not telling:
@@ -210,7 +230,7 @@ _NUMBER = re.compile(
 
 
 def _count(caption: str, mentions: Sequence[Mention], random: Random) -> str | None:
-    found = [m for m in _NUMBER.finditer(caption) if not _inside(m, mentions)]
+    found = [m for m in _NUMBER.finditer(caption) if _is_free(caption, m, mentions)]
     if not found:
         return None
     match = random.choice(found)
@@ -227,11 +247,13 @@ def _near(number: int, *, low: int, high: int) -> list[int]:
 
 
 def _free_words(caption: str, mentions: Sequence[Mention]) -> list[re.Match[str]]:
-    return [m for m in re.finditer(r"[A-Za-z]+", caption) if not _inside(m, mentions)]
+    return [m for m in re.finditer(r"[A-Za-z]+", caption) if _is_free(caption, m, mentions)]
 
 
-def _inside(match: re.Match[str], mentions: Sequence[Mention]) -> bool:
-    return any(m.start < match.end() and match.start() < m.end for m in mentions)
+def _is_free(caption: str, match: re.Match[str], mentions: Sequence[Mention]) -> bool:
+    """Part of no mention, and not denied: "no blue car" may be as true as "no red car"."""
+    inside = any(m.start < match.end() and match.start() < m.end for m in mentions)
+    return not inside and not denied_at(caption, match.start(), mentions)
 
 
 def _swapped(caption: str, swaps: Iterable[tuple[int, int, str]]) -> str:
@@ -241,7 +263,7 @@ def _swapped(caption: str, swaps: Iterable[tuple[int, int, str]]) -> str:
         new = word[0].upper() + word[1:] if old[0].isupper() else word
         leading = re.search(r"\b(an?)(\s+)$", before, re.I)
         if leading:
-            fit = article(word)
+            fit = indefinite(word)
             fit = fit.capitalize() if leading[1][0].isupper() else fit
             before = before[: leading.start()] + fit + leading[2]
         caption = before + new + after

@@ -46,7 +46,8 @@ class Amber(FileSource):
             record = records.setdefault(picture, Record(entry, picture, picture))
             self._add(record, entry, truths[name])
         association = self._association()
-        return Reading(tuple(records.values()), Lexicon(association.words()), association)
+        words = Lexicon(association.words())
+        return Reading(tuple(records.values()), words, association, is_final=True)
 
     def _add(self, record: Record, query: Entry, truth: Entry) -> None:
         kind = truth.text_of("type")

@@ -11,6 +11,7 @@ from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 
 from .files import FileSource, refuse_shared
+from .naming import Naming, united
 from .protocol import KINDS, Corpus, Kind, Source, Split
 
 
@@ -60,8 +61,24 @@ class BySplit:
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Names of training data first, as frequent there; then those of the other splits."""
-        names = (name for part in self._parts.values() for name in part.vocabulary)
+        names = (name for naming in self._namings.values() for name in naming.vocabulary)
         return tuple(dict.fromkeys(names))
+
+    @cached_property
+    def _namings(self) -> dict[Split, Naming]:
+        """The records of each split, read with the words of all splits together.
+
+        A split whose words are given (`synonyms`, AMBER's lists) is read with those alone.
+        """
+        joint = united(
+            [part.lexicon for part in self._parts.values() if part.reading.association is None]
+        )
+        return {
+            split: part.naming
+            if part.reading.is_final
+            else Naming(part.reading.records, joint, part.seed)
+            for split, part in self._parts.items()
+        }
 
     @property
     def colours(self) -> tuple[str, ...]:
@@ -76,4 +93,4 @@ class BySplit:
         if split not in self._parts:
             raise ProblemError(f"by_split has no {split}; name a source of files for it")
         part = self._parts[split]
-        return part.gather(part.reading.records, size, generator, split)
+        return part.gather(part.reading.records, size, generator, split, self._namings[split])

@@ -8,7 +8,6 @@ methods word for word.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +20,9 @@ from pydantic import Field
 from bilevel.components import PathName, component
 from bilevel.errors import ProblemError, RequirementError
 
-from . import coco_objects
-from .altering import Altering
 from .json_files import Entry, read
 from .mentions import Association, Lexicon
+from .naming import Naming, lexicon_of, listed_by, with_names
 from .pictures import PictureFiles
 from .protocol import KINDS, SPLITS, Corpus, Kind, OwnQuestion, Scene, Split
 
@@ -71,6 +69,8 @@ class Reading:
     """None: the objects that records name, or COCO's classes where none does."""
     association: Association | None = None
     notes: tuple[str, ...] = ()
+    is_final: bool = False
+    """Whether the lexicon is all that counts here, whatever other splits name (`by_split`)."""
 
 
 @component
@@ -84,7 +84,7 @@ class FileSource:
     synonyms: PathName | None = None
     """File of object names, one a line, each with its other words: "dog, puppy, pup" """
     ask: str = "{question}"
-    """How own questions are put: "{question}\\nAnswer the question using a single word." """
+    """How questions are put: "{question}\\nAnswer the question using a single word." """
     instruction: str = INSTRUCTION
     """What asks for a caption, where the file does not say."""
     alter: bool = True
@@ -114,8 +114,13 @@ class FileSource:
         kept = tuple(record for record in found.records if low <= record.place < high)
         if not kept:
             raise ProblemError(f"{found.records[0].at.text.path}: no picture lies in portion")
-        lexicon = self._synonyms() or found.lexicon or _lexicon_of(kept)
-        return Reading(kept, lexicon, found.association, found.notes)
+        listed = listed_by(kept)
+        if self.synonyms is not None:
+            lexicon = with_names(read_synonyms(self.synonyms), listed)
+        else:
+            lexicon = found.lexicon or lexicon_of(listed)
+        is_final = found.is_final or self.synonyms is not None
+        return Reading(kept, lexicon, found.association, found.notes, is_final)
 
     @property
     def lexicon(self) -> Lexicon:
@@ -124,12 +129,13 @@ class FileSource:
         return lexicon
 
     @cached_property
+    def naming(self) -> Naming:
+        """The records as its own lexicon reads them."""
+        return Naming(self.reading.records, self.lexicon, self.seed)
+
+    @property
     def vocabulary(self) -> tuple[str, ...]:
-        counts = Counter(name for record in self.reading.records for name in self._names(record))
-        known = self.lexicon.vocabulary
-        order = {name: place for place, name in enumerate(known)}
-        listed = [*known, *sorted(set(counts) - set(known))]
-        return tuple(sorted(listed, key=lambda name: (-counts[name], order.get(name, len(order)))))
+        return self.naming.vocabulary
 
     @property
     def colours(self) -> tuple[str, ...]:
@@ -150,10 +156,12 @@ class FileSource:
         if any(record.split for record in records):
             for record in records:
                 if record.split not in SPLITS:
-                    record.at.refuse(
-                        f"split is {record.split!r}; must be one of {', '.join(SPLITS)}, "
-                        "since other records have one"
+                    got = (
+                        "has no 'split', which other records have"
+                        if record.split is None
+                        else f"'split' is {record.split!r}"
                     )
+                    record.at.refuse(f"{got}; must be one of {', '.join(SPLITS)}")
             refuse_shared({s: (self, [r for r in records if r.split == s]) for s in SPLITS})
             return tuple(record for record in records if record.split == split)
         low, high = SHARES[split]
@@ -161,9 +169,18 @@ class FileSource:
         return tuple(r for r, place in zip(records, at, strict=True) if low <= place < high)
 
     def gather(
-        self, records: Sequence[Record], size: int, generator: torch.Generator, split: Split
+        self,
+        records: Sequence[Record],
+        size: int,
+        generator: torch.Generator,
+        split: Split,
+        naming: Naming | None = None,
     ) -> Corpus:
-        """At most `size` of the records, drawn at random, in the file's order."""
+        """At most `size` of the records, drawn at random, in the file's order.
+
+        `naming` has the records' names where they are not read with the source's own lexicon.
+        """
+        naming = naming or self.naming
         if not records:
             raise ProblemError(
                 f"{self.reading.records[0].at.text.path}: no picture is in split {split!r} of "
@@ -175,27 +192,29 @@ class FileSource:
             notes.append(f"{split}: {size} pictures asked for, {len(records)} are there")
         chosen = torch.randperm(len(records), generator=generator)[:size].sort().values.tolist()
         kept = [records[i] for i in chosen]
-        scenes, said = self._scenes(kept)
+        scenes, said = self._scenes(kept, naming)
         files = [self.file(record) for record in kept]
         refuse_missing(kept, files)
         pictures = PictureFiles.of(files, self.pixels)
-        return Corpus(scenes, pictures, self.lexicon, self.reading.association, (*notes, *said))
+        return Corpus(scenes, pictures, naming.lexicon, self.reading.association, (*notes, *said))
 
     def file(self, record: Record) -> Path:
         """Where a record's picture is."""
         folder = Path(self.images) if self.images else Path(record.at.text.path).parent
         return folder.expanduser() / record.picture
 
-    def _scenes(self, records: Sequence[Record]) -> tuple[tuple[Scene, ...], list[str]]:
-        names = [self._names(record) for record in records]
+    def _scenes(
+        self, records: Sequence[Record], naming: Naming
+    ) -> tuple[tuple[Scene, ...], list[str]]:
+        names = [naming.of(record) for record in records]
         captions = [record.captions[0] if record.captions else "" for record in records]
         lies: list[dict[Kind, str]] = [{} for _ in records]
         notes = []
         if self.alter:
-            altered = self._altering.all(captions, names, [record.id for record in records])
+            altered = naming.altering.all(captions, names, [record.id for record in records])
             lies = altered.captions
             notes += [note] if (note := altered.note(KINDS)) else []
-        silent = sum(bool(c) and not self.lexicon.mentions(c) for c in captions)
+        silent = sum(bool(c) and not naming.lexicon.mentions(c) for c in captions)
         if silent:
             notes.append(f"{silent} of {len(captions)} captions name no known object")
         scenes = tuple(
@@ -206,10 +225,12 @@ class FileSource:
                 id=record.id,
                 objects=objects,
                 annotated=record.annotated,
-                lures=record.lures,
+                lures=frozenset(map(naming.lexicon.name_of, record.lures)),
                 questions=tuple(self._put(question) for question in record.questions),
                 turns=tuple(record.turns),
                 instruction=record.instruction or self.instruction,
+                ask=self.ask,
+                at=record.at,
                 origin=record.origin,
             )
             for record, objects, caption, made in zip(records, names, captions, lies, strict=True)
@@ -219,19 +240,6 @@ class FileSource:
     def _put(self, question: OwnQuestion) -> OwnQuestion:
         text = self.ask.replace("{question}", question.text)
         return OwnQuestion(text, question.answer, question.group, question.name or question.text)
-
-    @cached_property
-    def _altering(self) -> Altering:
-        names = [self._names(record) for record in self.reading.records]
-        return Altering.of(self.lexicon, names, self.seed)
-
-    def _names(self, record: Record) -> frozenset[str]:
-        """As CHAIR has it: what is annotated and what the reference captions name."""
-        said = (name for caption in record.captions for name in self.lexicon.names(caption))
-        return frozenset((*record.objects, *said))
-
-    def _synonyms(self) -> Lexicon | None:
-        return None if self.synonyms is None else read_synonyms(self.synonyms)
 
 
 def read_synonyms(path: str) -> Lexicon:
@@ -279,10 +287,3 @@ def refuse_shared(splits: Mapping[Split, tuple[FileSource, Sequence[Record]]]) -
                     f"the picture {record.picture} of split {split!r} is also in split {other!r} "
                     f"({earlier.at}); a split must not see another's pictures"
                 )
-
-
-def _lexicon_of(records: Sequence[Record]) -> Lexicon:
-    """The objects that records name, with COCO's words for those it knows; else COCO's classes."""
-    counts = Counter(name for record in records for name in record.objects)
-    names = tuple(name for name, _ in counts.most_common()) or coco_objects.NAMES
-    return Lexicon(names, {n: w for n, w in coco_objects.SYNONYMS.items() if n in names})

@@ -63,6 +63,12 @@ class Entry:
             self.refuse(f"{key!r} is blank")
         return value
 
+    def said(self, text: str, what: str) -> str:
+        """A text that is about the picture, without the mark for it. Raises where it is blank."""
+        if not (plain := without_mark(text)).strip():
+            self.refuse(f"{what} is blank")
+        return plain
+
     def id_of(self, key: str, default: Any = ...) -> Any:
         """A number or a text as an identifier."""
         value = self.get(key, (str, int), default)
@@ -75,6 +81,11 @@ class Entry:
                 near = nearest(key, keys)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(keys)}"
                 self.refuse(f"unknown key {key!r}{hint}")
+
+
+def without_mark(text: str) -> str:
+    """Without LLaVA's mark for the picture: where that stands, the model's template says."""
+    return text.replace("<image>", "").strip() if "<image>" in text else text
 
 
 _NAMES = {

@@ -9,12 +9,15 @@
      "conversation": [["What is there?", "Two cats."]]}
 
 `objects` are all the objects that are there; without them nothing is asked of the picture but its
-own questions, and CHAIR leaves it out. `origin` says where the picture comes from: origins are seen
-in equal numbers and weighed against each other. `id` is the picture's name where it is missing.
+own questions, and CHAIR leaves it out. They are read by `synonyms`, whatever their case and number.
+`<image>` in a text is left out: where the picture stands, the model's template says. `origin` says
+where the picture comes from: origins are seen in equal numbers and weighed against each other. `id`
+is the picture's name where it is missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bilevel.components import PathName, component
@@ -46,17 +49,17 @@ def _record(entry: Entry) -> Record:
     picture = entry.text_of("image")
     captions = list(_texts(entry, "captions"))
     if (caption := entry.text_of("caption", None)) is not None:
-        captions.insert(0, caption)
+        captions.insert(0, entry.said(caption, "'caption'"))
     objects = entry.get("objects", (list, dict), None)
-    if objects is not None and not all(isinstance(name, str) for name in objects):
+    if not all(isinstance(name, str) and name.strip() for name in objects or ()):
         entry.refuse("'objects' must be a list of names, or an object of names and numbers")
     return Record(
         at=entry,
         id=entry.id_of("id", picture),
         picture=picture,
         captions=captions,
-        hallucinated=_hallucinated(entry),
-        objects=set(objects or ()),
+        hallucinated=_hallucinated(entry, captions),
+        objects={name.strip() for name in objects or ()},
         annotated=objects is not None,
         questions=[_question(entry, q) for q in entry.get("questions", list, [])],
         turns=[_turn(entry, turn) for turn in entry.get("conversation", list, [])],
@@ -69,10 +72,10 @@ def _texts(entry: Entry, key: str) -> list[str]:
     texts = entry.get(key, list, [])
     if not all(isinstance(text, str) and text.strip() for text in texts):
         entry.refuse(f"{key!r} must be a list of texts")
-    return texts
+    return [entry.said(text, f"a text of {key!r}") for text in texts]
 
 
-def _hallucinated(entry: Entry) -> dict[Kind, str]:
+def _hallucinated(entry: Entry, captions: Sequence[str]) -> dict[Kind, str]:
     known = (*KINDS, "other")
     found: dict[Kind, str] = {}
     for kind, text in entry.get("hallucinated", dict, {}).items():
@@ -80,7 +83,9 @@ def _hallucinated(entry: Entry) -> dict[Kind, str]:
             entry.refuse(f"hallucinated has the kind {kind!r}; must be one of {', '.join(known)}")
         if not isinstance(text, str) or not text.strip():
             entry.refuse(f"hallucinated[{kind!r}] must be a text")
-        found[kind] = text
+        found[kind] = entry.said(text, f"hallucinated[{kind!r}]")
+        if any(found[kind].split() == caption.split() for caption in captions):
+            entry.refuse(f"hallucinated[{kind!r}] is the caption, which is true")
     return found
 
 
@@ -88,9 +93,8 @@ def _question(entry: Entry, value: Any) -> OwnQuestion:
     part = _part(entry, value, "a question")
     part.known_keys(("text", "answer", "name", "group"))
     group = part.get("group", str, "own")
-    return OwnQuestion(
-        part.text_of("text"), answer_of(part, "answer"), group, part.get("name", str, "")
-    )
+    text = part.said(part.text_of("text"), "'text'")
+    return OwnQuestion(text, answer_of(part, "answer"), group, part.get("name", str, ""))
 
 
 def answer_of(entry: Entry, key: str) -> bool:
@@ -104,7 +108,7 @@ def answer_of(entry: Entry, key: str) -> bool:
 def _turn(entry: Entry, value: Any) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(t, str) for t in value):
         entry.refuse('conversation must be a list of ["prompt", "answer"]')
-    return value[0], value[1]
+    return entry.said(value[0], "a prompt"), entry.said(value[1], "an answer")
 
 
 def _part(entry: Entry, value: Any, what: str) -> Entry:

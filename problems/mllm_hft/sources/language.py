@@ -14,12 +14,12 @@ from random import Random
 from typing import Protocol
 
 from .mentions import mentioned
-from .protocol import DESCRIBE, Thing
-from .words import article, plural
+from .protocol import DESCRIBE, Scene, Thing
+from .words import article, is_plural, plural
 
 __all__ = [
     "DESCRIBE", "NO", "NUMBERS", "OPPOSITE", "YES", "Group", "Names", "Relation", "Statement",
-    "article", "ask_object", "describe", "mentioned", "plural", "words", "write",
+    "answer", "article", "ask_object", "describe", "mentioned", "plural", "question", "words", "write",
 ]  # fmt: skip
 
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -90,6 +90,23 @@ def words(source: Names) -> tuple[str, ...]:
 def ask_object(name: str) -> str:
     """The question whether an object is there."""
     return f"is there {article(name)} {name} ?"
+
+
+def question(scene: Scene, name: str) -> str:
+    """The question whether an object is in a scene's picture, as the scene's source puts it.
+
+    Of files as POPE asks, "Is there a kite in the image?", in the source's `ask`; else `ask_object`.
+    """
+    if scene.ask is None:
+        return ask_object(name)
+    begins = "Are there" if is_plural(name) else f"Is there {article(name)}"
+    return scene.ask.replace("{question}", f"{begins} {name} in the image?")
+
+
+def answer(scene: Scene, is_yes: bool) -> str:
+    """Yes or no, written as the scene's questions are."""
+    said = YES if is_yes else NO
+    return said if scene.ask is None else said.capitalize()
 
 
 def describe(things: tuple[Thing, ...], names: Sequence[str], random: Random) -> Statement:

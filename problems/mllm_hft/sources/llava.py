@@ -13,7 +13,7 @@ from bilevel.components import PathName, component
 from bilevel.errors import ProblemError
 
 from .files import FileSource, Reading, Record
-from .json_files import Entry, json_list
+from .json_files import Entry, json_list, without_mark
 
 DESCRIBES = re.compile(
     r"\b(describe|description|caption|summar|what (is|do you see) in (the|this))", re.I
@@ -85,7 +85,8 @@ def _turns(entry: Entry) -> list[tuple[str, str]]:
         speaker = ("human", "gpt")[i % 2]
         if part.text_of("from") != speaker:
             part.refuse(f"'from' is {part.value['from']!r}; must be {speaker!r}: they take turns")
-        said.append(part.text_of("value").replace("<image>", "").strip())
+        value = part.text_of("value").strip()
+        said.append(part.said(value, "'value'") if i % 2 else without_mark(value))
     if not said or len(said) % 2:
         entry.refuse("conversations must be prompts and answers, in pairs")
     return list(zip(said[::2], said[1::2], strict=True))

@@ -8,7 +8,8 @@ and every mention counts, not every object once. It differs from the published s
 1. plurals are made from the vocabulary and not undone by a tagger, so words outside the
    vocabulary and its synonyms are never changed;
 2. words of a phrase stand side by side: "hot, dog" is not a hot dog;
-3. it knows more compounds ("bus stop", "dog house") and applies them to any vocabulary.
+3. it knows more compounds ("bus stop", "dog house") and applies them to any vocabulary, and words that
+   name no person before "of" ("a pitcher of water").
 
 As in the script, "orange" is the fruit even where it is the colour of another thing.
 """
@@ -22,7 +23,7 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from .words import plurals
+from .words import is_plural, plurals
 
 WORD = re.compile(r"o['\u2019]clock|[^\W\d_]+", re.I)
 JOINT = re.compile(r"[\s\-\u2010\u2011]+")
@@ -43,11 +44,20 @@ OTHER_THINGS = {
     **dict.fromkeys(("hot dog", "corn dog", "teddy bear", "baseball bat", "home plate"), ""),
     **dict.fromkeys(("sea horse", "horse shoe", "star fish", "cow boy", "cow girl"), ""),
     **dict.fromkeys(("table tennis", "computer mouse", "bed spread", "sheep skin"), ""),
+    **dict.fromkeys(("jet ski", "semi circle", "record player", "dvd player", "cd player"), ""),
     "toilet seat": "toilet",
     "bear cub": "bear",
     "laptop computer": "laptop",
 }
 """Two words for a thing that neither, or only the word given, names."""
+NOT_AS_A_SYNONYM = {
+    **{f"{word} of": word for word in ("pitcher", "couple", "crowd", "family", "group", "team")},
+    **{f"{word} of": word for word in ("pitchers", "couples", "crowds", "families", "groups")},
+    **dict.fromkeys(("water pitcher", "glass pitcher"), "pitcher"),
+    **dict.fromkeys(("cake batter", "pancake batter"), "batter"),
+}
+"""Two words that name no person where their one word does: "a pitcher of water", "a couple of zebras".
+Where that word is a name itself, they are that."""
 ANIMALS = ("animal", "bear", "bird", "cat", "cow", "cub", "dog", "duck", "elephant", "giraffe",
            "goat", "horse", "lion", "monkey", "sheep", "zebra")  # fmt: skip
 VEHICLES = ("airplane", "bus", "car", "jet", "plane", "train")
@@ -102,6 +112,16 @@ class Lexicon:
         """The name at each mention: what CHAIR counts."""
         return tuple(mention.name for mention in self.mentions(text))
 
+    def knows(self, word: str) -> bool:
+        """Whether a word by itself, whatever its case and number, says a name."""
+        phrase = self._phrases.get(_tokens(word))
+        return phrase is not None and phrase.name is not None
+
+    def name_of(self, word: str) -> str:
+        """The name that a word by itself says; the word, where it says none."""
+        phrase = self._phrases.get(_tokens(word))
+        return word if phrase is None or phrase.name is None else phrase.name
+
 
 class _Phrase(NamedTuple):
     name: str | None
@@ -116,11 +136,11 @@ def _phrases(
     found: dict[tuple[str, ...], _Phrase] = {}
 
     def add(words: str, name: str | None) -> None:
-        for form, is_plural in _forms(words):
-            found.setdefault(_tokens(form), _Phrase(name, is_plural))
+        for form, many in _forms(words):
+            found.setdefault(_tokens(form), _Phrase(name, many))
 
     for name in vocabulary:
-        found[_tokens(name)] = _Phrase(name, plural=False)
+        found[_tokens(name)] = _Phrase(name, is_plural(name))
     for name in vocabulary:
         add(name, name)
     for name in vocabulary:
@@ -130,6 +150,9 @@ def _phrases(
     heads = {compound: compound.split()[1] for compound in KINDS_OF}
     for compound, named in {**heads, **OTHER_THINGS}.items():
         add(compound, known.get(compound.replace(" ", "")) or known.get(named))
+    own = {form: name for name in vocabulary for form, _ in _forms(name)}
+    for phrase, word in NOT_AS_A_SYNONYM.items():
+        add(phrase, own.get(word))
     for qualifier, noun in QUALIFIED:
         add(f"{qualifier} {noun}", known.get(noun))
     found.pop((), None)
@@ -138,11 +161,16 @@ def _phrases(
 
 def _forms(words: str) -> Iterable[tuple[str, bool]]:
     """Singular, plurals, and the singular of a name that is a plural ("skis")."""
-    yield words, False
+    yield words, is_plural(words)
     if words.endswith("s") and not words.endswith("ss") and len(words) > 3:
         yield words[:-1], False
     for form in plurals(words):
         yield form, form != words
+
+
+def key_of(name: str) -> str:
+    """What two ways of writing a name have in common: "Cell-Phone" and "cell phone"."""
+    return " ".join(_tokens(name)) or name.casefold()
 
 
 def _tokens(words: str) -> tuple[str, ...]:

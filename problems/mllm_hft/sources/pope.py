@@ -71,7 +71,8 @@ class Pope(FileSource):
                 record.objects = {q.name for q in record.questions if q.answer and q.name}
             return Reading(tuple(asked.values()))
         assert isinstance(self.about, FileSource)
-        return Reading(tuple(asked.values()), self.about.lexicon)
+        known_by = self.about.reading
+        return Reading(tuple(asked.values()), known_by.lexicon, is_final=known_by.is_final)
 
     def file(self, record: Record) -> Path:
         if self.images or not isinstance(self.about, FileSource):

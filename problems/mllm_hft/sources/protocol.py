@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import getattr_static
 from typing import Literal, Protocol, runtime_checkable
 
@@ -71,6 +71,10 @@ class Scene:
     """A conversation about the picture that comes with it: prompts and answers."""
     instruction: str = DESCRIBE
     """What `caption` answers, and what asks the model for one."""
+    at: object = field(default="", compare=False, repr=False)
+    """What writes itself as the file and line that tell of it; "" where it is drawn."""
+    ask: str | None = None
+    """How a question that is made about it is put, "{question}" being POPE's; None: the closed language."""
     origin: str = ""
     """The part of a `mixture` that the picture comes from; "" where a source has no parts."""
 

@@ -32,8 +32,10 @@ class RlhfV(FileSource):
 
 def _record(entry: Entry, number: int) -> Record:
     pair = _pair(entry)
-    question, chosen, rejected = (pair.text_of(key) for key in ("question", "chosen", "rejected"))
-    if chosen == rejected:
+    question, chosen, rejected = (
+        pair.said(pair.text_of(key), repr(key)) for key in ("question", "chosen", "rejected")
+    )
+    if chosen.split() == rejected.split():
         entry.refuse("the chosen answer is the rejected one")
     return Record(
         at=entry,

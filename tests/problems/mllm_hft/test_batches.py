@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,36 @@ def test_a_batch_says_which_picture_and_what_is_no_negative():
 def test_others_are_different_and_not_taken():
     taken = torch.tensor([1, 4, 5])
     source = stream(0, "others")
-    seen = {tuple(sorted(others(7, taken, 3, source).tolist())) for _ in range(60)}
+    seven = torch.ones(7, dtype=torch.bool)
+    seen = {tuple(sorted(others(seven, taken, 3, source).tolist())) for _ in range(60)}
     assert seen == {(0, 2, 3), (0, 2, 6), (0, 3, 6), (2, 3, 6)}
     with pytest.raises(ProblemError, match=r"problem\.queue = 5: .*, 4 of 7 .* must be at most 4"):
-        others(7, taken, 5, source)
+        others(seven, taken, 5, source)
+    seven[0] = False  # without a caption
+    assert sorted(others(seven, taken, 3, source).tolist()) == [2, 3, 6]
+
+
+@pytest.mark.parametrize("origin", [None, torch.tensor([0, 0, 0, 1, 1, 1])])
+def test_a_picture_without_a_caption_is_in_no_contrast(origin):
+    """Its hallucinated caption would be the negative of an empty text."""
+    whole = data(6, origin)
+    scenes = [scene(line, "three square") for line in ["one red circle", "", "two blue square"] * 2]
+    some = replace(whole, captions=captions(tuple(scenes), Shapes(), WORDS))
+    for seed in range(20):
+        batch = contrast_batch(some, 4, stream(seed, "b"))
+        assert sorted(batch["picture"].tolist()) == [0, 2, 3, 5]
+        assert batch["mask"][:, 0].sum(1).min() > 1  # more than the end token
+    seen = {i for seed in range(20) for i in contrast_batch(whole, 4, stream(seed, "b"))["picture"]}
+    assert {1, 4} <= {int(i) for i in seen}  # negative control: with a caption they are drawn
+    asked = [task_batch(some, 6, stream(0, "b"))["features"].flatten().long().tolist()]
+    assert sorted(asked[0]) == list(range(6))  # the task may ask about them
+
+
+def test_a_contrast_without_any_caption_is_refused():
+    mute = replace(data(3), captions=captions((scene("", "one circle"),) * 3, Shapes(), WORDS))
+    with pytest.raises(ProblemError, match="no training picture has a caption"):
+        contrast_batch(mute, 2, stream(0, "b"))
+    assert task_batch(mute, 2, stream(0, "b"))
 
 
 def test_lines_that_read_the_same_have_one_number():

@@ -165,3 +165,13 @@ def test_steps_of_the_contrast_read_what_the_contrast_does_before_the_task_alone
 @pytest.mark.parametrize("formulation", FORMS)
 def test_a_size_is_carried_along(formulation):
     assert miniature(formulation=formulation, contrast_batch=7).contrast_batch == 7
+
+
+@pytest.mark.parametrize("number", [3, 1, 0, -2])
+def test_an_odd_number_of_questions_is_refused_under_its_own_name(number):
+    """And by `validate`, before a model is loaded: half of them are answered yes."""
+    with pytest.raises(
+        ValidationError, match=r"(?s)questions.*(multiple of 2|greater than or equal)"
+    ):
+        miniature(questions=number)
+    assert miniature(questions=4).questions == 4

@@ -77,6 +77,28 @@ def test_as_many_scores_as_answers_are_needed():
         ("", None),
         ("...", None),
         ("notable yesterday", None),  # words, not their beginnings
+        ("There wasn't a dog.", False),
+        ("It won\u2019t be there", False),
+        ("there hasn't been one", False),
+        ("There arent any", False),
+        ("I want it", None),  # no verb with n't
+        ("There are none.", False),
+        ("I cannot see any dog", False),
+        ("I don't think so.", False),
+        ("1. No", False),
+        ("1. Yes", True),
+        ("**No**, it is a cat", False),
+        ("Answer: Yes\nNo", True),
+        ("I can't tell", None),
+        ("I cannot tell from this image.", None),
+        ("I'm sorry, I can't help with that.", None),
+        ("I'm not sure", None),
+        ("It is not clear.", None),
+        ("I do not know", None),
+        ("It is impossible to say", None),
+        ("Yes, but I'm not sure", True),
+        ("No, I can't tell", False),
+        ("It is not a clear picture of a dog", False),
     ],
 )
 def test_answers_are_read_from_the_first_sentence(text, answer):
@@ -84,7 +106,7 @@ def test_answers_are_read_from_the_first_sentence(text, answer):
 
 
 def test_parsed_pope_by_hand():
-    said = ["Yes", "No.", "A dog.", "no", "Yes!"]
+    said = ["Yes", "No.", "I can't tell.", "no", "Yes!"]
     answers = torch.tensor([YES, YES, NO, NO, NO])  # TP 1, FN 1, FP 2, TN 1
     got = pope_parsed(said, answers)
     assert got["accuracy"] == pytest.approx(2 / 5)

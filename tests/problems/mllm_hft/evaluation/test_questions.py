@@ -1,6 +1,7 @@
 """Questions are balanced and truly answered, and each strategy asks what it says it asks."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,26 @@ def test_random_asks_every_absent_name_alike():
     assert all(abs(counts[name] - expected) < 4 * expected**0.5 for name in NAMES)
     popular = Counter(q.name for q in ask("popular", per_scene=2) if not q.answer)
     assert max(popular.values()) > expected + 4 * expected**0.5  # negative control
+
+
+def test_questions_about_files_are_put_as_pope_puts_them_and_as_the_source_asks():
+    names = ("kite", "hour", "uniform", "skis")
+    there = Scene((), "", {}, objects=frozenset(names[:2]), ask="{question} Answer in a word.")
+
+    def asked(scene):
+        found = questions(
+            [scene], strategy="popular", vocabulary=names, per_scene=4, generator=stream(0, "a")
+        )
+        return {q.name: q.text for q in found}
+
+    assert asked(there) == {
+        "kite": "Is there a kite in the image? Answer in a word.",
+        "hour": "Is there an hour in the image? Answer in a word.",
+        "uniform": "Is there a uniform in the image? Answer in a word.",
+        "skis": "Are there skis in the image? Answer in a word.",
+    }
+    drawn = replace(there, ask=None)  # negative control: the closed language
+    assert asked(drawn)["kite"] == "is there a kite ?"
 
 
 def test_questions_are_pure_in_the_generator():

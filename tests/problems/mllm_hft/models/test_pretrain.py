@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,7 @@ from bilevel_problems.mllm_hft.models.template import Template
 from bilevel_problems.mllm_hft.models.tiny import tiny_llava
 from bilevel_problems.mllm_hft.models.tokenizer import WordTokenizer
 from bilevel_problems.mllm_hft.sources.language import NO, YES, words
+from bilevel_problems.mllm_hft.sources.protocol import OwnQuestion
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
 
 pytest.importorskip("transformers", reason="the model is transformers' own")
@@ -65,6 +67,19 @@ def test_dialogues_are_true_of_their_scenes():
             assert answer == (YES if there else NO)
             yes, no = yes + there, no + (not there)
     assert yes == no > 50
+
+
+def test_dialogues_about_files_ask_as_pope_does_and_answer_so():
+    scenes = SOURCE.scenes(50, biased=True, generator=rng.stream(0, "test"))
+    own = (OwnQuestion("Is it red?", True, "own"),)
+    scenes = tuple(replace(scene, ask="{question} Yes or no?") for scene in scenes)
+    scenes = (*scenes, replace(scenes[0], questions=own))
+    said = dialogues(scenes, SOURCE, rng.stream(0, "asked"), alone=0.0)
+    asked = [turn for turns in said for turn in turns[:-1]]
+    assert {answer for _, answer in asked} == {"Yes", "No"}
+    assert said[-1][0] == ("Is it red?", "Yes")
+    made = [prompt for turns in said[:-1] for prompt, _ in turns[:-1]]
+    assert all(re.fullmatch(r"Is there an? \w+ in the image\? Yes or no\?", p) for p in made)
 
 
 def test_a_share_of_pictures_is_described_and_asked_nothing():

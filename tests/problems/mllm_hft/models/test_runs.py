@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 
 from bilevel.cli.app import app
-from bilevel.events import Evaluated, Stepped
+from bilevel.errors import ProblemError
+from bilevel.events import Evaluated, Stepped, Tabulated, Warned
+from bilevel.rng import Streams, stream
 from bilevel.run import engine
 from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
 from bilevel_problems.mllm_hft.models.families import FAMILIES
-from tests.problems.mllm_hft.miniature import prepared, setup
+from bilevel_problems.mllm_hft.sources.jsonl import Jsonl
+from tests.problems.mllm_hft.miniature import miniature, prepared, setup
+from tests.problems.mllm_hft.sources.layouts import lines, pictures
 
 pytest.importorskip("transformers", reason="the models are transformers' own")
 pytest.importorskip("peft", reason="LoRA goes through peft")
@@ -104,3 +109,105 @@ def test_a_problem_without_export_says_where_its_variables_are(tmp_path, monkeyp
     result = CliRunner().invoke(app, ["export", "quadratic", "--to", "out"])
     assert result.exit_code == 2
     assert "tensors.safetensors" in result.output
+
+
+def own(folder: Path, caption: str = "A dog by a cat.", **more: object) -> Jsonl:
+    """Twelve pictures of a file, of each split four; the last one of each has another caption."""
+    names = [f"{split}{i}.png" for split in ("train", "upper", "test") for i in range(4)]
+    pictures(folder, names)
+    rows = [
+        {
+            "image": name,
+            "split": name[:-5],
+            "objects": [("dog", "cat", "kite", "hour")[i % 4], "cat"],
+            "caption": f"A {('dog', 'cat', 'kite')[i % 3]} by a cat.",
+            "hallucinated": {"object": f"A {('kite', 'dog', 'car')[i % 3]} by a cat."},
+        }
+        for i, name in enumerate(names)
+    ]
+    for row in rows[3::4]:
+        row |= {"caption": caption, **more}
+        if not caption:
+            del row["caption"]
+    return Jsonl(path=lines(folder / "d.jsonl", rows), ask="{question} Yes or no?", alter=False)
+
+
+def notes(problem) -> list[str]:
+    return [note for event in problem.prepare() if (note := event.note)]
+
+
+def without_caption(folder, tmp_path, caption):
+    model = Checkpoint(path=str(folder("llava")), rank=2, embedding=8)
+    options = {"encoder": None, "model": model, "train": 4, "upper": 4, "test": 4, "warm_up": 0}
+    problem = miniature(source=own(tmp_path, caption), **options)
+    said = notes(problem)
+    problem.place("cpu", torch.float32)
+    *events, metrics = _all(problem.evaluate(*problem.init(Streams(0))))
+    return problem, said, events, metrics
+
+
+def _all(steps):
+    while True:
+        try:
+            yield next(steps)
+        except StopIteration as stop:
+            yield stop.value
+            return
+
+
+def test_a_picture_without_a_caption_is_left_out_of_contrast_and_gap(folder, tmp_path):
+    problem, said, events, metrics = without_caption(folder, tmp_path, "")
+    missing = "train: 1 of 4 pictures have no caption, and are in no contrast"
+    assert missing in said
+    batch = next(problem.lower_batches(stream(0, "l")))["contrast"]
+    assert sorted(set(batch["picture"].tolist())) == [0, 1, 2]
+    warned = [event.message for event in events if isinstance(event, Warned)]
+    assert "1 of 4 evaluated pictures have no caption, so gap/… leaves them out" in warned
+    rows = {event.name: event.rows for event in events if isinstance(event, Tabulated)}
+    assert (len(rows["pictures"]), len(rows["captions"])) == (3, 4)
+    assert "embeddings" in problem.figures(*problem.init(Streams(0)))
+    whole, said, events, others = without_caption(folder, tmp_path, "A cat.")  # negative control
+    assert missing not in said
+    assert not any("no caption" in e.message for e in events if isinstance(e, Warned))
+    assert metrics.keys() == others.keys()
+    assert sum(name.startswith("gap/") for name in metrics) == 9
+    assert metrics["gap/alignment"] != others["gap/alignment"]
+    kept = whole._evaluator.embed(whole.before(), whole._prepared.evaluation)
+    some = problem._evaluator.embed(problem.before(), problem._prepared.evaluation)
+    for ours, theirs in zip(some, kept, strict=True):
+        assert torch.allclose(ours, theirs[:3], atol=1e-6)
+
+
+def test_a_checkpoint_is_asked_as_pope_asks_in_training_and_in_tests(folder, tmp_path):
+    problem, *_ = without_caption(folder, tmp_path, "A cat.")
+    asked = problem._prepared.evaluation.asked["pope_random"].questions
+    form = r"Is there an? (dog|cat|kite|hour) in the image\? Yes or no\?"
+    assert asked
+    assert all(re.fullmatch(form, question.text) for question in asked)
+    assert all("an hour" in question.text for question in asked if question.name == "hour")
+    rows = problem._prepared.train.dialogues
+    decode = problem._prepared.loaded.tokenizer.decode
+    said = [decode(ids[m].tolist()) for ids, m in zip(rows.ids, rows.mask, strict=True)]
+    assert sum(bool(re.search(form + r".*\b(Yes|No)\b", text)) for text in said) >= 2
+    assert not any(re.search("is there|yes$|no$", text) for text in said)
+
+
+@pytest.mark.parametrize(
+    ("row", "mark"),
+    [
+        ({"caption": "A dog.</s> More."}, "</s>"),
+        ({"caption": "A dog.", "conversation": [["Q <pad>", "A"]]}, "<pad>"),
+        ({"caption": "A dog.", "hallucinated": {"count": "Two<|im_end|> dogs."}}, r"<\|im_end\|>"),
+        ({"caption": "A dog.", "questions": [{"text": "<s>Is it?", "answer": "no"}]}, "<s>"),
+    ],
+)
+def test_a_special_token_in_a_text_is_refused_with_its_line(folder, tmp_path, row, mark):
+    model = Checkpoint(path=str(folder("llava")), rank=2, embedding=8)
+    problem = miniature(source=own(tmp_path, **row), encoder=None, model=model)
+    with pytest.raises(ProblemError, match=rf"d\.jsonl:4: the text .* holds '{mark}'"):
+        notes(problem)
+
+
+def test_other_marks_are_words(folder, tmp_path):  # negative control
+    problem, *_ = without_caption(folder, tmp_path, "A <b>dog</b> < 3 | <smile>")
+    assert problem._prepared.train.captions.described.all()

@@ -108,3 +108,32 @@ def test_a_caption_is_written_from_objects():
     )
     assert caption_of({"orange": 1}) == "There is an orange."
     assert caption_of({}) == ""
+
+
+def test_what_is_denied_is_not_altered():
+    """Its altered caption would be as true: "no cat" of a picture without a dog and a cat."""
+    found = lies("A man with no dog.", {"person"})
+    assert found["object"]
+    assert all(lie.endswith("with no dog.") and "A man" not in lie for lie in found["object"])
+    assert not any(lie.startswith("A dog") for lie in found["object"])
+    assert lies("An empty room with no dogs.", set())["object"] == set()
+    for caption, kind in [
+        ("A road with no red car.", "attribute"), ("A road with no car near it.", "relation"),
+        ("A road without any two dogs.", "count"), ("A road with no car.", "relation"),
+    ]:  # fmt: skip
+        assert lies(caption, set())[kind] == set()
+        said = caption.replace("no ", "a ").replace("without any", "with")
+        assert lies(said, {"car"})[kind]  # negative control
+
+
+def test_a_plural_name_takes_the_place_of_one_thing_and_of_many():
+    words = Lexicon(("dog", "skis"))
+    for caption, there, lie in [
+        ("A dog.", {"dog"}, "A pair of skis."), ("Two dogs.", {"dog"}, "Two skis."),
+        ("A man on skis.", {"skis"}, "A man on dogs."),
+    ]:  # fmt: skip
+        assert Altering(words, {}).all([caption], [there]).captions[0]["object"] == lie
+    assert caption_of({"skis": 1, "scissors": 2}) == (
+        "There is a pair of skis and two pairs of scissors."
+    )
+    assert caption_of({"hour": 1, "uniform": 1}) == "There is an hour and a uniform."

@@ -55,6 +55,22 @@ def test_the_good_line_is_good(tmp_path):  # negative control of all below
         ),
         ('{"image": "b.png", "questions": [{"text": "Is it?", "answer": true}]}', "must be a text"),
         ('{"image": "b.png", "conversation": [["only a prompt"]]}', r"d\.jsonl:3: conversation"),
+        ('{"image": "b.png", "conversation": [["Q", " "]]}', r"d\.jsonl:3: an answer is blank"),
+        (
+            '{"image": "b.png", "conversation": [["Q", "<image>"]]}',
+            r"d\.jsonl:3: an answer is blank",
+        ),
+        ('{"image": "b.png", "conversation": [["", "A"]]}', r"d\.jsonl:3: a prompt is blank"),
+        ('{"image": "b.png", "caption": "<image>"}', r"d\.jsonl:3: 'caption' is blank"),
+        ('{"image": "b.png", "objects": [" "]}', r"d\.jsonl:3: 'objects' must be a list of names"),
+        (
+            '{"image": "b.png", "caption": "A dog.", "hallucinated": {"object": " A  dog."}}',
+            r"d\.jsonl:3: hallucinated\['object'\] is the caption",
+        ),
+        (
+            '{"image": "b.png", "captions": ["A dog.", "Dogs."], "hallucinated": {"count": "Dogs."}}',
+            r"d\.jsonl:3: hallucinated\['count'\] is the caption",
+        ),
     ],
 )
 def test_a_wrong_line(tmp_path, second, message):
@@ -117,7 +133,11 @@ def _folders(tmp_path, *names):
 
 def test_a_record_without_a_split_among_others_that_have_one(tmp_path):
     source = jsonl(tmp_path, '{"image": "a.png", "split": "test"}\n{"image": "b.png"}\n')
-    with pytest.raises(ProblemError, match=r"d\.jsonl:2: split is None; must be one of train"):
+    message = r"d\.jsonl:2: has no 'split', which other records have; must be one of train"
+    with pytest.raises(ProblemError, match=message):
+        source.corpus("test", 9, generator=stream(0, "s"))
+    source = jsonl(tmp_path, '{"image": "a.png", "split": "tset"}\n')
+    with pytest.raises(ProblemError, match=r"d\.jsonl:1: 'split' is 'tset'; must be one of train"):
         source.corpus("test", 9, generator=stream(0, "s"))
 
 
@@ -249,6 +269,7 @@ def test_amber_files_that_do_not_fit(tmp_path, name, change, message):
         (["Q"], "in pairs"),
         ([], "in pairs"),
         (["Q", "  "], "'value' is blank"),
+        (["Q", "<image>"], "'value' is blank"),
     ],
 )
 def test_llava_conversations_that_do_not_fit(tmp_path, said, message):
@@ -276,6 +297,10 @@ def test_llava_ids_and_speakers(tmp_path):
         ({"question": "q", "chosen": "c", "rejected": "r"}, "has no picture"),
         (
             {"image": "a.png", "question": "q", "chosen": "c", "rejected": "c"},
+            "the chosen answer is the rejected",
+        ),
+        (
+            {"image": "a.png", "question": "q", "chosen": "c", "rejected": "c "},
             "the chosen answer is the rejected",
         ),
     ],

@@ -1,11 +1,13 @@
 """The language is closed, and says what the statement says."""
 
+import hashlib
 from random import Random
 
 import pytest
 
 from bilevel.rng import stream
-from bilevel_problems.mllm_hft.evaluation.questions import questions
+from bilevel_problems.mllm_hft.evaluation.questions import STRATEGIES, cooccurrence, questions
+from bilevel_problems.mllm_hft.models.pretrain import dialogues
 from bilevel_problems.mllm_hft.sources.language import (
     DESCRIBE,
     NO,
@@ -106,6 +108,37 @@ def test_ordering_keeps_what_is_said():
 def test_questions_are_written_as_english():
     assert ask_object("star") == "is there a star ?"
     assert ask_object("apple") == "is there an apple ?"
+
+
+@pytest.mark.parametrize(
+    ("source", "digest"),
+    [
+        (Shapes(), "e9c71030d49d03426b188f9b7e41db318cec2e631be6b4ebee3c965fa8f54253"),
+        (Photos(), "22c63ad42f808d59fae974c4d545730fb63ce030847f41a15811d12097dfc4fd"),
+    ],
+    ids=lambda value: value[:6] if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_said_of_drawn_scenes_stays_what_it_was_to_the_byte(source, digest):
+    """Shipped figures are of models that were trained on these texts."""
+    assert hashlib.sha256("\n".join(texts(source)).encode()).hexdigest() == digest
+
+
+def texts(source):
+    generator, found = stream(0, "texts"), [str(words(source))]
+    scenes = ()
+    for biased in (True, False):
+        scenes = source.scenes(200, biased=biased, generator=generator)
+        turns = dialogues(scenes, source, generator)
+        found += [repr((scene.caption, sorted(scene.hallucinated.items()))) for scene in scenes]
+        found += map(repr, turns)
+    together = cooccurrence(scenes, source.vocabulary)
+    for strategy in STRATEGIES:
+        asked = questions(
+            scenes, strategy=strategy, vocabulary=source.vocabulary, per_scene=6,
+            generator=generator, cooccurrence=together,
+        )  # fmt: skip
+        found += [repr(question.text) for question in asked]
+    return found
 
 
 def test_only_clear_relations_are_stated():

@@ -8,18 +8,25 @@ import torch
 from bilevel.errors import ProblemError, RecipeError
 from bilevel.registry.build import build
 from bilevel.rng import stream
+from bilevel_problems.mllm_hft.evaluation.questions import questions
+from bilevel_problems.mllm_hft.evaluation.reports import Findings, report_captions
 from bilevel_problems.mllm_hft.sources.amber import Amber
 from bilevel_problems.mllm_hft.sources.by_split import BySplit
 from bilevel_problems.mllm_hft.sources.coco import Coco
+from bilevel_problems.mllm_hft.sources.coco_objects import NAMES, SYNONYMS
 from bilevel_problems.mllm_hft.sources.files import read_synonyms
 from bilevel_problems.mllm_hft.sources.jsonl import Jsonl
 from bilevel_problems.mllm_hft.sources.llava import Llava
+from bilevel_problems.mllm_hft.sources.mentions import Lexicon
+from bilevel_problems.mllm_hft.sources.naming import united
 from bilevel_problems.mllm_hft.sources.pope import Pope
 from bilevel_problems.mllm_hft.sources.protocol import KINDS, Simulator, Source
 from bilevel_problems.mllm_hft.sources.rlhf_v import RlhfV
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
 from tests.problems.mllm_hft.sources import layouts
 from tests.problems.mllm_hft.sources.layouts import name_of
+
+COCO = Lexicon(NAMES, {name: words for name, words in SYNONYMS.items() if words})
 
 
 def whole(source, split="test", size=100):
@@ -319,3 +326,130 @@ def test_shapes_are_told_the_split_and_draw_as_before():
     assert torch.equal(torch.as_tensor(corpus.images), torch.as_tensor(expected.images))
     upper = source.corpus("upper", 5, generator=stream(0, "scenes.train")).scenes
     assert upper == source.scenes(5, biased=False, generator=stream(0, "scenes.train"))
+
+
+def listing(folder, rows, **options):
+    """Pictures with the objects and captions that rows give."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"image": f"{i}.png", **row} for i, row in enumerate(rows)]
+    layouts.pictures(folder, [row["image"] for row in rows])
+    return Jsonl(path=layouts.lines(folder / "d.jsonl", rows), **options)
+
+
+def chair_of(corpus, *said):
+    found = Findings()
+    texts = [*said]
+    report_captions(found, texts, [True] * len(texts), corpus.scenes, corpus.lexicon)
+    return found.metrics["chair/chair_i"], found.metrics["chair/coverage"]
+
+
+def test_listed_objects_are_read_as_captions_are(tmp_path):
+    (tmp_path / "words.txt").write_text("dog, puppy\ncat\n")
+    rows = [{"objects": ["puppy"]}, {"objects": ["Cats", "dragon"]}]
+    source = listing(tmp_path / "a", rows, synonyms=str(tmp_path / "words.txt"))
+    corpus = whole(source)
+    assert [scene.names for scene in corpus.scenes] == [{"dog"}, {"cat", "dragon"}]
+    assert set(source.vocabulary) == {"dog", "cat", "dragon"}
+    assert chair_of(corpus, "A puppy.", "A cat, a dragon.") == (0, 1)
+    assert chair_of(corpus, "A cat.", "A puppy.") == (1, 0)  # negative control
+
+
+def test_a_name_is_one_whatever_its_case_and_number(tmp_path):
+    rows = [
+        {"objects": ["Dog", "cats"]}, {"objects": ["dog", "dogs"]}, {"objects": ["cat", "TVs"]},
+        {"objects": ["Forklift", "cell-phone"]}, {"objects": ["forklifts", "glasses"]},
+    ]  # fmt: skip
+    source = listing(tmp_path / "a", rows)
+    corpus = whole(source)
+    assert [scene.names for scene in corpus.scenes] == [
+        {"dog", "cat"}, {"dog"}, {"cat", "tv"}, {"Forklift", "cell phone"}, {"Forklift", "glasses"},
+    ]  # fmt: skip
+    assert source.vocabulary == ("dog", "Forklift", "cat", "tv", "cell phone", "glasses")
+    asked = questions(
+        corpus.scenes, strategy="popular", vocabulary=source.vocabulary, per_scene=6,
+        generator=stream(0, "q"),
+    )  # fmt: skip
+    texts = {(q.scene, q.name, q.answer): q.text for q in asked}
+    assert texts[0, "cat", True] == "Is there a cat in the image?"
+    assert not any(q.name == "cat" and not q.answer and q.scene in (0, 2) for q in asked)
+    apart = listing(tmp_path / "b", [{"objects": ["glass"]}, {"objects": ["bus", "puppy", "dog"]}])
+    assert apart.vocabulary == ("bus", "dog", "glass", "puppy")  # listed apart: a name each
+
+
+def test_splits_are_read_with_the_words_of_all(tmp_path):
+    train = listing(tmp_path / "a", [{"objects": ["car", "Dogs", "cab"]}])
+    upper = listing(tmp_path / "b", [{"objects": ["zebra"], "caption": "A zebra."}])
+    rows = [{"objects": ["cat", "dog"], "caption": "A cat by a car that is no bus."}]
+    source = BySplit(train=train, upper=upper, test=listing(tmp_path / "c", rows))
+    corpus = source.corpus("test", 9, generator=stream(0, "t"))
+    assert corpus.scenes[0].names == {"cat", "dog", "car"}
+    assert set(corpus.lexicon.vocabulary) == {"car", "cab", "dog", "zebra", "cat"}
+    assert chair_of(corpus, "A cat, a dog, a van and a zebra.") == (1 / 4, 1)
+    (scene,) = source.corpus("train", 9, generator=stream(0, "t")).scenes
+    assert scene.names <= set(source.vocabulary)
+    # the words of a file of synonyms are all that counts where it is given
+    (tmp_path / "words.txt").write_text("cat\ndog\n")
+    test = listing(tmp_path / "c", rows, synonyms=str(tmp_path / "words.txt"))
+    corpus = BySplit(train=train, upper=upper, test=test).corpus(
+        "test", 9, generator=stream(0, "t")
+    )
+    assert chair_of(corpus, "A cat, a dog, a van and a zebra.") == (0, 1)
+
+
+def test_a_word_for_another_splits_name_is_that_name():
+    one = Lexicon(("dog", "cat"), {"dog": ("puppy",)})
+    other = Lexicon(("Puppy", "TV", "cats"), {"Puppy": ("pup",)})
+    both = united([one, other])
+    assert both.vocabulary == ("dog", "cat", "tv")
+    assert both.names("a pup, puppies, cats and TVs") == ("dog", "dog", "cat", "tv")
+    assert united([one, one]) == one  # negative control
+    turned = Lexicon(("puppy",), {"puppy": ("dog",)})
+    assert united([Lexicon(("dog",), {"dog": ("puppy",)}), turned]).names("puppy, dog") in (
+        ("dog", "dog"), ("puppy", "puppy")
+    )  # fmt: skip
+    assert united([COCO, Lexicon(NAMES, SYNONYMS)]) == COCO
+
+
+def test_amber_is_measured_with_its_own_words(tmp_path):
+    train = listing(tmp_path / "a", [{"objects": ["car"]}])
+    upper = listing(tmp_path / "b", [{"objects": ["zebra"]}])
+    (tmp_path / "amber").mkdir()
+    source = BySplit(train=train, upper=upper, test=Amber(**layouts.amber(tmp_path / "amber")))
+    corpus = source.corpus("test", 9, generator=stream(0, "t"))
+    assert corpus.lexicon.names("A car on the sea.") == ("sea",)
+    lexicon = source.corpus("train", 9, generator=stream(0, "t")).lexicon
+    assert lexicon.names("A car on the sea, a zebra.") == ("car", "zebra")
+
+
+def test_what_reference_captions_deny_is_not_there(tmp_path):
+    files = layouts.coco(
+        tmp_path,
+        {1: [17], 2: [17]},
+        {1: ["A cat on a road with no car in sight."], 2: ["A cat by a car, without a dog."]},
+    )
+    corpus = whole(Coco(**files))
+    scenes = by_id(corpus)
+    assert scenes["1"].names == {"cat"}
+    assert scenes["2"].names == {"cat", "car"}
+    for scene in corpus.scenes:
+        assert "no car" in scene.hallucinated.get("object", "no car") or scene.id == "2"
+        assert "person" in scene.hallucinated["object"] or "dog" in scene.hallucinated["object"]
+    assert chair_of(corpus, "no car", "")[0] == 1  # of what a model says every mention counts
+
+
+def test_the_mark_for_the_picture_is_no_word(tmp_path):
+    row = {
+        "caption": "<image> A dog.",
+        "captions": ["Dogs.<image>"],
+        "hallucinated": {"object": "<image>\nA cat."},
+        "questions": [{"text": "<image>\nIs it?", "answer": "yes"}],
+        "conversation": [["<image>\nWhat is there?", "A dog. "]],
+    }
+    (scene,) = whole(listing(tmp_path / "a", [row])).scenes
+    assert (scene.caption, scene.hallucinated["object"]) == ("A dog.", "A cat.")
+    assert scene.turns == (("What is there?", "A dog. "),)  # else as it is written
+    assert scene.questions[0].text == "Is it?"
+    assert str(scene.at) == f"{tmp_path / 'a' / 'd.jsonl'}:1"
+    pair = {"image": "0.png", "question": "<image>\nWhat?", "chosen": "A.", "rejected": "B."}
+    path = layouts.lines(tmp_path / "a" / "pairs.jsonl", [pair])
+    assert whole(RlhfV(path=path, alter=False)).scenes[0].turns == (("What?", "A."),)
