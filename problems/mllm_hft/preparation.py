@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.errors import ProblemError
-from bilevel.events import Progress
+from bilevel.events import Progress, Warned
 from bilevel.types import Params
 
 from . import formulations
@@ -150,6 +150,26 @@ def start(
     x = {n: v for part in problem.form.upper if part not in fixed for n, v in parts[part].items()}
     y = {n: v for part in problem.form.lower for n, v in parts[part].items()}
     return x, y
+
+
+def without_hallucinated(problem: HierarchicalFineTuning, prepared: Prepared) -> list[Warned]:
+    """A warning where L_C is trained and no training picture has a hallucinated caption to contrast with.
+
+    A preference says so itself, as it cannot be trained then.
+    """
+    trained = problem.form.contrast or problem.contrast_first
+    present = prepared.train.captions.present
+    if not trained or problem.contrast_loss != "hacl" or present.any():
+        return []
+    return [
+        Warned(
+            0,
+            "hallucinated",
+            f"none of {len(present)} training pictures has a hallucinated caption, so L_C contrasts pictures "
+            "with the captions of other pictures alone; give hallucinated captions, or let the source make "
+            "them (source.alter, and source.synonyms for the objects that captions name)",
+        )
+    ]
 
 
 def _weights_of(weights: dict[str, float], sources: tuple[str, ...]) -> list[float]:

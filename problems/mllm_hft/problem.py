@@ -41,7 +41,7 @@ from .models.tiny import Tiny
 from .options import SOMETIMES, refuse_unread
 from .planning import plan
 from .preference_pairs import with_reference
-from .preparation import Prepared, prepare, start
+from .preparation import Prepared, prepare, start, without_hallucinated
 from .queue import StartStates
 from .sources.protocol import Encoder, Source
 from .sources.shapes import Shapes
@@ -182,7 +182,8 @@ class HierarchicalFineTuning:
         """Move the frozen model, and what losses compare with; says what the run will hold.
 
         Raises `RequirementError` where the device cannot hold the weights and one lower gradient,
-        and warns where it cannot hold the derivative of that gradient.
+        and warns where it cannot hold the derivative of that gradient, and of a contrast without
+        hallucinated captions.
         """
         prepared, device = self._prepared, torch.device(device)
         made = plan(self, prepared, device, dtype)
@@ -191,7 +192,8 @@ class HierarchicalFineTuning:
         prepared.loaded.network.place(device, dtype)
         prepared.reference = tree.to(prepared.reference, device, dtype)
         prepared.constants = tree.to(prepared.constants, device, dtype)
-        return [*made.told(), *second_order_room(made.step, device, ROOM)]
+        room = second_order_room(made.step, device, ROOM)
+        return [*made.told(), *room, *without_hallucinated(self, prepared)]
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""

@@ -54,6 +54,14 @@ def test_triples_are_scenes_with_a_lie_and_kinds_take_turns():
     assert "P(true > hallucinated)" in made.note
 
 
+def test_pictures_without_a_lie_make_no_triple():
+    found = Embeddings(torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 2, 3))
+    none = Panel.of("before", found, torch.zeros(4, 2, dtype=torch.bool), 5)
+    assert none.image.shape == none.text.shape == none.hallucinated.shape == (0, 3)
+    kinds_none = Embeddings(*found[:2], torch.randn(4, 0, 3))
+    assert len(Panel.of("before", kinds_none, torch.zeros(4, 0).bool(), 5).hallucinated) == 0
+
+
 def test_signs_and_colours_are_the_agreed_ones(tmp_path):
     from matplotlib.colors import to_rgba
 
