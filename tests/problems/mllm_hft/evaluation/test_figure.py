@@ -86,4 +86,22 @@ def test_margins_say_which_caption_is_nearer():
     torch.testing.assert_close(margins(made), torch.tensor([1.0, -1.0, 2.0]))
     figure = embedding_figure([made])
     told = [text.get_text() for text in figure.axes[-1].texts]
-    assert told == ["true caption\nnearer: 67%", "hallucinated caption\nnearer: 33%"]
+    assert told == ["true caption nearer: 67%", "hallucinated caption nearer: 33%"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 180])
+def test_pictures_are_counted_in_whole_numbers_and_shares_stand_beside_the_bars(n):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = embedding_figure([panel(0, n=n), panel(1, n=n)])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    left, right = figure.axes[2:]
+    low, high = left.get_ylim()
+    ticks = [tick for tick in left.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    assert all(tick == round(tick) for tick in ticks)
+    boxes = [text.get_window_extent() for axis in (left, right) for text in axis.texts]
+    for axis in (left, right):
+        assert not any(box.overlaps(axis.get_window_extent()) for box in boxes)
+    assert sum(box.overlaps(other) for box in boxes for other in boxes) == len(boxes)  # itself alone
