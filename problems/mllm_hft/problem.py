@@ -41,7 +41,7 @@ from .models.tiny import Tiny
 from .options import SOMETIMES, refuse_unread
 from .planning import plan
 from .preference_pairs import with_reference
-from .preparation import Prepared, prepare, start, without_hallucinated
+from .preparation import Prepared, prepare, start
 from .queue import StartStates
 from .sources.protocol import Encoder, Source
 from .sources.shapes import Shapes
@@ -182,8 +182,7 @@ class HierarchicalFineTuning:
         """Move the frozen model, and what losses compare with; says what the run will hold.
 
         Raises `RequirementError` where the device cannot hold the weights and one lower gradient,
-        and warns where it cannot hold the derivative of that gradient, and of a contrast without
-        hallucinated captions.
+        and warns where it cannot hold the derivative of that gradient, and of what is odd in the data.
         """
         prepared, device = self._prepared, torch.device(device)
         made = plan(self, prepared, device, dtype)
@@ -193,7 +192,7 @@ class HierarchicalFineTuning:
         prepared.reference = tree.to(prepared.reference, device, dtype)
         prepared.constants = tree.to(prepared.constants, device, dtype)
         room = second_order_room(made.step, device, ROOM)
-        return [*made.told(), *room, *without_hallucinated(self, prepared)]
+        return [*made.told(), *room, *prepared.warnings]
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""

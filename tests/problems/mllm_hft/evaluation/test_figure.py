@@ -104,4 +104,6 @@ def test_pictures_are_counted_in_whole_numbers_and_shares_stand_beside_the_bars(
     boxes = [text.get_window_extent() for axis in (left, right) for text in axis.texts]
     for axis in (left, right):
         assert not any(box.overlaps(axis.get_window_extent()) for box in boxes)
-    assert sum(box.overlaps(other) for box in boxes for other in boxes) == len(boxes)  # itself alone
+    assert sum(box.overlaps(other) for box in boxes for other in boxes) == len(
+        boxes
+    )  # itself alone

@@ -85,7 +85,9 @@ sinks: [jsonl, figures]
 """
 
 
-def run_on_files(path: Path, *, alter: bool, dtype: str = "float32") -> tuple[Path, str]:
+def run_on_files(
+    path: Path, *, alter: bool, dtype: str = "float32", repeats: int = 1
+) -> tuple[Path, str]:
     """The folder of a run of two steps on pictures with true captions alone, and what it said."""
     from typer.testing import CliRunner
 
@@ -99,6 +101,7 @@ def run_on_files(path: Path, *, alter: bool, dtype: str = "float32") -> tuple[Pa
         }
         for i, split in enumerate([*["train"] * 6, *["upper"] * 4, *["test"] * 4])
     ]
+    rows[2]["caption"] += " It is red." * (repeats - 1)
     layouts.pictures(Path(), [row["image"] for row in rows])
     layouts.lines(Path("data.jsonl"), rows)
     Path("files.yaml").write_text(FILES.format(path=path, alter=str(alter).lower(), dtype=dtype))
@@ -135,6 +138,18 @@ def test_a_run_without_a_hallucinated_caption_ends_and_says_so(
         assert "captions" in drawn
         assert "embeddings" not in drawn
         assert warning in said
+
+
+@pytest.mark.parametrize("repeats", [1, 200])
+def test_a_caption_beyond_the_models_positions_is_warned_of(repeats, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, said = run_on_files(folder("llava"), alter=False, repeats=repeats)
+    warning = (
+        "1 of 6 train pictures have more tokens, with what is said of them, than the 512 positions"
+    )
+    assert (warning in said) == (repeats > 1)
+    assert ("has '2.png': shorten" in said) == (repeats > 1)
+    assert "upper pictures have more tokens" not in said
 
 
 def test_a_run_whose_variables_are_bfloat16_ends(folder, tmp_path, monkeypatch):
