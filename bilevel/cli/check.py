@@ -195,6 +195,8 @@ def _print_path(
     console.print(_PATH_LEGEND, style="dim", highlight=False)
     if left:
         console.print(f"in `all` alone: {len(left)} more of them", highlight=False)
+    if rough := _rough(rows):
+        console.print(_ROUGH_LEGEND.format(rough=rough), highlight=False)
     for row in rows:
         if row.note:
             console.print(Text.assemble((row.name, "bold"), f": {row.note}"))
@@ -204,7 +206,14 @@ def _agreement(found: Agreement | None) -> Text:
     if found is None:
         return Text("-")
     style = "green" if found.cosine >= AGREES else "bold red"
-    return Text.assemble((f"{found.cosine:.2f}", style), f" ×{found.ratio:.2g}")
+    mark = "?" if found.is_rough else ""
+    return Text.assemble((f"{found.cosine:.2f}", style), f" ×{found.ratio:.2g}{mark}")
+
+
+def _rough(rows: Sequence[PathRow]) -> str:
+    """Variables whose differences are rough, with their error; the same in every row."""
+    every = {name: found for row in rows for name, found in row.agreements.items()}
+    return ", ".join(f"{n} by {found.error:.0%}" for n, found in every.items() if found.is_rough)
 
 
 def _untested(name: str, reference: str, reason: str) -> CheckRow:
@@ -296,6 +305,11 @@ def _is_settled_only(row: CheckRow) -> bool:
 _PATH_LEGEND = (
     "cosine of the slopes of the hypergradient and the differences, ×ratio of their lengths. "
     "Differences of F(x, y_K(x)), K the recipe's own lower steps, after three lower solves."
+)
+_ROUGH_LEGEND = (
+    "?: the differences change as their step is halved, {rough}: they are no truer than that, and what "
+    "the estimator lacks is not told from it. So it is where the problem rounds more coarsely than "
+    "float64, as layers do that compute in float32 whatever they are given."
 )
 _LEGEND = (
     "claim err: relative to the gradient of what it differentiates, all inner solves converged. "

@@ -14,6 +14,7 @@ from bilevel.report.charts import WIDTH
 from bilevel.report.pictures import embedded
 from bilevel.report.template import fill
 from bilevel.sinks.numbers import counts, significant
+from bilevel.testing.path_agreement import ROUGH
 
 Document = Mapping[str, Any]
 FLOOR = 1e-16
@@ -201,7 +202,10 @@ def _agreements(rows: Sequence[Mapping[str, Any]]) -> Table:
     variables = list(dict.fromkeys(name for row in rows for name in row["agreements"]))
 
     def cell(found: Mapping[str, float] | None) -> str:
-        return f"{found['cosine']:.2f} × {found['ratio']:.2g}" if found else "–"
+        if not found:
+            return "–"
+        mark = "?" if found["error"] > ROUGH else ""
+        return f"{found['cosine']:.2f} × {found['ratio']:.2g}{mark}"
 
     cells = [
         (row["name"], [*(cell(row["agreements"].get(v)) for v in variables), cell(row["whole"])])
@@ -211,7 +215,8 @@ def _agreements(rows: Sequence[Mapping[str, Any]]) -> Table:
         (
             "each upper variable",
             "cosine of the slopes of h and of central differences of F(x, y_K(x)), K the recipe's "
-            "own lower steps; × the ratio of their lengths",
+            "own lower steps; × the ratio of their lengths; ? where the differences themselves change by more "
+            "than a hundredth as their step is halved, and say no more than that",
         ),
         ("all", "over all variables together"),
     ]

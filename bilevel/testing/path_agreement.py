@@ -27,6 +27,8 @@ from bilevel.unrolling.path import along
 COORDINATES = 16
 """A variable of at most so many entries is looked at in each; a larger one along random directions."""
 DIRECTIONS = 8
+ROUGH = 1e-2
+"""Differences with a larger error say little of an estimator that is close to them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Agreement:
 
     cosine: float
     ratio: float
+    error: float = 0.0
+    """Of d, relative, as `calculus.finite_differences.Differences` estimates it. Large where F rounds more
+    coarsely than float64, as a layer does that computes in float32 whatever it is given."""
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether d itself is off by so much that neither number is to be taken for the estimator's."""
+        return self.error > ROUGH
 
 
 @dataclass(frozen=True)
@@ -110,16 +120,17 @@ def _row(name: str, h: Params, differences: Mapping[str, Differences]) -> PathRo
         entry: (found.along({entry: h[entry]}), found.slopes)
         for entry, found in differences.items()
     }
-    whole = (torch.cat(side) for side in zip(*pairs.values(), strict=True))
-    return PathRow(
-        name, {entry: agreement(*pair) for entry, pair in pairs.items()}, agreement(*whole)
-    )
+    each = {entry: agreement(*pair, differences[entry].error) for entry, pair in pairs.items()}
+    h_all, d_all = (torch.cat(side) for side in zip(*pairs.values(), strict=True))
+    off = sum((found.error * float(found.slopes.norm())) ** 2 for found in differences.values())
+    size = float(d_all.norm())
+    return PathRow(name, each, agreement(h_all, d_all, off**0.5 / size if size else 0.0))
 
 
-def agreement(h: Tensor, d: Tensor) -> Agreement:
+def agreement(h: Tensor, d: Tensor, error: float = 0.0) -> Agreement:
     """Cosine and ratio of lengths; where one of them is 0 the cosine is 0, where both are 1."""
     long, true = tree.norm({"h": h}), tree.norm({"d": d})
     if long == 0 or true == 0:
         alike = float(long == true)
-        return Agreement(alike, alike if long == 0 else float("inf"))
-    return Agreement(float(h @ d) / (long * true), long / true)
+        return Agreement(alike, alike if long == 0 else float("inf"), error)
+    return Agreement(float(h @ d) / (long * true), long / true, error)

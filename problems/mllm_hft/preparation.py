@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel import rng, tree
 from bilevel.errors import ProblemError
-from bilevel.events import Progress
+from bilevel.events import Progress, Warned
 from bilevel.types import Params
 
 from . import formulations
@@ -25,6 +25,7 @@ from .evaluation.evaluation_split import Captions, EvaluationSplit, captions, ev
 from .evaluation.questions import cooccurrence
 from .filtering import filtered
 from .formulations import SCALARS
+from .lengths import too_long
 from .models import cache
 from .models.adapters import start_lora
 from .models.encoders import ViT
@@ -69,6 +70,8 @@ class Prepared:
     """Where projector, heads and LoRA start after `contrast_first`; without it, nothing."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    warnings: tuple[Warned, ...] = ()
+    """What a user should know of the data."""
     plan: Plan | None = None
     """Of the run's device, once it is known."""
 
@@ -88,8 +91,13 @@ def prepare(
     """
     loaded = yield from problem.model.open(problem.source, problem.encoder, problem.seed, device)
     train, scenes = yield from _data(problem, loaded, "train", problem.train, device)
-    upper, _ = yield from _data(problem, loaded, "upper", problem.upper, device)
+    upper, clean = yield from _data(problem, loaded, "upper", problem.upper, device)
     evaluation = yield from _evaluation(problem, loaded, scenes)
+    long = [
+        *_too_long(loaded, "train", scenes, train),
+        *_too_long(loaded, "upper", clean, upper),
+        *_too_long(loaded, problem.split, evaluation.scenes, evaluation, evaluation.talked),
+    ]
     # Half precision is for weights that stay: an update is lost in it.
     loaded.network.place(device, torch.float32)
     how = WarmUp(
@@ -118,6 +126,7 @@ def prepare(
     )
     constants = tree.to({str(n): v for n, v in scalars.items()}, device, torch.float32)
     made = Prepared(loaded, train, upper, evaluation, constants, sources, device=device)
+    made.warnings = (*long, *without_hallucinated(problem, made))
     if problem.contrast_loss != "hacl":
         made.pairs = caption_pairs(scenes, kinds, loaded.tokenizer, loaded.template)
         made.noise_scale = spread(train.pictures)
@@ -152,6 +161,37 @@ def start(
     x = {n: v for part in problem.form.upper if part not in fixed for n, v in parts[part].items()}
     y = {n: v for part in problem.form.lower for n, v in parts[part].items()}
     return x, y
+
+
+def _too_long(
+    loaded: LoadedModel,
+    split: Split,
+    scenes: tuple[Scene, ...],
+    data: Data | EvaluationSplit,
+    talked: Tensor | None = None,
+) -> list[Warned]:
+    rows = data.pictures, data.dialogues, data.captions
+    return too_long(loaded.network, split, scenes, *rows, talked)
+
+
+def without_hallucinated(problem: HierarchicalFineTuning, prepared: Prepared) -> list[Warned]:
+    """A warning where L_C is trained and no training picture has a hallucinated caption to contrast with.
+
+    A preference says so itself, as it cannot be trained then.
+    """
+    trained = problem.form.contrast or problem.contrast_first
+    present = prepared.train.captions.present
+    if not trained or problem.contrast_loss != "hacl" or present.any():
+        return []
+    return [
+        Warned(
+            0,
+            "hallucinated",
+            f"none of {len(present)} training pictures has a hallucinated caption, so L_C contrasts pictures "
+            "with the captions of other pictures alone; give hallucinated captions, or let the source make "
+            "them (source.alter, and source.synonyms for the objects that captions name)",
+        )
+    ]
 
 
 def _weights_of(weights: dict[str, float], sources: tuple[str, ...]) -> list[float]:

@@ -182,7 +182,7 @@ class HierarchicalFineTuning:
         """Move the frozen model, and what losses compare with; says what the run will hold.
 
         Raises `RequirementError` where the device cannot hold the weights and one lower gradient,
-        and warns where it cannot hold the derivative of that gradient.
+        and warns where it cannot hold the derivative of that gradient, and of what is odd in the data.
         """
         prepared, device = self._prepared, torch.device(device)
         made = plan(self, prepared, device, dtype)
@@ -191,7 +191,8 @@ class HierarchicalFineTuning:
         prepared.loaded.network.place(device, dtype)
         prepared.reference = tree.to(prepared.reference, device, dtype)
         prepared.constants = tree.to(prepared.constants, device, dtype)
-        return [*made.told(), *second_order_room(made.step, device, ROOM)]
+        room = second_order_room(made.step, device, ROOM)
+        return [*made.told(), *room, *prepared.warnings]
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         """The warmed-up model: LoRA that changes nothing yet, λ and τ as given, kinds alike."""

@@ -111,6 +111,25 @@ def test_check_of_the_path_has_a_column_for_each_upper_variable():
     assert "keeps no path" in refused.output
 
 
+COARSE = """
+from bilevel_problems.quadratic import Quadratic
+class Coarse(Quadratic):
+    def upper_loss(self, x, y, batch):
+        found = super().upper_loss(x, y, batch) + 30_000
+        return found.float().to(found.dtype)
+"""
+
+
+def test_check_of_the_path_says_where_its_differences_are_rough(tmp_path: Path):
+    (tmp_path / "coarse.py").write_text(COARSE)
+    words = ("check", "quadratic", "--path", "--estimators", "unroll")
+    text = invoke(*words, f"problem={tmp_path / 'coarse.py'}:Coarse").output
+    assert re.search(r"^unroll .*\? .*\?", text, re.MULTILINE)
+    assert re.search(r"change as their step is halved, x by \d+%", " ".join(text.split()))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "?" not in invoke(*words).output  # negative control
+
+
 def test_a_check_has_a_page(tmp_path: Path):
     if report.missing():
         pytest.skip("without the extra report")

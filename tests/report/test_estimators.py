@@ -78,11 +78,11 @@ def test_a_check_has_its_verdicts_and_notes():
 
 
 def test_agreement_with_the_path_has_a_column_a_variable():
-    whole = {"cosine": 0.5, "ratio": 2.0}
+    whole = {"cosine": 0.5, "ratio": 2.0, "error": 0.3}
     rows = [
         {
             "name": "unroll",
-            "agreements": {"w": {"cosine": 1.0, "ratio": 1.0}},
+            "agreements": {"w": {"cosine": 1.0, "ratio": 1.0, "error": 1e-6}},
             "whole": whole,
             "note": "",
         },
@@ -91,7 +91,7 @@ def test_agreement_with_the_path_has_a_column_a_variable():
     html = check_page(checked() | {"rows": rows})
     assert table(html, "Result") == {
         "estimator": ["w", "all"],
-        "unroll": ["1.00 × 1", "0.50 × 2"],
+        "unroll": ["1.00 × 1", "0.50 × 2?"],
         "kkt": ["–", "–"],
     }
     assert not specs(html)

@@ -103,6 +103,28 @@ def test_a_large_variable_is_looked_at_along_directions():
     assert row["none"].agreements["x"].cosine < 0.99
 
 
+@dataclass(frozen=True)
+class Coarse(Pulled):
+    """F beside a large constant, rounded to float32, whose steps are as large as what the differences see."""
+
+    def upper_loss(self, x, y, batch):
+        found = super().upper_loss(x, y, batch) + 3000
+        return found.float().to(found.dtype)
+
+
+def test_differences_that_rounding_decides_are_marked_and_others_are_not():
+    fine, coarse = (
+        rows(setup(problem=problem), {"unroll": Unroll()})["unroll"]
+        for problem in (Pulled(), Coarse())
+    )
+    assert not any(found.is_rough for found in (*fine.agreements.values(), fine.whole))
+    assert fine.whole.error < 1e-6
+    assert all(found.is_rough for found in (*coarse.agreements.values(), coarse.whole))
+    # the estimator is the same, and exact: what looks like its error is that of the differences
+    assert abs(coarse.whole.ratio - 1) > 1e-3
+    assert abs(coarse.whole.ratio - 1) < 2 * coarse.whole.error
+
+
 def test_what_cannot_work_says_why_and_costs_its_own_row():
     class Fails(Alternating):
         def estimate(self, losses, at, state):

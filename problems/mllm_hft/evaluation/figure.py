@@ -126,12 +126,14 @@ def margins(panel: Panel) -> Float[Tensor, "n"]:
 
 
 def _margins(axes: Sequence[Any], panels: Sequence[Panel]) -> None:
-    """Histograms of `margins`, of which 0 is the edge of a bar."""
+    """Histograms of `margins`, of which 0 is the edge of a bar; what a side comes to stands above it."""
+    from matplotlib.ticker import MaxNLocator
+
     found = [margins(panel) for panel in panels]
     most = max(float(margin.abs().max()) for margin in found) or 1.0
     bins = [most * i / 20 for i in range(-20, 21)]
     for axis, margin in zip(axes, found, strict=True):
-        sides = ((margin > 0, TRUE, "", 0.97, "right"), (margin <= 0, FALSE, "//", 0.03, "left"))
+        sides = ((margin > 0, TRUE, "", 1.0, "right"), (margin <= 0, FALSE, "//", 0.0, "left"))
         for of, marker, hatch, x, align in sides:
             axis.hist(
                 margin[of].numpy(),
@@ -141,13 +143,14 @@ def _margins(axes: Sequence[Any], panels: Sequence[Panel]) -> None:
                 histtype="stepfilled",
                 hatch=hatch,
             )
-            share = f"{marker.label}\nnearer: {float(of.double().mean()):.0%}"
-            axis.text(x, 0.92, share, transform=axis.transAxes, ha=align, va="top", fontsize=8)
+            share = f"{marker.label} nearer: {float(of.double().mean()):.0%}"
+            axis.text(x, 1.03, share, transform=axis.transAxes, ha=align, va="bottom", fontsize=8)
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set_xlabel("cosine to the picture: true − hallucinated caption")
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
     axes[0].set_ylabel("pictures")
+    axes[0].yaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _scatter(axis: Any, cloud: Float[Tensor, "n 2"], marker: Marker) -> None:

@@ -172,18 +172,26 @@ def gap(
     present: Bool[Tensor, "n k"],
     captions: Sequence[str],
 ) -> Metrics:
-    """Every measure of the embeddings, by name; see the functions of this file."""
-    true, false = similarities(image, text, hallucinated)
-    return {
+    """Every measure of the embeddings, by name; see the functions of this file.
+
+    Without those of true against hallucinated captions where no picture has one: nothing was measured.
+    """
+    found = {
         "centroid_distance": centroid_distance(image, text),
         "alignment": alignment(image, text),
         "uniformity_image": uniformity(image),
         "uniformity_text": uniformity(text),
+        "recall_at_1": recall_at_1(image, text, captions),
+    }
+    if not present.any():
+        return found
+    true, false = similarities(image, text, hallucinated)
+    return {
+        **found,
         "p_true_over_hallucinated": preference(image, text, hallucinated, present),
         "auc_true_vs_hallucinated": auc(true, false[present]),
         "silhouette_true_vs_hallucinated": silhouette(text, hallucinated[present]),
         "probe_true_vs_hallucinated": linear_probe(text, hallucinated, present),
-        "recall_at_1": recall_at_1(image, text, captions),
     }
 
 

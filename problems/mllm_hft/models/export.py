@@ -16,13 +16,14 @@ from bilevel.errors import CheckpointError
 from bilevel.types import Params
 
 from .adapters import NAME, PREFIX
+from .loading import quiet
 from .network import LoadedModel, Network, parameters
 
 ADAPTER, HEADS = "adapter_model.safetensors", "heads.safetensors"
 
 
 def export(loaded: LoadedModel, values: Params, to: Path, *, merged: bool) -> None:
-    """Write the model at `values` into a new or empty folder, with tokenizer and picture processor.
+    """Write the model at `values` into a new or empty folder, with tokenizer and processor.
 
     Not merged: LoRA and projector as one peft adapter, `PeftModel.from_pretrained(base, to)`; where
     the base is in no folder (it was made here, or an adapter was merged into it) it is written to
@@ -37,12 +38,13 @@ def export(loaded: LoadedModel, values: Params, to: Path, *, merged: bool) -> No
     network = loaded.network
     try:
         to.mkdir(parents=True, exist_ok=True)
-        if merged:
-            with _at(network, values):
-                network.mllm.save_pretrained(to, state_dict=_plain(network, merged=True))
-        else:
-            _write_adapter(loaded, values, to)
-        loaded.companions(to)
+        with quiet():
+            if merged:
+                with _at(network, values):
+                    network.mllm.save_pretrained(to, state_dict=_plain(network, merged=True))
+            else:
+                _write_adapter(loaded, values, to)
+            loaded.companions(to)
         at = parameters(network, "heads") | values
         heads = {n: _own(at[n]) for n in parameters(network, "heads")}
         save_file(heads, to / HEADS, metadata={"format": "pt"})
@@ -55,9 +57,10 @@ def _write_adapter(loaded: LoadedModel, values: Params, to: Path) -> None:
     if base is None:
         network.mllm.save_pretrained(to / "base", state_dict=_plain(network, merged=False))
         loaded.companions(to / "base")
-        base = str((to / "base").absolute())
+        base = str(to / "base")
     config = copy.copy(network.adapter)
-    config.base_model_name_or_path = base
+    is_folder = Path(base).is_dir()  # an id of the hub stays as it is
+    config.base_model_name_or_path = str(Path(base).absolute()) if is_folder else base
     config.modules_to_save, config.inference_mode = [network.family.projector], True
     config.save_pretrained(str(to))
     at = {**parameters(network, "lora"), **parameters(network, "projector"), **values}

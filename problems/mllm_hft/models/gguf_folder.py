@@ -53,7 +53,10 @@ def as_folder(file: Path, layers: int) -> Generator[Progress, None, Path]:
     Raises `RequirementError` where the file is missing, is no gguf file or has fewer layers.
     """
     if not file.is_file():
-        raise RequirementError(f"problem.model.file = {str(file)!r}: there is no such file")
+        raise RequirementError(
+            f"problem.model.file = {str(file)!r}: there is no such file ({file.absolute()}); give SmolLM2's "
+            f"gguf file, or leave file out for that of the package {PACKAGE}"
+        )
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     to = folder() / "gguf" / f"{digest[:24]}-{layers}"
@@ -69,7 +72,7 @@ def _write(file: Path, layers: int, to: Path) -> None:
         tokenizer, model = _read(transformers, file, layers)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(to) as temporary:
+        with quiet(), files.replacing(to) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     except OSError as error:

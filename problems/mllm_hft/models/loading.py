@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ CONVERT = (
     "these are names of the original LLaVA repository; convert the folder first with "
     "transformers' models/llava/convert_llava_weights_to_hf.py"
 )
+JOINT = ("processor_config.json", "video_preprocessor_config.json")
+"""Files of a processor that say how pictures and text go together, such as how many tokens a patch is."""
+NOT_HERE = "there is no folder {at}, and as an id of the hub it "
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ORIGINAL = ("mm_projector", "mm_vision_tower", "vision_tower.vision_tower")
 
 
@@ -38,6 +43,8 @@ class Folder:
     template: Template
     processor: Any
     """Of pictures."""
+    joint: Mapping[str, bytes]
+    """`JOINT` by name, those that are there."""
     base: str | None
     """What the language model's weights are, by path; None where an adapter was merged into them."""
     adapter: Any
@@ -46,9 +53,11 @@ class Folder:
     """What a user should know of it."""
 
     def companions(self, to: Path) -> None:
-        """Write tokenizer, with its chat template, and picture processor."""
+        """Write tokenizer, with its chat template, picture processor, and what was said of both together."""
         self.tokenizer.tokenizer.save_pretrained(to)
         self.processor.save_pretrained(to)
+        for name, content in self.joint.items():
+            (to / name).write_bytes(content)
 
 
 def read(path: str, *, template: str | None, adapter: Adapter, dtype: Any) -> Folder:
@@ -58,6 +67,7 @@ def read(path: str, *, template: str | None, adapter: Adapter, dtype: Any) -> Fo
     for what is there and is not supported.
     """
     with quiet() as transformers:
+        _require_folder(path, path)
         return _read(transformers, path, template, adapter, dtype)
 
 
@@ -65,6 +75,8 @@ def _read(
     transformers: Any, path: str, template: str | None, adapter: Adapter, dtype: Any
 ) -> Folder:
     adapted, base = _adapter_of(path)
+    if base != path:
+        _require_folder(path, base, f"its {CONFIG} names the base {base!r}: ")
     config = _config(transformers, path, base)
     family = family_of(config.model_type)
     mllm, notes = _model(transformers, path, base, dtype)
@@ -77,10 +89,11 @@ def _read(
     home = path if adapted is None or (adapted / "tokenizer_config.json").is_file() else base
     raw = _part(transformers.AutoTokenizer, home or path, "tokenizer")
     processor = _part(transformers.AutoImageProcessor, base or path, "picture processor", "pil")
+    joint = _joint(transformers, base or path)
     tokenizer = _tokenizer(mllm, family, raw)
     written = _template(transformers, raw, home or path, family, template, tokenizer)
     notes += _generation_notes(mllm)
-    return Folder(mllm, family, tokenizer, written, processor, frozen, kept, tuple(notes))
+    return Folder(mllm, family, tokenizer, written, processor, joint, frozen, kept, tuple(notes))
 
 
 def _transformers() -> Any:
@@ -126,6 +139,15 @@ def _adapter_of(path: str) -> tuple[Path | None, str]:
     return folder, str(beside) if beside.is_dir() else said
 
 
+def _require_folder(path: str, base: str, part: str = "") -> None:
+    """Refuse what is neither a folder nor can be an id of the hub."""
+    folder = Path(base)
+    if folder.is_dir() or (not folder.exists() and _HUB_ID.fullmatch(base)):
+        return
+    what = "is a file, not a folder" if folder.exists() else "there is no such folder"
+    raise _refused(path, f"{part}{folder.absolute()}: {what}")
+
+
 def _config(transformers: Any, path: str, base: str) -> Any:
     file = Path(base) / "config.json"
     if file.is_file():
@@ -134,7 +156,7 @@ def _config(transformers: Any, path: str, base: str) -> Any:
             raise _refused(path, "its config.json names an `mm_vision_tower`", CONVERT)
     elif Path(base).is_dir():
         raise _refused(path, f"{file} is missing")
-    with _Refusing(path):
+    with _Refusing(path, "" if Path(base).is_dir() else NOT_HERE.format(at=Path(base).absolute())):
         known, _ = transformers.PreTrainedConfig.get_config_dict(base)
         family_of(known.get("model_type", "none"))
         return transformers.AutoConfig.from_pretrained(base)
@@ -178,6 +200,17 @@ def _part(kind: Any, path: str, what: str, backend: str | None = None) -> Any:
     given = {} if backend is None else {"backend": backend}  # "pil" needs no torchvision
     with _Refusing(path, f"its {what}: "):
         return kind.from_pretrained(path, **given)
+
+
+def _joint(transformers: Any, path: str) -> dict[str, bytes]:
+    """Kept byte for byte: a whole processor of some families needs torchvision, of which nothing is used."""
+    found = {}
+    for name in JOINT:
+        try:
+            found[name] = Path(transformers.utils.cached_file(path, name)).read_bytes()
+        except OSError:  # many folders have none
+            continue
+    return found
 
 
 def _tokenizer(mllm: Any, family: Family, raw: Any) -> PretrainedTokenizer:

@@ -386,7 +386,7 @@ class LoadedModel:
     encode: Callable[[Corpus], Generator[Progress, None, Pictures]]
     """Pictures as the network's projector takes them."""
     companions: Callable[[Path], None]
-    """Writes tokenizer and picture processor into a folder."""
+    """Writes tokenizer and processor into a folder."""
     base: str | None
     """Where the frozen weights are, None where they are in no folder."""
     facts: Mapping[str, float]

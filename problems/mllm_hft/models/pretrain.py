@@ -213,7 +213,8 @@ def question_accuracy(network: Network, text: TextTraining) -> float:
 def answer_words(tokenizer: Tokenizer, template: Template) -> Words:
     """The tokens with which an answer can say yes, and no: "yes", "Yes", " Yes", … as they occur.
 
-    Which of them a model answers with is left to its probabilities. A token that only begins a
+    Which of them a model answers with is left to its probabilities. A way of writing that takes several
+    tokens, as "YES" does for LLaMA's tokenizer, does not count. A token that only begins a
     word counts where no token is the whole of it. Raises `ProblemError` where no token tells them
     apart.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,24 @@ class PictureFiles:
 
 
 def read_picture(file: str, pixels: int | None = None) -> Picture:
-    """The picture upright as a viewer shows it. Raises `ProblemError` for what is not a picture."""
+    """The picture upright as a viewer shows it.
+
+    Raises `ProblemError` for what is not a picture, and for one of more than twice
+    `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
+    """
     image = require("PIL.Image", "pillow")
     operations = require("PIL.ImageOps", "pillow")
     try:
-        with image.open(file) as opened:
-            picture = operations.exif_transpose(opened).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", image.DecompressionBombWarning)  # it is read
+            with image.open(file) as opened:
+                picture = operations.exif_transpose(opened).convert("RGB")
+    except image.DecompressionBombError as error:
+        what = str(error).partition(",")[0]
+        raise ProblemError(
+            f"{file}: is too large a picture ({what}); make it smaller, as models do with every picture, "
+            "or leave it out"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ProblemError(f"{file}: cannot be read as a picture ({error})") from error
     if pixels is not None:

@@ -263,6 +263,20 @@ def test_weights_keep_their_total_whatever_the_scores():
     assert weights.tolist() == pytest.approx([0.5, 1.5])
 
 
+def test_without_kinds_there_are_no_weights_and_the_contrast_is_of_pairs(batch):
+    """A source that names no kind: the negatives are the other pairs, as with kinds that no scene has."""
+    image, text, hallucinated, present, _ = batch
+    scores = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+    none, tau = log_weights_of(scores), torch.tensor(0.2, dtype=torch.float64)
+    assert none.shape == (0,)
+    got = contrastive_loss(image, text, hallucinated[:, :0], apart(present[:, :0]), none, tau)
+    absent = apart(torch.zeros_like(present))
+    like = contrastive_loss(image, text, hallucinated, absent, torch.zeros(3).double(), tau)
+    assert float(got.detach()) == pytest.approx(float(like), rel=1e-12)
+    (gradient,) = torch.autograd.grad(got, scores)
+    assert gradient.shape == (0,)
+
+
 def test_rows_are_weighed_by_their_source_and_not_renormalised(batch):
     scores = torch.tensor([0.0, math.log(3.0)])  # weights 0.5 and 1.5
     weights = row_weights(scores, torch.tensor([0, 1, 1, 0, -1]))

@@ -54,6 +54,14 @@ def test_triples_are_scenes_with_a_lie_and_kinds_take_turns():
     assert "P(true > hallucinated)" in made.note
 
 
+def test_pictures_without_a_lie_make_no_triple():
+    found = Embeddings(torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 2, 3))
+    none = Panel.of("before", found, torch.zeros(4, 2, dtype=torch.bool), 5)
+    assert none.image.shape == none.text.shape == none.hallucinated.shape == (0, 3)
+    kinds_none = Embeddings(*found[:2], torch.randn(4, 0, 3))
+    assert len(Panel.of("before", kinds_none, torch.zeros(4, 0).bool(), 5).hallucinated) == 0
+
+
 def test_signs_and_colours_are_the_agreed_ones(tmp_path):
     from matplotlib.colors import to_rgba
 
@@ -78,4 +86,24 @@ def test_margins_say_which_caption_is_nearer():
     torch.testing.assert_close(margins(made), torch.tensor([1.0, -1.0, 2.0]))
     figure = embedding_figure([made])
     told = [text.get_text() for text in figure.axes[-1].texts]
-    assert told == ["true caption\nnearer: 67%", "hallucinated caption\nnearer: 33%"]
+    assert told == ["true caption nearer: 67%", "hallucinated caption nearer: 33%"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 180])
+def test_pictures_are_counted_in_whole_numbers_and_shares_stand_beside_the_bars(n):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = embedding_figure([panel(0, n=n), panel(1, n=n)])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    left, right = figure.axes[2:]
+    low, high = left.get_ylim()
+    ticks = [tick for tick in left.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    assert all(tick == round(tick) for tick in ticks)
+    boxes = [text.get_window_extent() for axis in (left, right) for text in axis.texts]
+    for axis in (left, right):
+        assert not any(box.overlaps(axis.get_window_extent()) for box in boxes)
+    assert sum(box.overlaps(other) for box in boxes for other in boxes) == len(
+        boxes
+    )  # itself alone

@@ -86,8 +86,20 @@ def test_too_few_points_are_documented_values():
     empty = torch.zeros(1, 2, dtype=torch.bool)
     assert preference(one, one, draw(1, 2, 4), empty) == 0.5
     assert linear_probe(one, draw(1, 2, 4), ~empty) == 0.5
-    measured = gap(one, one, draw(1, 2, 4), empty, ["a"])
+    measured = gap(one, one, draw(1, 2, 4), ~empty, ["a"])
     assert all(math.isfinite(value) for value in measured.values())
+
+
+@pytest.mark.parametrize("kinds", [0, 2])
+def test_nothing_is_measured_of_hallucinated_captions_that_are_not_there(kinds):
+    given = draw(3, 4), draw(3, 4, seed=1), draw(3, kinds, 4, seed=2)
+    captions = ["a", "b", "c"]
+    measured = gap(*given, torch.zeros(3, kinds, dtype=torch.bool), captions)
+    whole = gap(*given[:2], draw(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), captions)
+    left_out = {name for name in whole if "hallucinated" in name}
+    assert len(left_out) == 4
+    assert measured.keys() == whole.keys() - left_out
+    assert all(measured[name] == whole[name] for name in measured)
 
 
 def test_a_single_point_beside_a_cluster_counts_as_zero():

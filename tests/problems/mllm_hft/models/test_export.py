@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from bilevel_problems.mllm_hft.models.checkpoint import Checkpoint
 from bilevel_problems.mllm_hft.models.export import export
 from bilevel_problems.mllm_hft.models.families import FAMILIES
 from bilevel_problems.mllm_hft.models.instructions import prompt_ids
+from bilevel_problems.mllm_hft.models.loading import JOINT
 from bilevel_problems.mllm_hft.models.network import LoadedModel, call, parameters
 from bilevel_problems.mllm_hft.sources.protocol import Corpus
 from bilevel_problems.mllm_hft.sources.shapes import Shapes
@@ -104,6 +108,76 @@ def test_a_checkpoint_says_the_same_after_export(family, merged, folder, tmp_pat
     assert said.tolist() == ours[: len(said)]
 
 
+PROCESSORS = {
+    "llava": {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    },
+    "llava_next": {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    },
+}
+
+
+def with_processor(family: str, source: Path, to: Path) -> Path:
+    """A copy of a folder, as `save_pretrained` of its whole processor writes it."""
+    import transformers
+
+    shutil.copytree(source, to)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(to)
+    pictures = transformers.AutoImageProcessor.from_pretrained(to, backend="pil")
+    kind = {"llava": "Llava", "llava_next": "LlavaNext"}[family]
+    given = {**PROCESSORS[family], "chat_template": tokenizer.chat_template}
+    whole = getattr(transformers, f"{kind}Processor")(pictures, tokenizer, **given)
+    (to / "preprocessor_config.json").unlink()
+    whole.save_pretrained(to)
+    return to
+
+
+def exported(path: Path, to: Path, *, merged: bool = True) -> Path:
+    loaded = finish(Checkpoint(path=str(path), rank=2, embedding=8).open(Shapes(), None, 0))
+    export(loaded, moved(loaded), to, merged=merged)
+    return to
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_the_processor_says_the_same_after_export(family, folder, tmp_path):
+    import transformers
+
+    source = with_processor(family, folder(family), tmp_path / "source")
+    ours, theirs = (
+        transformers.AutoProcessor.from_pretrained(path, backend="pil")
+        for path in (exported(source, tmp_path / "out"), source)
+    )
+    assert ours.chat_template == theirs.chat_template
+    assert type(ours) is type(theirs)
+    g = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (3, 60, 100), generator=g, dtype=torch.uint8)
+    given = {"images": image, "text": "<image>What do you see?", "return_tensors": "pt"}
+    said, expected = ours(**given), theirs(**given)
+    assert said.keys() == expected.keys() >= {"input_ids", "pixel_values"}
+    assert all(torch.equal(said[name], expected[name]) for name in expected)
+    picture = ours.tokenizer.convert_tokens_to_ids("<image>")
+    assert (
+        int((said["input_ids"] == picture).sum()) > 1
+    )  # negative control: as many as it has patches
+
+
+def test_what_a_folder_says_of_a_processor_is_kept_as_it_is_and_not_invented(folder, tmp_path):
+    """qwen2_vl, whose whole processor needs torchvision to be read."""
+    source = Path(shutil.copytree(folder("qwen2_vl"), tmp_path / "source"))
+    plain = exported(source, tmp_path / "plain")
+    assert not any((plain / name).exists() for name in JOINT)
+    for name in JOINT:
+        (source / name).write_text(f'{{"said":  "in {name}"}}')
+    for merged in (False, True):
+        out = exported(source, tmp_path / f"out_{merged}", merged=merged)
+        assert all((out / n).read_bytes() == (source / n).read_bytes() for n in JOINT)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_embedded_model_says_the_same_after_export(merged, tmp_path):
     problem = prepared(formulation="weighted")
@@ -136,6 +210,35 @@ def _says_the_same(problem, merged, tmp_path):
 
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words.encode("describe the picture .", add_special_tokens=False) == asked.tolist()
+
+
+@pytest.mark.parametrize("kept", [None, "someone/a-model"])
+def test_an_adapter_names_its_base_wherever_it_is_loaded_from(kept, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder("llava").parent)
+    loaded = finish(
+        Checkpoint(path=folder("llava").name, rank=2, embedding=8).open(Shapes(), None, 0)
+    )
+    loaded = replace(loaded, base=kept or loaded.base)
+    export(loaded, moved(loaded), tmp_path / "out", merged=False)
+    monkeypatch.chdir(tmp_path)
+    said = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert said == (kept or str(folder("llava")))
+    if kept is None:
+        assert reloaded(Path("out"), merged=False)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_of_transformers_is_printed(merged, folder, tmp_path, capfd):
+    import transformers
+
+    source = folder("llava")
+    loaded = finish(Checkpoint(path=str(source), rank=2, embedding=8).open(Shapes(), None, 0))
+    capfd.readouterr()
+    export(replace(loaded, base=None), moved(loaded), tmp_path / "out", merged=merged)
+    assert capfd.readouterr() == ("", "")
+    # negative control: what is written by hand has a bar
+    transformers.AutoModelForImageTextToText.from_pretrained(source).save_pretrained(tmp_path / "x")
+    assert "Writing model shards" in capfd.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -33,7 +33,7 @@ def llava(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder("llava"), tmp_path / "llava"))
 
 
-def loaded(path: Path, **options):
+def loaded(path: Path | str, **options):
     events = Checkpoint(path=str(path), rank=2, embedding=8, **options).open(Shapes(), None, 0)
     notes = []
     while True:
@@ -165,6 +165,34 @@ def test_a_file_that_is_missing_is_refused(file, words, llava):
     with pytest.raises(RequirementError, match=words) as caught:
         loaded(llava)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nothere", r"there is no folder .*/nothere, and as an id of the hub it cannot be loaded"),
+        ("models/nothere", r"there is no folder .*/models/nothere, and as an id of the hub"),
+        ("/nothere/llava", r"/nothere/llava: there is no such folder"),
+        ("./nothere", r".*/nothere: there is no such folder"),
+        ("a/b/nothere", r".*/a/b/nothere: there is no such folder"),
+        ("config.json", r".*/config\.json: is a file, not a folder"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_said_to_be_so(path, words, llava, monkeypatch):
+    monkeypatch.chdir(llava)
+    with pytest.raises(
+        RequirementError, match=rf"problem\.model\.path = '{path}': {words}"
+    ) as caught:
+        loaded(path)
+    assert "give a folder with config.json" in str(caught.value)
+
+
+def test_the_base_of_an_adapter_that_is_not_there_is_said_to_be_so(llava):
+    adapter = with_adapter(llava, whole=False)
+    loaded(adapter)  # negative control
+    llava.rename(llava.parent / "elsewhere")
+    with pytest.raises(RequirementError, match=r"names the base '.*llava': .*no such folder"):
+        loaded(adapter)
 
 
 def test_a_config_cut_short_is_refused(llava):

@@ -106,6 +106,22 @@ def test_a_file_that_is_no_picture(tmp_path):
         _ = read(source).images[0]
 
 
+def test_pictures_of_many_pixels(tmp_path, monkeypatch):
+    """Pillow warns of one above a number of pixels, and refuses one above twice that."""
+    from PIL import Image
+
+    source = jsonl(tmp_path, GOOD)
+    files = read(source).images
+    pixels = files[0].shape[1] * files[0].shape[2]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels - 1)
+    with pytest.warns(Image.DecompressionBombWarning):  # negative control: it is too large
+        Image.open(files.files[0]).close()
+    assert files[0].shape[1] * files[0].shape[2] == pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2 - 1)
+    with pytest.raises(ProblemError, match=rf"a\.png: is too large a picture .*{pixels} pixels"):
+        _ = files[0]
+
+
 def test_splits_that_share_a_picture(tmp_path):
     rows = [
         {"image": "a.png", "id": "1", "split": "train"},
