@@ -27,8 +27,9 @@ from bilevel.types import Params
 def held(setup: Setup, step: int) -> Iterator[Event]:
     """Train y from its start with x held there, for as many lower solves as a run takes; measure.
 
-    Its batches are those of a run that begins. Where each solve begins at the same `lower_start`,
-    one is taken. Costs the lower solves of the run, of a method that moves y itself its estimates.
+    Its batches are those of a run that begins. Costs the lower solves of the run, of a method that
+    moves y itself its estimates. One solve is taken where it is known that all others are the same:
+    they begin at the same `lower_start`, on one batch (`itertools.repeat`).
     """
     measure = setup.levels.get("evaluate")
     if measure is None:
@@ -36,7 +37,9 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
     began, state = time.perf_counter(), start(setup)
     if not state.x:
         return
-    solves, beginning = step, _beginning(setup, state)
+    # an estimator that moves y has a state of its own, which goes on from solve to solve
+    is_alike = state.lower_batches.is_one_batch and not setup.estimator.needs.moves_lower
+    solves, beginning = step, _beginning(setup, state) if is_alike else None
     for done in range(solves):
         yield Progress(HELD, done, solves)
         try:
@@ -48,9 +51,10 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
             said = f"with x as it began, lower solve {done + 1} fails: {error}"
             yield Warned(step, HELD, f"{said}. What is owed to x is not known")
             return
-        last, beginning = beginning, _beginning(setup, state)
-        if last is not None and _is_same(last, beginning):
-            break
+        if is_alike:
+            last, beginning = beginning, _beginning(setup, state)
+            if last is not None and _is_same(last, beginning):
+                break
     yield Progress(HELD, solves, solves)
 
     def progress(event: Event) -> Event | None:
