@@ -16,6 +16,7 @@ from bilevel.run.evaluation import measured
 from bilevel.run.setup import Setup, State, start
 from bilevel.run.upper_step import (
     after_moving,
+    another,
     estimate_at,
     renew,
     solve_again,
@@ -85,7 +86,7 @@ def _train(setup: Setup, state: State) -> None:
         if "episodes" in setup.levels:
             solution = solve_again(setup, state, solution, recorded=False)
         elif not setup.estimator.needs.path:
-            next(state.lower_batches)  # which the run takes its next hypergradient on
+            another(solution.batch, state.lower_batches)  # of the run's next hypergradient
     if not tree.is_finite(solution.y):
         raise ConvergenceError("it makes a variable that is not finite")
     state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)
