@@ -36,13 +36,14 @@ class OverTasks:
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
     that vmap cannot batch (control flow on values). From the third evaluation on the operations that
     vmap came to are replayed (`bilevel.problem.replayed`), with the same values and derivatives bit
-    for bit; `not_replayed` says of which functions they are not, and why. `replayed` off has vmap
-    find them each time. What restricts or starts y (`lower_start`, `project_lower`, `prox_lower`, …)
+    for bit, and found again where an attribute of `problem` changes; `not_replayed` says of which
+    functions they are not, and why. `replayed` off has vmap find them each time. What restricts or starts y (`lower_start`, `project_lower`, `prox_lower`, …)
     is taken task by task too, `evaluate` is the mean over tasks, `figures` are those of the first.
     Over several ranks each computes its part of the tasks, and all have the y of all.
 
     Raises:
-        ProblemError: a loss that vmap cannot batch.
+        ProblemError: a loss that vmap cannot batch; or one whose replayed values are no longer its own,
+            for what changed in no attribute of `problem`.
         ValidationError: `problem` has no `episodes`, or a closed form of one task.
     """
 

@@ -149,10 +149,12 @@ class ReplayedSteps:
                 raise
             reason = _said(error)
         seconds = time.perf_counter() - began
-        changed = memory.changed()
+        changed = memory.replaced()
         if changed and program is not None:  # batches that are drawn again change nothing
             self._end(state, f"the problem's {changed} changes within a step")
             return found
+        if memory.added():  # what is made when it is first asked for, and then stays
+            memory = PythonState(setup.problem)
         truth = step(inputs, feed.again())
         if feed.is_rewritten():
             reason = "batches of a step share memory, which later ones are written into"

@@ -4,17 +4,20 @@ import io
 import itertools
 import re
 from dataclasses import replace
+from functools import cached_property
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from bilevel.errors import ConvergenceError, ProblemError, RecipeError
-from bilevel.estimators import Implicit, OneStep, Penalty
+from bilevel.estimators import Implicit, OneStep, Penalty, Unroll
 from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD, Adam, Clip, Schedule, TorchOptimizer
+from bilevel.problem.learned_start import LearnedStart
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
@@ -358,6 +361,48 @@ def test_an_attribute_that_changes_is_seen_at_once():
     assert [(trace.step, trace.why) for trace in compiled[2]][1:] == [
         (5, "the problem's drawn has changed")
     ]
+
+
+class ByNestedEntry(Remembering):
+    """In a dict of an attribute, of a problem within another one, with a cached property."""
+
+    def __init__(self, change):
+        super().__init__(change)
+        self.part = SimpleNamespace(options={"weight": 0.0})
+
+    def remember(self):
+        self.part.options["weight"] = 1.0
+
+    @cached_property
+    def one(self):
+        return 1.0
+
+    def weight(self):
+        return self.one * self.part.options["weight"]
+
+
+def test_an_entry_of_a_problem_within_another_one_is_seen_at_once():
+    def made(mode):
+        problem = LearnedStart(problem=ByNestedEntry(4))
+        return replace(setup(problem, Unroll()), compile=mode)
+
+    compiled = ended(made("step"))
+    require_same(ended(made("off")), compiled)
+    changes = [(trace.step, trace.why) for trace in compiled[2]][1:]
+    assert changes == [(5, "the problem's weight has changed")]
+
+
+def test_a_property_that_is_cached_as_a_step_is_recorded_is_no_change():
+    """So it is in the first step of a run that is resumed."""
+    s = replace(setup(ByNestedEntry(99), Implicit(solver=FIXED), steps=6), compile="step")
+    state = start(s)
+    for event in run(s, state):
+        if isinstance(event, Stepped) and event.step == 2:
+            break
+    other = replace(s, problem=ByNestedEntry(99))
+    compiled = ended(other, restore(other, frozen(state.save())))
+    assert not compiled[3]
+    assert len(compiled[2]) == 1
 
 
 def test_what_changes_before_the_first_replay_is_taken_without():
