@@ -266,7 +266,7 @@ def test_what_changes_elsewhere_is_an_error_at_the_next_comparison(monkeypatch):
     monkeypatch.setattr(replayed, "EVERY", 8)
     monkeypatch.setattr(Scaled, "elsewhere", [1.0])
     _, call = scene(Scaled())
-    once = [float(call()) for _ in range(5)][0]
+    once, *_ = (float(call()) for _ in range(5))
     Scaled.elsewhere[0] = 2.0
     assert [float(call()) / once for _ in range(6)] == [1.0] * 6  # those of the record
     with pytest.raises(ProblemError, match=r"lower_loss of Scaled .* up to 7 uses of that record"):
@@ -279,7 +279,7 @@ def test_what_changes_elsewhere_is_an_error_at_the_next_comparison(monkeypatch):
 def test_what_changes_elsewhere_before_the_first_use_of_a_record_is_told_and_right(monkeypatch):
     monkeypatch.setattr(Scaled, "elsewhere", [1.0])
     made, call = scene(Scaled())
-    once = [call() for _ in range(3)][0]
+    once, *_ = (call() for _ in range(3))
     for scale in (2.0, 3.0):
         Scaled.elsewhere[0] = scale
         torch.testing.assert_close(call(), scale * once, rtol=1e-14, atol=0)
@@ -291,7 +291,7 @@ def test_a_loss_that_differs_from_call_to_call_is_told(monkeypatch):
     monkeypatch.setattr(replayed, "EVERY", 8)
     monkeypatch.setattr(Scaled, "elsewhere", [1.0])
     made, call = scene(Scaled())
-    once = [call() for _ in range(11)][0]
+    once, *_ = (call() for _ in range(11))
     monkeypatch.setattr(Scaled, "elsewhere", Growing())
     torch.testing.assert_close(call(), once, rtol=1e-12, atol=0)
     assert made.not_replayed == {"lower_loss": replayed.OTHER}

@@ -22,7 +22,9 @@ from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import loads
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
+from bilevel.run.minimize import minimize
 from bilevel.run.replayed import unfit
+from bilevel.run.targets import EarlyStop
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel.sinks.jsonl import JSONLines
 from tests.run.replays import FIXED, LOGISTIC, SETUPS, Parts, both, ended, require_same
@@ -433,6 +435,97 @@ def test_what_changes_later_ends_the_run(monkeypatch):
         ended(replace(setup(ByEntry(99), Implicit(solver=FIXED), steps=20), compile="step"))[3]
         == []
     )
+
+
+class Resting(ByEntry):
+    """With a measure that gains nothing."""
+
+    def evaluate(self, x, y):
+        return {"still": 0.0}
+
+
+STOP = EarlyStop(measure="still", mode="min", patience=3)
+
+
+@pytest.mark.parametrize("change", [6, 99])
+def test_a_run_that_stops_early_is_compared_at_its_last_step(change):
+    s = setup(Resting(change), Implicit(solver=FIXED), steps=200)
+    s = replace(s, compile="step", stop=STOP, evaluate_every=4)
+    state = start(s)
+    if change == 99:  # control
+        assert list(run(s, state))[-1].reason == "stopped early"
+    else:
+        with pytest.raises(ProblemError, match=r"step 12: .* Up to 8 steps before it may be"):
+            list(run(s, state))
+    assert state.step == 12
+
+
+@pytest.mark.parametrize("change", [6, 99])
+def test_what_is_saved_is_compared_first(change):
+    """Wherever a run ends for now, by a signal or an error: what is resumed from is a step's own."""
+    s = replace(setup(ByEntry(change), Implicit(solver=FIXED), steps=40), compile="step")
+    state = start(s)
+    for event in run(s, state):
+        if isinstance(event, Stepped) and event.step == 9:
+            break
+    if change == 99:  # control
+        assert state.save()["step"] == 9
+    else:
+        with pytest.raises(ProblemError, match=r"step 9: .* Up to 5 steps before it may be others"):
+            state.save()
+
+
+def test_a_run_that_is_interrupted_is_compared():
+    class Interrupted(ByEntry):
+        def project_upper(self, x):
+            if len(self.box) == 9:
+                raise KeyboardInterrupt
+            return super().project_upper(x)
+
+    def interrupted(change):
+        return minimize(
+            Interrupted(change),
+            estimator=Unroll(),
+            steps=40,
+            compile="step",
+            lower=Gradient(steps=5, optimizer=SGD(lr=0.05)),
+            dtype="float64",
+            progress=False,
+        )
+
+    with pytest.raises(ProblemError, match=r"step 9: .* Up to 5 steps before it may be others"):
+        interrupted(6)
+    with pytest.warns(UserWarning, match="interrupted after 8 of 40"):  # control
+        assert interrupted(99).reason == "interrupted"
+
+
+class TwoShapes(ByEntry):
+    """Batches of another shape from step `later` on."""
+
+    later = 9
+
+    def upper_batches(self, generator):
+        for step in itertools.count():
+            yield torch.ones(1 if step < self.later else 2)
+
+    def upper_loss(self, x, y, batch):
+        return super().upper_loss(x, y, None) * (1.0 if batch is None else batch.mean())
+
+    def lower_loss(self, x, y, batch):
+        return Parts.upper_loss(self, x, y, None) * (1 + self.weight() / 10) + sum(
+            (x[name].exp() * y[name].square()).sum() for name in y
+        )
+
+
+@pytest.mark.parametrize("change", [6, 99])
+def test_a_record_that_is_left_for_another_is_compared_too(change):
+    """The second one is made after the change, and says nothing of the steps of the first."""
+    s = replace(setup(TwoShapes(change), Implicit(solver=FIXED), steps=20), compile="step")
+    if change == 99:  # control
+        assert len(ended(s)[2]) == 2
+    else:
+        with pytest.raises(ProblemError, match=r"step 9: .* Up to 5 steps before it may be others"):
+            list(run(s, start(s)))
 
 
 # the step of x
