@@ -76,8 +76,8 @@ class Shine:
         if at.pairs is None:
             raise ProblemError(
                 "shine reuses the pairs of a quasi-Newton lower solver and there are none; use "
-                "lower: lbfgs in a recipe, or hypergradient(..., pairs=solve_lower(..., "
-                "solver=LBFGS()).pairs)"
+                "lower: lbfgs in a recipe; of bilevel.hypergradient pass as y what "
+                "bilevel.solve_lower(..., solver=LBFGS()) returns"
             )
         pairs, kept = newest(state, at.pairs, self.memory)
         value, F_x, F_y = gradients(losses.upper, at)

@@ -133,8 +133,8 @@ class Unroll:
             path = Path(rule, at.y, self.along.begin(rule.init(at.y)), batches)
         if path is None:
             raise ProblemError(
-                "unroll has no lower steps to differentiate: pass the `path` of "
-                "bilevel.solve_lower(..., record=True), or set `along`"
+                "unroll has no lower steps to differentiate: of bilevel.hypergradient pass as y what "
+                "bilevel.solve_lower(..., record=True) returns, or set `along`"
             )
         require_steps(path, self.last or math.inf, "Unroll")
         surplus = len(path.batches) - (self.last or len(path.batches))

@@ -44,7 +44,8 @@ class LBFGSPairs:
         if system.at.pairs is None:
             raise ProblemError(
                 "preconditioner lbfgs_pairs: the lower solver gives no pairs; use lower: lbfgs in "
-                "a recipe, or hypergradient(..., pairs=solve_lower(..., solver=LBFGS()).pairs)"
+                "a recipe; of bilevel.hypergradient pass as y what "
+                "bilevel.solve_lower(..., solver=LBFGS()) returns"
             )
         pairs, kept = newest(state, system.at.pairs, self.memory)
         if not pairs:

@@ -7,6 +7,7 @@ The initialisation auxiliary of IAPTT, Liu, Liu, Zeng and Zhang (2021), arXiv:21
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.components import Slot, component
+from bilevel.errors import ProblemError
 from bilevel.problem.answers import initial
 from bilevel.problem.levels import Levels
 from bilevel.problem.mapped import Maps, keep, mapped, refuse_unmapped
@@ -22,12 +24,23 @@ from bilevel.problem.protocol import Problem
 from bilevel.rng import Streams
 from bilevel.types import Params
 
-PREFIX = "start."
+START = "start"
+PREFIX = f"{START}."
+
+
+@dataclass(frozen=True)
+class WithStart:
+    """x and z, where x is a container that z has no place in, as a list or a dataclass."""
+
+    own: Any
+    start: Any
 
 
 @component
 class LearnedStart:
     """`problem` with y_0 = z, and z among the upper variables: `start.<name>` beside x.
+
+    Where x or y is nested, so is what it gives: {**x, "start": z} beside a dict, else `WithStart`.
 
     For estimators that differentiate through the start: `unroll`, `forward`. z is projected as y
     is, and one step of the upper optimizer moves x and z alike. The optional methods of `problem`
@@ -35,6 +48,7 @@ class LearnedStart:
 
     Raises:
         RecipeError: `problem` has a `lower_start` of its own.
+        ProblemError: its x has an entry `start`, where x or y is nested.
     """
 
     problem: Annotated[Problem, Slot("problems")]
@@ -46,10 +60,10 @@ class LearnedStart:
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         x, y = initial(self.problem, streams)
-        return {**x, **{PREFIX + name: p for name, p in tree.clone(y).items()}}, y
+        return _joined(self.problem, x, tree.map_nested(_copy, y)), y
 
-    def lower_start(self, x: Params, y: Params) -> Params:
-        return {name: x[PREFIX + name] for name in y}
+    def lower_start(self, x: Any, y: Any) -> Any:
+        return start(x)
 
     def upper_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
         return self.problem.upper_loss(own(x), y, batch)
@@ -78,10 +92,10 @@ class LearnedStart:
         if of_x is None and of_y is None:
             raise AttributeError("project_upper")
 
-        def project(x: Params) -> Params:
-            z = {n.removeprefix(PREFIX): p for n, p in x.items() if n.startswith(PREFIX)}
-            z = of_y(z) if of_y else z
-            return {**(of_x(own(x)) if of_x else own(x)), **{PREFIX + n: p for n, p in z.items()}}
+        def project(x: Any) -> Any:
+            own_x, z = own(x), start(x)
+            own_x, z = of_x(own_x) if of_x else own_x, of_y(z) if of_y else z
+            return _joined(self.problem, own_x, z)
 
         return project
 
@@ -94,9 +108,8 @@ def _of_own(outer: LearnedStart, method: Any) -> Any:
 def _closed_form(outer: LearnedStart, method: Any) -> Any:
     """dΦ/dx; 0 in z, on which y*(x) does not depend."""
 
-    def hypergradient(x: Params) -> Params:
-        found = method(own(x))
-        return {n: found[n] if n in found else torch.zeros_like(p) for n, p in x.items()}
+    def hypergradient(x: Any) -> Any:
+        return _joined(outer.problem, method(own(x)), tree.map_nested(torch.zeros_like, start(x)))
 
     return hypergradient
 
@@ -121,6 +134,41 @@ _MAPS: Maps = {
 }
 
 
-def own(x: Params) -> Params:
+def own(x: Any) -> Any:
     """The upper variables of the problem itself, without z."""
+    if isinstance(x, WithStart):
+        return x.own
+    if _has_nested(x):
+        return {name: p for name, p in x.items() if name != START}
     return {name: p for name, p in x.items() if not name.startswith(PREFIX)}
+
+
+def start(x: Any) -> Any:
+    """z, in the containers of y."""
+    if isinstance(x, WithStart):
+        return x.start
+    if _has_nested(x):
+        return x[START]
+    return {name.removeprefix(PREFIX): p for name, p in x.items() if name.startswith(PREFIX)}
+
+
+def _has_nested(x: Params) -> bool:
+    return tree.is_nested(x.get(START))
+
+
+def _joined(problem: Any, x: Any, z: Any) -> Any:
+    """x and z in one; the inverse of `own` and `start`."""
+    if tree.flat(x, "x") is x and tree.flat(z, "y") is z:
+        return {**x, **{PREFIX + name: p for name, p in z.items()}}
+    if type(x) is not dict:
+        return WithStart(x, z)
+    if START in x:
+        raise ProblemError(
+            f"x of {type(problem).__name__} has an entry {START!r}, which is the name of the start that is "
+            "learned beside it; give it another name"
+        )
+    return {**x, START: z}
+
+
+def _copy(entry: Tensor) -> Tensor:
+    return entry.detach().clone()

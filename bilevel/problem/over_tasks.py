@@ -36,13 +36,14 @@ class OverTasks:
     Evaluates all tasks in one call by `torch.func.vmap`; `batched` off loops over them, for losses
     that vmap cannot batch (control flow on values). From the third evaluation on the operations that
     vmap came to are replayed (`bilevel.problem.replayed`), with the same values and derivatives bit
-    for bit; `not_replayed` says of which functions they are not, and why. `replayed` off has vmap
-    find them each time. What restricts or starts y (`lower_start`, `project_lower`, `prox_lower`, …)
+    for bit, and found again where an attribute of `problem` changes; `not_replayed` says of which
+    functions they are not, and why. `replayed` off has vmap find them each time. What restricts or starts y (`lower_start`, `project_lower`, `prox_lower`, …)
     is taken task by task too, `evaluate` is the mean over tasks, `figures` are those of the first.
     Over several ranks each computes its part of the tasks, and all have the y of all.
 
     Raises:
-        ProblemError: a loss that vmap cannot batch.
+        ProblemError: a loss that vmap cannot batch; or one whose replayed values are no longer its own,
+            for what changed in no attribute of `problem`.
         RecipeError: `problem` has no `episodes`, or a closed form of one task.
     """
 
@@ -64,7 +65,7 @@ class OverTasks:
 
     def init(self, streams: Streams) -> tuple[Params, Params]:
         x, y = initial(self.problem, streams)
-        return x, tree.map(lambda p: p.expand(self.num_tasks, *p.shape).clone(), y)
+        return x, tree.map_nested(lambda p: p.expand(self.num_tasks, *p.shape).clone(), y)
 
     def upper_loss(self, x: Params, y: Params, batch: Any) -> Tensor:
         return self._each(self.problem.upper_loss, x, y, batch).mean()
@@ -106,7 +107,7 @@ class OverTasks:
     def _each(self, function: Callable[..., Tensor], x: Params, y: Params, batch: Any) -> Tensor:
         """One value a task."""
         if isinstance(batch, SomeTasks):
-            y, batch = tree.map(lambda entry: entry[batch.tasks], y), batch.batch
+            y, batch = tree.map_nested(lambda entry: entry[batch.tasks], y), batch.batch
         if not self.batched:
             return torch.stack([function(x, y_i, at(batch, i)) for i, y_i in self._tasks(y)])
         return self._map(function, (None, 0, 0), x, y, batch)
@@ -132,14 +133,18 @@ class OverTasks:
     ) -> Any:
         """`function` of these tensors, in the containers of the arguments `like`."""
 
-        # as a list: vmap knows neither dataclasses nor other people's mappings
-        def one(tensors: list[Tensor]) -> Any:
+        # as lists: vmap knows neither dataclasses nor other people's mappings
+        containers = []
+
+        def one(tensors: list[Tensor]) -> list[Any]:
             given = iter(tensors)
-            return function(*(_filled(argument, given) for argument in like))
+            found = function(*(_filled(argument, given) for argument in like))
+            containers.append(found)
+            return [leaf for _, leaf in tree.named(found)]
 
         along = [dim for dim, part in zip(dims, like, strict=True) for _ in _tensors(part)]
         try:
-            return torch.func.vmap(one, (along,))(list(tensors))
+            found = iter(torch.func.vmap(one, (along,))(list(tensors)))
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
@@ -147,6 +152,7 @@ class OverTasks:
                 f"{function.__name__} of {type(self.problem).__name__} cannot be batched over "
                 f"tasks: {error}; rewrite it, or set batched=False, which loops over the tasks"
             ) from error
+        return tree.map_nested(lambda _: next(found), containers[0])
 
     @cached_property
     def _replayed(self) -> Replayed:
@@ -158,7 +164,7 @@ class OverTasks:
         return dict(self._replayed.reasons)
 
     def _tasks(self, y: Params) -> Iterator[tuple[int, Params]]:
-        return ((i, at(y, i)) for i in range(len(next(iter(y.values())))))
+        return ((i, at(y, i)) for i in range(len(next(_tensors(y)))))
 
 
 def _spread(value: Any, tensors: list[Tensor]) -> Any:

@@ -10,9 +10,14 @@ its form alone:
 
 1. When it is made, its values, first and second derivatives must be those of the function, bit for
    bit; so a run that is resumed, and records again, goes on as one that was not.
-2. Every `EVERY`-th use evaluates the function as well, and must agree bit for bit. A record that does
-   not is made again, and given up for good where that happens `RENEWED` times.
-3. Records are dropped where an attribute of the function's owner is another object than before.
+2. Its first use, and every `EVERY`-th after that, evaluates the function as well, and must agree bit for
+   bit. One that does not at first is given up; one that does not later is an error, since the uses
+   between may have been wrong.
+3. Records are dropped where an attribute of the function's owner, or of what that holds, is another than
+   before (`bilevel.replay.python_state`), and given up for good where that happens `RENEWED` times.
+
+What is in no attribute (a global, an entry of a list) and changes in the uses after the last comparison of
+a run is not seen.
 
 `make_fx` would record too; it imports torch's compiler, which takes as long as torch.
 """
@@ -32,7 +37,9 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from bilevel import tree
+from bilevel.errors import ProblemError
 from bilevel.problem.dispatch import HiddenMode
+from bilevel.replay.python_state import PythonState
 
 aten = torch.ops.aten
 
@@ -40,8 +47,9 @@ AFTER = 2
 """Evaluations of a form before it is recorded: a single call pays for nothing."""
 EVERY = 64
 """Uses of a record from one comparison with the function to the next."""
+OTHER = "it gives other values for arguments that it was given before"
 RENEWED = 4
-"""Times that a record turns out to be outdated before none is made any more."""
+"""Times that records are dropped for an attribute before none is made any more."""
 MOST = 16
 """Records kept; other forms are evaluated as they are."""
 
@@ -60,14 +68,19 @@ class _Record:
     graph: Graph | None = None
     like: Any = None
     """What the function returns, with None for each tensor."""
+    unseen: int = -1
+    """Uses since the last comparison with the function; -1 where there was none."""
 
 
 class Replayed:
     """The records of the functions of one owner."""
 
+    # so that it has no attributes that `PythonState` of who holds it would take for those of a problem
+    __slots__ = ("_memory", "_owner", "_records", "_renewed", "reasons")
+
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._attributes = _attributes(owner)
+        self._memory = PythonState(owner)
         self._records: dict[Any, _Record] = {}
         self._renewed = 0
         self.reasons: dict[str, str] = {}
@@ -84,12 +97,13 @@ class Replayed:
         record = self._record(name, form, inputs)
         if record is None:
             return function(inputs)
-        record.seen += 1
         if record.graph is None:
+            record.seen += 1
             if record.seen > AFTER:
                 self._make(name, record, function, inputs)
             return function(inputs)
-        if record.seen % EVERY:
+        if 0 <= record.unseen < EVERY - 1:
+            record.unseen += 1
             found = iter(record.graph(*inputs))
             return tree.map_nested(lambda _: next(found), record.like)
         return self._compared(name, record, function, inputs)
@@ -105,19 +119,18 @@ class Replayed:
         return record
 
     def _refresh(self, name: str) -> None:
-        """Drop all records where the owner has other attributes than when they were made."""
-        now = _attributes(self._owner)
-        if len(now) == len(self._attributes) and all(map(operator.is_, now, self._attributes)):
+        """Drop all records where what the owner remembers is not what it was when they were made."""
+        changed = self._memory.changed()
+        if changed is None:
             return
-        self._attributes = now
+        self._memory = PythonState(self._owner)
         if any(record.graph for record in self._records.values()):
-            self._renew(name, "attributes of the problem change between its evaluations")
+            self._renewed += 1
+            if self._renewed >= RENEWED:
+                self.reasons[name] = (
+                    f"attributes of the problem change between its evaluations ({changed})"
+                )
         self._records.clear()
-
-    def _renew(self, name: str, why: str) -> None:
-        self._renewed += 1
-        if self._renewed >= RENEWED:
-            self.reasons[name] = why
 
     def _make(self, name: str, record: _Record, function: Function, inputs: list[Tensor]) -> None:
         try:
@@ -132,14 +145,18 @@ class Replayed:
         values = function(inputs)
         with torch.no_grad():
             agrees = _agree(record.graph(*inputs), _flat(values))
+            repeats = agrees or _agree(_flat(function(inputs)), _flat(values))
+        if not agrees and repeats and record.unseen > 0:
+            raise ProblemError(
+                f"{name} of {type(self._owner).__name__} gives other values than it was recorded with, and "
+                f"up to {record.unseen} uses of that record before this one may be wrong: make it a "
+                "function of (x, y, batch), keep what changes beside them in an attribute of the problem, "
+                "or say problem.replayed: false"
+            )
         if not agrees:
-            record.graph, record.seen = None, AFTER
-            self._renew(name, "it gives other values for arguments that it was given before")
+            self.reasons[name] = OTHER
+        record.unseen = 0
         return values
-
-
-def _attributes(owner: Any) -> tuple[Any, ...]:
-    return tuple(getattr(owner, "__dict__", {}).values())
 
 
 def _form(leaf: Tensor) -> Any:

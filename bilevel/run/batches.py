@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -34,6 +35,11 @@ class Draws(Protocol):
 
     def rewind(self) -> None:
         """Have `save` say where the present upper step began; nothing is drawn afterwards."""
+        ...
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether all draws are known to be of one batch."""
         ...
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -113,6 +119,11 @@ class Sampler:
     def rewind(self) -> None:
         """Have `save` say where the present upper step began; nothing is drawn afterwards."""
         self._is_rewound = True
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether its iterator is `itertools.repeat`, which alone says so."""
+        return isinstance(self._batches, itertools.repeat)
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs."""
@@ -217,6 +228,11 @@ class Paired:
     def rewind(self) -> None:
         """Have `save` say where the present upper step began; nothing is drawn afterwards."""
         self._pairs.rewind()
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether all draws are known to be of one pair."""
+        return self._pairs.is_one_batch
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs; the present pair is not kept, an upper step begins with a new one."""

@@ -100,6 +100,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
             replayed.news.clear()
         if is_due(setup, state):
             yield from evaluate(setup, state)
+    state.settle()
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:
         yield from held(setup, state.step)

@@ -16,6 +16,7 @@ from bilevel.run.evaluation import measured
 from bilevel.run.setup import Setup, State, start
 from bilevel.run.upper_step import (
     after_moving,
+    another,
     estimate_at,
     renew,
     solve_again,
@@ -27,8 +28,9 @@ from bilevel.types import Params
 def held(setup: Setup, step: int) -> Iterator[Event]:
     """Train y from its start with x held there, for as many lower solves as a run takes; measure.
 
-    Its batches are those of a run that begins. Where each solve begins at the same `lower_start`,
-    one is taken. Costs the lower solves of the run, of a method that moves y itself its estimates.
+    Its batches are those of a run that begins. Costs the lower solves of the run, of a method that
+    moves y itself its estimates. One solve is taken where it is known that all others are the same:
+    they begin at the same `lower_start`, on one batch (`itertools.repeat`).
     """
     measure = setup.levels.get("evaluate")
     if measure is None:
@@ -36,7 +38,9 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
     began, state = time.perf_counter(), start(setup)
     if not state.x:
         return
-    solves, beginning = step, _beginning(setup, state)
+    # an estimator that moves y has a state of its own, which goes on from solve to solve
+    is_alike = state.lower_batches.is_one_batch and not setup.estimator.needs.moves_lower
+    solves, beginning = step, _beginning(setup, state) if is_alike else None
     for done in range(solves):
         yield Progress(HELD, done, solves)
         try:
@@ -48,9 +52,10 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
             said = f"with x as it began, lower solve {done + 1} fails: {error}"
             yield Warned(step, HELD, f"{said}. What is owed to x is not known")
             return
-        last, beginning = beginning, _beginning(setup, state)
-        if last is not None and _is_same(last, beginning):
-            break
+        if is_alike:
+            last, beginning = beginning, _beginning(setup, state)
+            if last is not None and _is_same(last, beginning):
+                break
     yield Progress(HELD, solves, solves)
 
     def progress(event: Event) -> Event | None:
@@ -81,7 +86,7 @@ def _train(setup: Setup, state: State) -> None:
         if "episodes" in setup.levels:
             solution = solve_again(setup, state, solution, recorded=False)
         elif not setup.estimator.needs.path:
-            next(state.lower_batches)  # which the run takes its next hypergradient on
+            another(solution.batch, state.lower_batches)  # of the run's next hypergradient
     if not tree.is_finite(solution.y):
         raise ConvergenceError("it makes a variable that is not finite")
     state.y, state.lower = tree.contiguous(solution.y), tree.contiguous(solution.state)

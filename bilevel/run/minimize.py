@@ -210,7 +210,8 @@ def minimize(
     Raises:
         RecipeError: an unknown name or option, or an argument of the wrong kind.
         RequirementError: a device or a package is missing.
-        ProblemError: parts that cannot work together, or a loss that cannot be differentiated.
+        ProblemError: parts that cannot work together, a loss that cannot be differentiated, or with
+            `compile` one that depends on what Python remembers.
         ConvergenceError: a loss, x or y is not finite any more.
     """
     run = iterate(
@@ -240,6 +241,8 @@ def minimize(
         result = run.result()
         if not result.history:
             raise
+        if run.state:
+            run.state.settle()
         taken = f"{result.history[-1].step} of {run.setup.upper.steps}"
         at = result.measured_at
         is_older = at is not None and at != result.history[-1].step

@@ -6,8 +6,9 @@ another shape of a batch, a number that is not finite) the replay departs, nothi
 the step is taken by itself, with the same batches, and recorded. So checks raise at the step that
 they would raise at.
 
-What Python remembers is in no tensor: a record itself, its first replay, some after it and the last step
-of the run are compared with the step, bit by bit, and attributes of the problem are looked at in each replay.
+What Python remembers is in no tensor: a record itself, its first replay, some after it and the last one
+before a state is saved or the run ends are compared with the step, bit by bit, and attributes of the problem
+are looked at in each replay.
 
 The step of x is part of the record, unless its rate changes from step to step, or Python that may remember
 is called at it: an optimizer of `torch.optim` or of somebody's own, or the problem's `project_upper`.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,11 +96,11 @@ class ReplayedSteps:
     def _found(self, setup: Setup, state: State, feed: Feed) -> Any:
         """What `moved` gives, or where the step of x is not in the record what `take_rounds` gives."""
         names = ("x", "y", "lower", "estimator", *(("upper",) if self._is_whole else ()))
-        inputs = {name: getattr(state, name) for name in names}
+        inputs, at = {name: getattr(state, name) for name in names}, state.step
 
         def step(inputs: Any, draws: Draws) -> Any:
             batches = {f"{level}_batches": source for level, source in draws.items()}
-            here = replace(state, **inputs, **batches)
+            here = replace(state, step=at, **inputs, **batches)
             solution, estimate = take_rounds(setup, here)
             solution = replace(solution, batch=None, path=None, pairs=None)
             found = solution, estimate
@@ -118,15 +119,22 @@ class ReplayedSteps:
                 self._programs.remove(kept)
                 self._programs.insert(0, kept)
             kept.unseen += 1
-            if kept.unseen < kept.spacing and state.step + 1 < setup.upper.steps:
+            last = _Last(at + 1, step, inputs, feed)
+            if kept.unseen < kept.spacing and at + 1 < setup.upper.steps:
+                kept.last, state.settle = last, self.settle
                 return found
-            truth = step(inputs, feed.again())
-            near = kept.near(state)
-            holds = is_same(found, truth, near)
-            if not holds and near is not None:
-                holds = is_same(found, truth, near, perturbed(step, inputs, feed, truth))
-            return self._compared(state, kept, truth, holds)
+            kept.last, truth = None, step(inputs, feed.again())
+            return self._compared(state, kept, truth, kept.holds(last, found, truth))
         return self._record(setup, state, step, inputs, feed, why)
+
+    def settle(self) -> None:
+        """Compare the last replay of each record with the step itself, where that was not done.
+
+        Raises:
+            ProblemError: they differ.
+        """
+        for kept in self._programs:
+            kept.settle()
 
     def _record(
         self, setup: Setup, state: State, step: Any, inputs: Any, feed: Feed, why: str
@@ -149,10 +157,12 @@ class ReplayedSteps:
                 raise
             reason = _said(error)
         seconds = time.perf_counter() - began
-        changed = memory.changed()
+        changed = memory.replaced()
         if changed and program is not None:  # batches that are drawn again change nothing
             self._end(state, f"the problem's {changed} changes within a step")
             return found
+        if memory.added():  # what is made when it is first asked for, and then stays
+            memory = PythonState(setup.problem)
         truth = step(inputs, feed.again())
         if feed.is_rewritten():
             reason = "batches of a step share memory, which later ones are written into"
@@ -160,6 +170,8 @@ class ReplayedSteps:
             self._end(state, reason or OTHER)
             return truth
         self._recorded += 1
+        for kept in self._programs[LIMIT - 1 :]:
+            kept.settle()
         self._programs = [_Kept(program, memory), *self._programs[: LIMIT - 1]]
         self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
         return truth
@@ -172,11 +184,7 @@ class ReplayedSteps:
                 kept.restore()
                 return truth
             if kept.is_trusted:
-                raise ProblemError(
-                    f"runtime.compile: step {state.step + 1}: {kept.other}. Up to {kept.unseen - 1} steps before it "
-                    "may be others too: make the loss a function of (x, y, batch), or start again with "
-                    "runtime.compile: off"
-                )
+                raise kept.error(state.step + 1)
             self._end(state, OTHER)
             return truth
         if self._compiler and not kept.is_trusted and not kept.is_settled:
@@ -204,11 +212,22 @@ class ReplayedSteps:
         state.warned[by.kind] = 0
 
     def _end(self, state: State, reason: str) -> None:
+        self.settle()
         self._is_off, self._programs = True, []
         message = f"runtime.compile: from here on steps are taken as with off: {reason}"
         if "compile" not in state.warned:
             self.news.append(Warned(state.step + 1, "compile", message))
         state.warned["compile"] = 0
+
+
+@dataclass(frozen=True)
+class _Last:
+    """A step that was replayed, as it can be taken again."""
+
+    number: int
+    step: Any
+    inputs: Any
+    feed: Feed
 
 
 class _Kept:
@@ -218,6 +237,8 @@ class _Kept:
         self._program, self._memory = program, memory
         self.unseen, self.spacing = 0, 1
         """Replays since the last comparison with the step; at how many the next is due."""
+        self.last: _Last | None = None
+        """The last replay, where it was not compared."""
         self.is_trusted = False
         """Whether there was one that held."""
         self.is_settled = False
@@ -231,10 +252,36 @@ class _Kept:
     def by(self) -> Compiler | None:
         return self._program.by
 
-    @property
-    def other(self) -> str:
-        """What is wrong where a replay comes to something else than the step."""
-        return FARTHER if self.by and not self.by.is_exact else OTHER
+    def error(self, number: int) -> ProblemError:
+        """That the replay of step `number` comes to something else than the step, where others did not."""
+        other = FARTHER if self.by and not self.by.is_exact else OTHER
+        return ProblemError(
+            f"runtime.compile: step {number}: {other}. Up to {self.unseen - 1} steps before it may be others "
+            "too: make the loss a function of (x, y, batch), or start again with runtime.compile: off"
+        )
+
+    def holds(self, last: _Last, found: Any, truth: Any) -> bool:
+        """Whether what a replay came to is what the step itself came to."""
+        near = self._near(last.inputs)
+        if is_same(found, truth, near):
+            return True
+        if near is None:
+            return False
+        return is_same(found, truth, near, perturbed(last.step, last.inputs, last.feed, truth))
+
+    def settle(self) -> None:
+        """Compare the last replay with the step itself. Raises `ProblemError` where they differ."""
+        last, self.last = self.last, None
+        if last is None:
+            return
+        try:
+            found = self.replay(last.inputs, Feed(last.feed.taken()))
+        except Departed:  # an attribute has changed, or the memory of batches was written into
+            return
+        truth = last.step(last.inputs, last.feed.taken())
+        if not self.holds(last, found, truth):
+            raise self.error(last.number)
+        self.unseen = 0
 
     def compile(self, by: Compiler) -> None:
         self.is_settled = True
@@ -243,12 +290,12 @@ class _Kept:
     def restore(self) -> None:
         self._program.restore()
 
-    def near(self, state: State) -> float | None:
+    def _near(self, inputs: Any) -> float | None:
         """How close its results have to be to those of the step: the same bits, unless compiled to rounding."""
         if self.by is None or self.by.is_exact:
             return None
         single = torch.finfo(torch.float32).eps if self._program.is_single else 0.0
-        return max(tree.eps(state.x), tree.eps(state.y), single) ** 0.5
+        return max(tree.eps(inputs["x"]), tree.eps(inputs["y"]), single) ** 0.5
 
     def replay(self, inputs: Any, feed: Feed) -> Any:
         """Raises `ProblemError` where a batch that is not the only one of the step changed what losses may read."""

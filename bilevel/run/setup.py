@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -130,6 +130,9 @@ class State:
     watched: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The best of each measure that is watched, when, and how often not since (`run.early_stop`)."""
 
+    settle: Callable[[], None] = lambda: None
+    """Compares what was replayed since the last comparison with the steps themselves (`run.replayed`)."""
+
     def rewind(self) -> None:
         """Where a step has failed: have `save` describe the state before it, with batches to draw again."""
         self.upper_batches.rewind()
@@ -140,7 +143,11 @@ class State:
 
         Where ranks hold it together it is made whole, one tensor at a time: all of them have to call
         this, and the first alone has the whole on its CPU; others have None for what is in parts.
+
+        Raises:
+            ProblemError: a step that was replayed (`runtime.compile`) is another than by itself.
         """
+        self.settle()
         return wholes(self._described(), self.y)
 
     def _described(self) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from bilevel.run.agreement import require_agreement
 from bilevel.run.setup import Setup, State
 from bilevel.run.warnings import warn
 from bilevel.sharding.again import gathering_again
-from bilevel.types import Estimate, LowerSolution, LowerStats, Moved, Params, Stats, changed
+from bilevel.types import (
+    Estimate,
+    LowerSolution,
+    LowerStats,
+    Moved,
+    Params,
+    Several,
+    Stats,
+    changed,
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +145,10 @@ def moved(setup: Setup, state: State, solution: LowerSolution, estimate: Estimat
 def take_rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
     """The lower solve of a step and the hypergradient after it: the mean over `upper.accumulate`.
 
-    There is one lower solve, and each hypergradient is on an upper and a lower batch of its own; one
-    that follows the lower steps keeps those. Where batches come in `episodes` a solve belongs to its
-    episode, and so each hypergradient has one.
+    There is one lower solve, and each hypergradient is on an upper and a lower batch of its own (with
+    `lower.accumulate`, the mean over as many as a lower step takes); one that follows the lower steps
+    keeps those. Where batches come in `episodes` a solve belongs to its episode, and so each
+    hypergradient has one.
     """
     solution = solve_lower(setup, state)
     found = [estimate_at(setup, state, solution, next(state.upper_batches))]
@@ -151,7 +161,7 @@ def take_rounds(setup: Setup, state: State) -> tuple[LowerSolution, Estimate]:
             solution = solve_again(setup, state, solution)
             solves.append(solution)
         elif not setup.estimator.needs.path:
-            solution = replace(solution, batch=next(state.lower_batches))
+            solution = replace(solution, batch=another(solution.batch, state.lower_batches))
         found.append(estimate_at(setup, state, solution, next(state.upper_batches)))
     return accumulation.together(solves), accumulation.mean(found)
 
@@ -183,6 +193,13 @@ def solve_again(
         draws.next_round()
     here = replace(state, y=last.y, lower=last.state)
     return solve_lower(setup, here, recorded=recorded)
+
+
+def another(batch: Any, draws: Iterator[Any]) -> Any:
+    """The next lower batch, or as many as `batch` is several."""
+    if isinstance(batch, Several):
+        return Several(tuple(next(draws) for _ in batch.batches))
+    return next(draws)
 
 
 def renew(state: State) -> None:

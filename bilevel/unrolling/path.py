@@ -112,8 +112,8 @@ def recorded(at: Point, name: str) -> Path:
     """
     if at.path is None:
         raise ProblemError(
-            f"{name} has no lower steps to follow: pass the `path` of "
-            "bilevel.solve_lower(..., record=True)"
+            f"{name} has no lower steps to follow: of bilevel.hypergradient pass as y what "
+            "bilevel.solve_lower(..., record=True) returns"
         )
     return at.path
 

@@ -9,6 +9,7 @@ from bilevel import hypergradient, solve_lower
 from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.estimators.fomaml import FOMAML
+from bilevel.estimators.forward import Forward
 from bilevel.estimators.reptile import Reptile
 from bilevel.estimators.unroll import Unroll
 from bilevel.lower.gradient import Gradient
@@ -200,6 +201,16 @@ def test_without_a_start_to_learn_they_are_refused():
             ask(estimator, fixed)
         with pytest.raises(ProblemError, match="no lower steps to follow"):
             hypergradient(upper, lower, X, {"w": X["w"]}, estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", [Unroll(), Forward()], ids=repr)
+def test_what_is_advised_where_there_are_no_steps_helps(estimator):
+    y = {"w": X["w"].clone()}
+    remedy = r"pass as y what bilevel\.solve_lower\(\.\.\., record=True\) returns"
+    with pytest.raises(ProblemError, match=remedy):
+        hypergradient(upper, lower, X, y, estimator=estimator)
+    y = solve_lower(lower, X, y, solver=Gradient(steps=2), record=True)
+    assert hypergradient(upper, lower, X, y, estimator=estimator).hypergradient.keys() == X.keys()
 
 
 @pytest.mark.parametrize("name", ["a function of x", "x itself", "one that x has no part in"])

@@ -5,6 +5,7 @@ import torch
 
 from bilevel import calculus, tree
 from bilevel.errors import ProblemError
+from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.shine import Shine
 from bilevel.events import Stepped
 from bilevel.functional import hypergradient, solve_lower
@@ -13,6 +14,7 @@ from bilevel.linear.quasi_newton import bfgs
 from bilevel.lower.gradient import Gradient
 from bilevel.lower.lbfgs import LBFGS
 from bilevel.lower.newton import Newton
+from bilevel.preconditioners.lbfgs_pairs import LBFGSPairs
 from bilevel.run import engine
 from bilevel.run.engine import Setup
 from bilevel.run.upper import Upper
@@ -119,6 +121,25 @@ def test_without_pairs_it_is_refused_with_the_remedy():
         setup = Setup(case.problem, lower, Upper(steps=1), Shine())
         with pytest.raises(ProblemError, match="keeps none; use lower: lbfgs"):
             engine.refuse_mismatch(setup)
+
+
+@pytest.mark.parametrize(
+    "estimator", [Shine(), Implicit(preconditioner=LBFGSPairs())], ids=["shine", "lbfgs_pairs"]
+)
+def test_what_is_advised_where_there_are_no_pairs_helps(estimator):
+    def F(x, y):
+        return (y["w"] - 1).square().sum()
+
+    def G(x, y):
+        return (y["w"] - x["x"]).square().sum()
+
+    x, y = {"x": torch.full((2,), 3.0)}, {"w": torch.zeros(2)}
+    remedy = r"pass as y what bilevel\.solve_lower\(\.\.\., solver=LBFGS\(\)\) returns"
+    with pytest.raises(ProblemError, match=remedy):
+        hypergradient(F, G, x, y, estimator=estimator)
+    y = solve_lower(G, x, y, solver=LBFGS())
+    found = hypergradient(F, G, x, y, estimator=estimator)
+    assert_close(found.hypergradient, {"x": torch.full((2,), 4.0)}, rtol=1e-4)
 
 
 def test_tied_variables_keep_their_pairs():

@@ -289,7 +289,7 @@ def test_a_lower_solution_stands_for_y_and_brings_path_pairs_and_batch():
     other = hypergradient(upper, lower, x, solved, estimator=Implicit(), lower_batch=2 * batch)
     assert not torch.allclose(other.hypergradient["p"], right)
     # the point alone has neither path nor pairs
-    for estimator, lacks in ((Unroll(), "path"), (Shine(), "pairs")):
+    for estimator, lacks in ((Unroll(), "lower steps"), (Shine(), "pairs")):
         with pytest.raises(ProblemError, match=lacks):
             hypergradient(
                 upper, lower, x, LowerSolution(solved.y, batch=batch), estimator=estimator

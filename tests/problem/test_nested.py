@@ -1,6 +1,7 @@
 """x and y as their callers nest them, and losses without a batch: the numbers of the flat ones."""
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -9,10 +10,15 @@ from torch import Tensor
 
 import bilevel
 from bilevel import tree
+from bilevel.components import component
 from bilevel.errors import ProblemError
 from bilevel.estimators import Implicit, Unroll
 from bilevel.lower import LBFGS, Gradient, Newton
+from bilevel.optimizers import SGD
+from bilevel.problem import LearnedStart, OverTasks
+from bilevel.rng import Streams
 from bilevel.types import Structure
+from tests.problem.fits import Fit
 
 Pair = namedtuple("Pair", ["weight", "bias"])
 
@@ -201,3 +207,104 @@ def test_an_entry_that_reaches_nothing_is_allowed_as_the_refusal_says():
         estimator="implicit",
     )
     assert found.hypergradient["idle"].tolist() == [0, 0]
+
+
+@component
+class Contained(Fit):
+    """`Fit` with x and y in containers: a, and the pair of y and its offset."""
+
+    put_x: Callable = None
+    take_x: Callable = None
+    put: Callable = None
+    take: Callable = None
+
+    def flat(self, x, y):
+        w, b = self.take(y)
+        return {"x": self.take_x(x)}, {"y": w, "offset": b}
+
+    def init(self, streams):
+        x, y = super().init(streams)
+        return self.put_x(x["x"]), self.put(y["y"], y["offset"])
+
+    def lower_loss(self, x, y, batch):
+        return super().lower_loss(*self.flat(x, y), batch)
+
+    def upper_loss(self, x, y, batch):
+        return super().upper_loss(*self.flat(x, y), batch)
+
+    def evaluate(self, x, y):
+        return super().evaluate(*self.flat(x, y))
+
+    def project_upper(self, x):
+        return self.put_x(self.take_x(x).clamp(-0.8, 0.8))
+
+    def project_lower(self, y):
+        w, b = self.take(y)
+        return self.put(w.clamp(-0.6, 0.6), b)
+
+
+def contained(of_x, of_y):
+    (put_x, take_x), (put, take) = of_x, of_y
+    return Contained(put_x=put_x, take_x=take_x, put=put, take=take)
+
+
+X_CONTAINERS = {
+    "flat": (lambda a: {"x": a}, lambda x: x["x"]),
+    "dict": (lambda a: {"in": {"x": a}}, lambda x: x["in"]["x"]),
+    "list": (lambda a: [a], lambda x: x[0]),
+}
+FLAT = contained(
+    X_CONTAINERS["flat"], (lambda w, b: {"y": w, "offset": b}, lambda y: (y["y"], y["offset"]))
+)
+WRAPPED = {
+    "start": lambda p: LearnedStart(problem=p),
+    "tasks": lambda p: OverTasks(problem=p, num_tasks=3),
+    "loop": lambda p: OverTasks(problem=p, num_tasks=3, batched=False),
+    "tasks of start": lambda p: OverTasks(problem=LearnedStart(problem=p), num_tasks=3),
+    "start of tasks": lambda p: LearnedStart(problem=OverTasks(problem=p, num_tasks=3)),
+}
+
+
+@every_container
+@pytest.mark.parametrize("x", X_CONTAINERS)
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_learned_start_and_tasks_of_nested_variables_are_those_of_the_flat(wrap, x, put, take):
+    def trained(problem, seed=0):
+        return bilevel.minimize(
+            wrap(problem),
+            estimator=Unroll(),
+            lower=Gradient(steps=3, optimizer=SGD(lr=0.1)),
+            upper=SGD(lr=0.05),
+            steps=5,
+            evaluate_held=True,
+            seed=seed,
+            dtype="float64",
+            progress=False,
+        )
+
+    nested, plain = trained(contained(X_CONTAINERS[x], (put, take))), trained(FLAT)
+    for found, expected in ((nested.x, plain.x), (nested.y, plain.y)):
+        leaves = zip(tree.flat(found, "").values(), tree.flat(expected, "").values(), strict=True)
+        assert all(torch.equal(*pair) for pair in leaves)
+    assert (nested.metrics, nested.held) == (plain.metrics, plain.held)
+    take(nested.y)  # in the containers that were given
+    other = trained(FLAT, seed=1)  # control
+    assert other.history[-1].upper_loss != plain.history[-1].upper_loss
+
+
+def test_a_learned_start_stands_beside_x():
+    x, y = LearnedStart(problem=contained(X_CONTAINERS["dict"], CONTAINERS["list"])).init(
+        Streams(0)
+    )
+    assert [*tree.flat(x, "x")] == ["in.x", "start.0", "start.1.0"]
+    assert equal(x["start"][0], y[0])
+    x, _ = LearnedStart(problem=contained(X_CONTAINERS["list"], CONTAINERS["list"])).init(
+        Streams(0)
+    )
+    assert [*tree.flat(x, "x")] == ["own.0", "start.0", "start.1.0"]
+
+
+def test_an_x_of_that_name_is_refused():
+    taken = contained((lambda a: {"start": a}, lambda x: x["start"]), CONTAINERS["list"])
+    with pytest.raises(ProblemError, match="x of Contained has an entry 'start'"):
+        LearnedStart(problem=taken).init(Streams(0))

@@ -13,6 +13,7 @@ import bilevel
 from bilevel.estimators.bome import Bome
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.rising_penalty import RisingPenalty
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
 from bilevel.events import HELD, Evaluated, Held, Progress, Tabulated, Warned
@@ -59,6 +60,22 @@ class Slow(Follow):
 class Restarting(Follow):
     def lower_start(self, x, y):
         return {"y": x["x"] - 8}
+
+
+class Noisy(Restarting):
+    """Each lower step pulls y to a point of its own."""
+
+    def lower_loss(self, x, y, batch):
+        return 0.5 * (y["y"] - x["x"] - batch).square()
+
+    def lower_batches(self, stream):
+        while True:
+            yield torch.randn((), generator=stream)
+
+
+class InEpisodes(Noisy):
+    def episodes(self, stream):
+        return ((batch, None) for batch in self.lower_batches(stream))
 
 
 class Still(SGD):
@@ -115,6 +132,28 @@ def test_it_is_a_run_whose_x_stands_still(estimator):
     assert end.metrics["y"] != 0
 
 
+@pytest.mark.parametrize("problem", [Noisy(), InEpisodes()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_solves_that_begin_at_one_start_are_taken_each_on_its_own_batches(problem, accumulate):
+    made = setup(problem)
+    made = replace(made, upper=replace(made.upper, accumulate=accumulate))
+    still = replace(made, upper=replace(made.upper, optimizer=Still()))
+    (held,) = events(made)
+    *_, end = events(still, Evaluated)
+    assert held.metrics == end.metrics
+    (first,) = events(setup(problem, steps=1))  # control: one solve is not as good
+    assert held.metrics != first.metrics
+
+
+def test_a_method_that_moves_y_goes_on_with_its_state_from_one_start_on_one_batch():
+    """The strength of its penalty rises from step to step, and with it where y ends."""
+    made = setup(Restarting(), estimator=RisingPenalty())
+    (held,) = events(made)
+    *_, end = events(replace(made, upper=Upper(steps=4, optimizer=Still())), Evaluated)
+    (first,) = events(setup(Restarting(), estimator=RisingPenalty(), steps=1))
+    assert held.metrics == end.metrics != first.metrics
+
+
 def test_the_run_is_the_same_with_it_and_without():
     made = setup()
     ends = []
@@ -127,7 +166,7 @@ def test_the_run_is_the_same_with_it_and_without():
     assert ends[0] == ends[1]
 
 
-def test_a_solve_that_begins_anew_each_time_is_taken_once():
+def test_a_solve_that_begins_anew_each_time_on_one_batch_is_taken_once():
     found = events(setup(Restarting()), (Held, Progress))
     solves = [e for e in found if isinstance(e, Progress) and e.stage == HELD]
     assert [event.done for event in solves] == [0, 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel.errors import ConvergenceError, ProblemError, RecipeError
+from bilevel.errors import ConvergenceError, RecipeError
 from bilevel.estimators import Implicit, OneStep, Penalty
 from bilevel.events import Stepped, Warned
 from bilevel.linear.cg import CG
@@ -305,33 +305,7 @@ def test_what_a_loss_makes_of_numbers_is_what_it_makes_of_them_without(weight, d
     require_same(plain, compiled)
 
 
-# what Python remembers
-
-
-class Remembering(Parts):
-    """G's weight is what `weight` says, which changes after step `change`."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change, self.drawn, self.box = change, 0, [0.0]
-
-    def lower_loss(self, x, y, batch):
-        return super().lower_loss(x, y, batch) * (1 + self.weight() / 10)
-
-    def project_upper(self, x):
-        """Called once a step, at its end."""
-        self.box[1:] = [*self.box[1:], None]
-        if len(self.box) > self.change:
-            self.remember()
-        return x
-
-
-class ByAttribute(Remembering):
-    def remember(self):
-        self.drawn = 1.0
-
-    def weight(self):
-        return self.drawn
+# the step of x
 
 
 class Kept(Parts):
@@ -339,58 +313,6 @@ class Kept(Parts):
 
     def project_upper(self, x):
         return {name: entry.clamp(-2, 2) for name, entry in x.items()}
-
-
-class ByEntry(Remembering):
-    """In a list, where only a comparison finds it."""
-
-    def remember(self):
-        self.box[0] = 1.0
-
-    def weight(self):
-        return self.box[0]
-
-
-def test_an_attribute_that_changes_is_seen_at_once():
-    plain = ended(setup(ByAttribute(4), Implicit(solver=FIXED)))
-    compiled = ended(replace(setup(ByAttribute(4), Implicit(solver=FIXED)), compile="step"))
-    require_same(plain, compiled)
-    assert [(trace.step, trace.why) for trace in compiled[2]][1:] == [
-        (5, "the problem's drawn has changed")
-    ]
-
-
-def test_what_changes_before_the_first_replay_is_taken_without():
-    plain = ended(setup(ByEntry(2), Implicit(solver=FIXED)))
-    compiled = ended(replace(setup(ByEntry(2), Implicit(solver=FIXED)), compile="step"))
-    compiled[0].warned.pop("compile")
-    require_same(plain, compiled)
-    assert len(compiled[3]) == 1
-    assert "what Python remembers" in compiled[3][0]
-
-
-def test_what_changes_later_ends_the_run(monkeypatch):
-    monkeypatch.setattr(replayed, "EVERY", 4)
-    s = replace(setup(ByEntry(4), Implicit(solver=FIXED), steps=20), compile="step")
-    state = start(s)
-    with pytest.raises(ProblemError, match=r"step 7: .* Up to 3 steps before it may be others too"):
-        list(run(s, state))
-    assert state.step == 6
-    # at the end of a run too, where no comparison is due yet
-    monkeypatch.setattr(replayed, "EVERY", 50)
-    last = replace(setup(ByEntry(6), Implicit(solver=FIXED), steps=10), compile="step")
-    with pytest.raises(
-        ProblemError, match=r"step 10: .* Up to 6 steps before it may be others too"
-    ):
-        list(run(last, start(last)))
-    # control: where nothing changes nothing is found
-    assert (
-        ended(replace(setup(ByEntry(99), Implicit(solver=FIXED), steps=20), compile="step"))[3]
-        == []
-    )
-
-
-# the step of x
 
 
 class Own:

@@ -114,6 +114,39 @@ def test_an_accumulated_step_is_along_the_mean(estimator):
     assert event.estimate.gradients >= 3
 
 
+class Weighted(Line):
+    """F = (y − u)², G = (b (y − 1)² + x y²)/2 on a batch b, from x = 1/4 and y = 1/2."""
+
+    def init(self, streams):
+        at = torch.tensor([0.25, 0.5], dtype=torch.float64)
+        return {"x": at[0]}, {"y": at[1]}
+
+    def upper_loss(self, x, y, batch):
+        return (y["y"] - batch).square()
+
+    def lower_loss(self, x, y, batch):
+        return 0.5 * (batch * (y["y"] - 1).square() + x["x"] * y["y"].square())
+
+    def upper_batches(self, generator):
+        return itertools.cycle([torch.tensor(1.0), torch.tensor(2.0)])
+
+    def lower_batches(self, generator):
+        return itertools.cycle(map(torch.tensor, (0.5, 1.5, 3.0, 7.0, 9.0, 2.0, 4.0)))
+
+
+@pytest.mark.parametrize(("accumulate", "means"), [(2, (1.0, 5.0)), (1, (0.5, 1.5))])
+def test_each_hypergradient_is_on_as_many_lower_batches_as_a_lower_step(accumulate, means):
+    """dΦ/dx = −y F_y / (b + x), with b the mean over the batches of that hypergradient alone."""
+    lower = Gradient(steps=1, optimizer=SGD(lr=0.1), accumulate=accumulate)
+    s = of(Upper(steps=1, optimizer=SGD(lr=1.0), accumulate=2), Weighted(), lower=lower)
+    state = start(s)
+    steps(s, state)
+    y = 0.5 - 0.1 * (means[0] * (0.5 - 1) + 0.25 * 0.5)
+    found = [-y * 2 * (y - u) / (b + 0.25) for u, b in zip((1.0, 2.0), means, strict=True)]
+    assert float(state.x["x"]) == pytest.approx(0.25 - sum(found) / 2, rel=1e-12)
+    assert state.lower_batches.drawn == 2 * accumulate
+
+
 class Episodes(Noisy):
     """Tasks: a lower and an upper batch that belong together."""
 
@@ -338,15 +371,18 @@ def test_the_control_draws_what_the_run_draws():
         def evaluate(self, x, y):
             return {"w": float(y["w"].sum())}
 
-    for problem in (Measured(), MeasuredEpisodes()):
-        s = replace(
-            of(Upper(steps=4, optimizer=Still(), accumulate=3), problem), evaluate_held=True
-        )
+    several = Gradient(steps=2, optimizer=SGD(lr=0.1), accumulate=2)
+    for problem, options in (
+        (Measured(), {}),
+        (Measured(), {"lower": several}),
+        (MeasuredEpisodes(), {}),
+    ):
+        upper = Upper(steps=4, optimizer=Still(), accumulate=3)
+        s = replace(of(upper, problem, **options), evaluate_held=True)
         events = list(run(s, start(s)))
         (control,) = (event.metrics for event in events if isinstance(event, Held))
         last = [event.metrics for event in events if isinstance(event, Evaluated)][-1]
-        if isinstance(problem, Measured):
-            assert control == last
+        assert control == last
         assert isinstance(events[-1], Finished)
 
 
