@@ -157,7 +157,7 @@ def test_a_word_is_written_as_behind_the_picture_and_not_as_at_a_start(tokenizer
 
 @pytest.mark.parametrize("turn", [PLAIN, PLAIN + "\n"])
 def test_answers_count_in_every_spelling_of_the_vocabulary(turn, tokenizer):
-    """ "▁yes" and "▁Yes" behind a colon, "yes" and "Yes" behind a newline: all four are words."""
+    """ "▁yes" and "▁Yes" behind a colon, "yes" and "Yes" behind a newline: all four are words; "YES" is none."""
     yes, no = answer_words(tokenizer, Template(turn))
     said = {tokenizer.tokenizer.convert_ids_to_tokens(i) for i in (*yes, *no)}
     assert {"▁yes", "▁Yes", "▁no", "▁No"} <= said
@@ -165,6 +165,11 @@ def test_answers_count_in_every_spelling_of_the_vocabulary(turn, tokenizer):
         assert {"yes", "Yes", "no", "No"} <= said
     assert not set(yes) & set(no)
     assert all(tokenizer.decode([i]).strip().lower() == "yes" for i in yes)
+    # of what takes several tokens none counts: a first one alone says nothing
+    shout = tokenizer.encode("YES")
+    assert len(shout) == 2
+    assert not set(shout) & set(yes)
+    assert "▁NO" in said  # one token
 
 
 def test_a_pad_token_without_a_row_is_replaced_and_another_refused(raw):
