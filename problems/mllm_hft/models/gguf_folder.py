@@ -76,6 +76,8 @@ def _write(file: Path, layers: int, to: Path) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     except OSError as error:
+        if (to / "config.json").is_file():
+            return  # by another process meanwhile, and the same
         raise RequirementError(
             f"{to.parent}: the cache cannot be written ({error}); "
             "make the folder writable or set BILEVEL_CACHE to one that is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -43,9 +44,11 @@ def finish(generator: Any) -> Any:
 @pytest.fixture(scope="module")
 def cut(smollm2_cache) -> tuple[Any, Any]:
     """A LLaVA with one layer, and its tokenizer."""
-    (folder,) = (smollm2_cache / "gguf").iterdir()
+    (config,) = (smollm2_cache / "gguf").glob(
+        "[!.]*/config.json"
+    )  # another worker's may be on its way
     with quiet():
-        return llava_of(folder, feature=8, seed=0)
+        return llava_of(config.parent, feature=8, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,34 @@ def test_without_gguf_its_extra_is_named(monkeypatch, tmp_path):
         RequirementError, match=r"gguf is not installed; pip install .bilevel\[smol"
     ):
         finish(as_folder(tmp_path / "a.gguf", 2))
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_folder_that_another_process_has_made_meanwhile_is_taken(met, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="reads the file")
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.gguf").write_bytes(b"a model")
+
+    class Part:
+        def save_pretrained(self, to):
+            to.mkdir(exist_ok=True)
+            (to / "config.json").write_text("{}")
+
+    def read(transformers, file, layers):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        beside = tmp_path / "cache" / "gguf" / f"{digest[:24]}-{layers}"
+        beside.mkdir(parents=True)
+        (beside / ("config.json" if met else "else")).write_text("theirs")
+        return Part(), Part()
+
+    monkeypatch.setattr(gguf_folder, "_read", read)
+    made = gguf_folder.as_folder(tmp_path / "a.gguf", 2)
+    if met:
+        assert (finish(made) / "config.json").read_text() == "theirs"
+    else:  # control: what is there and is no model is an error still
+        with pytest.raises(RequirementError, match="the cache cannot be written"):
+            finish(made)
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF and no more", b"not at all"])
