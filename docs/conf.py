@@ -61,14 +61,14 @@ nitpick_ignore_regex = [
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError"),
     (r"py:.*", r"(typing\.|Annotated\[)?Literal\[.*"),
-    (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast"),
+    (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast|Folder"),
     # of runs over several ranks, not offered to users
     (r"py:class", r"bilevel\.(ranks\.Ranks|problem\.over_tasks\.SomeTasks)"),
     # the type of a documented field that holds another component: Annotated[…, Slot("group")]
     (r"py:class", r"bilevel\.(types\.Annotated|components\.Slot)|preconditioners"),
     (
         r"py:.*",
-        r"bilevel\.((types|components)\.C|recipe\.recipe\._(device|autocast|teams)|sinks\.mlflow\._without_password)",
+        r"bilevel\.((types|components)\.C|run\.options\._(device|autocast|teams)|sinks\.mlflow\._without_password)",
     ),  # a type variable, validators
 ]
 

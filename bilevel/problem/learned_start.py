@@ -40,7 +40,7 @@ class WithStart:
 class LearnedStart:
     """`problem` with y_0 = z, and z among the upper variables: `start.<name>` beside x.
 
-    Where x or y is nested, so is what it gives: {**x, "start": z} beside a dict, else `WithStart`.
+    Where x or y is nested, so is what it gives: `{**x, "start": z}` beside a dict, else `WithStart`.
 
     For estimators that differentiate through the start: `unroll`, `forward`. z is projected as y
     is, and one step of the upper optimizer moves x and z alike. The optional methods of `problem`
