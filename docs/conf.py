@@ -61,7 +61,10 @@ nitpick_ignore_regex = [
     # pydantic's, by their short names; parts of types that were taken apart at a comma; aliases
     (r"py:.*", r"(NonNegative|Positive)(Int|Float)|dict\[str|ValidationError"),
     (r"py:.*", r"(typing\.|Annotated\[)?Literal\[.*"),
-    (r"py:.*", r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast|Folder"),
+    (
+        r"py:.*",
+        r"Start|Params|Direction|tuple\[.*|BeforeValidator|PydanticUndefined|_autocast|Folder",
+    ),
     # of runs over several ranks, not offered to users
     (r"py:class", r"bilevel\.(ranks\.Ranks|problem\.over_tasks\.SomeTasks)"),
     # the type of a documented field that holds another component: Annotated[…, Slot("group")]
