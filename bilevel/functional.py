@@ -22,7 +22,7 @@ from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
-from bilevel.problem.trust import UNMEASURED, Step, reasons
+from bilevel.problem.trust import Step, reasons, unwarned
 from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
@@ -126,9 +126,7 @@ def hypergradient(
     against = reasons(step)
     if against and step.claim == "solution":
         warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)
-    if not against and step.is_unmeasured:
-        against = (UNMEASURED,)
-    found = replace(found, reasons=against, claim=step.claim)
+    found = replace(found, reasons=against or unwarned(step), claim=step.claim)
     if tied[0].trivial and found.moved is None:
         return found
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))

@@ -292,11 +292,8 @@ LOWER = (
     ),
     WarningRule(
         "value",
-        lambda step: step.has_value_error,
-        lambda step: (
-            f"y is not the lower solution for this x: {_value_error(step)}; solve the lower level "
-            f"further, or pass the y that belongs to this x{_of_constraints(step)}"
-        ),
+        lambda step: step.lower is not None and step.has_value_error,
+        lambda step: _unsolved(step),
         unless=("curvature", "lower solve", "infeasible", "residual"),
     ),
 )
@@ -315,6 +312,16 @@ def reasons(step: Step) -> tuple[str, ...]:
     return (caution(), *said) if caution else tuple(said)
 
 
+def unwarned(step: Step) -> tuple[str, ...]:
+    """Why not to trust an estimate of which nothing else says so, and which is as whoever asked has it.
+
+    Of a y that is given and not solved for here, and of a method that measures nothing of its error.
+    """
+    if step.has_value_error:
+        return (_unsolved(step),)
+    return (UNMEASURED,) if step.is_unmeasured else ()
+
+
 def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, Callable[[Step], str]]:
     """The kinds of warning that hold at a step, in the order of the table, with what gives their messages."""
     if step.is_silent:
@@ -326,6 +333,13 @@ def found(step: Step, table: tuple[WarningRule, ...] = TABLE) -> dict[str, Calla
 
 def _violation(step: Step) -> float:
     return (step.lower and step.lower.stats.violation) or 0.0
+
+
+def _unsolved(step: Step) -> str:
+    return (
+        f"y is not the lower solution for this x: {_value_error(step)}; solve the lower level further, or "
+        f"pass the y that belongs to this x{_of_constraints(step)}"
+    )
 
 
 def _value_error(step: Step) -> str:
