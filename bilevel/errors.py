@@ -143,9 +143,15 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     """The known names that `name` may be a slip of, the likest first; else those that it abbreviates."""
     known = [*known]
     likeness = {one: _likeness(name.lower(), one.lower()) for one in known}
-    near = [one for one in known if likeness[one] >= ALIKE]
+    near = [one for one in known if likeness[one] >= ALIKE or _is_short_slip(name, one)]
     near.sort(key=lambda one: -likeness[one])
     return (near or [one for one in known if _abbreviates(name.lower(), one.lower())])[:2]
+
+
+def _is_short_slip(name: str, other: str) -> bool:
+    """Whether one letter of three or more is another: of so few letters it is too large a share."""
+    wrong = sum(a != b for a, b in zip(name.lower(), other.lower(), strict=False))
+    return len(name) == len(other) >= SHORTEST and wrong == 1
 
 
 def _likeness(name: str, other: str) -> float:

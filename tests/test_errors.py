@@ -47,6 +47,7 @@ NAMES = ["adam", "box_qp", "cg", "gradient", "iterations", "neumann", "none", "o
     [
         ("iteratons", ["iterations"]),
         ("sdg", ["sgd"]),
+        ("sgt", ["sgd"]),
         ("CG", ["cg"]),
         ("Adamm", ["adam"]),
         ("iters", ["iterations"]),

@@ -44,16 +44,17 @@ def each_step(count, way, monkeypatch, first=3, more=4):
 
 
 def test_operations_of_a_step_are_those_by_hand_and_few_more(monkeypatch):
-    """18 gradients and 7 products; beside them what is checked to be finite, norms, and the events'."""
+    """18 gradients and 7 products; beside them what is checked to be finite, norms, what is left of y, and the events'."""
+    assert loop.PROBLEM.splits  # made once, and not within what is counted
     by_hand = each_step(operations, loop.by_hand, monkeypatch)
     here = each_step(operations, loop.as_a_run, monkeypatch)
     assert by_hand == 522
-    assert here - by_hand <= 75
+    assert here - by_hand <= 79
 
 
 def test_calls_within_the_package_of_a_step(monkeypatch):
     """As many as there are now, 10 lower steps and 6 products: a check made once is not made again."""
-    assert each_step(own_calls, loop.as_a_run, monkeypatch) <= 780
+    assert each_step(own_calls, loop.as_a_run, monkeypatch) <= 787
 
     # control: one tree.norm more in a lower step is seen
     look = gradient._look
@@ -63,14 +64,14 @@ def test_calls_within_the_package_of_a_step(monkeypatch):
         return look(loss, x, y, *rest)
 
     monkeypatch.setattr(gradient, "_look", wasteful)
-    assert each_step(own_calls, loop.as_a_run, monkeypatch) > 780
+    assert each_step(own_calls, loop.as_a_run, monkeypatch) > 787
 
 
 def test_operations_of_a_replay_are_fewer_than_by_hand(monkeypatch):
     """What the products of one point have in common is computed once; of Python, what checks a step."""
     replayed = partial(loop.as_a_run, "step")
     assert each_step(operations, replayed, monkeypatch, first=5) <= 420 < 522
-    assert each_step(own_calls, replayed, monkeypatch, first=5) <= 330 < 780
+    assert each_step(own_calls, replayed, monkeypatch, first=5) <= 330 < 787
 
 
 def test_a_step_evaluates_each_loss_as_often_as_it_must(monkeypatch):

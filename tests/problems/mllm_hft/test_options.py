@@ -170,8 +170,6 @@ def test_a_size_is_carried_along(formulation):
 @pytest.mark.parametrize("number", [3, 1, 0, -2])
 def test_an_odd_number_of_questions_is_refused_under_its_own_name(number):
     """And by `validate`, before a model is loaded: half of them are answered yes."""
-    with pytest.raises(
-        ValidationError, match=r"(?s)questions.*(multiple of 2|greater than or equal)"
-    ):
+    with pytest.raises(RecipeError, match=r"\.questions = .*must be (a multiple of 2|≥ 2)"):
         miniature(questions=number)
     assert miniature(questions=4).questions == 4
