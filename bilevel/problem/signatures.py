@@ -32,7 +32,7 @@ def refuse_arguments(problem: Any) -> None:
             signature = _signature(getattr(part, name, None))
             if signature is None or (name == "prepare" and not signature.parameters):
                 continue
-            if not _takes(signature, len(given)) or _is_swapped(signature, given):
+            if not takes(signature, len(given)) or _is_swapped(signature, given):
                 raise ProblemError(
                     f"{type(part).__name__}.{name}{signature} is called as {name}"
                     f"({', '.join(given)}), by position; define it with these arguments"
@@ -60,7 +60,7 @@ def _close(problem: Any) -> Iterator[tuple[str, str]]:
         if known is None or name in ARGUMENTS or getattr(problem, known, None) is not None:
             continue
         signature = _signature(getattr(problem, name))
-        if signature is not None and _takes(signature, len(ARGUMENTS[known])):
+        if signature is not None and takes(signature, len(ARGUMENTS[known])):
             yield name, known
 
 
@@ -95,7 +95,8 @@ def _signature(method: Any) -> inspect.Signature | None:
         return None
 
 
-def _takes(signature: inspect.Signature, count: int) -> bool:
+def takes(signature: inspect.Signature, count: int) -> bool:
+    """Whether a function with this signature can be called with so many arguments by position."""
     try:
         signature.bind(*[None] * count)
     except TypeError:

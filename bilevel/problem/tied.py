@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.calculus.gauss_newton import Composed
 from bilevel.errors import ProblemError
+from bilevel.problem.signatures import takes
 from bilevel.types import Counts, Function, Loss, Losses, Pairs, Params, Structure
 
 Plain = Callable[[Params, Params], Tensor]
@@ -191,15 +192,7 @@ def _takes_no_batch(function: Callable[..., Any]) -> bool:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # one written in C
         return False
-    return _takes(signature, 2) and not _takes(signature, 3)
-
-
-def _takes(signature: inspect.Signature, count: int) -> bool:
-    try:
-        signature.bind(*[None] * count)
-    except TypeError:
-        return False
-    return True
+    return takes(signature, 2) and not takes(signature, 3)
 
 
 def _structured(structure: Structure, tied: tuple[Ties, Ties]) -> Structure:
