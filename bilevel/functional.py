@@ -122,7 +122,7 @@ def hypergradient(
     found = estimate(method, losses, at, state)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
-    step = Step(method, found, solved)
+    step = Step(method, found, solved, at.x)
     against = reasons(step)
     if against and step.claim == "solution":
         warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bilevel import tree
-from bilevel.types import Claim, Estimate, Estimator, LowerSolution, Stats
+from bilevel.types import Claim, Estimate, Estimator, LowerSolution, Params, Stats
 
 LARGE = 0.1
 """A relative residual above this is warned of, whatever `converged` says."""
+
+SMALL = 1e-3
+"""The part of ‖h‖ ‖x‖ up to which an error of F is none, however small F is."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Step:
     estimator: Estimator
     estimate: Estimate
     lower: LowerSolution | None = None
+    x: Params | None = None
 
     @property
     def stats(self) -> Stats:
@@ -95,7 +99,11 @@ class Step:
         error = self.stats.value_error
         if error is None or self.estimate.step is not None:
             return False
-        return abs(error) > LARGE * abs(float(self.estimate.value))
+        if abs(error) <= LARGE * abs(float(self.estimate.value)):
+            return False
+        # F may pass through zero, where nothing is small beside it: what it changes by with x is its scale
+        scale = tree.norm(self.estimate.hypergradient) * tree.norm(self.x) if self.x else 0.0
+        return abs(error) > SMALL * scale
 
     @property
     def unbounded_lower_error(self) -> float:
@@ -107,6 +115,15 @@ class Step:
             return 0.0
         restricted = self.lower.structure is not None and self.lower.structure.restrictions
         return 0.0 if restricted else self._distance
+
+    @property
+    def is_near(self) -> bool:
+        """Whether y, short of a tolerance that rounding or a set may not let it meet, is good enough."""
+        if self.stats.value_error is None or self.has_value_error or self.lower is None:
+            return False
+        if self.lower.structure is not None and self.lower.structure.restrictions:
+            return not self.lower.stats.infeasible  # ∇y G need not vanish there
+        return 0 < self._distance <= SMALL * self.lower_size
 
     @property
     def _distance(self) -> float:
@@ -234,8 +251,9 @@ TABLE = (
         lambda step: (
             "damping leaves the adjoint system, taken without it, with a relative residual of "
             f"{step.stats.damping_residual:.2g}: the part of the hypergradient that goes through y is "
-            "off by as much, or by up to the condition number times that; set estimator.damping to a "
-            "smaller value, or look with bilevel check how far it is off"
+            "off by as much, or by up to the condition number times that, except where G is flat in y "
+            "and in x; set estimator.damping to a smaller value, or look with bilevel check how far it "
+            "is off"
         ),
         unless=("curvature", "adjoint", "residual"),
     ),
@@ -268,7 +286,9 @@ TABLE = (
 LOWER = (
     WarningRule(
         "lower solve",
-        lambda step: step.lower_converged is False and step.claim == "solution",
+        lambda step: (
+            step.lower_converged is False and step.claim == "solution" and not step.is_near
+        ),
         lambda step: (
             f"the lower solve ended at ‖∇y G‖ = {step.lower_norm:.1e}, above its tolerance, and the "
             "hypergradient is that of the lower solution: give the solver more steps, or resume from "
@@ -344,6 +364,8 @@ def _unsolved(step: Step) -> str:
 
 def _value_error(step: Step) -> str:
     error, value = step.stats.value_error or 0.0, float(step.estimate.value)
+    if abs(error) > abs(value):  # what first order says of it is no number to rely on
+        return f"F = {value:.3g} here, and is far from that at the lower solution"
     return f"F = {value:.3g} here, and at the lower solution, to first order, {value - error:.3g}"
 
 

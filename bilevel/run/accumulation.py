@@ -43,17 +43,13 @@ def _worst(stats: list[Stats]) -> Stats:
         seconds=sum(one.seconds for one in stats),
         residual=_most(max, (one.residual for one in stats)),
         damping_residual=_most(max, (one.damping_residual for one in stats)),
-        value_error=_most(_largest, (one.value_error for one in stats)),
+        value_error=stats[0].value_error,  # y is solved on the batch of the first
         curvature=_most(min, (one.curvature for one in stats)),
         condition=_most(max, (one.condition for one in stats)),
         degenerate=_most(max, (one.degenerate for one in stats)),
         # ‖mean of errors‖ ≤ mean of their norms, if there is one for each
         error_bound=sum(known) / len(known) if len(known) == len(bounds) else None,
     )
-
-
-def _largest(values: Iterable[float]) -> float:
-    return max(values, key=abs)
 
 
 def _most(choose: Callable[[Iterable[Any]], Any], values: Iterable[Any]) -> Any:

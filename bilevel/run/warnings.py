@@ -14,7 +14,7 @@ from bilevel.types import Estimate, LowerSolution
 
 def warn(setup: Setup, state: State, estimate: Estimate, lower: LowerSolution) -> Iterator[Warned]:
     """What is wrong with an estimate: said the first time, counted every time."""
-    step = Step(setup.estimator, estimate, lower)
+    step = Step(setup.estimator, estimate, lower, state.x)
     kinds = found(step)
     if skipped := lower.stats.skipped:
         kinds["lower steps"] = lambda _: (

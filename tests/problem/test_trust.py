@@ -328,3 +328,62 @@ def test_an_active_constraint_that_is_taken_for_inactive_is_not_trusted():
         assert (abs(float(found.hypergradient["radius"]) - right) < 1e-3 * right) is held
         assert found.trusted is held
         assert held or "estimator.activity" in found.reasons[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_f_passes_through_zero_rounding_of_y_is_no_error_of_f(dtype):
+    """Nothing is small beside an F of zero; beside what F changes by with x it is."""
+    _, _, x, y, _ = problem([1.0, 2.0, 3.0, 4.0])
+    x, y = ({name: entry.to(dtype) for name, entry in part.items()} for part in (x, y))
+    d, b = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=dtype), B.to(dtype)
+    least = y["w"].square().sum() / 2
+
+    def F(x, y, _):
+        return y["w"].square().sum() / 2 - least
+
+    def G(x, y, _):
+        return (d * y["w"].square()).sum() / 2 - x["s"] * (b @ y["w"])
+
+    for part, trusted in ((1 + 1e-6, True), (0.9, False)):
+        found = hypergradient(F, G, x, {"w": part * y["w"]}, estimator="implicit")
+        assert abs(float(found.value)) < 10 * abs(found.stats.value_error)
+        assert found.trusted is trusted
+
+
+def test_what_first_order_cannot_tell_is_not_given_as_a_number():
+    """F = ½ ‖y‖² at 3 y*: to first order it would be negative at y*."""
+    F, G, x, y, _ = problem([1.0, 2.0, 3.0, 4.0])
+    far = hypergradient(F, G, x, {"w": 3 * y["w"]}, estimator="implicit")
+    assert "and is far from that at the lower solution" in far.reasons[0]
+    near = hypergradient(F, G, x, {"w": 1.2 * y["w"]}, estimator="implicit")
+    here, there = 0.72, 0.72 - 0.24  # of ‖y*‖²: ½ 1.2², less 1.2 · 0.2
+    size = float(y["w"].square().sum())
+    assert f"F = {here * size:.3g} here" in near.reasons[0]
+    assert f"to first order, {there * size:.3g};" in near.reasons[0]
+
+
+def test_a_tolerance_that_is_not_met_by_little_or_cannot_be_is_no_doubt():
+    """y may be near enough all the same; where a set holds it, its gradient stays."""
+    F, G, x, y, right = problem([1.0, 2.0, 3.0, 4.0])
+    d, b = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), B
+    for steps, trusted in ((2, False), (80, True)):
+        short = Gradient(steps=steps, tolerance=1e-14, optimizer=SGD(lr=0.2))
+        solved = solve_lower(G, x, {"w": 0 * y["w"]}, solver=short)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if trusted else "ignore", UntrustedWarning)
+            found = hypergradient(F, G, x, solved, estimator="implicit")
+        assert not solved.stats.converged
+        assert (error(found, right) < 1e-5) is trusted
+        assert found.trusted is trusted
+    # held at w ≤ 1 in the first and the third entry, where y* is 2 and 2
+    held = Structure(project=lambda y: {"w": y["w"].clamp(max=1.0)})
+    few, many = (Gradient(steps=steps, tolerance=1e-6, optimizer=SGD(lr=0.2)) for steps in (1, 80))
+    free = float((b / d)[[1, 3]].square().sum() * x["s"])
+    for solver, trusted in ((few, False), (many, True)):
+        solved = solve_lower(G, x, {"w": 0 * y["w"]}, solver=solver, structure=held)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustedWarning)
+            found = hypergradient(F, G, x, solved, estimator="fixed_point")
+        assert not solved.stats.converged
+        assert (error(found, free) < 1e-4) is trusted
+        assert found.trusted is trusted
