@@ -79,8 +79,8 @@ class LancBiO:
         ritz = numbers_of(call(torch.linalg.eigvalsh, _tridiagonal(state)))
         # a basis that cannot grow has a v that solves the system as well as the dtype allows
         stopped: Stopped = "iterations" if added == self.products else "rounding"
-        stats = Stats(iterations=added, curvature=min(ritz, default=None), stopped=stopped)
-        stats = replace(stats, value_error=tree.dot(v, lower.gradient))
+        error, curvature = tree.dot(v, lower.gradient), min(ritz, default=None)
+        stats = Stats(iterations=added, curvature=curvature, stopped=stopped, value_error=error)
         if self.damping:
             stats = damped(stats, self.damping, v, tree.norm(b))
         if self.residual:

@@ -89,9 +89,9 @@ class Shine:
         solve = Solve(v, Stats(iterations=len(pairs)))
         if self.refine:
             solve = self.refine.solve(lambda u: tree.axpy(self.damping, u, lower.hvp_yy(u)), b, v)
-        h, stats = tree.sub(F_x, lower.vjp_xy(solve.solution)), solve.stats
+        v, stats = solve.solution, solve.stats
         if self.refine:
-            stats = replace(stats, value_error=tree.dot(solve.solution, lower.gradient))
+            stats = replace(stats, value_error=tree.dot(v, lower.gradient))
         if self.damping:
-            stats = damped(stats, self.damping, solve.solution, size)
-        return Estimate(h, value, kept, stats)
+            stats = damped(stats, self.damping, v, size)
+        return Estimate(tree.sub(F_x, lower.vjp_xy(v)), value, kept, stats)
