@@ -9,7 +9,7 @@ that stood before it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from bilevel.replay.graph import has_effect
 from bilevel.replay.lifted import lift
+from bilevel.replay.repeats import alike, blocks, given
 
 Called = Callable[[list[Tensor]], list[Tensor]]
 Compile = Callable[[GraphModule, list[Tensor]], Called]
@@ -71,11 +72,11 @@ def compiled(record: fx.Graph, by: Compiler, constants: list[Tensor]) -> fx.Grap
             raise CannotCompile(_said(error)) from error
     _part_views(graph)
     nodes = list(graph.nodes)
-    known = dict(zip(nodes, constants, strict=False))
     taken = {node for node in nodes if by.takes(node)}
     levels = _levels(nodes, taken)
     made = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
+    functions = _Functions(by, made, new, dict(zip(nodes, constants, strict=False)))
     for node in nodes:
         if node.op == "placeholder":
             new[node] = made.node_copy(node)
@@ -90,7 +91,7 @@ def compiled(record: fx.Graph, by: Compiler, constants: list[Tensor]) -> fx.Grap
             for node in region:
                 new[node] = made.node_copy(node, lambda one: new[one])
             continue
-        _put(region, made, new, by.compile, known)
+        functions.put(region)
         count += len(region)
     if not count:
         raise CannotCompile(
@@ -149,44 +150,79 @@ def _levels(nodes: list[fx.Node], taken: set[fx.Node]) -> dict[fx.Node, int]:
     return levels
 
 
-def _put(
-    region: list[fx.Node],
-    made: fx.Graph,
-    new: dict[fx.Node, fx.Node],
-    compile: Compile,
-    constants: dict[fx.Node, Tensor],
-) -> None:
-    """One function in the place of a region."""
-    inside = set(region)
-    given = list(
-        dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
-    )
-    outer = [node for node in region if any(user not in inside for user in node.users)]
-    graph = fx.Graph()
-    own = {node: graph.placeholder(node.name) for node in given}
-    for node in given:
-        own[node].meta["is_constant"] = node in constants
-    for node in region:
-        own[node] = graph.node_copy(node, lambda one: own[one])
-    graph.output([own[node] for node in outer])
-    try:
-        example = [constants[n] if n in constants else _example(n) for n in given]
-        call = compile(GraphModule(torch.nn.Module(), graph), example)
-        found = call(list(example))
-    except CannotCompile:
-        raise
-    except Exception as error:  # whatever a compiler may raise
-        raise CannotCompile(_said(error)) from error
-    result = made.call_function(_called(call), tuple(new[node] for node in given))
-    taken = {one.untyped_storage().data_ptr() for one in example}
-    for k, (node, one) in enumerate(zip(outer, found, strict=True)):
-        new[node] = made.call_function(operator.getitem, (result, k))
-        memory = one.untyped_storage().data_ptr()
-        if memory in taken:  # a result is one of its own, which a caller may write into
-            new[node] = made.call_function(torch.clone, (new[node],))
-        taken.add(memory)
-        if (one.shape, one.stride(), one.dtype) != node.meta["form"]:
-            raise CannotCompile("a result is laid out in another way")
+class _Functions:
+    """Functions in the places of regions; blocks that are alike share one."""
+
+    def __init__(
+        self,
+        by: Compiler,
+        made: fx.Graph,
+        new: dict[fx.Node, fx.Node],
+        constants: dict[fx.Node, Tensor],
+    ) -> None:
+        self._by, self._made, self._new, self._constants = by, made, new, constants
+        self._known: dict[Hashable, _Function] = {}
+
+    def put(self, region: list[fx.Node]) -> None:
+        parts = [region] if self._by.is_exact else list(blocks(region))
+        kinds = [alike(part) for part in parts] if len(parts) > 1 else [None]
+        results: dict[Hashable, set[int]] = {}
+        for part, kind in zip(parts, kinds, strict=True):
+            results.setdefault(kind, set()).update(_results(part))
+        for part, kind in zip(parts, kinds, strict=True):
+            outer = sorted(results[kind])
+            key = (kind, *outer)
+            if kind is None or key not in self._known:
+                self._known[key] = self._function(part, outer)
+            self._call(self._known[key], part, outer)
+
+    def _function(self, block: list[fx.Node], outer: list[int]) -> _Function:
+        graph, outside = fx.Graph(), given(block)
+        own = {node: graph.placeholder(node.name) for node in outside}
+        for node in outside:
+            own[node].meta["is_constant"] = node in self._constants
+        for node in block:
+            own[node] = graph.node_copy(node, lambda one: own[one])
+        graph.output([own[block[k]] for k in outer])
+        try:
+            known = self._constants
+            example = [known[n] if n in known else _example(n) for n in outside]
+            call = self._by.compile(GraphModule(torch.nn.Module(), graph), example)
+            found = call(list(example))
+        except CannotCompile:
+            raise
+        except Exception as error:  # whatever a compiler may raise
+            raise CannotCompile(_said(error)) from error
+        taken, shared = {one.untyped_storage().data_ptr() for one in example}, []
+        for k, one in zip(outer, found, strict=True):
+            memory = one.untyped_storage().data_ptr()
+            shared.append(memory in taken)
+            taken.add(memory)
+            if (one.shape, one.stride(), one.dtype) != block[k].meta["form"]:
+                raise CannotCompile("a result is laid out in another way")
+        return _Function(_called(call), shared)
+
+    def _call(self, function: _Function, block: list[fx.Node], outer: list[int]) -> None:
+        made, new = self._made, self._new
+        result = made.call_function(function.call, tuple(new[node] for node in given(block)))
+        for place, (k, is_shared) in enumerate(zip(outer, function.shared, strict=True)):
+            node = block[k]
+            new[node] = made.call_function(operator.getitem, (result, place))
+            if is_shared:  # a result is one of its own, which a caller may write into
+                new[node] = made.call_function(torch.clone, (new[node],))
+
+
+@dataclass(frozen=True)
+class _Function:
+    call: Callable[..., list[Tensor]]
+    shared: list[bool]
+    """Of each result, whether it lies in what it is given, or in a result before it."""
+
+
+def _results(block: list[fx.Node]) -> list[int]:
+    """The places of what is wanted elsewhere."""
+    inside = set(block)
+    return [k for k, node in enumerate(block) if any(user not in inside for user in node.users)]
 
 
 def _said(error: Exception) -> str:
