@@ -43,6 +43,8 @@ class Feed:
         self.draws, self._copies = draws, copies
         self._copied: list[tuple[Any, Any]] = []
         """Batches, and their copies."""
+        self._copies_of: dict[int, Tensor] = {}
+        """The last copy of a tensor, by its id, which stays its own while its batch is kept."""
         self._taken: dict[str, list[Any]] = {level: [] for level in draws}
         self.has_failed = False
         """Whether a batch could not be drawn."""
@@ -51,11 +53,20 @@ class Feed:
         self.has_failed = True
         batch = next(self.draws[level])
         self.has_failed = False
-        kept = tree.map_nested(_copy, batch) if self._copies else batch
+        kept = tree.map_nested(self._copy, batch) if self._copies else batch
         self._taken[level].append(kept)
         if self._copies:
             self._copied.append((batch, kept))
         return batch
+
+    def _copy(self, leaf: Any) -> Any:
+        """A copy of a tensor; the same one where it is drawn again as it was, as data in one batch are."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = self._copies_of.get(id(leaf))
+        if known is None or not _is_still(leaf, known):
+            known = self._copies_of[id(leaf)] = leaf.clone()
+        return known
 
     def count(self) -> int:
         """Batches that were drawn."""
@@ -87,10 +98,6 @@ class Feed:
         return {
             level: itertools.chain(kept, self.draws[level]) for level, kept in self._taken.items()
         }
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _is_still(now: Any, before: Any) -> bool:

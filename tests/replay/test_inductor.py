@@ -8,24 +8,8 @@ import torch
 
 from bilevel.replay.inductor import MATRIX, by_inductor
 from bilevel.replay.program import Departed, Feed, record
-from bilevel.replay.regions import CannotCompile, Compiler
-from tests.replay.steps import X, long
-
-
-class StandIn:
-    """Does what the region does; keeps the operations of each."""
-
-    def __init__(self):
-        self.regions = []
-
-    def __call__(self, region, given):
-        names = [n.target.__name__ for n in region.graph.nodes if n.op == "call_function"]
-        self.regions.append(names)
-        return lambda args: list(region(*args))
-
-
-def compiler(by, *, is_exact=False):
-    return Compiler("some", "some", by, "done", is_exact=is_exact)
+from bilevel.replay.regions import CannotCompile
+from tests.replay.steps import StandIn, X, compiler, long
 
 
 def recorded(function, draws=None):

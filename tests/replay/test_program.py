@@ -187,3 +187,31 @@ def test_entries_are_scaled_to_the_bits_of_a_scale_in_place(dtype):
     assert torch.equal(found, step(x, None))
     other = x.flip(0) * 2
     assert torch.equal(program(other, Feed({})), step(other, None))
+
+
+def test_a_tensor_that_is_drawn_again_as_it_was_is_copied_once():
+    data, nan = torch.arange(6.0), torch.tensor([float("nan"), 1.0])
+    kept = Feed({"lower": itertools.repeat({"data": data, "nan": nan, "size": 3})}, copies=True)
+    for _ in range(5):
+        assert kept.draw("lower")["data"] is data
+    copies = [batch["data"] for batch in kept.taken()["lower"]]
+    assert len({id(one) for one in copies}) == 1
+    assert torch.equal(copies[0], data)
+    assert copies[0].data_ptr() != data.data_ptr()
+    assert len({id(batch["nan"]) for batch in kept.taken()["lower"]}) == 1
+    assert not kept.is_rewritten()
+
+
+def test_a_tensor_that_is_written_into_between_two_draws_has_a_copy_of_each():
+    data = torch.zeros(3)
+
+    def batches():
+        for k in range(3):
+            data.fill_(k)
+            yield data
+
+    kept = Feed({"lower": batches()}, copies=True)
+    for _ in range(3):
+        kept.draw("lower")
+    assert [one[0].item() for one in kept.taken()["lower"]] == [0, 1, 2]
+    assert kept.is_rewritten()

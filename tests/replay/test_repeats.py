@@ -9,8 +9,7 @@ from torch import fx
 from bilevel.replay import repeats
 from bilevel.replay.program import Feed, record
 from bilevel.replay.repeats import alike, blocks, given
-from tests.replay.steps import X
-from tests.replay.test_inductor import StandIn, compiler
+from tests.replay.steps import StandIn, X, compiler
 
 
 def region_of(step):
