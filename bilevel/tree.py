@@ -263,6 +263,7 @@ def dot(a: Params, b: Params) -> float:
             found = torch.dot(p, q).item()
         else:
             found = _dot_of_two(p, q).item()
+        is_double = p.dtype is torch.float64
     elif not a:
         return 0.0
     elif type(next(iter(a))) is Part:
@@ -270,7 +271,8 @@ def dot(a: Params, b: Params) -> float:
     else:
         _require_same(a, b)
         found = total([_dot_of_two(p, b[name]) for name, p in a.items()])
-    if not 1e-30 < (found if a is b else abs(found)) < math.inf:
+        is_double = all(p.dtype is torch.float64 for p in a.values())
+    if not is_double and not 1e-30 < (found if a is b else abs(found)) < math.inf:
         # float32 may have lost what makes up the sum: to 0, or to infinity
         found = total(
             [torch.dot(flat_wide(p).double(), flat_wide(b[name]).double()) for name, p in a.items()]
@@ -291,7 +293,7 @@ def _dot_of_parts(a: Params, b: Params) -> float:
         return _joined({n: torch.dot(taken(p), taken(b[n])).double() for n, p in a.items()}).item()
 
     value = found(flat_wide)
-    if not 1e-30 < abs(value) < math.inf:
+    if any(p.dtype is not torch.float64 for p in a.values()) and not 1e-30 < abs(value) < math.inf:
         value = found(lambda entry: flat_wide(entry).double())
     return value
 

@@ -206,13 +206,14 @@ def _update_residual(r: Params, alpha: float, Ap: Params, by_entry: bool) -> flo
     if not by_entry:
         r.update(tree.axpy(-alpha, Ap, r))
         return tree.dot(r, r)
-    parts = []
+    parts, is_double = [], True
     for name, entry in r.items():
+        is_double = is_double and entry.dtype is torch.float64
         r[name] = entry = tree.add_scaled(entry, -alpha, Ap[name])
         flat = tree.flat_wide(entry)
         parts.append(torch.dot(flat, flat))
     total = tree.total(parts)
-    return total if 1e-30 < total < math.inf else tree.dot(r, r)
+    return total if is_double or 1e-30 < total < math.inf else tree.dot(r, r)
 
 
 def _update_direction(

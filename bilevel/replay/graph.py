@@ -45,8 +45,12 @@ def shorten(graph: fx.Graph, written: Set[int]) -> list[Tensor]:
         if isinstance(node.target, OpOverload):
             node.meta["is_mutable"] = node.target._schema.is_mutable
             node.meta["has_effect"] = has_effect(node)
-            is_own = node.target.namespace == "aten" and "form" in node.meta
+            is_own = node.target.namespace == "aten" and (
+                "form" in node.meta or _gives_several(node)
+            )
             node.meta["is_tensor"] = is_own and not _has_any_shape(node)
+        elif node.target is operator.getitem and "form" in node.meta:
+            node.meta["is_tensor"] = node.args[0].meta.get("is_tensor", False)
         node.target = _quick(node)
     return fixed
 
@@ -186,6 +190,13 @@ def _has_any_shape(node: Any) -> bool:
         return is_dynamic(node.target)
     masks = (one.meta["dtype"] for one in node.args[1] if one is not None)
     return any(dtype in (torch.bool, torch.uint8) for dtype in masks)
+
+
+def _gives_several(node: Any) -> bool:
+    """Whether an operation gives several tensors, each in memory of its own."""
+    returns = node.target._schema.returns
+    apart = all(one.type.kind() == "TensorType" and one.alias_info is None for one in returns)
+    return len(returns) > 1 and apart and all("form" in user.meta for user in node.users)
 
 
 def _quick(node: fx.Node) -> Any:

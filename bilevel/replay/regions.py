@@ -73,6 +73,9 @@ def compiled(record: fx.Graph, by: Compiler, constants: list[Tensor]) -> fx.Grap
     _part_views(graph)
     nodes = list(graph.nodes)
     taken = {node for node in nodes if by.takes(node)}
+    for node in nodes:  # what gives several tensors is taken with each of them
+        if node in taken and "form" not in node.meta and not taken.issuperset(node.users):
+            taken -= {node, *node.users}
     levels = _levels(nodes, taken)
     made = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -164,19 +167,25 @@ class _Functions:
         self._known: dict[Hashable, _Function] = {}
 
     def put(self, region: list[fx.Node]) -> None:
-        parts = [region] if self._by.is_exact else list(blocks(region))
-        kinds = [alike(part) for part in parts] if len(parts) > 1 else [None]
+        if self._by.is_exact:  # a function that reads data and weights where they are
+            outer = _results(region)
+            self._call(self._function(region, outer), region, outer)
+            return
+        parts = list(blocks(region))
+        kinds = [alike(part) for part in parts]
         results: dict[Hashable, set[int]] = {}
         for part, kind in zip(parts, kinds, strict=True):
             results.setdefault(kind, set()).update(_results(part))
         for part, kind in zip(parts, kinds, strict=True):
             outer = sorted(results[kind])
             key = (kind, *outer)
-            if kind is None or key not in self._known:
+            if key not in self._known:
                 self._known[key] = self._function(part, outer)
             self._call(self._known[key], part, outer)
 
     def _function(self, block: list[fx.Node], outer: list[int]) -> _Function:
+        if not all("form" in block[k].meta for k in outer):
+            raise CannotCompile("a region gives something that is no tensor")
         graph, outside = fx.Graph(), given(block)
         own = {node: graph.placeholder(node.name) for node in outside}
         for node in outside:

@@ -7,6 +7,7 @@ given share one function.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -33,13 +34,24 @@ def blocks(region: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     if not count:
         yield list(region)
         return
+    start = _whole(region, start)
     if start:
         yield from blocks(region[:start])
     length, end = period * max(1, BLOCK // period), start + period * count
-    for first in range(start, end, length):
-        yield list(region[first : min(first + length, end)])
-    if end < len(region):
-        yield from blocks(region[end:])
+    first = start
+    while first < end:
+        last = _whole(region, min(first + length, end))
+        yield list(region[first:last])
+        first = last
+    if first < len(region):
+        yield from blocks(region[first:])
+
+
+def _whole(region: Sequence[fx.Node], end: int) -> int:
+    """`end`, or where all the tensors that one operation gives have been taken out of its result."""
+    while 0 < end < len(region) and region[end].target is operator.getitem:
+        end += 1
+    return end
 
 
 def alike(block: Sequence[fx.Node]) -> Hashable:

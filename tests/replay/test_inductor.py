@@ -46,9 +46,9 @@ def test_a_number_that_is_read_ends_a_region_where_bits_are_to_be_the_same(is_ex
 def test_a_draw_waits_for_what_was_decided_before_it():
 
     def step(x, draws):
-        for _ in range(2):
+        for k in range(2):
             batch = next(draws["lower"])
-            x = long(x + batch) + batch
+            x = long(x + batch) + batch * (2 + k)
             if x.sum().item() > 100:
                 break
         return x
@@ -56,13 +56,34 @@ def test_a_draw_waits_for_what_was_decided_before_it():
     found, program = record(step, X, {"lower": iter([X, X])}, apart=True)
     by = StandIn()
     program.compile(compiler(by))
-    assert [len(names) for names in by.regions] == [8, 8]
+    assert [len(names) for names in by.regions] == [9, 9]
     assert torch.equal(program(X, Feed({"lower": iter([X, X])})), found)
     drawn = itertools.count()
     feed = Feed({"lower": ((next(drawn), b)[1] for b in [torch.full_like(X, 40.9), X])})
     with pytest.raises(Departed):
         program(X, feed)
     assert next(drawn) == 1  # the second batch is left to the step that is taken by itself
+
+
+def test_regions_that_are_alike_share_a_function():
+    def step(x, draws):
+        for _ in range(4):
+            x = long(x) + next(draws["lower"])
+            if x.sum().item() > 100:
+                break
+        return x
+
+    batches = [X, X + 1, X + 2, X + 3]
+    found, program = record(step, X, {"lower": iter(batches)}, apart=True)
+    by = StandIn()
+    program.compile(compiler(by))
+    assert [len(names) for names in by.regions] == [12, 7]
+    assert torch.equal(program(X, Feed({"lower": iter(batches)})), found)
+    program.restore()
+    by = StandIn()
+    program.compile(compiler(by, is_exact=True))  # what reads data and weights where they are
+    assert [len(names) for names in by.regions] == [12, 7, 7]
+    assert torch.equal(program(X, Feed({"lower": iter(batches)})), found)
 
 
 def test_results_are_tensors_of_their_own():

@@ -215,3 +215,16 @@ def test_a_tensor_that_is_written_into_between_two_draws_has_a_copy_of_each():
         kept.draw("lower")
     assert [one[0].item() for one in kept.taken()["lower"]] == [0, 1, 2]
     assert kept.is_rewritten()
+
+
+@pytest.mark.parametrize(("dtype", "departs"), [(torch.float64, False), (torch.float32, True)])
+def test_a_norm_that_becomes_small_is_another_step_in_float32_alone(dtype, departs):
+    """There squares below 1e-30 are added up in float64; in float64 there is nothing to mend."""
+    at = tree.map_nested(lambda entry: entry.to(dtype), A)
+    _, program = record(of(lambda a: tree.norm(a)), at, feed().iterators())
+    small = tree.scale(1e-20, at)
+    if departs:
+        with pytest.raises(Departed):
+            program(small, feed())
+    else:
+        assert program(small, feed()) == tree.norm(small) == pytest.approx(5e-20)

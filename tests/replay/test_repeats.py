@@ -115,6 +115,26 @@ def test_two_loops_after_each_other():
     assert sum(map(len, regions)) < 400 < len(region_of(step))
 
 
+def test_what_gives_several_tensors_is_not_cut_off_from_them():
+    """At each of the sizes of a block, one of which would end between the two."""
+    classes = torch.tensor([0, 2, 1])
+
+    def step(x, _):
+        for _ in range(120):
+            low, at = (x.sin().unsqueeze(0) + x.unsqueeze(1)).min(1)
+            x = x - 0.1 * (low + at + torch.nn.functional.cross_entropy(x.outer(x), classes))
+        return x
+
+    for block in range(60, 75):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repeats, "BLOCK", block)
+            regions, found, now = compiled(step)
+        assert torch.equal(found, now)
+        assert sum(map(len, regions)) < 500
+        met = {name for one in regions for name in one}
+        assert {"min", "nll_loss_forward.default", "getitem"} <= met
+
+
 def operations(make):
     """One block: what `make` builds in a graph of two inputs."""
     graph = fx.Graph()
