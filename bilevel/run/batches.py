@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -178,6 +180,30 @@ class Sampler:
             "numpy or random (a DataLoader that shuffles takes generator=stream), or give the "
             "iterator state_dict and load_state_dict; and leave the data as they were"
         )
+
+
+def first_batch(
+    make: Callable[[torch.Generator], Iterator[Any]], stream: torch.Generator
+) -> tuple[Any, bool]:
+    """A first batch, and whether it is of the stream alone; of a global random state too where that moved it."""
+    before = stream.get_state()
+    batch, numbers = _drawn(make, stream, 0)
+    if numbers == _drawn(lambda _: itertools.repeat(None), stream, 0)[1]:
+        return batch, True  # no global state was used
+    again, _ = _drawn(make, torch.Generator().set_state(before), 1)
+    return batch, torch.equal(glimpse(batch), glimpse(again))
+
+
+def _drawn(
+    make: Callable[[torch.Generator], Iterator[Any]], stream: torch.Generator, seed: int
+) -> tuple[Any, list[float]]:
+    """The first batch where the global random states are of this seed, and what they give next."""
+    with rng.Seeded(seed, "inspection"):
+        batch = next(iter(make(stream)), None)
+        numbers = [float(torch.rand(())), random.random()]
+        if numpy := sys.modules.get("numpy"):
+            numbers.append(numpy.random.random())
+        return batch, numbers
 
 
 COUNTED = 64

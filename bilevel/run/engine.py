@@ -40,14 +40,24 @@ __all__ = [
 
 
 def prepare(setup: Setup) -> Iterator[Event]:
-    """Refuse what cannot work, then let the problem do its slow work, then place it."""
+    """Refuse what cannot work, then let the problem do its slow work, then place it.
+
+    What either draws from a global random state is of the seed.
+    """
     refuse_mismatch(setup)
     work = setup.levels.get("prepare")
     if work:
-        yield from work(setup.device) if signature(work).parameters else work()
+        told, seeded = (
+            (setup.device,) if signature(work).parameters else (),
+            setup.seeded("prepare"),
+        )
+        with seeded:
+            steps = work(*told)
+        yield from seeded.each(iter(steps))
     place = setup.levels.get("place")
     if place:
-        told = place(setup.device, setup.dtype)
+        with setup.seeded("place"):
+            told = place(setup.device, setup.dtype)
         yield from told if isinstance(told, list) else ()
 
 

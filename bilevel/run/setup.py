@@ -22,7 +22,7 @@ from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
 from bilevel.ranks import ALONE, Ranks
 from bilevel.registry.build import resolve
-from bilevel.rng import Streams
+from bilevel.rng import Seeded, Streams
 from bilevel.run.batches import Draws, Sampler, paired
 from bilevel.run.options import require
 from bilevel.run.targets import Best, EarlyStop
@@ -98,6 +98,10 @@ class Setup:
         with_x = tree.size(x) >= X_FROM or not x.keys().isdisjoint(y)
         team.levels = {"x", "y"} if with_x else {"y"}
         return team.cut(x) if with_x else x, team.cut(y)
+
+    def seeded(self, method: str) -> Seeded:
+        """Within it a method of the problem may draw from the global random states: they are of the seed."""
+        return Seeded(self.seed, f"{method}.global", self.device)
 
     @cached_property
     def levels(self) -> Levels:
@@ -175,7 +179,7 @@ def start(setup: Setup) -> State:
     Where the problem's x or y is nested, `setup.problem` is from now on the same problem of flat
     dicts (`NestedVariables`).
     """
-    x, y = initial(setup.problem, Streams(setup.seed))
+    x, y = initial(setup.problem, Streams(setup.seed), setup.device)
     if tree.flat(x, "x") is not x or tree.flat(y, "y") is not y:
         setup.flatten(x, y)
         x, y = tree.flat(x, "x"), tree.flat(y, "y")
