@@ -20,6 +20,7 @@ from bilevel.cli.completion import (
     complete_recipe,
     complete_run,
 )
+from bilevel.cli.importing import importing
 from bilevel.cli.options import settings
 from bilevel.cli.spreading import spreading
 
@@ -235,7 +236,8 @@ def validate(
 ) -> None:
     """Check a recipe and show all that is wrong with it."""
     with boundary(json) as answer:
-        from bilevel.cli.validate import validate as validate_recipe
+        with importing():
+            from bilevel.cli.validate import validate as validate_recipe
 
         validate_recipe(_console(json or quiet), recipe, overrides or [], answer)
 
@@ -259,7 +261,8 @@ def run(
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
     with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
-        from bilevel.cli.run import run as run_recipe
+        with importing():
+            from bilevel.cli.run import run as run_recipe
 
         run_recipe(
             _console(json),
@@ -287,7 +290,8 @@ def resume(
 ) -> None:
     """Resume a run as if it had never been stopped."""
     with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
-        from bilevel.cli.resume import resume as resume_run
+        with importing():
+            from bilevel.cli.resume import resume as resume_run
 
         resume_run(
             _console(json),
@@ -331,8 +335,9 @@ def check(
 ) -> None:
     """Compare estimators with the true hypergradient."""
     with computing(json) as answer:
-        from bilevel.cli.check import check as check_recipe
-        from bilevel.cli.check import check_path
+        with importing():
+            from bilevel.cli.check import check as check_recipe
+            from bilevel.cli.check import check_path
 
         (check_path if path else check_recipe)(
             _console(json),
@@ -384,8 +389,9 @@ def compare(
 ) -> None:
     """Compare estimators: error, cost, memory, result."""
     with computing(json) as answer:
-        from bilevel.cli.compare import compare as compare_estimators
-        from bilevel.errors import RecipeError
+        with importing():
+            from bilevel.cli.compare import compare as compare_estimators
+            from bilevel.errors import RecipeError
 
         if with_ is not None:
             raise RecipeError(f"--with is now --labels; write --labels {with_}")
@@ -462,7 +468,8 @@ def sweep(
 ) -> None:
     """Try many settings: grid, random or Optuna's TPE; the best is ready to run."""
     with computing(json) as answer:
-        from bilevel.cli.sweep import sweep as sweep_settings
+        with importing():
+            from bilevel.cli.sweep import sweep as sweep_settings
 
         sweep_settings(
             _console(json),
@@ -534,7 +541,8 @@ def study(
         from bilevel.studying import before_torch
 
         before_torch.choose_arithmetic(locate(file, "study"))
-        from bilevel.cli.study import study as run_study
+        with importing():
+            from bilevel.cli.study import study as run_study
 
         run_study(
             _console(json),
@@ -595,7 +603,8 @@ def export(
 ) -> None:
     """Write what a run learned in a form that other programs read."""
     with computing():
-        from bilevel.cli.export import export as export_run
+        with importing():
+            from bilevel.cli.export import export as export_run
 
         export_run(_console(), run, runs_dir, to, merged, best)
 
