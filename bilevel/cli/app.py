@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,10 +76,13 @@ app = typer.Typer(
 
 
 def _path(given: str | Path) -> Path:
-    """A path of the command line. Empty it would stand for the current folder, which nobody has named."""
+    """A path of the command line, with `~` where a shell leaves it, as in --runs-dir=~/runs.
+
+    Empty it would stand for the current folder, which nobody has named.
+    """
     if given == "":
         raise typer.BadParameter("got ''; must name a file or a folder (. is the current one)")
-    return Path(given)
+    return Path(os.path.expanduser(given))
 
 
 RecipeArgument = Annotated[
@@ -725,7 +729,6 @@ def doctor(
 
 def _console(is_silent: bool = False) -> Console:
     """A console on standard output, 80 columns wide where the width is not known, or one without output."""
-    import os
     import sys
 
     from rich.console import Console

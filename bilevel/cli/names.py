@@ -47,7 +47,8 @@ def _folders() -> list[str]:
 
 def locate(reference: str, what: str = "recipe") -> Path:
     """The file of a recipe, or of a study, given by path or by shipped name."""
-    path, known = Path(reference), shipped() if what == "recipe" else shipped_studies()
+    path = Path(os.path.expanduser(reference))
+    known = shipped() if what == "recipe" else shipped_studies()
     if path.suffix in SUFFIXES:
         if os.path.isfile(path):  # which no odd name makes raise
             return path
