@@ -656,6 +656,7 @@ def runs(
     if context.invoked_subcommand:
         return
     with boundary(json) as answer:
+        from bilevel.cli.names import names_in
         from bilevel.cli.runs import list_runs
         from bilevel.errors import RecipeError
 
@@ -672,7 +673,7 @@ def runs(
             where or [],
             sort,
             descending,
-            [name.strip() for name in (show or "").split(",") if name.strip()],
+            [] if show is None else names_in(show, "--show"),
             every,
             answer,
         )

@@ -61,6 +61,16 @@ def locate(reference: str, what: str = "recipe") -> Path:
     raise RecipeError(registry.unknown(reference, known, what) + hint)
 
 
+def names_in(given: str, option: str) -> list[str]:
+    """The names in the `A,B` of an option; raises `RecipeError` where one of them is nothing."""
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise RecipeError(
+            f"{option} {given!r}: must be names like A,B; leave it out for the default"
+        )
+    return names
+
+
 def summary(path: Path) -> str:
     """The first sentence of the comment that a recipe begins with, on however many lines."""
     with path.open(encoding="utf-8") as file:
