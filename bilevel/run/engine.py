@@ -21,6 +21,7 @@ from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.replayed import ReplayedSteps, is_whole
 from bilevel.run.setup import Setup, State, restore, start
+from bilevel.run.unmoved import unmoved
 from bilevel.run.upper_step import advance
 
 __all__ = [
@@ -111,6 +112,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         if is_due(setup, state):
             yield from evaluate(setup, state)
     state.settle()
+    yield from unmoved(setup, state)
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:
         yield from held(setup, state.step)

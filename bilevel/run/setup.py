@@ -11,7 +11,7 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import BilevelError, CheckpointError, ProblemError, RecipeError
-from bilevel.events import Totals
+from bilevel.events import Stepped, Totals
 from bilevel.problem.answers import initial, said
 from bilevel.problem.autocast import NEEDS_FLOAT32, under_autocast
 from bilevel.problem.levels import Levels
@@ -134,6 +134,10 @@ class State:
     watched: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The best of each measure that is watched, when, and how often not since (`run.early_stop`)."""
 
+    began: dict[str, Params] = field(default_factory=dict)
+    """Some of each entry of x and y before the first step (`run.unmoved`)."""
+    last: Stepped | None = None
+    """What was said of the last step that was taken here."""
     settle: Callable[[], None] = lambda: None
     """Compares what was replayed since the last comparison with the steps themselves (`run.replayed`)."""
 
@@ -192,6 +196,7 @@ def start(setup: Setup) -> State:
         tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
     )
     x, y = setup.shard(x, y)
+    began = {"x": glimpsed(x), "y": glimpsed(y)}
     upper_batches, lower_batches = _draws(setup)
     return State(
         step=0,
@@ -202,7 +207,14 @@ def start(setup: Setup) -> State:
         estimator=None,
         upper_batches=upper_batches,
         lower_batches=lower_batches,
+        began=began,
     )
+
+
+def glimpsed(params: Params, most: int = 4096) -> Params:
+    """Copies of up to `most` numbers of each entry, evenly spread."""
+    flat = {name: entry.detach().reshape(-1) for name, entry in params.items()}
+    return {name: entry[:: -(-len(entry) // most) or 1].clone() for name, entry in flat.items()}
 
 
 def _draws(setup: Setup) -> tuple[Draws, Draws]:
