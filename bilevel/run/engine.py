@@ -20,7 +20,7 @@ from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.replayed import ReplayedSteps, is_whole
-from bilevel.run.setup import Setup, State, restore, start
+from bilevel.run.setup import Setup, State, nothing_to_settle, restore, start
 from bilevel.run.unmoved import unmoved
 from bilevel.run.upper_step import advance
 
@@ -112,6 +112,7 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         if is_due(setup, state):
             yield from evaluate(setup, state)
     state.settle()
+    replayed, state.settle = None, nothing_to_settle  # and with them the memory of what was recorded
     yield from unmoved(setup, state)
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:

@@ -109,6 +109,10 @@ class Setup:
         return Levels(self.problem)
 
 
+def nothing_to_settle() -> None:
+    """Where no step was replayed."""
+
+
 @dataclass
 class State:
     """Where a run is. All that the next step depends on is here."""
@@ -138,7 +142,7 @@ class State:
     """Some of each entry of x and y before the first step (`run.unmoved`)."""
     last: Stepped | None = None
     """What was said of the last step that was taken here."""
-    settle: Callable[[], None] = lambda: None
+    settle: Callable[[], None] = nothing_to_settle
     """Compares what was replayed since the last comparison with the steps themselves (`run.replayed`)."""
 
     def rewind(self) -> None:

@@ -1,6 +1,8 @@
 """What Python remembers beside the tensors of a replayed step: it is looked at, or compared with the step."""
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -228,3 +230,16 @@ def test_a_record_that_is_left_for_another_is_compared_too(change):
     else:
         with pytest.raises(ProblemError, match=r"step 9: .* Up to 5 steps before it may be others"):
             list(run(s, start(s)))
+
+
+def test_what_is_over_holds_no_record():
+    scene = setup(estimator=Implicit(solver=FIXED), compile="step", steps=8)
+    state = start(scene)
+    records = []
+    for event in run(scene, state):
+        if isinstance(event, Stepped) and (owner := getattr(state.settle, "__self__", None)):
+            records.append(weakref.ref(owner))
+            del owner
+    gc.collect()
+    assert records
+    assert not [record for record in records if record() is not None]
