@@ -65,6 +65,8 @@ def test_a_grid_its_trials_and_the_recipe_that_wins(runs, drawn, monkeypatch):
     assert [each["value"] for each in trials] == sorted(truth.values())
     assert found(runs)["importance"] == {LR: 1.0}
     assert (place / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert re.findall(r'id="([pm]\w+)"', drawing := (place / "sweep.svg").read_text())
+    assert not re.search(r"\b[pmh][0-9a-f]{10}\b", drawing)  # which are others in each file
     (head, *rows) = csv.reader((place / "trials.csv").read_text().splitlines())
     assert head == ["trial", "status", "upper_loss", "half", LR, "seconds", "reason"]
     assert [float(row[2]) for row in rows] == sorted(truth.values())
