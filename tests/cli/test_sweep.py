@@ -263,6 +263,23 @@ def test_ctrl_c_saves_the_trial_and_the_same_command_goes_on(runs, breaks, tmp_p
     assert one == two
 
 
+def test_a_sweep_that_goes_on_with_another_cpu_is_warned_of(runs):
+    """Its trials compare to rounding; with another number of workers they have other threads, as is known."""
+    sweep(runs, f"{LR}=0.01,0.1")
+    assert "warning" not in sweep(runs, f"{LR}=0.01,0.1").stderr  # negative control
+    first, path = sorted((runs / "quadratic-sweep").glob("trial-*/environment.json"))
+    about = json.loads(path.read_text("utf-8"))
+    here = about["instructions"]
+    path.write_text(json.dumps(about | {"instructions": "AVX3", "threads": 99}), "utf-8")
+    first.write_text("{")  # damaged: no more is known of it
+    said = sweep(runs, f"{LR}=0.01,0.1").stderr
+    assert (
+        f"1 of the runs that are there were computed with instructions AVX3, here {here}: " in said
+    )
+    assert "to rounding, not to the bit" in said
+    assert "threads" not in said
+
+
 def test_of_several_seeds_the_mean_so_far_is_told(tmp_path):
     made = study.study(asked(tmp_path), tmp_path)
     trial = made.ask()
