@@ -4,10 +4,12 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -55,6 +57,19 @@ class Seeded:
         finally:
             if close := getattr(steps, "close", None):
                 close()
+
+
+def inspected(call: Callable[[], T], seed: int = 0) -> tuple[T, bool]:
+    """What a call gives where the global random states are of `seed`, and whether it draws from one of them."""
+    with Seeded(seed, "inspection"):
+        untouched = _next()
+    with Seeded(seed, "inspection"):
+        return call(), _next() != untouched
+
+
+def _next() -> list[float]:
+    numbers, numpy = [float(torch.rand(())), random.random()], sys.modules.get("numpy")
+    return [*numbers, numpy.random.random()] if numpy else numbers
 
 
 class _Source(NamedTuple):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -185,25 +183,14 @@ class Sampler:
 def first_batch(
     make: Callable[[torch.Generator], Iterator[Any]], stream: torch.Generator
 ) -> tuple[Any, bool]:
-    """A first batch, and whether it is of the stream alone; of a global random state too where that moved it."""
+    """A first batch, and whether it is of the stream alone: else of a global random state."""
     before = stream.get_state()
-    batch, numbers = _drawn(make, stream, 0)
-    if numbers == _drawn(lambda _: itertools.repeat(None), stream, 0)[1]:
-        return batch, True  # no global state was used
-    again, _ = _drawn(make, torch.Generator().set_state(before), 1)
+    batch, draws = rng.inspected(lambda: next(iter(make(stream)), None))
+    if not draws:
+        return batch, True
+    same = torch.Generator().set_state(before)
+    again, _ = rng.inspected(lambda: next(iter(make(same)), None), seed=1)
     return batch, torch.equal(glimpse(batch), glimpse(again))
-
-
-def _drawn(
-    make: Callable[[torch.Generator], Iterator[Any]], stream: torch.Generator, seed: int
-) -> tuple[Any, list[float]]:
-    """The first batch where the global random states are of this seed, and what they give next."""
-    with rng.Seeded(seed, "inspection"):
-        batch = next(iter(make(stream)), None)
-        numbers = [float(torch.rand(())), random.random()]
-        if numpy := sys.modules.get("numpy"):
-            numbers.append(numpy.random.random())
-        return batch, numbers
 
 
 COUNTED = 64

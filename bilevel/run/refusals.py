@@ -226,14 +226,18 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
         # a batch that is not finite is what `skip` is for
         with suppress(*[ConvergenceError] if "skip" in policies else []):
             refuse_impure(loss.on(batch), state.x, state.y)
+    restart = setup.levels.restart(state.y)
+    if restart and rng.inspected(lambda: restart(state.x))[1]:
+        loose.append("lower_start")
     if loose:
-        state.warned["batches"] = 0
+        state.warned["global draws"] = 0
         yield Warned(
             0,
-            "batches",
+            "global draws",
             f"{' and '.join(loose)} draw from the global random state of torch, numpy or random, which is "
-            "not of the seed: another run of this recipe has other batches, and this one cannot be resumed. "
-            "Draw from the given stream (a DataLoader that shuffles takes generator=stream)",
+            "not of the seed: another run of this recipe is another one, and this one cannot be resumed. "
+            "Batches are to be drawn from the given stream (a DataLoader that shuffles takes generator=stream), "
+            "and with them what a start needs",
         )
     if close := misspelt(problem):
         state.warned["misspelt"] = 0

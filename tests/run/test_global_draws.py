@@ -171,6 +171,11 @@ class InOrder(Noisy):
             yield from DataLoader(torch.randn(20, 3, generator=stream(0, "data")), 6)
 
 
+class Somewhere(Noisy):
+    def lower_start(self, x, y):
+        return {"w": torch.randn_like(y["w"])}
+
+
 @pytest.mark.parametrize(
     ("problem", "loose"),
     [
@@ -178,9 +183,10 @@ class InOrder(Noisy):
         (InOrder, None),
         (OfTheWorld, "lower_batches draw"),
         (OfNumpy, "upper_batches and lower_batches draw"),
+        (Somewhere, "lower_start draw"),
     ],
 )
-def test_batches_of_a_global_random_state_are_warned_of(problem, loose):
+def test_batches_and_starts_of_a_global_random_state_are_warned_of(problem, loose):
     scene, before = setup(problem(), steps=1), states()
     said = [e.message for e in run(scene, start(scene)) if isinstance(e, Warned)]
     assert [message.partition(" from ")[0] for message in said] == ([loose] if loose else [])
