@@ -18,7 +18,7 @@ from bilevel.optimizers import SGD
 from bilevel.problem.learned_start import LearnedStart
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
-from bilevel.run.minimize import minimize
+from bilevel.run.minimize import iterate, minimize
 from bilevel.run.targets import EarlyStop
 from tests.run.replays import FIXED, Parts, ended, require_same
 from tests.run.setups import frozen, setup
@@ -243,3 +243,23 @@ def test_what_is_over_holds_no_record():
     gc.collect()
     assert records
     assert not [record for record in records if record() is not None]
+
+
+def test_an_iteration_that_is_left_is_compared_where_that_is_asked_for():
+    def left(change):
+        iteration = iterate(
+            ByEntry(change),
+            estimator=Unroll(),
+            steps=40,
+            compile="step",
+            lower=Gradient(steps=5, optimizer=SGD(lr=0.05)),
+            dtype="float64",
+        )
+        steps = (event for event in iteration if isinstance(event, Stepped))
+        list(itertools.islice(steps, 12))
+        assert iteration.state is not None
+        return iteration.state
+
+    left(99).settle()  # negative control
+    with pytest.raises(ProblemError, match=r"runtime\.compile: step 12: from its record it comes"):
+        left(6).settle()
