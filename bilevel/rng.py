@@ -3,11 +3,13 @@
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -16,25 +18,86 @@ def stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-@contextmanager
-def seeded(seed: int, name: str) -> Iterator[None]:
-    """The global random states of torch on the CPU, numpy and Python as (seed, name) says; put back at the end.
+class Seeded:
+    """Within `with`, the global random states of torch, numpy and Python are as (seed, name) says.
 
-    For code that takes no generator, as the constructor of an `nn.Linear`.
+    Afterwards they are as before; entered again, they go on where they were left. For code that takes
+    no generator, as the constructor of an `nn.Linear`. Of the devices it is the CPU and `device`.
     """
-    number, numpy = stream(seed, name).initial_seed(), sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+
+    def __init__(self, seed: int, name: str, device: torch.device | None = None) -> None:
+        self._number = stream(seed, name).initial_seed()
+        self._sources = _sources(device)
+        self._own: list[Any] = []
+        self._outer: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._outer = [source.get() for source in self._sources]
+        for number, source in enumerate(self._sources):
+            if self._own:
+                source.set(self._own[number])
+            else:
+                source.seed(self._number)
+
+    def __exit__(self, *raised: object) -> None:
+        self._own = [source.get() for source in self._sources]
+        for source, state in zip(self._sources, self._outer, strict=True):
+            source.set(state)
+
+    def each(self, steps: Generator[Any, None, Any] | Iterator[Any]) -> Generator[Any, None, Any]:
+        """A generator whose steps are taken within; whoever takes them has their own states."""
         try:
-            torch.default_generator.manual_seed(number)
-            random.seed(number)
-            if numpy:
-                numpy.random.seed(number % 2**32)
-            yield
+            while True:
+                with self:
+                    try:
+                        step = next(steps)
+                    except StopIteration as end:
+                        return end.value
+                yield step
         finally:
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(arrays)
+            if close := getattr(steps, "close", None):
+                close()
+
+
+def inspected(call: Callable[[], T], seed: int = 0) -> tuple[T, bool]:
+    """What a call gives where the global random states are of `seed`, and whether it draws from one of them."""
+    with Seeded(seed, "inspection"):
+        untouched = _next()
+    with Seeded(seed, "inspection"):
+        return call(), _next() != untouched
+
+
+def _next() -> list[float]:
+    numbers, numpy = [float(torch.rand(())), random.random()], sys.modules.get("numpy")
+    return [*numbers, numpy.random.random()] if numpy else numbers
+
+
+class _Source(NamedTuple):
+    """A global random state: how it is read, written and seeded."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    seed: Callable[[int], Any]
+
+
+def _sources(device: torch.device | None) -> list[_Source]:
+    cpu = torch.default_generator
+    found = [
+        _Source(cpu.get_state, cpu.set_state, cpu.manual_seed),
+        _Source(random.getstate, random.setstate, random.seed),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        arrays = numpy.random
+        found.append(_Source(arrays.get_state, arrays.set_state, lambda n: arrays.seed(n % 2**32)))
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        cuda = torch.cuda.default_generators[index]
+        found.append(_Source(cuda.get_state, cuda.set_state, cuda.manual_seed))
+    if device is not None and device.type == "mps":
+        mps = torch.mps
+        found.append(_Source(mps.get_rng_state, mps.set_rng_state, mps.manual_seed))
+    return found
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -155,10 +155,10 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def main() -> None:
-    from bilevel.studying import figure
+    from bilevel.sinks import svg
     from bilevel.studying import file as files
 
-    figure.save(composed(files.read(STUDY).content), FILE)
+    svg.save(composed(files.read(STUDY).content), FILE)
 
 
 if __name__ == "__main__":

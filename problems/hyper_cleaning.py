@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,8 @@ class HyperCleaning:
     @cached_property
     def splits(self) -> dict[str, Params]:
         """ "lower" (noisy labels), "upper" (clean) and "test"; labels are int64."""
-        images, labels = _LOADERS[self.data](self.folder or FASHION)
+        folder = Path(os.path.expanduser(self.folder or FASHION))
+        images, labels = _LOADERS[self.data](folder)
         needed = self.num_train + self.num_clean
         if needed >= len(labels):
             raise ProblemError(

@@ -14,7 +14,7 @@ from rich.console import Console
 from bilevel import registry
 from bilevel.registry import presets
 from bilevel.registry.build import build
-from bilevel.studying.figure import numbered
+from bilevel.sinks.svg import numbered
 from docs.pages import put
 from docs.pictures import PICTURES, choice, keep, panel
 

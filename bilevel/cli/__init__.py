@@ -3,7 +3,7 @@
 A file bears its command's name. Beside them: `app` has the commands and their options, `run_loop` is
 what `run` and `resume` share, `boundary` turns errors into messages and exit codes, `user_code`
 those of somebody's own code, `names` finds recipes and completes, `selection` chooses runs, `signals` is Ctrl-C,
-`output` the standard streams, `answer` what machines read, `shown` what is seen of a run; `spreading`,
+`output` the standard streams, `importing` the imports of what computes, `answer` what machines read, `shown` what is seen of a run; `spreading`,
 `member`, `follow` and `launch` are for several ranks. What computes is elsewhere: a command loads, calls
 and prints, and nothing else in the package prints but the console sink.
 """
@@ -15,11 +15,15 @@ def main() -> None:
 
     from bilevel.cli.answer import answer_usage
     from bilevel.cli.app import app
+    from bilevel.cli.options import settings
     from bilevel.cli.output import unbroken
 
+    settings.is_whole_process = True
     with unbroken():
         try:
             app()
         except SystemExit as exit_:
             answer_usage(exit_.code, sys.argv[1:])
             raise
+        finally:
+            settings.is_whole_process = False

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from bilevel.cli.completion import (
     complete_recipe,
     complete_run,
 )
+from bilevel.cli.importing import importing
 from bilevel.cli.options import settings
 from bilevel.cli.spreading import spreading
 
@@ -74,10 +76,13 @@ app = typer.Typer(
 
 
 def _path(given: str | Path) -> Path:
-    """A path of the command line. Empty it would stand for the current folder, which nobody has named."""
+    """A path of the command line, with `~` where a shell leaves it, as in --runs-dir=~/runs.
+
+    Empty it would stand for the current folder, which nobody has named.
+    """
     if given == "":
         raise typer.BadParameter("got ''; must name a file or a folder (. is the current one)")
-    return Path(given)
+    return Path(os.path.expanduser(given))
 
 
 RecipeArgument = Annotated[
@@ -235,7 +240,8 @@ def validate(
 ) -> None:
     """Check a recipe and show all that is wrong with it."""
     with boundary(json) as answer:
-        from bilevel.cli.validate import validate as validate_recipe
+        with importing():
+            from bilevel.cli.validate import validate as validate_recipe
 
         validate_recipe(_console(json or quiet), recipe, overrides or [], answer)
 
@@ -259,7 +265,8 @@ def run(
 ) -> None:
     """Run a recipe; Ctrl-C finishes the step and saves."""
     with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
-        from bilevel.cli.run import run as run_recipe
+        with importing():
+            from bilevel.cli.run import run as run_recipe
 
         run_recipe(
             _console(json),
@@ -287,7 +294,8 @@ def resume(
 ) -> None:
     """Resume a run as if it had never been stopped."""
     with spreading(json, ranks, context.meta[WORDS]) as (answer, member):
-        from bilevel.cli.resume import resume as resume_run
+        with importing():
+            from bilevel.cli.resume import resume as resume_run
 
         resume_run(
             _console(json),
@@ -331,8 +339,9 @@ def check(
 ) -> None:
     """Compare estimators with the true hypergradient."""
     with computing(json) as answer:
-        from bilevel.cli.check import check as check_recipe
-        from bilevel.cli.check import check_path
+        with importing():
+            from bilevel.cli.check import check as check_recipe
+            from bilevel.cli.check import check_path
 
         (check_path if path else check_recipe)(
             _console(json),
@@ -384,8 +393,9 @@ def compare(
 ) -> None:
     """Compare estimators: error, cost, memory, result."""
     with computing(json) as answer:
-        from bilevel.cli.compare import compare as compare_estimators
-        from bilevel.errors import RecipeError
+        with importing():
+            from bilevel.cli.compare import compare as compare_estimators
+            from bilevel.errors import RecipeError
 
         if with_ is not None:
             raise RecipeError(f"--with is now --labels; write --labels {with_}")
@@ -462,7 +472,8 @@ def sweep(
 ) -> None:
     """Try many settings: grid, random or Optuna's TPE; the best is ready to run."""
     with computing(json) as answer:
-        from bilevel.cli.sweep import sweep as sweep_settings
+        with importing():
+            from bilevel.cli.sweep import sweep as sweep_settings
 
         sweep_settings(
             _console(json),
@@ -534,7 +545,8 @@ def study(
         from bilevel.studying import before_torch
 
         before_torch.choose_arithmetic(locate(file, "study"))
-        from bilevel.cli.study import study as run_study
+        with importing():
+            from bilevel.cli.study import study as run_study
 
         run_study(
             _console(json),
@@ -595,7 +607,8 @@ def export(
 ) -> None:
     """Write what a run learned in a form that other programs read."""
     with computing():
-        from bilevel.cli.export import export as export_run
+        with importing():
+            from bilevel.cli.export import export as export_run
 
         export_run(_console(), run, runs_dir, to, merged, best)
 
@@ -643,6 +656,7 @@ def runs(
     if context.invoked_subcommand:
         return
     with boundary(json) as answer:
+        from bilevel.cli.names import names_in
         from bilevel.cli.runs import list_runs
         from bilevel.errors import RecipeError
 
@@ -659,7 +673,7 @@ def runs(
             where or [],
             sort,
             descending,
-            [name.strip() for name in (show or "").split(",") if name.strip()],
+            [] if show is None else names_in(show, "--show"),
             every,
             answer,
         )
@@ -716,7 +730,6 @@ def doctor(
 
 def _console(is_silent: bool = False) -> Console:
     """A console on standard output, 80 columns wide where the width is not known, or one without output."""
-    import os
     import sys
 
     from rich.console import Console

@@ -16,7 +16,7 @@ from bilevel import recipe as recipes
 from bilevel import registry, testing
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import complain, requiring
-from bilevel.cli.names import locate
+from bilevel.cli.names import locate, names_in
 from bilevel.cli.tables import print_fitted
 from bilevel.cli.user_code import explaining
 from bilevel.errors import CheckError, RecipeError, RequirementError
@@ -65,7 +65,7 @@ def check(
     Raises `CheckError` if one is wrong, or if one that was asked for, or the recipe's own, is refused.
     """
     recipe = recipes.load(locate(reference), overrides)
-    asked = [name.strip() for name in estimators.split(",")] if estimators else None
+    asked = None if estimators is None else names_in(estimators, "--estimators")
     chosen, missing = _estimators(recipe, asked)
     setup = assemble(recipe)
     shown = _progress(console, quiet)
@@ -107,7 +107,7 @@ def check_path(
     """
     recipe = recipes.load(locate(reference), overrides)
     own = recipe.content["estimator"]["name"]
-    asked = [name.strip() for name in estimators.split(",")] if estimators else [own]
+    asked = [own] if estimators is None else names_in(estimators, "--estimators")
     chosen, missing = _estimators(recipe, None if asked == ["all"] else asked)
     setup = assemble(recipe)
     shown = _progress(console, quiet)

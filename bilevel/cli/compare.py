@@ -17,7 +17,7 @@ from bilevel import recipe as recipes
 from bilevel import report
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
-from bilevel.cli.names import locate
+from bilevel.cli.names import locate, names_in
 from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.tables import print_fitted
@@ -55,7 +55,7 @@ def compare(
     recipe = recipes.load(locate(reference), overrides)
     labels, known = None, plan.read_labels(given) if given else {}
     if estimators is not None:
-        labels = [part.strip() for part in estimators.split(",") if part.strip()]
+        labels = names_in(estimators, "--estimators")
         if labels != ["all"]:
             known = {name: plan.anchored(name, Path()) for name in labels} | known
     made = plan.make(

@@ -58,7 +58,8 @@ def export(
                 shown.receive(event)
             state = engine.restore(setup, checkpoint.load(found.path))
             # of the setup's problem: one whose variables are nested is another by now
-            setup.levels.optional["export"](state.x, state.y, to, merged)
+            with setup.seeded("export"):
+                setup.levels.optional["export"](state.x, state.y, to, merged)
     except BaseException:  # `to` was empty or not there: half a model helps nobody
         shutil.rmtree(to, ignore_errors=True)
         raise

@@ -47,7 +47,8 @@ def _folders() -> list[str]:
 
 def locate(reference: str, what: str = "recipe") -> Path:
     """The file of a recipe, or of a study, given by path or by shipped name."""
-    path, known = Path(reference), shipped() if what == "recipe" else shipped_studies()
+    path = Path(os.path.expanduser(reference))
+    known = shipped() if what == "recipe" else shipped_studies()
     if path.suffix in SUFFIXES:
         if os.path.isfile(path):  # which no odd name makes raise
             return path
@@ -58,6 +59,16 @@ def locate(reference: str, what: str = "recipe") -> Path:
     local = f"{path}.yaml"
     hint = f" Did you mean {local}?" if os.path.isfile(local) else ""
     raise RecipeError(registry.unknown(reference, known, what) + hint)
+
+
+def names_in(given: str, option: str) -> list[str]:
+    """The names in the `A,B` of an option; raises `RecipeError` where one of them is nothing."""
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise RecipeError(
+            f"{option} {given!r}: must be names like A,B; leave it out for the default"
+        )
+    return names
 
 
 def summary(path: Path) -> str:

@@ -134,7 +134,7 @@ def _go_on(loop: RunLoop, added: Collection[str]) -> None:
     found = checkpoint.latest(loop.folder.checkpoints)
     for reason in found.skipped if found else ():
         complain(f"passed over {reason}", kind="warning: ")
-    if other := _other_arithmetic(loop.folder):
+    if other := runfolder.other_arithmetic(loop.folder.environment(), runfolder.environment()):
         complain(
             f"begun with {other}: from here on the same to rounding, not to the bit", "warning: "
         )
@@ -142,18 +142,3 @@ def _go_on(loop: RunLoop, added: Collection[str]) -> None:
         refuse_other(found.settings, loop.settings, found.path, added)
     loop.setup.ranks.from_first(found and found.path)
     loop.resume(found)
-
-
-def _other_arithmetic(folder: RunFolder) -> str:
-    """What a run was begun with that rounds otherwise than what it goes on with; "" where nothing does."""
-    begun, now = folder.environment(), runfolder.environment()
-    pairs = {
-        "torch": [about.get("packages", {}).get("torch") for about in (begun, now)],
-        "instructions": [about.get("instructions") for about in (begun, now)],
-        "threads": [about.get("threads") for about in (begun, now)],
-    }
-    return " and ".join(
-        f"{what} {before}, here {here}"
-        for what, (before, here) in pairs.items()
-        if before is not None and before != here
-    )

@@ -11,6 +11,8 @@ class Settings:
 
     debug: bool = False
     """Whether errors are shown as Python has them."""
+    is_whole_process: bool = False
+    """Whether the process ends with the command; not so where a program calls it within itself."""
 
 
 settings = Settings()

@@ -11,6 +11,7 @@ from rich.console import Console
 from bilevel import recipe as recipes
 from bilevel.cli import ensemble
 from bilevel.cli.answer import JSONAnswer
+from bilevel.cli.boundary import complain
 from bilevel.cli.follow import follow
 from bilevel.cli.member import Member
 from bilevel.cli.names import locate
@@ -19,6 +20,7 @@ from bilevel.cli.profiling import profiling
 from bilevel.cli.shown import showing
 from bilevel.cli.signals import Signals
 from bilevel.errors import RecipeError
+from bilevel.problem.signatures import misspelt
 from bilevel.recipe.assemble import assemble
 from bilevel.run import engine
 
@@ -65,8 +67,11 @@ def run(
         ensemble.begin(console, recipe, given, runs, with_report, quiet, answer)
         return
     if dry:
+        warnings = misspelt(setup.problem)
+        for line in warnings:
+            complain(line, kind="warning: ")
         if answer:
-            answer.data |= {"recipe": recipe.content, "hash": recipe.hash}
+            answer.data |= {"recipe": recipe.content, "hash": recipe.hash, "warnings": warnings}
         console.print(recipe.dump().rstrip(), markup=False, highlight=False, soft_wrap=True)
         note = f"# hash {recipe.hash[:12]}, device {setup.device}; nothing was run"
         console.print(note, markup=False, highlight=False)

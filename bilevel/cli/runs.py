@@ -61,7 +61,7 @@ def list_runs(
     found = listed(runs)
     if answer:
         kept = chosen(found, where)
-        kept = ordered(kept, sort, descending) if sort else kept
+        kept = ordered(kept, sort, descending) if sort is not None else kept
         answer.data["runs"] = [_plain(each) for each in kept]
         return
     if not found:
@@ -72,7 +72,7 @@ def list_runs(
         console.print(f"No run of {len(found)} in {runs}/ is so.", markup=False)
         return
     key = (sort or "").removeprefix("-")
-    if sort:
+    if sort is not None:
         kept = ordered(kept, sort, descending)
     asked = [*show, *([key] if key and key not in (*_BESIDE, *show) else [])]
     columns = dict(_COLUMNS)

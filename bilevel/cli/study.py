@@ -16,7 +16,7 @@ from rich.text import Text
 from bilevel.cli import study_cell, sweep_trial
 from bilevel.cli.answer import JSONAnswer
 from bilevel.cli.boundary import Stopped, complain
-from bilevel.cli.names import locate
+from bilevel.cli.names import locate, names_in
 from bilevel.cli.output import going_on
 from bilevel.cli.signals import Signals
 from bilevel.cli.tables import print_fitted
@@ -93,7 +93,7 @@ def _selection(
     asked: Study, regimes: str | None, arms: str | None, seeds: str | None, phase: str | None
 ) -> Asked:
     def names(option: str, given: str | None, known: Collection[str]) -> tuple[str, ...]:
-        found = tuple(name.strip() for name in given.split(",")) if given else ()
+        found = () if given is None else tuple(names_in(given, option))
         for name in found:
             if name not in known:
                 raise RecipeError(f"{option} {unknown(name, known, option.strip('-'))}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from bilevel.cli.signals import Signals
 from bilevel.cli.sweep_trial import LOSSES
 from bilevel.cli.tables import natural_width, print_fitted
 from bilevel.cli.user_code import explaining
-from bilevel.errors import RecipeError, unknown
+from bilevel.errors import CheckpointError, RecipeError, unknown
 from bilevel.events import Evaluated
 from bilevel.recipe.assemble import assemble
 from bilevel.recipe.recipe import Recipe
 from bilevel.run import engine
+from bilevel.runfolder import RunFolder, environment, other_arithmetic
 from bilevel.runfolder.files import parse
+from bilevel.runfolder.folder import ENVIRONMENT
 from bilevel.sinks.numbers import duration, significant
 from bilevel.sweeping import figure, ray, result, space, study
 from bilevel.sweeping import request as requests
@@ -103,6 +107,12 @@ def sweep(
         "overrides": fixed,
         "command": ("bilevel", "run", reference),
     }
+    for other, number in _computed_otherwise(folder).items():
+        complain(
+            f"{number} of the runs that are there were computed with {other}: they compare with those to "
+            "come to rounding, not to the bit",
+            kind="warning: ",
+        )
     with going_on(f"the sweep in {folder}"):
         found = study.study(asked, folder)
         start = _starter(asked, given, workers, address)
@@ -111,6 +121,16 @@ def sweep(
         rows = _conclude(console, driver, answer, workers)
     if any(row.status == "failed" for row in rows):
         raise Stopped(FAILED)
+
+
+def _computed_otherwise(folder: Path) -> Counter[str]:
+    """Runs of a sweep that goes on, by what rounds otherwise here; threads are of the number of workers."""
+    now, found = environment(), Counter[str]()
+    for place in folder.glob(f"trial-*/{ENVIRONMENT}"):
+        with suppress(CheckpointError):  # a damaged folder is told where its run goes on
+            found[other_arithmetic(RunFolder(place.parent).environment(), now, threads=False)] += 1
+    del found[""]
+    return found
 
 
 def _one_of(option: str, given: str, known: Sequence[Any]) -> Any:

@@ -23,9 +23,11 @@ def validate(
 ) -> None:
     """Load a recipe; says that it is valid, or raises with all that is wrong in it, or why a run would refuse it.
 
-    An `answer` has {"valid", "file", "hash", "code": [files of the user's own], "problems": [a line on each]}.
+    An `answer` has {"valid", "file", "hash", "code": [files of the user's own], "problems": [a line on each],
+    "warnings": [a line on each]}.
     """
-    found: dict[str, Any] = {"valid": False, "file": None, "hash": None, "code": [], "problems": []}
+    lists = {name: list[str]() for name in ("code", "problems", "warnings")}
+    found: dict[str, Any] = {"valid": False, "file": None, "hash": None, **lists}
     if answer:
         answer.data = found
     try:
@@ -40,9 +42,10 @@ def validate(
         found["problems"] = lines[1:] or lines
         raise
     found |= {"valid": True, "hash": recipe.hash, "code": [*code(recipe.content)]}
+    found["warnings"] = misspelt(setup.problem)
     text = f"{path}: valid (hash {recipe.hash[:12]})"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     for file in found["code"]:
         console.print(f"  runs code of {file}", markup=False, highlight=False, soft_wrap=True)
-    for line in misspelt(setup.problem):
+    for line in found["warnings"]:
         console.print(f"  warning: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from bilevel.comparing.labels import place
 from bilevel.comparing.table import Row
+from bilevel.sinks import svg
 
 FLOOR = 1e-16
 """An error of zero is drawn here where the reference has no tolerance."""
@@ -30,10 +31,10 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     figure = compose(rows, title)
     if figure is None:
         return []
-    png, svg = folder / "error-cost.png", folder / "error-cost.svg"
+    png, drawing = folder / "error-cost.png", folder / "error-cost.svg"
     figure.savefig(png, dpi=150)
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    svg.save(figure, drawing)
+    return [png, drawing]
 
 
 def compose(rows: Sequence[Row], title: str) -> Any:

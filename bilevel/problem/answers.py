@@ -10,11 +10,12 @@ from dataclasses import replace
 from functools import update_wrapper
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
-from bilevel.rng import Streams, seeded
+from bilevel.rng import Seeded, Streams
 from bilevel.types import Structure
 
 FORMS: Mapping[str, tuple[int, str]] = {
@@ -133,12 +134,13 @@ def _formed(params: Mapping[str, Any]) -> str:
     return "{" + ", ".join(parts) + "}"
 
 
-def initial(problem: Any, streams: Streams) -> tuple[Any, Any]:
+def initial(problem: Any, streams: Streams, device: torch.device | None = None) -> tuple[Any, Any]:
     """x and y as `init` gives them, nested or not, with floating-point tensors for leaves.
 
-    What it draws from a global random state, as the constructor of a module does, is of the seed too.
+    What it draws from a global random state, as the constructor of a module does, is of the seed too,
+    on the CPU and on `device`.
     """
-    with seeded(streams.seed, "init.global"):
+    with Seeded(streams.seed, "init.global", device):
         made = problem.init(streams)
     who = said(problem, "init")
     if not isinstance(made, (tuple, list)) or len(made) != 2:

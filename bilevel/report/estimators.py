@@ -146,7 +146,8 @@ _COMPARED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
     (
         "F at end",
         _with_ends("upper_loss", 1, ".4g"),
-        "F(x, y*(x)) where a run with this estimator has spent the budget of oracle calls",
+        "F(x, y*(x)) where a run with this estimator has spent the budget of oracle calls, on one batch a "
+        "level: with minibatches a number of that batch, noise included",
     ),
 )
 """(head, what stands below it, what it means)"""

@@ -2,7 +2,8 @@
 
 `setup` has Setup and State, `batches` what draws them, `upper` the upper level, `refusals` what
 cannot work together, `upper_step` one step (`accumulation` of several hypergradients, `nonfinite` where
-it fails), `warnings` what it is warned of, `evaluation` the problem's measures, `targets` and
+it fails; `replayed` from its record, `sameness` of the two), `warnings` what it is warned of, `unmoved` what is
+looked at when it is over, `evaluation` the problem's measures, `targets` and
 `early_stop` what is watched of them, `held` those with x as it began, `engine` the loop. No file is written here and nothing is
 printed.
 """

@@ -180,6 +180,19 @@ class Sampler:
         )
 
 
+def first_batch(
+    make: Callable[[torch.Generator], Iterator[Any]], stream: torch.Generator
+) -> tuple[Any, bool]:
+    """A first batch, and whether it is of the stream alone: else of a global random state."""
+    before = stream.get_state()
+    batch, draws = rng.inspected(lambda: next(iter(make(stream)), None))
+    if not draws:
+        return batch, True
+    same = torch.Generator().set_state(before)
+    again, _ = rng.inspected(lambda: next(iter(make(same)), None), seed=1)
+    return batch, torch.equal(glimpse(batch), glimpse(again))
+
+
 COUNTED = 64
 """Draws from which on a place is noted anew: those are drawn again where a step that failed is resumed."""
 RTOL = 0.02

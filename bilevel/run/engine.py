@@ -20,7 +20,8 @@ from bilevel.run.evaluation import draw_figures, evaluate, is_due
 from bilevel.run.held import held
 from bilevel.run.refusals import caution, refuse_mismatch
 from bilevel.run.replayed import ReplayedSteps, is_whole
-from bilevel.run.setup import Setup, State, restore, start
+from bilevel.run.setup import Setup, State, nothing_to_settle, restore, start
+from bilevel.run.unmoved import unmoved
 from bilevel.run.upper_step import advance
 
 __all__ = [
@@ -40,14 +41,24 @@ __all__ = [
 
 
 def prepare(setup: Setup) -> Iterator[Event]:
-    """Refuse what cannot work, then let the problem do its slow work, then place it."""
+    """Refuse what cannot work, then let the problem do its slow work, then place it.
+
+    What either draws from a global random state is of the seed.
+    """
     refuse_mismatch(setup)
     work = setup.levels.get("prepare")
     if work:
-        yield from work(setup.device) if signature(work).parameters else work()
+        told, seeded = (
+            (setup.device,) if signature(work).parameters else (),
+            setup.seeded("prepare"),
+        )
+        with seeded:
+            steps = work(*told)
+        yield from seeded.each(iter(steps))
     place = setup.levels.get("place")
     if place:
-        told = place(setup.device, setup.dtype)
+        with setup.seeded("place"):
+            told = place(setup.device, setup.dtype)
         yield from told if isinstance(told, list) else ()
 
 
@@ -101,6 +112,11 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         if is_due(setup, state):
             yield from evaluate(setup, state)
     state.settle()
+    replayed, state.settle = (
+        None,
+        nothing_to_settle,
+    )  # and with them the memory of what was recorded
+    yield from unmoved(setup, state)
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:
         yield from held(setup, state.step)

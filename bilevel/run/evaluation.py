@@ -39,19 +39,28 @@ def evaluate(setup: Setup, state: State) -> Iterator[Event]:
         is_dated = isinstance(event, (Tabulated, Warned))
         return replace(event, step=state.step) if is_dated else event
 
-    found = yield from measured(setup, measure(state.x, state.y), at_step)
+    found = yield from measured(setup, state, measure, at_step)
     watch(setup, state, found)
     state.evaluated = state.step
     yield Evaluated(state.step, found, time.perf_counter() - began)
 
 
 def measured(
-    setup: Setup, metrics: Any, passed: Callable[[Event], Event | None]
+    setup: Setup,
+    state: State,
+    measure: Callable[..., Any],
+    passed: Callable[[Event], Event | None],
 ) -> Generator[Event, None, dict[str, float]]:
-    """What a problem's `evaluate` gave, as names and numbers, which it must be.
+    """What a problem's `evaluate` gives at a state, as names and numbers, which it must be.
 
-    A generator's events are yielded as `passed` makes them, and left out where that is None.
+    A generator's events are yielded as `passed` makes them, and left out where that is None. What it
+    draws from a global random state is of the seed, and the same at every step.
     """
+    seeded = setup.seeded("evaluate")
+    with seeded:
+        metrics = measure(state.x, state.y)
+    if isinstance(metrics, Iterator):
+        metrics = seeded.each(metrics)
     while isinstance(metrics, Iterator):
         try:
             event = passed(next(metrics))
@@ -78,7 +87,8 @@ def draw_figures(setup: Setup, state: State) -> Iterator[Event]:
     if draw is None:
         return
     yield Progress("figures", 0)
-    figures = draw(state.x, state.y)
+    with setup.seeded("figures"):
+        figures = draw(state.x, state.y)
     require_figures(figures, said(setup.problem, "figures"))
     for name, figure in figures.items():
         yield Drawn(state.step, name, figure)

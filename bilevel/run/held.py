@@ -62,7 +62,7 @@ def held(setup: Setup, step: int) -> Iterator[Event]:
         """Tables and warnings are of the run's own end alone."""
         return event if isinstance(event, Progress) else None
 
-    found = yield from measured(setup, measure(state.x, state.y), progress)
+    found = yield from measured(setup, state, measure, progress)
     yield Held(step, found, time.perf_counter() - began)
 
 

@@ -17,6 +17,7 @@ from bilevel.optimizers.learned import learned
 from bilevel.problem.levels import Levels, require_offers
 from bilevel.problem.purity import refuse_impure
 from bilevel.problem.signatures import misspelt, refuse_arguments
+from bilevel.run.batches import first_batch
 from bilevel.run.early_stop import watched
 from bilevel.run.setup import Setup, State
 from bilevel.types import Counts, Estimator, Loss, Needs, Offers, Params
@@ -213,16 +214,31 @@ def caution(setup: Setup, state: State) -> Iterator[Warned]:
     if state.step:
         return
     problem, stream = setup.problem, rng.stream(setup.seed, "inspection")
-    counts = Counts()
+    counts, loose = Counts(), list[str]()
     policies = setup.upper.nonfinite, getattr(setup.lower, "nonfinite", "halt")
     for loss, make in (
         (Loss(problem.upper_loss, None, counts, "upper"), problem.upper_batches),
         (Loss(problem.lower_loss, None, counts, "lower"), problem.lower_batches),
     ):
-        batch = tree.to(next(iter(make(stream)), None), setup.device, setup.dtype)
+        drawn, is_repeatable = first_batch(make, stream)
+        batch = tree.to(drawn, setup.device, setup.dtype)
+        loose += [] if is_repeatable else [f"{loss.level}_batches"]
         # a batch that is not finite is what `skip` is for
         with suppress(*[ConvergenceError] if "skip" in policies else []):
             refuse_impure(loss.on(batch), state.x, state.y)
+    restart = setup.levels.restart(state.y)
+    if restart and rng.inspected(lambda: restart(state.x))[1]:
+        loose.append("lower_start")
+    if loose:
+        state.warned["global draws"] = 0
+        yield Warned(
+            0,
+            "global draws",
+            f"{' and '.join(loose)} draw from the global random state of torch, numpy or random, which is "
+            "not of the seed: another run of this recipe is another one, and this one cannot be resumed. "
+            "Batches are to be drawn from the given stream (a DataLoader that shuffles takes generator=stream), "
+            "and with them what a start needs",
+        )
     if close := misspelt(problem):
         state.warned["misspelt"] = 0
         yield Warned(0, "misspelt", "; ".join(close))

@@ -16,14 +16,12 @@ is called at it: an optimizer of `torch.optim` or of somebody's own, or the prob
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ProblemError
@@ -32,9 +30,9 @@ from bilevel.optimizers.differentiable import SGD, Adam, AdamW, RMSprop
 from bilevel.replay.program import OTHERS, Departed, Draws, Feed, NotReplayable, Program, record
 from bilevel.replay.python_state import PythonState
 from bilevel.replay.regions import CannotCompile, Compiler
+from bilevel.run.sameness import is_same, perturbed
 from bilevel.run.setup import Setup, State
 from bilevel.run.upper_step import Taken, moved, take_rounds
-from bilevel.scalars.table import RowTable
 
 EVERY = 50
 """Replays from the first comparison with the step itself to the second; from each to the next twice as many."""
@@ -50,8 +48,6 @@ SELDOM = 30
 """Replays in a row after which a departure is one of a rare kind, such as a full pass now and then."""
 TIMES = 10
 """How often such a kind is met before it is recorded, which costs as much as some twenty of them."""
-ROUNDING_SLACK = 100
-"""How much farther than by a change of its inputs in the last digit a compiler may take a result."""
 
 OTHER = (
     "from its record it comes to other bits than by itself: a loss or a component depends on what Python "
@@ -328,87 +324,6 @@ def is_whole(setup: Setup) -> bool:
     """Whether the step of x is a function of tensors alone: no Python that may remember, and one rate."""
     is_ours = type(setup.upper.optimizer) in (SGD, Adam, AdamW, RMSprop)
     return is_ours and setup.upper.schedule is None and "project_upper" not in setup.levels
-
-
-def perturbed(step: Any, inputs: Any, feed: Feed, truth: Any) -> Any:
-    """The step once more, from inputs that differ in the last digit: how far rounding may take its results.
-
-    What is all but zero where a run has converged, a difference of like terms, has no digits to agree in. None
-    where that step takes another way than the step itself (another number of iterations, another draw).
-    """
-    signs = torch.Generator().manual_seed(0)
-    dtypes = {entry.dtype for level in ("x", "y") for entry in inputs[level].values()}
-
-    def perturb(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dtype not in dtypes:  # a counter, for one
-            return leaf
-        sign = torch.randint(2, leaf.shape, generator=signs).to(leaf.device, leaf.dtype) * 2 - 1
-        return leaf * (1 + torch.finfo(leaf.dtype).eps * sign)
-
-    try:
-        found = step(tree.map_nested(perturb, inputs, whole=(RowTable,)), feed.taken())
-    except Exception:  # a loss that is not finite, a draw that the step itself does not make
-        return None
-    return found if _is_alike(found, truth) else None
-
-
-def _is_alike(one: Any, other: Any) -> bool:
-    """Whether two results differ in floating numbers alone."""
-    leaves, others = dict(tree.named(one)), dict(tree.named(other))
-    if leaves.keys() != others.keys():
-        return False
-    return all(
-        _is_floating(a, others[where]) or is_same(a, others[where]) for where, a in leaves.items()
-    )
-
-
-def _is_floating(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.is_floating_point() and a.dtype == b.dtype and a.shape == b.shape
-    return isinstance(a, float) and isinstance(b, float)
-
-
-def is_same(one: Any, other: Any, near: float | None = None, moved: Any = None) -> bool:
-    """Whether two results are the same bits, but for what is called seconds.
-
-    With `near`, whether floating tensors and numbers are that close, relative to the largest of a tensor, or
-    as close as `ROUNDING_SLACK` times how far the other one is from `moved`, what `perturbed` gives.
-    """
-    if one is other:
-        return True
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or one.shape != other.shape:
-            return False
-        return torch.equal(one, other) or (near is not None and _is_near(one, other, near, moved))
-    if not tree.is_nested(one) or not tree.is_nested(other):
-        return _is_same_leaf(one, other, near, moved)
-    parts, others = dict(tree.parts(one)), dict(tree.parts(other))
-    if parts.keys() != others.keys():
-        return False
-    beside = dict(tree.parts(moved)) if tree.is_nested(moved) else {}
-    return all(
-        where.endswith(".seconds") or is_same(part, others[where], near, beside.get(where))
-        for where, part in parts.items()
-    )
-
-
-def _is_same_leaf(a: Any, b: Any, near: float | None, moved: Any) -> bool:
-    if bool(a == b or (a != a and b != b)):
-        return True
-    if near is None or not (isinstance(a, float) and isinstance(b, float)):
-        return False
-    away = abs(moved - b) if isinstance(moved, float) else 0.0
-    allowed = near * max(abs(a), abs(b)) + ROUNDING_SLACK * away
-    return math.isfinite(allowed) and abs(a - b) <= allowed
-
-
-def _is_near(a: Tensor, b: Tensor, near: float, moved: Any) -> bool:
-    if not a.is_floating_point():
-        return False
-    allowed = near * (float(b.abs().max()) if b.numel() else 0.0)
-    if isinstance(moved, Tensor) and moved.shape == b.shape and b.numel():
-        allowed += ROUNDING_SLACK * float((moved - b).abs().max())
-    return math.isfinite(allowed) and bool(((a - b).abs() <= allowed).all())
 
 
 def _said(error: Exception) -> str:

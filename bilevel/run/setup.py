@@ -11,7 +11,7 @@ import torch
 
 from bilevel import tree
 from bilevel.errors import BilevelError, CheckpointError, ProblemError, RecipeError
-from bilevel.events import Totals
+from bilevel.events import Stepped, Totals
 from bilevel.problem.answers import initial, said
 from bilevel.problem.autocast import NEEDS_FLOAT32, under_autocast
 from bilevel.problem.levels import Levels
@@ -22,7 +22,7 @@ from bilevel.problem.states import require_state
 from bilevel.problem.tied import Ties
 from bilevel.ranks import ALONE, Ranks
 from bilevel.registry.build import resolve
-from bilevel.rng import Streams
+from bilevel.rng import Seeded, Streams
 from bilevel.run.batches import Draws, Sampler, paired
 from bilevel.run.options import require
 from bilevel.run.targets import Best, EarlyStop
@@ -99,10 +99,18 @@ class Setup:
         team.levels = {"x", "y"} if with_x else {"y"}
         return team.cut(x) if with_x else x, team.cut(y)
 
+    def seeded(self, method: str) -> Seeded:
+        """Within it a method of the problem may draw from the global random states: they are of the seed."""
+        return Seeded(self.seed, f"{method}.global", self.device)
+
     @cached_property
     def levels(self) -> Levels:
         """What the problem offers, found once."""
         return Levels(self.problem)
+
+
+def nothing_to_settle() -> None:
+    """Where no step was replayed."""
 
 
 @dataclass
@@ -130,7 +138,11 @@ class State:
     watched: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The best of each measure that is watched, when, and how often not since (`run.early_stop`)."""
 
-    settle: Callable[[], None] = lambda: None
+    began: dict[str, Params] = field(default_factory=dict)
+    """Some of each entry of x and y before the first step (`run.unmoved`)."""
+    last: Stepped | None = None
+    """What was said of the last step that was taken here."""
+    settle: Callable[[], None] = nothing_to_settle
     """Compares what was replayed since the last comparison with the steps themselves (`run.replayed`)."""
 
     def rewind(self) -> None:
@@ -175,7 +187,7 @@ def start(setup: Setup) -> State:
     Where the problem's x or y is nested, `setup.problem` is from now on the same problem of flat
     dicts (`NestedVariables`).
     """
-    x, y = initial(setup.problem, Streams(setup.seed))
+    x, y = initial(setup.problem, Streams(setup.seed), setup.device)
     if tree.flat(x, "x") is not x or tree.flat(y, "y") is not y:
         setup.flatten(x, y)
         x, y = tree.flat(x, "x"), tree.flat(y, "y")
@@ -188,6 +200,7 @@ def start(setup: Setup) -> State:
         tree.contiguous(tree.clone(tree.to(params, setup.device, setup.dtype))) for params in (x, y)
     )
     x, y = setup.shard(x, y)
+    began = {"x": glimpsed(x), "y": glimpsed(y)}
     upper_batches, lower_batches = _draws(setup)
     return State(
         step=0,
@@ -198,7 +211,14 @@ def start(setup: Setup) -> State:
         estimator=None,
         upper_batches=upper_batches,
         lower_batches=lower_batches,
+        began=began,
     )
+
+
+def glimpsed(params: Params, most: int = 4096) -> Params:
+    """Copies of up to `most` numbers of each entry, evenly spread."""
+    flat = {name: entry.detach().reshape(-1) for name, entry in params.items()}
+    return {name: entry[:: -(-len(entry) // most) or 1].clone() for name, entry in flat.items()}
 
 
 def _draws(setup: Setup) -> tuple[Draws, Draws]:

@@ -86,7 +86,7 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
     if answer:
         yield from answer.settle(state)
     yield from warn(setup, state, estimate, solution)
-    yield Stepped(
+    state.last = Stepped(
         state.step,
         taken.value,
         lower.loss,
@@ -97,6 +97,7 @@ def advance(setup: Setup, state: State, take: Take | None = None) -> Iterator[Ev
         time.perf_counter() - began,
         None if sent is None else Sent(*ranks.ledger.since(sent)),
     )
+    yield state.last
 
 
 def _taken(setup: Setup, state: State, take: Take | None = None) -> Taken:

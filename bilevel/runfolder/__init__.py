@@ -11,7 +11,17 @@ from bilevel.runfolder.folder import (
     environment,
     find,
     find_all,
+    other_arithmetic,
     summaries,
 )
 
-__all__ = ["RunFolder", "Summary", "create", "environment", "find", "find_all", "summaries"]
+__all__ = [
+    "RunFolder",
+    "Summary",
+    "create",
+    "environment",
+    "find",
+    "find_all",
+    "other_arithmetic",
+    "summaries",
+]

@@ -248,6 +248,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def other_arithmetic(
+    begun: Mapping[str, Any], now: Mapping[str, Any], *, threads: bool = True
+) -> str:
+    """In what two environments round otherwise, as "torch 2.12, here 2.13"; "" where in nothing that is known."""
+    pairs = {
+        "torch": [about.get("packages", {}).get("torch") for about in (begun, now)],
+        "instructions": [about.get("instructions") for about in (begun, now)],
+    }
+    if threads:
+        pairs["threads"] = [about.get("threads") for about in (begun, now)]
+    return " and ".join(
+        f"{what} {before}, here {here}"
+        for what, (before, here) in pairs.items()
+        if before is not None and before != here
+    )
+
+
 def summary_of(folder: RunFolder) -> Summary:
     try:
         return _read_summary(folder)

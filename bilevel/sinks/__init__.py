@@ -2,7 +2,7 @@
 
 `jsonl` is the record, `rows` what measures were computed from, `figures` what a problem drew,
 `console` the progress that is shown; `tensorboard`, `wandb`, `mlflow` and `trackio` keep copies in
-trackers (`tracking`). A sink sees events and nothing of the run behind them.
+trackers (`tracking`); `svg` writes a figure. A sink sees events and nothing of the run behind them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from bilevel.components import component
 from bilevel.errors import CheckpointError, ProblemError
 from bilevel.events import Drawn, Event
+from bilevel.sinks import svg
 
 FOLDER = "figures"
 
@@ -54,7 +55,4 @@ class FigureWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "_", event.name)
         event.figure.savefig(self.folder / f"{name}.png", dpi=self.dpi, bbox_inches="tight")
-        # No date in the file: the same run draws the same bytes.
-        event.figure.savefig(
-            self.folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None}
-        )
+        svg.save(event.figure, self.folder / f"{name}.svg", bbox_inches="tight")

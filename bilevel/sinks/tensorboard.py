@@ -17,7 +17,8 @@ FOLDER = "tensorboard"
 class TensorBoard:
     """Scalars, figures, warnings and the recipe's settings (tab HParams) as tensorboard/events.out.tfevents.*.
 
-    A resumed run writes another file, with the record up to its checkpoint; it voids those before it.
+    A resumed run writes another file, with the record up to its checkpoint; it voids those before it. Settings are
+    those of runs that are over: one that was interrupted has none until it is.
     """
 
     def require(self) -> None:
@@ -57,7 +58,12 @@ class TensorBoardRun:
         self._writer.add_text(name, text, step)
 
     def end(self, status: tracking.Status) -> None:
-        """The settings and the last measures, in the same file: `add_hparams` would make a run of its own."""
+        """The settings and the last measures, in the same file: `add_hparams` would make a run of its own.
+
+        Not of a run that may go on: TensorBoard shows those that it finds first.
+        """
+        if status == "stopped":
+            return
         from torch.utils.tensorboard.summary import hparams
 
         flat = tracking.flat(self._recipe) | {"status": status}

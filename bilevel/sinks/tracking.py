@@ -27,6 +27,7 @@ from bilevel.errors import (
     reason_of,
 )
 from bilevel.events import (
+    COMPLETE,
     Drawn,
     Event,
     Finished,
@@ -178,7 +179,7 @@ def recorded(folder: Path, step: int) -> Iterator[dict[str, Any]]:
 
 def status(reason: str) -> Status:
     """How a run ended, for a tracker: `Finished.reason` in three words."""
-    return "done" if reason == "done" else ("failed" if reason in _FAILED else "stopped")
+    return "done" if reason in COMPLETE else ("failed" if reason in _FAILED else "stopped")
 
 
 _FAILED = ("diverged", "failed")

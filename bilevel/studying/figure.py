@@ -6,14 +6,13 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; shapes and dashe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bilevel.sinks import svg
 from bilevel.studying.courses import ArmCourse
 from bilevel.studying.effort import Replaced
 from bilevel.studying.file import BASELINE, OURS, Study
@@ -37,28 +36,8 @@ def draw(study: Study, found: Findings, folder: Path) -> list[Path]:
     made = composed(study, found, folder)
     for path, figure in made.items():
         folder.mkdir(parents=True, exist_ok=True)
-        save(figure, path)
+        svg.save(figure, path)
     return list(made)
-
-
-def save(figure: Any, path: Path) -> None:
-    """As an SVG that is the same bytes each time."""
-    out = StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    path.write_text(numbered(out.getvalue()), encoding="utf-8")
-
-
-def numbered(text: str) -> str:
-    """The names of clip paths, markers and hatches as numbers, in order of appearance.
-
-    matplotlib makes them from every digit of their coordinates, of which CPUs with other instructions round the last otherwise.
-    """
-    names: dict[str, str] = {}
-    return re.sub(
-        r"\b([pmh])[0-9a-f]{10}\b",
-        lambda found: names.setdefault(found[0], f"{found[1]}{len(names)}"),
-        text,
-    )
 
 
 def composed(study: Study, found: Findings, folder: Path) -> dict[Path, Any]:

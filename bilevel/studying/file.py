@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -215,15 +216,15 @@ class Study:
 
     @cached_property
     def recipe(self) -> Path:
-        return self.path.parent / self.content.recipe
+        return self.path.parent / os.path.expanduser(self.content.recipe)
 
     @cached_property
     def results(self) -> Path:
-        return Path(self.content.results)
+        return Path(os.path.expanduser(self.content.results))
 
     @cached_property
     def page(self) -> Path | None:
-        return Path(self.content.page) if self.content.page else None
+        return Path(os.path.expanduser(self.content.page)) if self.content.page else None
 
     def load(self, assignments: list[str]) -> recipes.Recipe:
         """The recipe of a cell. Raises `RecipeError` where its settings do not go together."""

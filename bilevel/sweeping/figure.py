@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bilevel.sinks import svg
 from bilevel.sweeping.request import Request
 from bilevel.sweeping.result import Trial, short
 from bilevel.sweeping.space import Dimension, Range
@@ -30,10 +31,10 @@ def draw(
     figure = compose(request, found, importance)
     if figure is None:
         return []
-    png, svg = folder / "sweep.png", folder / "sweep.svg"
+    png, drawing = folder / "sweep.png", folder / "sweep.svg"
     figure.savefig(png, dpi=150)
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    svg.save(figure, drawing)
+    return [png, drawing]
 
 
 def compose(request: Request, found: Sequence[Trial], importance: Mapping[str, float]) -> Any:

@@ -200,9 +200,10 @@ def _evaluate(at: Place) -> Iterator[str]:
     if measure is None:
         return
     kept = tree.clone(at.x), tree.clone(at.y)
-    metrics = measure(at.x, at.y)
-    if isinstance(metrics, Iterator):
-        metrics = _last(metrics)
+    with at.setup.seeded("evaluate"):
+        metrics = measure(at.x, at.y)
+        if isinstance(metrics, Iterator):
+            metrics = _last(metrics)
     for name, part, before in (("x", at.x, kept[0]), ("y", at.y, kept[1])):
         if said := difference(part, before):
             yield f"evaluate writes into {name}: {said}"

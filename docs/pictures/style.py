@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bilevel.studying.figure import numbered
+from bilevel.sinks.svg import numbered
 
 INK, PALE, PAPER = "#24292e", "#8c939a", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#00795a", "#a8437f", "#3d9bd4"

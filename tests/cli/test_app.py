@@ -126,7 +126,7 @@ def test_a_file_bears_its_commands_name():
     shared = {"__init__", "app", "boundary", "names", "output", "run_loop", "signals", "tables"}
     shared |= {"user_code", "completion", "remove", "selection", "watch", "answer", "shown"}
     shared |= {"ensemble", "one_run", "sweep_trial", "options", "profiling", "doctor_ranks"}
-    shared |= {"study_cell", "docstrings"}
+    shared |= {"study_cell", "docstrings", "importing"}
     shared |= {"spreading", "launch", "member", "follow"}
     assert files - set(COMMANDS) == shared
 

@@ -21,6 +21,18 @@ from tests.cli.commands import RUNNER, invoke, run
         (["resume", "absent"], 2, "is not a run"),
         (["report", "absent"], 2, "is not a run"),
         (["check", "quadratic", "--estimators", "implict"], 2, "Did you mean 'implicit'"),
+        (["check", "quadratic", "--estimators", ""], 2, "--estimators '': must be names like A,B"),
+        (["check", "quadratic", "--path", "--estimators", ""], 2, "--estimators '': must be names"),
+        (["check", "quadratic", "--estimators", "cg,"], 2, "--estimators 'cg,': must be names"),
+        (["compare", "quadratic", "--estimators", ""], 2, "--estimators '': must be names"),
+        (["compare", "quadratic", "--estimators", "cg,,"], 2, "--estimators 'cg,,': must be names"),
+        (["study", "condition", "--no-run", "--arm", ""], 2, "--arm '': must be names like A,B"),
+        (
+            ["study", "condition", "--no-run", "--phase", ""],
+            2,
+            "--phase '': must be names like A,B",
+        ),
+        (["runs", "--show", ""], 2, "--show '': must be names like A,B"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

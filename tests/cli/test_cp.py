@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bilevel.cli.names import shipped
-from tests.cli.commands import invoke
+from tests.cli.commands import SHORT, invoke
 
 
 def test_cp_copies_and_never_overwrites(tmp_path: Path):
@@ -20,6 +20,16 @@ def test_cp_copies_and_never_overwrites(tmp_path: Path):
     invoke("cp", "ridge", tmp_path / "other")
     assert (tmp_path / "other.yaml").is_file()
     assert "no such folder" in invoke("cp", "ridge", tmp_path / "a" / "b.yaml", code=2).stderr
+
+
+def test_paths_of_the_home_folder_that_a_shell_has_left(tmp_path: Path, monkeypatch):
+    """As in --runs-dir=~/runs; a folder that is called ~ is a danger to the one that it is not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    invoke("cp", "quadratic", "~/mine.yaml")
+    assert f"{tmp_path}/mine.yaml: valid" in invoke("validate", "~/mine.yaml").output
+    invoke("run", "~/mine.yaml", *SHORT, "--runs-dir=~/runs")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "runs"}
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,9 @@ def test_runs_shows_what_is_asked_for(runs):
     assert [first[0][-1], *first[-2:]] == ["b", "-", "1"]
     assert [second[0][-1], *second[-2:]] == ["a", "0.9", "0"]
     assert "gap" in invoke("runs", "--runs-dir", runs, "--sort", "gap").output.splitlines()[0]
+    for machine in ([], ["--json"]):
+        end = invoke("runs", "--runs-dir", runs, "--sort", "", *machine, code=2)
+        assert "error: --sort " in end.stderr
     assert "No run of 4 in" in invoke("runs", "--runs-dir", runs, "--where", "seed=77").output
     said = invoke("runs", "--runs-dir", runs, "--where", "seed", code=2).stderr
     assert "must be like KEY=VALUE" in said

@@ -65,6 +65,8 @@ def test_a_grid_its_trials_and_the_recipe_that_wins(runs, drawn, monkeypatch):
     assert [each["value"] for each in trials] == sorted(truth.values())
     assert found(runs)["importance"] == {LR: 1.0}
     assert (place / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert re.findall(r'id="([pm]\w+)"', drawing := (place / "sweep.svg").read_text())
+    assert not re.search(r"\b[pmh][0-9a-f]{10}\b", drawing)  # which are others in each file
     (head, *rows) = csv.reader((place / "trials.csv").read_text().splitlines())
     assert head == ["trial", "status", "upper_loss", "half", LR, "seconds", "reason"]
     assert [float(row[2]) for row in rows] == sorted(truth.values())
@@ -259,6 +261,23 @@ def test_ctrl_c_saves_the_trial_and_the_same_command_goes_on(runs, breaks, tmp_p
         for place in (runs / "whole", runs)
     )
     assert one == two
+
+
+def test_a_sweep_that_goes_on_with_another_cpu_is_warned_of(runs):
+    """Its trials compare to rounding; with another number of workers they have other threads, as is known."""
+    sweep(runs, f"{LR}=0.01,0.1")
+    assert "warning" not in sweep(runs, f"{LR}=0.01,0.1").stderr  # negative control
+    first, path = sorted((runs / "quadratic-sweep").glob("trial-*/environment.json"))
+    about = json.loads(path.read_text("utf-8"))
+    here = about["instructions"]
+    path.write_text(json.dumps(about | {"instructions": "AVX3", "threads": 99}), "utf-8")
+    first.write_text("{")  # damaged: no more is known of it
+    said = sweep(runs, f"{LR}=0.01,0.1").stderr
+    assert (
+        f"1 of the runs that are there were computed with instructions AVX3, here {here}: " in said
+    )
+    assert "to rounding, not to the bit" in said
+    assert "threads" not in said
 
 
 def test_of_several_seeds_the_mean_so_far_is_told(tmp_path):

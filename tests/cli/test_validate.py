@@ -1,5 +1,6 @@
 """`validate`: every error with its line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,14 @@ def test_a_misspelt_method_is_warned_of(tmp_path: Path):
     path.write_text("problem: mine.py:Mine\n")
     said = invoke("validate", path).output
     assert "warning: Mine.project_uper is not a method that a run calls. Did you mean" in said
+    (line,) = json.loads(invoke("validate", path, "--json").stdout)["warnings"]
+    assert line in said
+    dry = invoke("run", path, "--dry-run", "--json")
+    assert json.loads(dry.stdout)["warnings"] == [line]
+    assert f"warning: {line}" in dry.stderr
     (tmp_path / "mine.py").write_text(PROBLEM.replace("project_uper", "project_upper"))
     assert "warning" not in invoke("validate", path).output
+    assert json.loads(invoke("validate", path, "--json").stdout)["warnings"] == []
 
 
 PROBLEM = """

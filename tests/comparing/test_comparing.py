@@ -244,6 +244,8 @@ def test_the_figure_is_png_and_svg(tmp_path):
     png, svg = figure.draw(rows, tmp_path, "title")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
+    first = svg.read_bytes()
+    assert figure.draw(rows, tmp_path, "title")[1].read_bytes() == first
     assert figure.draw([replace(row, error=None) for row in rows], tmp_path, "t") == []
 
 

@@ -11,7 +11,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.one_step import OneStep
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.unroll import Unroll
-from bilevel.events import CAPTURED, Traced
+from bilevel.events import CAPTURED, Evaluated, Traced
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+CUDA = torch.device("cuda")
 ESTIMATORS = {
     "cg": Implicit(solver=CG(iterations=50, tolerance=1e-10)),
     "dense": Implicit(solver=Dense()),
@@ -53,6 +54,37 @@ def test_a_run_ends_where_it_ends_on_the_cpu(estimator):
     gpu = replace(cpu, device=torch.device("cuda"))
     for a, b in zip(end(cpu), end(gpu), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+class Drawing(Quadratic):
+    """Draws on the device wherever the run calls it once in a while."""
+
+    def init(self, streams):
+        x, y = super().init(streams)
+        return x, tree.map(lambda p: p + torch.rand(p.shape, device="cuda").to(p), y)
+
+    def evaluate(self, x, y):
+        return {"noise": float(torch.rand((), device=y["y"].device))}
+
+
+def test_draws_on_the_device_are_of_the_seed():
+    def noise(seed):
+        scene = Setup(
+            Drawing(), Gradient(steps=2), Upper(steps=2), Alternating(), seed=seed, device=CUDA
+        )
+        state = start(scene)
+        return state.y["y"].tolist(), [
+            e.metrics["noise"] for e in run(scene, state) if isinstance(e, Evaluated)
+        ]
+
+    before = torch.cuda.get_rng_state()
+    first, other = noise(1), noise(2)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.cuda.manual_seed(7)
+    assert noise(1) == first
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+    assert first[1][0] == first[1][1]
 
 
 def test_float32_on_the_gpu_is_near_float64_on_the_cpu():

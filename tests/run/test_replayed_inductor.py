@@ -14,7 +14,7 @@ from bilevel.events import COMPILED
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD
 from bilevel.replay.program import Feed
-from bilevel.run import engine, replayed
+from bilevel.run import engine, replayed, sameness
 from bilevel.sinks.console import ConsoleReceiver
 from bilevel_problems.logistic import Logistic
 from tests.run.replays import ended, require_same
@@ -158,7 +158,7 @@ INPUTS = {
 
 
 def test_what_differs_in_the_last_digit_is_moved_and_counters_are_not():
-    found = replayed.perturbed(lambda inputs, draws: inputs, INPUTS, feed_of(1, 2), INPUTS)
+    found = sameness.perturbed(lambda inputs, draws: inputs, INPUTS, feed_of(1, 2), INPUTS)
     assert torch.equal(found["lower"]["step"], INPUTS["lower"]["step"])
     away = (found["x"]["x"] - 1).abs()
     assert away.max() == torch.finfo(torch.float64).eps
@@ -172,15 +172,15 @@ def test_a_step_that_takes_another_way_says_nothing_of_rounding():
 
     feed = feed_of(1, 2, 3)
     truth = step(INPUTS, feed.taken())
-    assert replayed.perturbed(step, INPUTS, feed, truth) is None
+    assert sameness.perturbed(step, INPUTS, feed, truth) is None
     assert (
-        replayed.perturbed(lambda *given: {"steps": 1, "drawn": [1]}, INPUTS, feed, truth) == truth
+        sameness.perturbed(lambda *given: {"steps": 1, "drawn": [1]}, INPUTS, feed, truth) == truth
     )
 
 
 def test_no_batch_is_drawn_that_the_step_did_not_draw():
     feed = feed_of(1, 2, 3)
-    many = replayed.perturbed(
+    many = sameness.perturbed(
         lambda inputs, draws: [next(draws["lower"]) for _ in range(3)], INPUTS, feed, [1, 2, 3]
     )
     assert many is None
@@ -189,7 +189,7 @@ def test_no_batch_is_drawn_that_the_step_did_not_draw():
 
 def test_an_infinity_is_near_nothing():
     one, far = torch.tensor([7.0, 1.0]), torch.tensor([torch.inf, 1.0])
-    assert not replayed.is_same(one, far, 1e-8)
-    assert not replayed.is_same(7.0, torch.inf, 1e-8)
-    assert not replayed.is_same(one, one + 1, 1e-8, far)
-    assert replayed.is_same(one, one + 1e-9, 1e-8)  # control
+    assert not sameness.is_same(one, far, 1e-8)
+    assert not sameness.is_same(7.0, torch.inf, 1e-8)
+    assert not sameness.is_same(one, one + 1, 1e-8, far)
+    assert sameness.is_same(one, one + 1e-9, 1e-8)  # control

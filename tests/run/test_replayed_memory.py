@@ -1,6 +1,8 @@
 """What Python remembers beside the tensors of a replayed step: it is looked at, or compared with the step."""
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from bilevel.optimizers import SGD
 from bilevel.problem.learned_start import LearnedStart
 from bilevel.run import replayed
 from bilevel.run.engine import restore, run, start
-from bilevel.run.minimize import minimize
+from bilevel.run.minimize import iterate, minimize
 from bilevel.run.targets import EarlyStop
 from tests.run.replays import FIXED, Parts, ended, require_same
 from tests.run.setups import frozen, setup
@@ -228,3 +230,36 @@ def test_a_record_that_is_left_for_another_is_compared_too(change):
     else:
         with pytest.raises(ProblemError, match=r"step 9: .* Up to 5 steps before it may be others"):
             list(run(s, start(s)))
+
+
+def test_what_is_over_holds_no_record():
+    scene = setup(estimator=Implicit(solver=FIXED), compile="step", steps=8)
+    state = start(scene)
+    records = []
+    for event in run(scene, state):
+        if isinstance(event, Stepped) and (owner := getattr(state.settle, "__self__", None)):
+            records.append(weakref.ref(owner))
+            del owner
+    gc.collect()
+    assert records
+    assert not [record for record in records if record() is not None]
+
+
+def test_an_iteration_that_is_left_is_compared_where_that_is_asked_for():
+    def left(change):
+        iteration = iterate(
+            ByEntry(change),
+            estimator=Unroll(),
+            steps=40,
+            compile="step",
+            lower=Gradient(steps=5, optimizer=SGD(lr=0.05)),
+            dtype="float64",
+        )
+        steps = (event for event in iteration if isinstance(event, Stepped))
+        list(itertools.islice(steps, 12))
+        assert iteration.state is not None
+        return iteration.state
+
+    left(99).settle()  # negative control
+    with pytest.raises(ProblemError, match=r"runtime\.compile: step 12: from its record it comes"):
+        left(6).settle()

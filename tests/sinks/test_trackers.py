@@ -241,6 +241,18 @@ def test_tensorboard_has_figures_text_and_settings(folder):
     assert b"implicit" in begun
 
 
+@pytest.mark.parametrize("first", ["interrupted", "terminated"])
+def test_tensorboard_says_how_a_resumed_run_has_ended(first, folder):
+    """It keeps the settings that it reads first, and with them how the run was said to have ended."""
+    write(TensorBoard(), folder, [*events(1, 3), Finished(3, first, 1.0)])
+    _, stopped = read_tensorboard(folder)
+    assert "_hparams_/session_start_info" not in stopped.summary_metadata
+    write(TensorBoard(), folder, events(4), step=3)
+    _, found = read_tensorboard(folder)
+    begun = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"done" in begun
+
+
 def test_wandb_has_settings_figures_warnings_and_how_it_ended(folder, monkeypatch):
     pytest.importorskip("wandb", reason="needs bilevel[wandb]")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 36 + "feed")
@@ -375,7 +387,13 @@ def test_numbers_that_are_not_finite_are_numbers():
 
 @pytest.mark.parametrize(
     ("reason", "expected"),
-    [("done", "done"), ("interrupted", "stopped"), ("hung up", "stopped"), ("diverged", "failed")],
+    [
+        ("done", "done"),
+        ("stopped early", "done"),  # as evaluate.stop asks: it is over
+        ("interrupted", "stopped"),
+        ("hung up", "stopped"),
+        ("diverged", "failed"),
+    ],
 )
 def test_an_end_is_one_of_three(reason, expected):
     assert tracking.status(reason) == expected

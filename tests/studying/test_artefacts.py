@@ -8,6 +8,7 @@ from rich.console import Console
 
 from bilevel.cli import study_cell
 from bilevel.cli.names import shipped_studies
+from bilevel.sinks import svg
 from bilevel.studying import figure, page
 from bilevel.studying import file as files
 from bilevel.studying.drive import specification
@@ -61,7 +62,7 @@ def test_pages_and_pictures_are_what_the_cells_say(name, monkeypatch, tmp_path):
 
     assert filled(text) == text
     for path, made in drawn.items():
-        figure.save(made, tmp_path / path.name)
+        svg.save(made, tmp_path / path.name)
         assert path.is_file()
         if PINNED:  # another matplotlib draws other bytes
             assert (tmp_path / path.name).read_text("utf-8") == path.read_text("utf-8")

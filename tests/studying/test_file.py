@@ -19,6 +19,17 @@ def test_a_file_is_read(tmp_path):
     assert words({"a.b": {"c": 1e-5}, "d": None}) == {"a.b": '{"c": 1e-05}', "d": "null"}
 
 
+def test_paths_may_be_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = small.TEXT
+    for key in ("recipe", "results", "page"):
+        text = text.replace(f"\n{key}: ", f"\n{key}: ~/mine/")
+    study = files.read(small.lay(tmp_path, text.replace("~/mine/quadratic", "~/quadratic")))
+    assert study.results == tmp_path / "mine" / "results"
+    assert study.page == tmp_path / "mine" / "page.md"
+    assert study.recipe == tmp_path / "quadratic.yaml"
+
+
 def test_arms_come_with_those_they_come_after(tmp_path):
     text = small.TEXT.replace("arms: [ours, baseline]", "arms: [again, mixed]")
     content = files.read(small.lay(tmp_path, text)).content

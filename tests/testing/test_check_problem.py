@@ -99,6 +99,23 @@ def test_batches_from_everybodys_stream():
     assert "draws from the global random state" in said
 
 
+def test_measures_that_draw_are_of_the_seed_and_leave_the_callers_state():
+    drawn = []
+
+    class Sampled(Right):
+        def evaluate(self, x, y):
+            drawn.append(float(torch.rand(())))
+            return {"noise": drawn[-1]}
+
+    before = torch.get_rng_state()
+    check_problem(Sampled())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    check_problem(Sampled())
+    torch.set_rng_state(before)
+    assert drawn[0] == drawn[1]
+
+
 def test_batches_that_lose_their_place():
     class Forgetful:
         def __init__(self, constants):

@@ -190,7 +190,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _described(value, hashlib.sha256(content(value)).hexdigest())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        told = [field.name for field in dataclasses.fields(value) if field.compare]
+        parts = {name: getattr(value, name) for name in told}
         return {"class": type(value).__qualname__, **_plain(parts)}
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import Literal
 
@@ -61,7 +62,8 @@ class Checkpoint:
             )
         yield Progress("model", 0, None, self.path)
         dtype = "auto" if self.weights == "folder" else torch.float32
-        found = read(self.path, template=self.template, adapter=self.adapter, dtype=dtype)
+        path = os.path.expanduser(self.path)
+        found = read(path, template=self.template, adapter=self.adapter, dtype=dtype)
         tokenizer = found.tokenizer
         network = Network(
             found.mllm,

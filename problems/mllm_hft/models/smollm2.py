@@ -7,6 +7,7 @@ layers above), so its layers are trained on text alone before pictures come: see
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,12 +63,16 @@ class SmolLM2:
     held_out: PositiveInt = 50
     """Unbiased scenes on which the model is questioned afterwards, four questions each."""
 
+    @property
+    def _file(self) -> Path:
+        return Path(os.path.expanduser(self.file)) if self.file else packaged()
+
     def open(
         self, source: Source, encoder: Encoder | None, seed: int, device: torch.device = CPU
     ) -> Generator[Progress, None, LoadedModel]:
         drawn = simulator(source, "model smollm2", "model checkpoint")
         eyes = encoder or EfficientNet()
-        folder = yield from as_folder(Path(self.file) if self.file else packaged(), self.layers)
+        folder = yield from as_folder(self._file, self.layers)
 
         def encode(corpus: Corpus) -> Generator[Progress, None, Pictures]:
             return Pictures((yield from eyes.encode(corpus, source, device)))

@@ -8,6 +8,7 @@ methods word for word.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -195,13 +196,13 @@ class FileSource:
         scenes, said = self._scenes(kept, naming)
         files = [self.file(record) for record in kept]
         refuse_missing(kept, files)
-        pictures = PictureFiles.of(files, self.pixels)
+        pictures = PictureFiles.of(files, self.pixels, [record.at for record in kept])
         return Corpus(scenes, pictures, naming.lexicon, self.reading.association, (*notes, *said))
 
     def file(self, record: Record) -> Path:
         """Where a record's picture is."""
-        folder = Path(self.images) if self.images else Path(record.at.text.path).parent
-        return folder.expanduser() / record.picture
+        folder = self.images or Path(record.at.text.path).parent
+        return Path(os.path.expanduser(folder)) / record.picture
 
     def _scenes(
         self, records: Sequence[Record], naming: Naming

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def json_object(path: str) -> Entry:
 def read(path: str) -> Text:
     """A file's text. Raises `RequirementError` where there is none, `ProblemError` where it is empty."""
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        content = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RequirementError(
             f"{path}: cannot be read ({error.strerror}); is the path right?"

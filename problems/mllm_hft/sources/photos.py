@@ -7,6 +7,7 @@ this project. Names co-occur in pairs as in `shapes`; colours are not known.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +106,8 @@ class Photos:
     def _cutouts(self) -> dict[str, list[Any]]:
         """Photographs cropped to what is opaque. Raises `RequirementError` if one is missing."""
         image = require("PIL.Image", "pillow")
-        paths = {name: [Path(self.folder, f"{p}.png") for p in PHOTOS[name]] for name in PHOTOS}
+        folder = os.path.expanduser(self.folder)
+        paths = {name: [Path(folder, f"{p}.png") for p in PHOTOS[name]] for name in PHOTOS}
         missing = [path for found in paths.values() for path in found if not path.is_file()]
         if missing:
             raise RequirementError(

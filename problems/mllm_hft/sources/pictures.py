@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -33,13 +33,17 @@ class PictureFiles:
     """Bytes and time of the last change (ns) of each file."""
     pixels: int | None = None
     """Height and width to which the shorter side is scaled, and the middle is cut out; None: as is."""
+    at: tuple[object, ...] = field(default=(), compare=False, repr=False)
+    """What write themselves as the file and line that name each; () where none does."""
 
     @classmethod
-    def of(cls, files: Sequence[Path], pixels: int | None = None) -> PictureFiles:
+    def of(
+        cls, files: Sequence[Path], pixels: int | None = None, at: Sequence[object] = ()
+    ) -> PictureFiles:
         """Of files that are there. Only their sizes and times are read."""
         stats = [file.stat() for file in files]
         stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
-        return cls(tuple(map(str, files)), stamps, pixels)
+        return cls(tuple(map(str, files)), stamps, pixels, tuple(at))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,8 +58,8 @@ class PictureFiles:
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, int):
-            return read_picture(self.files[index], self.pixels)
-        found = [read_picture(file, self.pixels) for file in self.files[index]]
+            return read_picture(self.files[index], self.pixels, self.at[index] if self.at else "")
+        found = [self[i] for i in range(len(self))[index]]
         if self.pixels is None:
             return found
         return torch.stack(found) if found else torch.empty(self.shape, dtype=torch.uint8)[:0]
@@ -71,8 +75,8 @@ class PictureFiles:
         return len(self), 3, self.pixels, self.pixels
 
 
-def read_picture(file: str, pixels: int | None = None) -> Picture:
-    """The picture upright as a viewer shows it.
+def read_picture(file: str, pixels: int | None = None, at: object = "") -> Picture:
+    """The picture upright as a viewer shows it; errors begin with `at`, the place that names the file.
 
     Raises `ProblemError` for what is not a picture, and for one of more than twice
     `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
@@ -87,12 +91,16 @@ def read_picture(file: str, pixels: int | None = None) -> Picture:
     except image.DecompressionBombError as error:
         what = str(error).partition(",")[0]
         raise ProblemError(
-            f"{file}: is too large a picture ({what}); make it smaller, as models do with every picture, "
+            f"{_said(file, at)} is too large a picture ({what}); make it smaller, as models do with every picture, "
             "or leave it out"
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ProblemError(f"{file}: cannot be read as a picture ({error})") from error
+        raise ProblemError(f"{_said(file, at)} cannot be read as a picture ({error})") from error
     if pixels is not None:
         picture = operations.fit(picture, (pixels, pixels))
     content = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return content.reshape(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _said(file: str, at: object) -> str:
+    return f"{at}: the file {file}" if str(at) else f"{file}:"

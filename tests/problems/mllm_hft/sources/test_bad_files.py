@@ -1,18 +1,22 @@
 """What is wrong in a file is one clear message, with the file and the line."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bilevel.errors import ProblemError, RecipeError, RequirementError
 from bilevel.rng import stream
+from bilevel_problems.mllm_hft.models import cache
 from bilevel_problems.mllm_hft.sources.amber import Amber
 from bilevel_problems.mllm_hft.sources.by_split import BySplit
 from bilevel_problems.mllm_hft.sources.coco import Coco
 from bilevel_problems.mllm_hft.sources.json_files import json_list, json_lists
 from bilevel_problems.mllm_hft.sources.jsonl import Jsonl
 from bilevel_problems.mllm_hft.sources.llava import Llava
+from bilevel_problems.mllm_hft.sources.pictures import PictureFiles
 from bilevel_problems.mllm_hft.sources.pope import Pope
 from bilevel_problems.mllm_hft.sources.rlhf_v import RlhfV
 from tests.problems.mllm_hft.sources import layouts
@@ -101,9 +105,29 @@ def test_a_missing_picture(tmp_path):
 
 
 def test_a_file_that_is_no_picture(tmp_path):
-    source = jsonl(tmp_path, '{"image": "d.jsonl"}')
-    with pytest.raises(ProblemError, match=r"d\.jsonl: cannot be read as a picture"):
-        _ = read(source).images[0]
+    source = jsonl(tmp_path, GOOD + '{"image": "bad.png"}\n')
+    (tmp_path / "bad.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    files = read(source).images
+    said = r"d\.jsonl:2: the file .*bad\.png cannot be read as a picture"
+    for index in (1, slice(0, 2)):
+        with pytest.raises(ProblemError, match=said):
+            _ = files[index]
+    with pytest.raises(
+        ProblemError, match=rf"^{re.escape(str(tmp_path))}/bad\.png: cannot be read as a picture"
+    ):
+        _ = PictureFiles.of([tmp_path / "bad.png"])[0]
+
+
+def test_where_a_picture_is_named_is_no_part_of_what_is_cached(tmp_path):
+    one, two = read(jsonl(tmp_path, GOOD)).images, str(tmp_path / "two.jsonl")
+    Path(two).write_text("\n\n" + GOOD)
+    other = replace(one, at=read(Jsonl(path=two, images=str(tmp_path))).images.at)
+    assert [str(at).rpartition(":")[2] for at in (*one.at, *other.at)] == ["1", "3"]
+    assert one == other
+    assert cache.path("a", {"pictures": one}) == cache.path("a", {"pictures": other})
+    assert cache.path("a", {"pictures": one}) != cache.path(
+        "a", {"pictures": replace(one, pixels=8)}
+    )
 
 
 def test_pictures_of_many_pixels(tmp_path, monkeypatch):
@@ -118,7 +142,9 @@ def test_pictures_of_many_pixels(tmp_path, monkeypatch):
         Image.open(files.files[0]).close()
     assert files[0].shape[1] * files[0].shape[2] == pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2 - 1)
-    with pytest.raises(ProblemError, match=rf"a\.png: is too large a picture .*{pixels} pixels"):
+    with pytest.raises(
+        ProblemError, match=rf"d\.jsonl:1: .*a\.png is too large a picture .*{pixels}"
+    ):
         _ = files[0]
 
 
