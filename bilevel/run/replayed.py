@@ -38,6 +38,8 @@ EVERY = 50
 """Replays from the first comparison with the step itself to the second; from each to the next twice as many."""
 SPARSEST = 400
 """The most from one to the next: what they take is then a few hundredths of the replays."""
+PAYS = 10
+"""Replays of a record from which on it is compiled, which takes as long as thousands of them."""
 LIMIT = 16
 """Records that are kept."""
 TRIED = 4
@@ -114,7 +116,7 @@ class ReplayedSteps:
             if kept is not self._programs[0]:
                 self._programs.remove(kept)
                 self._programs.insert(0, kept)
-            kept.unseen += 1
+            kept.unseen, kept.replays = kept.unseen + 1, kept.replays + 1
             last = _Last(at + 1, step, inputs, feed)
             if kept.unseen < kept.spacing and at + 1 < setup.upper.steps:
                 kept.last, state.settle = last, self.settle
@@ -168,7 +170,7 @@ class ReplayedSteps:
         self._recorded += 1
         for kept in self._programs[LIMIT - 1 :]:
             kept.settle()
-        self._programs = [_Kept(program, memory), *self._programs[: LIMIT - 1]]
+        self._programs = [_Kept(program, memory, self._recorded), *self._programs[: LIMIT - 1]]
         self.news.append(Traced(state.step + 1, self._recorded, program.operations, why, seconds))
         return truth
 
@@ -183,15 +185,20 @@ class ReplayedSteps:
                 raise kept.error(state.step + 1)
             self._end(state, OTHER)
             return truth
-        if self._compiler and not kept.is_trusted and not kept.is_settled:
-            self._compiled(state, kept, self._compiler)
+        by = None if kept.is_settled else self._compiler
+        if by and (by.is_exact or kept.replays > PAYS):
+            self._compiled(state, kept, by)
+            kept.is_trusted, kept.spacing = False, 1
+        elif by:
+            kept.is_trusted, kept.spacing = True, PAYS
         else:
             kept.spacing = min(2 * kept.spacing, SPARSEST) if kept.is_trusted else EVERY
-            kept.is_trusted, kept.unseen = True, 0
+            kept.is_trusted = True
+        kept.unseen = 0
         return truth
 
     def _compiled(self, state: State, kept: _Kept, by: Compiler) -> None:
-        """A record that came to the same bits once is compiled, and compared again at the next replay."""
+        """A record that comes to the same bits is compiled, and compared again at the next replay."""
         began = time.perf_counter()
         try:
             kept.compile(by)
@@ -199,7 +206,7 @@ class ReplayedSteps:
             self._say(state, by, str(error))
             return
         seconds = time.perf_counter() - began
-        self.news.append(Traced(state.step + 1, self._recorded, kept.operations, by.done, seconds))
+        self.news.append(Traced(state.step + 1, kept.number, kept.operations, by.done, seconds))
 
     def _say(self, state: State, by: Compiler, reason: str) -> None:
         message = f"{by.name}: a record is replayed operation by operation: {reason}"
@@ -229,10 +236,12 @@ class _Last:
 class _Kept:
     """A record, and what Python remembered when it was made."""
 
-    def __init__(self, program: Program, memory: PythonState) -> None:
-        self._program, self._memory = program, memory
+    def __init__(self, program: Program, memory: PythonState, number: int) -> None:
+        self._program, self._memory, self.number = program, memory, number
         self.unseen, self.spacing = 0, 1
         """Replays since the last comparison with the step; at how many the next is due."""
+        self.replays = 0
+        """All of them."""
         self.last: _Last | None = None
         """The last replay, where it was not compared."""
         self.is_trusted = False

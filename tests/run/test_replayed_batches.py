@@ -11,7 +11,7 @@ from bilevel.estimators import Implicit, Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD
 from bilevel.rng import stream
-from bilevel.run import engine
+from bilevel.run import engine, replayed
 from bilevel.run.engine import run, start
 from bilevel.run.upper import Upper
 from tests.run.replays import FIXED, ended, require_same
@@ -140,6 +140,7 @@ class Shared(Noisy):
 
 def test_compiled_steps_draw_in_the_order_of_the_step(monkeypatch):
     """Solves of varying length: what is drawn ahead of a decision would be another level's."""
+    monkeypatch.setattr(replayed, "PAYS", 0)
     monkeypatch.setattr(engine, "by_inductor", lambda region, _: lambda args: list(region(*args)))
     s, other = (setup(Shared(), Implicit(solver=FIXED), steps=30, lower=VARYING) for _ in "ab")
     plain, compiled = ended(s), ended(replace(other, compile="inductor"))
@@ -178,6 +179,8 @@ class Single(Drawn):
 
 
 def test_a_product_in_float32_may_be_summed_in_another_order(monkeypatch):
+    monkeypatch.setattr(replayed, "PAYS", 0)
+
     def by(error):
         def compiler(region, _):
             return lambda args: [

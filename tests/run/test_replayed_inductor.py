@@ -24,6 +24,12 @@ PLAIN = setup(Logistic(data="synthetic", num_features=6), Unroll(memory="store")
 COMPILED_RUN = replace(PLAIN, compile="inductor")
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A record is compiled at its first replay."""
+    monkeypatch.setattr(replayed, "PAYS", 0)
+
+
 def off_by(error, after=0):
     """A compiler of which results are off by a relative error, from some call on."""
 
@@ -47,6 +53,25 @@ def test_rounding_is_taken_and_every_decision_is_still_looked_at(monkeypatch):
     assert not torch.equal(x, expected)
     assert torch.allclose(x, expected, rtol=1e-9)
     assert "inductor" not in compiled[0].warned
+
+
+@pytest.mark.parametrize(("pays", "at"), [(0, 3), (4, 7)])
+def test_a_record_is_compiled_once_it_was_replayed_some_times(pays, at, monkeypatch):
+    monkeypatch.setattr(replayed, "PAYS", pays)
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-13))
+    longer = replace(PLAIN, upper=replace(PLAIN.upper, steps=12))
+    plain, compiled = ended(longer), ended(replace(longer, compile="inductor"))
+    assert [(trace.why, trace.step) for trace in compiled[2]] == [("", 2), (COMPILED, at)]
+    norms = [[step.hypergradient_norm for step in run[1]] for run in (plain, compiled)]
+    same = [one == other for one, other in zip(*norms, strict=True)]
+    # the first compiled step is compared with the step itself, which is kept
+    assert same == [True] * (at + 1) + [False] * (12 - at - 1)
+
+
+def test_records_of_steps_that_go_on_to_differ_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(replayed, "PAYS", 10)
+    monkeypatch.setattr(engine, "by_inductor", off_by(1e-13))
+    assert [trace.why for trace in ended(COMPILED_RUN)[2]] == [""]
 
 
 class Meeting:

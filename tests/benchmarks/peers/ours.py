@@ -64,8 +64,8 @@ def one_step(task: Task) -> Params:
 
 LONG = 1_000_000
 """Upper steps of a run that is timed piece by piece."""
-WARM_UP = 5
-"""Its first steps, with the checks that are made once: not timed."""
+WARM_UP = 20
+"""Its first steps, with the checks that are made once, the record and its compilation: not timed."""
 
 
 class Stepping:
