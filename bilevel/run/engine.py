@@ -112,10 +112,8 @@ def run(setup: Setup, state: State) -> Iterator[Event]:
         if is_due(setup, state):
             yield from evaluate(setup, state)
     state.settle()
-    replayed, state.settle = (
-        None,
-        nothing_to_settle,
-    )  # and with them the memory of what was recorded
+    replayed = None  # and with it the memory of what was recorded
+    state.settle = nothing_to_settle
     yield from unmoved(setup, state)
     yield from draw_figures(setup, state)
     if setup.evaluate_held and state.step:

@@ -17,6 +17,7 @@ from bilevel.linear.dense import Dense
 from bilevel.linear.neumann import Neumann
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers.differentiable import SGD, Adam
+from bilevel.run import replayed
 from bilevel.run.engine import Setup, prepare, run, start
 from bilevel.run.upper import Upper
 from bilevel_problems.hyper_cleaning import HyperCleaning
@@ -123,7 +124,8 @@ def test_a_step_is_captured_and_each_graph_is_launched_by_one_call():
     assert not {"compile", "cuda graph"} & state.warned.keys()
 
 
-def test_a_step_compiled_on_the_gpu_is_the_step_to_rounding():
+def test_a_step_compiled_on_the_gpu_is_the_step_to_rounding(monkeypatch):
+    monkeypatch.setattr(replayed, "PAYS", 0)
     lower = Gradient(steps=8, optimizer=SGD(lr=0.05))
     problem = HyperCleaning(num_train=100, num_clean=50)
     setup = Setup(
