@@ -4,12 +4,10 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -59,7 +57,7 @@ class Seeded:
                 close()
 
 
-def inspected(call: Callable[[], T], seed: int = 0) -> tuple[T, bool]:
+def inspected(call: Callable[[], Any], seed: int = 0) -> tuple[Any, bool]:
     """What a call gives where the global random states are of `seed`, and whether it draws from one of them."""
     with Seeded(seed, "inspection"):
         untouched = _next()
