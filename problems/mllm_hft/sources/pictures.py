@@ -33,6 +33,8 @@ class PictureFiles:
     """Bytes and time of the last change (ns) of each file."""
     pixels: int | None = None
     """Height and width to which the shorter side is scaled, and the middle is cut out; None: as is."""
+    reader: int = 2
+    """Raised when `read_picture` gives other pictures of the same files."""
 
     @classmethod
     def of(cls, files: Sequence[Path], pixels: int | None = None) -> PictureFiles:
@@ -72,10 +74,10 @@ class PictureFiles:
 
 
 def read_picture(file: str, pixels: int | None = None) -> Picture:
-    """The picture upright as a viewer shows it.
+    """The picture upright as a viewer shows it; 16 bits of grey scaled to 8.
 
-    Raises `ProblemError` for what is not a picture, and for one of more than twice
-    `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
+    Raises `ProblemError` for what is not a picture, for one whose pixels are 32-bit numbers, and for
+    one of more than twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
     """
     image = require("PIL.Image", "pillow")
     operations = require("PIL.ImageOps", "pillow")
@@ -83,7 +85,8 @@ def read_picture(file: str, pixels: int | None = None) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", image.DecompressionBombWarning)  # it is read
             with image.open(file) as opened:
-                picture = operations.exif_transpose(opened).convert("RGB")
+                upright = operations.exif_transpose(opened)
+                picture = _shallow(upright, opened.format, file).convert("RGB")
     except image.DecompressionBombError as error:
         what = str(error).partition(",")[0]
         raise ProblemError(
@@ -96,3 +99,15 @@ def read_picture(file: str, pixels: int | None = None) -> Picture:
         picture = operations.fit(picture, (pixels, pixels))
     content = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return content.reshape(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _shallow(picture: Any, written: str | None, file: str) -> Any:
+    """With eight bits a channel: Pillow cuts deeper grey at 255, which leaves it all but white."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    if picture.mode == "F" or (picture.mode == "I" and written not in ("PNG", "PPM")):
+        raise ProblemError(
+            f"{file}: has 32-bit numbers for pixels, and which of them is white is not said; "
+            "write it with 8 or 16 bits a pixel"
+        )
+    return picture.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")
