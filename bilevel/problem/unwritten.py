@@ -13,8 +13,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ProblemError
 
-LOOKED_AT = 4
-"""Draws: enough for an iterator that fills up to three buffers in turn."""
+LOOKED_AT = 3
+"""Draws: enough for an iterator that fills two buffers in turn."""
 
 
 class Unwritten:

@@ -58,7 +58,7 @@ class Buffered:
 MAKERS = [lambda: buffers(1), lambda: buffers(LOOKED_AT - 1), in_numpy]
 
 
-@pytest.mark.parametrize("make", MAKERS, ids=["one", "three", "numpy"])
+@pytest.mark.parametrize("make", MAKERS, ids=["one", "two", "numpy"])
 def test_a_buffer_that_is_filled_again_is_refused(make):
     with pytest.raises(ProblemError, match=rf"lower\.{REFUSED}"):
         bilevel.minimize(Buffered(make), lower=STEPS, estimator="unroll", steps=4, dtype="float64")
