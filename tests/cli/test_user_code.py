@@ -94,6 +94,23 @@ def test_its_batch_the_end_and_the_way_on_are_told(tmp_path, runs):
     assert re.search(r"failed +2/5", invoke("runs", "--runs-dir", runs).output)
 
 
+CONSTANTS = {
+    "vector": "(torch.ones(2) @ y['y']) + 0 * x['x'].sum()",
+    "layer": "torch.nn.Linear(2, 1)(y['y'])[0]",
+    "convolution": "torch.nn.Conv1d(1, 1, 2)(y['y'].reshape(1, 1, 2)).sum()",
+}
+
+
+@pytest.mark.parametrize("loss", CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_of_another_dtype_are_told_of_place(loss, tmp_path, runs):
+    path = str(odd(tmp_path, LOSS, f"return {loss}"))
+    ended = invoke("run", path, "runtime.dtype=float64", "--runs-dir", runs, code=7)
+    assert "by the problem's place(device, dtype)" in ended.stderr
+    other = odd(tmp_path, LOSS, "return y['y'].reshape(3)")  # control
+    other = invoke("run", other, "--runs-dir", runs, code=7)
+    assert "place(" not in other.stderr
+
+
 def test_one_that_raises_nothing_is_done_and_debug_shows_all(tmp_path, runs):  # negative control
     good = odd(tmp_path, LOSS, "return super().upper_loss(x, y, batch)")
     invoke("run", good, "--runs-dir", runs)
