@@ -93,6 +93,8 @@ def read_picture(file: str, pixels: int | None = None) -> Picture:
             f"{file}: is too large a picture ({what}); make it smaller, as models do with every picture, "
             "or leave it out"
         ) from error
+    except ProblemError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:
         raise ProblemError(f"{file}: cannot be read as a picture ({error})") from error
     if pixels is not None:
