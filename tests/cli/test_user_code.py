@@ -66,7 +66,6 @@ RAISED = {
         "return torch.empty(2**50).sum()",
         "in step 1: too little memory (RuntimeError",
     ),
-    "an integer key": (INIT, "return {0: torch.ones(2)}, {'y': torch.ones(2)}", "KeyError: 'x'"),
 }
 
 
@@ -139,6 +138,11 @@ RETURNED = {
         INIT,
         "return {'x': torch.eye(2).to_sparse()}, {'y': torch.ones(2)}",
         "x['x'] is sparse",
+    ),
+    "a number for a name of x": (
+        INIT,
+        "return {0: torch.ones(2)}, {'y': torch.ones(2)}",
+        "Odd.init: x has the name 0, a int; names are texts",
     ),
     "meta": (
         INIT,
