@@ -11,6 +11,8 @@ and prints, and nothing else in the package prints but the console sink.
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    import atexit
+    import signal
     import sys
 
     from bilevel.cli.answer import answer_usage
@@ -23,3 +25,5 @@ def main() -> None:
         except SystemExit as exit_:
             answer_usage(exit_.code, sys.argv[1:])
             raise
+        finally:  # all is said: Ctrl-C while Python ends would only show where in torch that was
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

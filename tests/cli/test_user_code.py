@@ -210,3 +210,23 @@ def test_a_package_that_registers_components_is_somebodys_own(package, is_own, m
 def test_the_shapes_of_a_batch():
     batch = {"image": torch.zeros(2, 3), "label": [torch.zeros(2, dtype=torch.int64), "text"]}
     assert shape(batch) == "{image: (2, 3) float32, label: ((2,) int64, str)}"
+
+
+POSITION = """class Numbers:
+    def __init__(self): self.position = 0
+    def __iter__(self): return self
+    def __next__(self): self.position += 1
+    def state_dict(self): return {"position": KIND(self.position)}
+    def load_state_dict(self, state): self.position = state["position"]
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("(lambda at: (at,))", 1), ("int", 0)])
+def test_a_position_that_cannot_be_saved_ends_a_run_before_its_steps(kind, code, tmp_path, runs):
+    """It ended at the first checkpoint, with the steps up to there lost."""
+    recipe = odd(tmp_path, "lower_batches(self, stream)", "return Numbers()")
+    problem = tmp_path / "odd.py"
+    problem.write_text(problem.read_text() + POSITION.replace("KIND", kind))
+    ended = invoke("run", recipe, "--runs-dir", runs, code=code)
+    assert ("state.lower_batches.position.position: a tuple" in ended.stderr) == bool(code)
+    assert len(list(runs.glob("*/*"))) == (0 if code else 1)
