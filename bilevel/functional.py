@@ -23,6 +23,7 @@ from bilevel.problem.purity import refuse_impure
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
 from bilevel.problem.trust import Step, reasons, unwarned
+from bilevel.problem.unwritten import unwritten
 from bilevel.registry.build import resolve
 from bilevel.types import (
     ALL_STEPS,
@@ -241,7 +242,7 @@ def _batches(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
     """One batch again and again, or the batches given; running out of them is an error."""
     if batches is None:
         yield from itertools.repeat(batch)
-    yield from batches or ()
+    yield from unwritten(batches or (), "batches")
     raise ProblemError("batches ended; give one for every step, or itertools.cycle(batches)")
 
 
@@ -285,5 +286,6 @@ def _variables(x: Any, y: Any) -> tuple[Ties, Ties]:
 def _drawing(losses: Losses, batches: tuple[Iterable[Any], Iterable[Any]] | None) -> Losses:
     if batches is None:
         return losses
-    upper, lower = map(iter, batches)
+    upper = unwritten(batches[0], "batches[0]")
+    lower = unwritten(batches[1], "batches[1]")
     return Losses(replace(losses.upper, draws=upper), replace(losses.lower, draws=lower))

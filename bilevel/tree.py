@@ -670,6 +670,11 @@ def require(value: object, name: str) -> None:
         kind = type(value).__name__
         raise ProblemError(f"{name} must be a dict[str, Tensor], got {kind}")
     for key, entry in value.items():
+        if not isinstance(key, str):
+            raise ProblemError(
+                f"{name} has the name {key!r}, a {type(key).__name__}; names are texts, since checkpoints "
+                f"hold no others: use {str(key)!r}"
+            )
         if not isinstance(entry, Tensor) or not entry.is_floating_point():
             got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
             raise ProblemError(

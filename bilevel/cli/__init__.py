@@ -11,6 +11,8 @@ and prints, and nothing else in the package prints but the console sink.
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    import atexit
+    import signal
     import sys
 
     from bilevel.cli.answer import answer_usage
@@ -27,3 +29,5 @@ def main() -> None:
             raise
         finally:
             settings.is_whole_process = False
+            # all is said: Ctrl-C while Python ends would only show where in torch that was
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

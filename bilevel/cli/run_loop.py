@@ -82,6 +82,8 @@ class RunLoop:
                 with self._closing_on_error(), explaining(), self._requiring():
                     early = self._prepare()
                     state = engine.start(self.setup)
+                    if self.setup.ranks.team is None:  # to make a state whole takes all ranks
+                        checkpoint.require_savable(state.save())
             except BaseException as error:
                 self._discard()
                 _say_stopped(error)

@@ -26,6 +26,8 @@ _LIBRARIES = tuple(
         sysconfig.get_path("stdlib"),
     )
 )
+_MISPLACED = re.compile(r"dtype|scalar type|same device|type \(.*\) and .* should be the same")
+"""How torch says that two tensors of an operation do not go together."""
 _PACKAGES = Path(sysconfig.get_path("purelib")).resolve()
 
 
@@ -88,6 +90,11 @@ def _said(error: BaseException, frames: list[tuple[FrameType, int]], when: str) 
     lines = [f"{owner}{first.f_code.co_name} failed{when}: {reason}"]
     if "batch" in first.f_locals:
         lines.append(f"  batch: {shape(first.f_locals['batch'])}")
+    if isinstance(error, RuntimeError) and _MISPLACED.search(reason):
+        lines.append(
+            "  x, y and the batch have the run's dtype (float64 in bilevel check) and device; what else "
+            "the loss holds, constants or modules, is moved there by the problem's place(device, dtype)"
+        )
     for summary in traceback.StackSummary.extract(iter(frames)):
         lines.append(f"  {summary.filename}:{summary.lineno} in {summary.name}: {summary.line}")
     return "\n".join(lines)

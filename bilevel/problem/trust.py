@@ -88,10 +88,10 @@ class Step:
             return True  # what is known is of another system
         return stats.residual is stats.error_bound is None and not stats.converged
 
-    @property
+    @cached_property
     def lower_error(self) -> float:
         """How far y is off where its solve met a tolerance, by ‖∇y G‖ / curvature; else 0."""
-        return self._distance if self.lower_converged else 0.0
+        return self.lower_distance if self.lower_converged else 0.0
 
     @cached_property
     def has_value_error(self) -> bool:
@@ -114,7 +114,7 @@ class Step:
         if self.lower is None or self.lower_converged is not None:
             return 0.0
         restricted = self.lower.structure is not None and self.lower.structure.restrictions
-        return 0.0 if restricted else self._distance
+        return 0.0 if restricted else self.lower_distance
 
     @property
     def is_near(self) -> bool:
@@ -123,10 +123,20 @@ class Step:
             return False
         if self.lower.structure is not None and self.lower.structure.restrictions:
             return not self.lower.stats.infeasible  # ∇y G need not vanish there
-        return 0 < self._distance <= SMALL * self.lower_size
+        return 0 < self.lower_distance <= SMALL * self.lower_size
 
     @property
-    def _distance(self) -> float:
+    def is_stuck(self) -> bool:
+        """Whether the lower solve can go no further, with y far from where ∇y G vanishes."""
+        if self.lower is None or self.lower.stats.stopped != "stagnation":
+            return False
+        if self.lower.structure is not None and self.lower.structure.restrictions:
+            return False
+        return self.claim == "solution" and self.lower_distance > LARGE * self.lower_size
+
+    @property
+    def lower_distance(self) -> float:
+        """How far y is off, by ‖∇y G‖ / curvature; 0 where no curvature is known."""
         curvature = self.stats.curvature
         return self.lower_norm / curvature if self.lower and curvature and curvature > 0 else 0.0
 
@@ -280,6 +290,17 @@ TABLE = (
             f"{_value_error(step)}: set lower.tolerance, or lower.relative_tolerance, smaller"
         ),
     ),
+    WarningRule(
+        "lower solve",
+        lambda step: step.is_stuck,
+        lambda step: (
+            f"the lower solve comes no further than ‖∇y G‖ = {step.lower_norm:.1e}: with a curvature of "
+            f"{step.stats.curvature:.1e} that leaves y off by about {step.lower_distance:.1e}, where its "
+            f"length is {step.lower_size:.1e}. G may have kinks there (hinge, |·|, ReLU), for which a "
+            "hypergradient by second derivatives is wrong: smooth them, or give them as prox_lower or "
+            "lower_constraints; else try runtime.dtype: float64"
+        ),
+    ),
 )
 
 
@@ -287,7 +308,10 @@ LOWER = (
     WarningRule(
         "lower solve",
         lambda step: (
-            step.lower_converged is False and step.claim == "solution" and not step.is_near
+            step.lower_converged is False
+            and step.claim == "solution"
+            and not step.is_near
+            and not step.is_stuck
         ),
         lambda step: (
             f"the lower solve ended at ‖∇y G‖ = {step.lower_norm:.1e}, above its tolerance, and the "

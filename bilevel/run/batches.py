@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel import rng, tree
 from bilevel.errors import CheckpointError, ProblemError
 from bilevel.problem.answers import require_pair
+from bilevel.problem.unwritten import LOOKED_AT, Unwritten, glimpse
 
 
 class Draws(Protocol):
@@ -74,10 +75,18 @@ class Sampler:
                 f"{name} must be an iterator of batches; got a {type(batches).__name__}: "
                 "itertools.repeat(None) where the losses need none"
             )
+        if isinstance(
+            batches, (Tensor, Mapping, tuple)
+        ):  # each can be iterated: rows, keys, fields
+            raise ProblemError(
+                f"{name} must be an iterator of batches; got a {type(batches).__name__}, which reads as one "
+                "batch: itertools.repeat(batch)"
+            )
         self._batches = iter(batches)
         self._position = getattr(self._batches, "state_dict", None)
         self.drawn = 0
         self._last: Any = None
+        self._seen: Unwritten | None = Unwritten(name)
         self._place: dict[str, Any]
         """Where it was at some step before."""
         self._begun: int
@@ -97,7 +106,12 @@ class Sampler:
                 "infinite: itertools.repeat(batch) for one batch, a `while True:` for epochs"
             ) from None
         self.drawn, self._last = self.drawn + 1, batch
-        return tree.to(batch, self._device, self._dtype)
+        placed = tree.to(batch, self._device, self._dtype)
+        if self._seen is not None:
+            self._seen.look(placed)
+            if self.drawn >= LOOKED_AT:
+                self._seen = None
+        return placed
 
     def renew(self) -> None:
         """Note where an upper step begins; each draw is a batch of its own."""
@@ -197,20 +211,6 @@ COUNTED = 64
 """Draws from which on a place is noted anew: those are drawn again where a step that failed is resumed."""
 RTOL = 0.02
 """Batches may have been moved to another dtype; bfloat16 rounds by 0.4 %."""
-
-
-def glimpse(batch: Any, most: int = 64) -> Tensor:
-    """Up to `most` numbers of each tensor of a batch, evenly spread: enough to tell two apart."""
-    seen = [torch.zeros(0, dtype=torch.float64)]
-    if isinstance(batch, Mapping):
-        seen += [glimpse(batch[key], most) for key in sorted(batch, key=str)]
-    elif tree.is_nested(batch):
-        seen += [glimpse(part, most) for _, part in tree.parts(batch)]
-    else:
-        with suppress(TypeError, ValueError, RuntimeError):  # text, or an object of its own kind
-            flat = torch.as_tensor(batch).detach().reshape(-1)
-            seen.append(flat[:: max(1, len(flat) // most)][:most].cpu().double())
-    return torch.cat(seen)
 
 
 class Paired:

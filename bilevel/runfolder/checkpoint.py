@@ -73,6 +73,11 @@ def save(
     return path
 
 
+def require_savable(saved: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where `save` could not write this, before there is work to lose."""
+    _encode(saved, (), {})
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in one checkpoint, bit for bit; tensors on the CPU.
 

@@ -128,9 +128,13 @@ def not_applicable(check_scene: CheckScene, estimator: Estimator) -> str | None:
     name = ignored_by(estimator, check_scene.setup.levels)
     if name is None or estimator.claim != "solution" or not check_scene.is_restricted:
         return None
+    if name == "lower_constraints":
+        remedy = "kkt"
+    else:
+        remedy = "fixed_point, or kkt where the problem has lower_constraints"
     return (
         f"{name} restricts the lower solution here, and {called(estimator, 'estimators')} does not support it; "
-        "use estimator: fixed_point, or kkt where the problem has lower_constraints"
+        f"use estimator: {remedy}"
     )
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,21 @@ def test_a_run_that_diverges_in_its_first_step_names_what_it_leaves(runs):
     result = invoke("run", "quadratic", *words, "--runs-dir", runs, code=5)
     (folder,) = runs.glob("*/*")
     assert result.stdout.count(f"{folder}/\n") == 1
+
+
+LEAVING = """
+import atexit, os, signal
+atexit.register(os.kill, os.getpid(), signal.SIGINT)  # the last, as torch's own that are registered first
+{command}
+"""
+MAIN = "from bilevel.cli import main; main()"
+
+
+@pytest.mark.parametrize(("command", "is_quiet"), [(MAIN, True), ("print('linear')", False)])
+def test_ctrl_c_while_python_ends_shows_nothing(command, is_quiet):
+    text = LEAVING.format(command=command)
+    ended = subprocess.run(
+        [sys.executable, "-c", text, "ls"], capture_output=True, text=True, check=False
+    )
+    assert "linear" in ended.stdout
+    assert ("KeyboardInterrupt" not in ended.stderr) == is_quiet  # the second is the control

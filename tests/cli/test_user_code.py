@@ -66,7 +66,6 @@ RAISED = {
         "return torch.empty(2**50).sum()",
         "in step 1: too little memory (RuntimeError",
     ),
-    "an integer key": (INIT, "return {0: torch.ones(2)}, {'y': torch.ones(2)}", "KeyError: 'x'"),
 }
 
 
@@ -92,6 +91,23 @@ def test_its_batch_the_end_and_the_way_on_are_told(tmp_path, runs):
     assert (last["event"], last["reason"], last["step"]) == ("finished", "failed", 2)
     assert last["message"].startswith("Odd.upper_loss failed in step 3: ValueError: mine")
     assert re.search(r"failed +2/5", invoke("runs", "--runs-dir", runs).output)
+
+
+CONSTANTS = {
+    "vector": "(torch.ones(2) @ y['y']) + 0 * x['x'].sum()",
+    "layer": "torch.nn.Linear(2, 1)(y['y'])[0]",
+    "convolution": "torch.nn.Conv1d(1, 1, 2)(y['y'].reshape(1, 1, 2)).sum()",
+}
+
+
+@pytest.mark.parametrize("loss", CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_of_another_dtype_are_told_of_place(loss, tmp_path, runs):
+    path = str(odd(tmp_path, LOSS, f"return {loss}"))
+    ended = invoke("run", path, "runtime.dtype=float64", "--runs-dir", runs, code=7)
+    assert "by the problem's place(device, dtype)" in ended.stderr
+    other = odd(tmp_path, LOSS, "return y['y'].reshape(3)")  # control
+    other = invoke("run", other, "--runs-dir", runs, code=7)
+    assert "place(" not in other.stderr
 
 
 def test_one_that_raises_nothing_is_done_and_debug_shows_all(tmp_path, runs):  # negative control
@@ -122,6 +138,11 @@ RETURNED = {
         INIT,
         "return {'x': torch.eye(2).to_sparse()}, {'y': torch.ones(2)}",
         "x['x'] is sparse",
+    ),
+    "a number for a name of x": (
+        INIT,
+        "return {0: torch.ones(2)}, {'y': torch.ones(2)}",
+        "Odd.init: x has the name 0, a int; names are texts",
     ),
     "meta": (
         INIT,
@@ -189,3 +210,23 @@ def test_a_package_that_registers_components_is_somebodys_own(package, is_own, m
 def test_the_shapes_of_a_batch():
     batch = {"image": torch.zeros(2, 3), "label": [torch.zeros(2, dtype=torch.int64), "text"]}
     assert shape(batch) == "{image: (2, 3) float32, label: ((2,) int64, str)}"
+
+
+POSITION = """class Numbers:
+    def __init__(self): self.position = 0
+    def __iter__(self): return self
+    def __next__(self): self.position += 1
+    def state_dict(self): return {"position": KIND(self.position)}
+    def load_state_dict(self, state): self.position = state["position"]
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("(lambda at: (at,))", 1), ("int", 0)])
+def test_a_position_that_cannot_be_saved_ends_a_run_before_its_steps(kind, code, tmp_path, runs):
+    """It ended at the first checkpoint, with the steps up to there lost."""
+    recipe = odd(tmp_path, "lower_batches(self, stream)", "return Numbers()")
+    problem = tmp_path / "odd.py"
+    problem.write_text(problem.read_text() + POSITION.replace("KIND", kind))
+    ended = invoke("run", recipe, "--runs-dir", runs, code=code)
+    assert ("state.lower_batches.position.position: a tuple" in ended.stderr) == bool(code)
+    assert len(list(runs.glob("*/*"))) == (0 if code else 1)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,7 @@ from bilevel.run.engine import Setup, refuse_mismatch
 from bilevel.run.targets import Best
 from bilevel.run.upper import Upper
 from bilevel.sharding.parts import Team
+from bilevel.testing.check_scenes import CheckScene, not_applicable
 from bilevel_problems.quadratic import Quadratic
 from tests.run.setups import Noisy
 
@@ -230,3 +232,31 @@ def test_what_is_ignored_is_named():
     assert ignored(FixedPoint(), "project_lower", "prox_lower") is None
     assert ignored(KKT(), "project_lower") == "project_lower"
     assert ignored(KKT(), "project_lower", "lower_constraints") is None
+
+
+CONSTRAINED = made(With("lower_constraints"), KKT(), AugmentedLagrangian())
+RESTRICTED = {
+    "lower_constraints": (CONSTRAINED, "kkt"),
+    "prox_lower": (made(With("prox_lower"), FixedPoint(), Proximal()), "fixed_point"),
+    "project_lower": (made(With("project_lower"), FixedPoint()), "fixed_point"),
+    "nothing": (made(), "implicit"),
+}
+
+
+@pytest.mark.parametrize("case", RESTRICTED)
+def test_the_estimator_that_is_advised_works_where_y_is_restricted(case):
+    setup, advised = RESTRICTED[case]
+    refuse_mismatch(setup)
+    with pytest.raises(ProblemError, match=rf"use .*estimator: {advised}$"):
+        refuse_mismatch(replace(setup, estimator=FOMAML()))
+
+
+@pytest.mark.parametrize(
+    ("name", "advised"), [("lower_constraints", "kkt"), ("project_lower", "fixed_point, or kkt .*")]
+)
+def test_check_does_not_advise_the_estimator_that_it_refuses(name, advised, monkeypatch):
+    monkeypatch.setattr(CheckScene, "is_restricted", True)
+    here = CheckScene(made(With(name)), perturb=0.0)
+    said = not_applicable(here, Implicit())
+    assert re.fullmatch(rf"{name} restricts .* use estimator: {advised}", said or "")
+    assert not_applicable(CheckScene(made(), perturb=0.0), Implicit()) is None

@@ -10,6 +10,7 @@ from bilevel.errors import ProblemError
 from bilevel.estimators import Implicit, Unroll
 from bilevel.lower.gradient import Gradient
 from bilevel.optimizers import SGD
+from bilevel.problem.unwritten import LOOKED_AT
 from bilevel.rng import stream
 from bilevel.run import engine, replayed
 from bilevel.run.engine import run, start
@@ -75,6 +76,8 @@ def test_an_iterator_that_ends_ends_the_run_where_it_does_without(count):
 
 
 def one_buffer(generator):
+    """From where on a run no longer looks whether batches are written into."""
+    yield from (rows(generator) for _ in range(LOOKED_AT))
     buffer = torch.zeros(5, 3, dtype=torch.float64)
     while True:
         yield buffer.copy_(rows(generator))

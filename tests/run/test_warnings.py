@@ -1,11 +1,13 @@
 """The table of warnings: what makes each line hold, and what keeps it back."""
 
+import itertools
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+import bilevel
 from bilevel import tree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
@@ -48,6 +50,13 @@ def unmet():
     return replace(given, lower=replace(given.lower, stats=stats))
 
 
+def stuck(gradient_norm=0.3):
+    """A line search that finds nothing better, as at a kink."""
+    given = step(gradient_norm=gradient_norm)
+    stats = replace(given.lower.stats, converged=False, stopped="stagnation")
+    return replace(given, lower=replace(given.lower, stats=stats))
+
+
 CASES = {
     "curvature": (step(replace(RIGHT, curvature=-0.5)), "curvature -0.5"),
     "no curvature at all": (step(replace(RIGHT, curvature=0.0)), "curvature 0"),
@@ -65,6 +74,7 @@ CASES = {
         step(replace(RIGHT, value_error=-0.5), gradient_norm=1e-5),
         "F = 0 here, and is far from that at the lower solution",
     ),
+    "lower solve, stuck": (stuck(), "comes no further than ‖∇y G‖ = 3.0e-01"),
 }
 
 
@@ -99,6 +109,51 @@ def test_where_no_evidence_is_left_no_line_can_hold(stats):
     assert not any(case.is_silent for case, _ in CASES.values())
     unconverged = replace(free, stats=replace(free.stats, converged=False))
     assert not replace(silent, lower=unconverged).is_silent
+
+
+def test_a_solve_that_rounding_ends_near_the_solution_is_not_stuck():
+    assert not found(stuck(gradient_norm=1e-3))
+    assert not found(replace(stuck(), estimator=Unroll()))  # which claims nothing of the solution
+
+
+class Hinge:
+    """A support vector machine, whose solution lies on the kinks of its loss."""
+
+    def __init__(self):
+        stream = torch.Generator().manual_seed(0)
+        self.a = torch.randn(30, 4, generator=stream, dtype=torch.float64)
+        self.label = (self.a[:, 0] + 0.5 * torch.randn(30, generator=stream)).sign()
+
+    def init(self, streams):
+        return {"log_c": torch.zeros(())}, {"w": torch.zeros(4)}
+
+    def upper_loss(self, x, y, batch):
+        return torch.nn.functional.softplus(-self.label * (self.a @ y["w"])).mean()
+
+    def lower_loss(self, x, y, batch):
+        slack = (1 - self.label * (self.a @ y["w"])).clamp(min=0).sum()
+        return 0.5 * y["w"].square().sum() + x["log_c"].exp() * slack
+
+    def upper_batches(self, stream):
+        return itertools.repeat(None)
+
+    lower_batches = upper_batches
+
+
+def test_a_lower_level_with_kinks_is_warned_of_where_its_solver_stops():
+    """It ended with no word of it: F of a y that is far from y*, and a hypergradient that is wrong."""
+    s = setup(Hinge(), steps=3, lower=LBFGS(), estimator=Implicit())
+    warned = [e for e in run(s, start(s)) if isinstance(e, Warned)]
+    assert [e.kind for e in warned] == ["lower solve"]
+    assert "kinks" in warned[0].message
+    solved = bilevel.solve_lower(
+        Hinge().lower_loss, *tree.to(Hinge().init(None), "cpu", torch.float64), solver=LBFGS()
+    )
+    at = tree.to(Hinge().init(None), "cpu", torch.float64)[0]
+    with pytest.warns(bilevel.errors.UntrustedWarning, match="kinks"):
+        bilevel.hypergradient(
+            Hinge().upper_loss, Hinge().lower_loss, at, solved, estimator=Implicit()
+        )
 
 
 def test_what_explains_the_others_speaks_alone():

@@ -8,7 +8,7 @@
      "questions": [{"text": "Is there a dog?", "answer": "no", "name": "dog"}],
      "conversation": [["What is there?", "Two cats."]]}
 
-`objects` are all the objects that are there; without them nothing is asked of the picture but its
+`objects` are all the objects that are there (one with the number 0 is not); without them nothing is asked of the picture but its
 own questions, and CHAIR leaves it out. They are read by `synonyms`, whatever their case and number.
 `<image>` in a text is left out: where the picture stands, the model's template says. `origin` says
 where the picture comes from: origins are seen in equal numbers and weighed against each other. `id`
@@ -53,6 +53,8 @@ def _record(entry: Entry) -> Record:
     objects = entry.get("objects", (list, dict), None)
     if not all(isinstance(name, str) and name.strip() for name in objects or ()):
         entry.refuse("'objects' must be a list of names, or an object of names and numbers")
+    if isinstance(objects, dict):
+        objects = [name for name, number in objects.items() if _count(entry, name, number)]
     return Record(
         at=entry,
         id=entry.id_of("id", picture),
@@ -66,6 +68,14 @@ def _record(entry: Entry) -> Record:
         split=entry.get("split", str, None),
         origin=entry.get("origin", str, ""),
     )
+
+
+def _count(entry: Entry, name: str, number: Any) -> int:
+    if type(number) is not int or number < 0:
+        entry.refuse(
+            f"objects[{name!r}] is {number!r}; must be a whole number, 0 where there is none"
+        )
+    return number
 
 
 def _texts(entry: Entry, key: str) -> list[str]:

@@ -35,6 +35,8 @@ class PictureFiles:
     """Height and width to which the shorter side is scaled, and the middle is cut out; None: as is."""
     at: tuple[object, ...] = field(default=(), compare=False, repr=False)
     """What write themselves as the file and line that name each; () where none does."""
+    reader: int = 2
+    """Raised when `read_picture` gives other pictures of the same files."""
 
     @classmethod
     def of(
@@ -76,10 +78,12 @@ class PictureFiles:
 
 
 def read_picture(file: str, pixels: int | None = None, at: object = "") -> Picture:
-    """The picture upright as a viewer shows it; errors begin with `at`, the place that names the file.
+    """The picture upright as a viewer shows it; 16 bits of grey scaled to 8.
 
-    Raises `ProblemError` for what is not a picture, and for one of more than twice
-    `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
+    Errors begin with `at`, the place that names the file.
+
+    Raises `ProblemError` for what is not a picture, for one whose pixels are 32-bit numbers, and for
+    one of more than twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
     """
     image = require("PIL.Image", "pillow")
     operations = require("PIL.ImageOps", "pillow")
@@ -87,13 +91,16 @@ def read_picture(file: str, pixels: int | None = None, at: object = "") -> Pictu
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", image.DecompressionBombWarning)  # it is read
             with image.open(file) as opened:
-                picture = operations.exif_transpose(opened).convert("RGB")
+                upright = operations.exif_transpose(opened)
+                picture = _shallow(upright, opened.format, _said(file, at)).convert("RGB")
     except image.DecompressionBombError as error:
         what = str(error).partition(",")[0]
         raise ProblemError(
             f"{_said(file, at)} is too large a picture ({what}); make it smaller, as models do with every picture, "
             "or leave it out"
         ) from error
+    except ProblemError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:
         raise ProblemError(f"{_said(file, at)} cannot be read as a picture ({error})") from error
     if pixels is not None:
@@ -104,3 +111,15 @@ def read_picture(file: str, pixels: int | None = None, at: object = "") -> Pictu
 
 def _said(file: str, at: object) -> str:
     return f"{at}: the file {file}" if str(at) else f"{file}:"
+
+
+def _shallow(picture: Any, written: str | None, said: str) -> Any:
+    """With eight bits a channel: Pillow cuts deeper grey at 255, which leaves it all but white."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    if picture.mode == "F" or (picture.mode == "I" and written not in ("PNG", "PPM")):
+        raise ProblemError(
+            f"{said} has 32-bit numbers for pixels, and which of them is white is not said; "
+            "write it with 8 or 16 bits a pixel"
+        )
+    return picture.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")

@@ -52,6 +52,11 @@ def test_the_good_line_is_good(tmp_path):  # negative control of all below
         ('{"image": "a.png"}', r"d\.jsonl:3: id 'a\.png' is taken; .*d\.jsonl:1"),
         ('{"image": "b.png", "id": "a.png"}', r"d\.jsonl:3: id 'a\.png' is taken"),
         ('{"image": "b.png", "objects": [1]}', r"d\.jsonl:3: 'objects' must be a list of names"),
+        (
+            '{"image": "b.png", "objects": {"cat": -1}}',
+            r"d\.jsonl:3: objects\['cat'\] is -1; must be",
+        ),
+        ('{"image": "b.png", "objects": {"cat": true}}', r"d\.jsonl:3: objects\['cat'\] is True"),
         ('{"image": "b.png", "hallucinated": {"colour": "x"}}', r"kind 'colour'; must be one of"),
         (
             '{"image": "b.png", "questions": [{"text": "Is it?", "answer": "maybe"}]}',
@@ -146,6 +151,16 @@ def test_pictures_of_many_pixels(tmp_path, monkeypatch):
         ProblemError, match=rf"d\.jsonl:1: .*a\.png is too large a picture .*{pixels}"
     ):
         _ = files[0]
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pictures_of_32_bit_numbers(tmp_path, mode):
+    from PIL import Image
+
+    source = jsonl(tmp_path, '{"image": "deep.tiff"}')
+    Image.new(mode, (4, 3)).save(tmp_path / "deep.tiff")
+    with pytest.raises(ProblemError, match=r"^\S+deep\.tiff: has 32-bit numbers.* 8 or 16 bits"):
+        _ = read(source).images[0]
 
 
 def test_splits_that_share_a_picture(tmp_path):

@@ -19,6 +19,7 @@ from bilevel_problems.mllm_hft.sources.jsonl import Jsonl
 from bilevel_problems.mllm_hft.sources.llava import Llava
 from bilevel_problems.mllm_hft.sources.mentions import Lexicon
 from bilevel_problems.mllm_hft.sources.naming import united
+from bilevel_problems.mllm_hft.sources.pictures import read_picture
 from bilevel_problems.mllm_hft.sources.pope import Pope
 from bilevel_problems.mllm_hft.sources.protocol import KINDS, Simulator, Source
 from bilevel_problems.mllm_hft.sources.rlhf_v import RlhfV
@@ -67,6 +68,26 @@ def test_jsonl(tmp_path):
     (question,) = second.questions
     assert (question.answer, question.group, question.name) == (False, "own", "dog")
     assert first.instruction == "Describe this image."
+
+
+def test_an_object_of_number_0_is_not_there(tmp_path):
+    layouts.pictures(tmp_path, ["a.png"])
+    row = {"image": "a.png", "caption": "A dog.", "objects": {"dog": 1, "cat": 0}}
+    source = Jsonl(path=layouts.lines(tmp_path / "data.jsonl", [row]))
+    (scene,) = whole(source).scenes
+    assert scene.names == {"dog"}
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tiff", "grey.pgm"])
+def test_grey_of_16_bits(tmp_path, name):
+    """Black, dark, middle, white."""
+    from PIL import Image
+
+    grey = torch.tensor([0, 257 * 3, 257 * 128, 65535], dtype=torch.int32)
+    deep = Image.frombytes("I;16", (4, 1), grey.to(torch.uint16).numpy().tobytes())
+    deep.save(tmp_path / name)
+    seen = read_picture(str(tmp_path / name))
+    assert seen[:, 0].tolist() == [[0, 3, 128, 255]] * 3
 
 
 def test_pictures_are_read_when_asked_for_and_of_any_size(tmp_path):
