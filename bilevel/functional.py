@@ -20,6 +20,7 @@ from bilevel.problem.answers import structured
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
+from bilevel.problem.remeasured import remeasured
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
 from bilevel.problem.trust import Step, reasons, unwarned
@@ -77,7 +78,9 @@ def hypergradient(
             is what it is where y is a `LowerSolution` and nothing is given.
         state: `Estimate.state` of the previous call: warm start. None starts cold, and checks
             that both losses are pure (two evaluations each) and, for an estimator that needs it,
-            that custom autograd functions of G have their second derivative (`bilevel.problem.purity`).
+            that custom autograd functions of G have their second derivative (`bilevel.problem.purity`);
+            where y or damping leave a doubt it asks again (`bilevel.problem.remeasured`): that may
+            double what the call costs.
         batches: iterables of batches for F and for G, where estimators that draw their own take
             them from.
         structure: what y* is beside the minimum of G (projection, proximal map, constraints, map T,
@@ -120,9 +123,11 @@ def hypergradient(
         bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure), batches
     )
     found = estimate(method, losses, at, state)
+    if state is None:
+        found = remeasured(method, losses, at, found)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
-    step = Step(method, found, solved, at.x)
+    step = Step(method, found, solved, at.x, losses.lower.batch)
     against = reasons(step)
     if against and step.claim == "solution":
         warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)

@@ -279,6 +279,12 @@ class Stats:
     there is no damping."""
     value_error: float | None = None
     """F(x, y) − F(x, y*) to first order, vᵀ∇y G: what y, where it is not solved to the end, makes of F."""
+    y_error: float | None = None
+    """What h changes by, relative to it, where y takes a step of Newton's method. Measured in the first
+    call of `bilevel.hypergradient`, where ∇y G leaves a doubt of y and nothing restricts it."""
+    damping_error: float | None = None
+    """What h changes by, relative to it, with a tenth of the damping. Measured in the first call of
+    `bilevel.hypergradient`, where `damping_residual` leaves a doubt."""
     curvature: float | None = None
     """Smallest pᵀA p / pᵀp met; ≤ 0 means the lower Hessian is not positive definite there."""
     condition: float | None = None

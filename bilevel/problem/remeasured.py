@@ -1,0 +1,94 @@
+"""How far a hypergradient is off, measured: it is asked for again where an answer must be better.
+
+Evidence of first order does not tell what an error of y, or damping, makes of h. The same estimator is
+asked once more, nearer to the lower solution or with a tenth of the damping, and what h changes by is
+the error, as far as the second answer is right. Done in a first call alone, and where there is doubt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from bilevel import tree
+from bilevel.calculus.products import linearize
+from bilevel.errors import ConvergenceError
+from bilevel.linear.cg import CG
+from bilevel.types import Counts, Estimate, Estimator, Losses, Point, changed
+
+NEAR = 1e-4
+"""The part of ‖y‖ below which ‖∇y G‖ / curvature is no doubt of y."""
+
+UNIT = 100
+"""Multiples of eps below which y is near whatever its size: a y* of 0 is met to rounding alone."""
+
+LARGE = 0.1
+"""A residual above this leaves the step short, a change above this is told however short it is."""
+
+STEPS = 20
+"""HVPs for the step of y, or as many as the adjoint solve took."""
+
+DAMPED = 1e-3
+"""The `Stats.damping_residual` below which there is no doubt of the damping."""
+
+
+def remeasured(estimator: Estimator, losses: Losses, at: Point, found: Estimate) -> Estimate:
+    """The estimate with `Stats.y_error` and `Stats.damping_error`, where they can be told.
+
+    For y 1 gradient and, where that leaves a doubt, as many HVPs as it took (20 at least), and one estimate more, from the
+    state of this one; for damping one more estimate. None of it is counted.
+    """
+    if found.stats.converged is False or found.step is not None or estimator.needs.fresh:
+        return found
+    counts = Counts()
+    apart = Losses(replace(losses.upper, counts=counts), replace(losses.lower, counts=counts))
+    errors = {
+        "y_error": _error_of_y(estimator, apart, at, found),
+        "damping_error": _error_of_damping(estimator, apart, at, found),
+    }
+    return changed(found, stats=changed(found.stats, **errors))
+
+
+def _error_of_y(estimator: Estimator, losses: Losses, at: Point, found: Estimate) -> float | None:
+    """What h changes by, relative, where y takes a step of Newton's method."""
+    structure = losses.lower.structure
+    if found.stats.value_error is None or structure.restrictions or structure.map:
+        return None
+    lower = linearize(losses.lower, at)
+    left, curvature = tree.norm(lower.gradient), found.stats.curvature
+    near = max(NEAR * tree.norm(at.y), UNIT * tree.eps(at.y))
+    if not left or (curvature and left <= near * curvature):
+        return None
+    as_many = CG(iterations=max(STEPS, found.stats.iterations))
+    solve = as_many.solve(lower.hvp_yy, lower.gradient, tree.zeros_like(at.y))
+    if tree.norm(solve.solution) <= near:
+        return None
+    there = replace(at, y=tree.sub(at.y, solve.solution))
+    error, is_sure = _change(estimator, losses, there, found)
+    # what does not converge nearer to the solution is no reason to rely on what did away from it
+    is_sure = is_sure and (solve.stats.residual or 0.0) <= LARGE
+    return error if is_sure or error > LARGE else None
+
+
+def _error_of_damping(estimator: Any, losses: Losses, at: Point, found: Estimate) -> float | None:
+    """What h changes by, relative, with a tenth of the damping."""
+    damping = getattr(estimator, "damping", None)
+    if (found.stats.damping_residual or 0.0) <= DAMPED or damping is None:
+        return None
+    less = replace(estimator, damping=damping / 10)
+    error, is_sure = _change(less, losses, at, found)
+    return error if is_sure else None
+
+
+def _change(estimator: Estimator, losses: Losses, at: Point, found: Estimate) -> tuple[float, bool]:
+    """‖h − h₊‖ relative to the longer of the two, and whether h₊ is to be relied on."""
+    try:
+        again = estimator.estimate(losses, at, found.state)
+    except ConvergenceError:
+        return 0.0, False
+    here, there = found.hypergradient, again.hypergradient
+    size = max(tree.norm(here), tree.norm(there))
+    off = tree.norm(tree.sub(there, here))
+    error = off / size if 0 < size < math.inf else 0.0
+    return error, again.stats.converged is not False and size < math.inf
