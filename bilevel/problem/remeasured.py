@@ -7,15 +7,18 @@ the error, as far as the second answer is right. Done in a first call alone, and
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
 from bilevel import tree
 from bilevel.calculus.products import linearize
-from bilevel.errors import ConvergenceError
+from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.linear.cg import CG
-from bilevel.types import Counts, Estimate, Estimator, Losses, Point, changed
+from bilevel.lower.iterate import Iterate
+from bilevel.lower.proximal import Proximal
+from bilevel.types import Counts, Estimate, Estimator, Loss, Losses, Params, Point, Stats, changed
 
 NEAR = 1e-4
 """The part of ‖y‖ below which ‖∇y G‖ / curvature is no doubt of y."""
@@ -28,6 +31,9 @@ LARGE = 0.1
 
 STEPS = 20
 """HVPs for the step of y, or as many as the adjoint solve took."""
+
+RESTRICTED = {"steps": 50, "relative_tolerance": 1e-5}
+"""The lower solve in the place of that step where something restricts y, or it is a fixed point."""
 
 DAMPED = 1e-3
 """The `Stats.damping_residual` below which there is no doubt of the damping."""
@@ -51,24 +57,48 @@ def remeasured(estimator: Estimator, losses: Losses, at: Point, found: Estimate)
 
 
 def _error_of_y(estimator: Estimator, losses: Losses, at: Point, found: Estimate) -> float | None:
-    """What h changes by, relative, where y takes a step of Newton's method."""
-    structure = losses.lower.structure
-    if found.stats.value_error is None or structure.restrictions or structure.map:
+    """What h changes by, relative, where y comes nearer to the lower solution."""
+    if found.stats.value_error is None:
         return None
-    lower = linearize(losses.lower, at)
-    left, curvature = tree.norm(lower.gradient), found.stats.curvature
     near = max(NEAR * tree.norm(at.y), UNIT * tree.eps(at.y))
-    if not left or (curvature and left <= near * curvature):
+    structure = losses.lower.structure
+    if structure.restrictions or structure.map:
+        y, is_sure = _solved(losses.lower, at)
+    else:
+        y, is_sure = _stepped(losses.lower, at, found.stats, near)
+    if tree.norm(tree.sub(y, at.y)) <= near:
         return None
-    as_many = CG(iterations=max(STEPS, found.stats.iterations))
-    solve = as_many.solve(lower.hvp_yy, lower.gradient, tree.zeros_like(at.y))
-    if tree.norm(solve.solution) <= near:
-        return None
-    there = replace(at, y=tree.sub(at.y, solve.solution))
-    error, is_sure = _change(estimator, losses, there, found)
+    error, is_right = _change(estimator, losses, replace(at, y=y), found)
     # what does not converge nearer to the solution is no reason to rely on what did away from it
-    is_sure = is_sure and (solve.stats.residual or 0.0) <= LARGE
-    return error if is_sure or error > LARGE else None
+    return error if (is_sure and is_right) or error > LARGE else None
+
+
+def _stepped(loss: Loss, at: Point, stats: Stats, near: float) -> tuple[Params, bool]:
+    """(y after a step of Newton's method, whether that is all of the step); y itself where it is near."""
+    lower = linearize(loss, at)
+    left, curvature = tree.norm(lower.gradient), stats.curvature
+    if not left or (curvature and left <= near * curvature):
+        return at.y, True
+    as_many = CG(iterations=max(STEPS, stats.iterations))
+    solve = as_many.solve(lower.hvp_yy, lower.gradient, tree.zeros_like(at.y))
+    return tree.sub(at.y, solve.solution), (solve.stats.residual or 0.0) <= LARGE
+
+
+def _solved(loss: Loss, at: Point) -> tuple[Params, bool]:
+    """(y after steps that heed what restricts it, whether they have come to an end)."""
+    structure = loss.structure
+    if structure.map:
+        solver = Iterate(**RESTRICTED)
+    elif structure.prox or structure.project:
+        solver = Proximal(**RESTRICTED)
+    else:
+        return at.y, False  # constraints alone: a solve under them is no matter of a few steps
+    try:
+        batches = itertools.repeat(loss.one_batch)
+        end = solver.solve(loss, at.x, at.y, batches=batches, state=solver.init(at.y))
+    except (ConvergenceError, ProblemError):
+        return at.y, False
+    return end.y, bool(end.stats.converged)
 
 
 def _error_of_damping(estimator: Any, losses: Losses, at: Point, found: Estimate) -> float | None:

@@ -12,7 +12,7 @@ from bilevel import hypergradient, solve_lower, tree
 from bilevel.errors import UntrustedWarning
 from bilevel.estimators import Implicit
 from bilevel.linear import CG
-from bilevel.types import Counts, Loss, Losses, Point
+from bilevel.types import Counts, Loss, Losses, Point, Structure
 from tests.hard import spread, symmetric
 
 N, M = 12, 4
@@ -210,6 +210,41 @@ def test_a_loss_that_ends_where_the_step_leads_leaves_it_untold():
     found = hypergradient(F, G, x, y, estimator="implicit")
     assert found.stats.y_error is None
     assert not found.trusted
+
+
+RESTRICTED = {
+    "set": Structure(project=lambda y: {"w": y["w"].clamp(-1, 1)}),
+    "l1": Structure(
+        prox=lambda x, y, t: {"w": y["w"].sign() * (y["w"].abs() - 0.5 * t).clamp(min=0)}
+    ),
+    "map": Structure(map=lambda x, y, _: {"w": 0.8 * y["w"] + 0.2 * x["x"]}),
+}
+"""Of G = ½ ‖y − x‖²."""
+
+
+@pytest.mark.untrusted("away from the solution kinks are in doubt")
+@pytest.mark.parametrize("structure", RESTRICTED.values(), ids=RESTRICTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_restricts_y_is_heeded_on_the_way_to_the_solution(structure, dtype):
+    x = {"x": torch.tensor([0.1, 0.7, -0.8, 3.0]).to(dtype)}
+    if structure.project:
+        y, slope = x["x"].clamp(-1, 1), x["x"].abs() < 1
+    elif structure.prox:
+        y, slope = x["x"].sign() * (x["x"].abs() - 0.5).clamp(min=0), x["x"].abs() > 0.5
+    else:
+        y, slope = x["x"], torch.ones(4).bool()
+
+    def G(x, y, _):
+        return (y["w"] - x["x"]).square().sum() / 2
+
+    def F(x, y, _):
+        return y["w"].square().sum() / 2 + 10
+
+    for given, right in ((y, True), (0 * y, False), (0.9 * y, True)):
+        found = hypergradient(F, G, x, {"w": given}, estimator="fixed_point", structure=structure)
+        off = float((found.hypergradient["x"] - slope * y).norm() / (slope * y).norm())
+        assert off < 0.2 if right else off > 0.9
+        assert found.trusted is (off < 0.05)
 
 
 # damping
