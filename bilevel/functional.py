@@ -17,6 +17,7 @@ from bilevel.errors import ProblemError, RecipeError, UntrustedWarning
 from bilevel.lower.start import at_start
 from bilevel.optimizers.learned import require_in_range
 from bilevel.problem.answers import structured
+from bilevel.problem.cuts import lost
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
@@ -123,15 +124,17 @@ def hypergradient(
         bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure), batches
     )
     found = estimate(method, losses, at, state)
+    cut: tuple[str, ...] = ()
     if state is None:
         found = remeasured(method, losses, at, found)
+        cut = lost(losses, at, second_order=method.needs.second_order)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
     step = Step(method, found, solved, at.x, losses.lower.batch)
     against = reasons(step)
     if against and step.claim == "solution":
         warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)
-    found = replace(found, reasons=against or unwarned(step), claim=step.claim)
+    found = replace(found, reasons=(*against, *cut) or unwarned(step), claim=step.claim)
     if tied[0].trivial and found.moved is None:
         return found
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))

@@ -36,6 +36,8 @@ class Counts:
     cross_products: int = 0
     reached: set[str] = field(default_factory=set)
     """Names of upper variables that were seen to influence a loss."""
+    cut: set[str] = field(default_factory=set)
+    """The levels whose loss was seen to call what takes a part of it out of autograd's graph."""
 
 
 RESTRICTIONS = ("project_lower", "prox_lower", "lower_constraints")
