@@ -21,6 +21,9 @@ from bilevel.types import Counts, Loss, Losses, Params, Point
 LOST = 1e-2
 """The part of a slope that has to be missing."""
 
+BESIDE = 1e-2
+"""How far from the point, relative, the slopes are looked at."""
+
 
 def lost(losses: Losses, at: Point, *, second_order: bool) -> tuple[str, ...]:
     """What the gradients of two losses lack that were evaluated by `refuse_impure`, in words.
@@ -49,8 +52,10 @@ REMEDY = (
 
 
 def _lost_slopes(loss: Loss, at: Point) -> Iterator[str]:
-    value, at_x, at_y = gradients(loss, at)
     stream = rng.stream(0, "slopes")
+    # at a minimum the slope of what is cut off is 0 as well
+    at = replace(at, x=_beside(at.x, stream), y=_beside(at.y, stream))
+    value, at_x, at_y = gradients(loss, at)
     for name, params, gradient in (("x", at.x, at_x), ("y", at.y, at_y)):
         along = direction(params, stream)
         if along is None:
@@ -67,6 +72,11 @@ def _lost_slopes(loss: Loss, at: Point) -> Iterator[str]:
                 f"{loss.level}_loss changes along a direction of {name} by {narrow:.3g} where its "
                 f"gradient says {expected:.3g}: part of {name} reaches its value and not its gradient {REMEDY}"
             )
+
+
+def _beside(params: Params, stream: torch.Generator) -> Params:
+    along = direction(params, stream)
+    return tree.axpy(BESIDE * (1 + tree.norm(params)), along, params) if along else params
 
 
 @torch.no_grad()
