@@ -480,6 +480,9 @@ class Estimator(Protocol):
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other
     settings for its claim to hold (iterations, no damping) has `tight(dim_y)`, itself with them.
+
+    One that knows better than a step of Newton's method on G how y comes nearer to the lower solution
+    has `nearer(losses, at)`, that y, or None where it cannot tell; `Stats.y_error` is measured there.
     """
 
     @property

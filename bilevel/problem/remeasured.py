@@ -61,16 +61,25 @@ def _error_of_y(estimator: Estimator, losses: Losses, at: Point, found: Estimate
     if found.stats.value_error is None:
         return None
     near = max(NEAR * tree.norm(at.y), UNIT * tree.eps(at.y))
-    structure = losses.lower.structure
-    if structure.restrictions or structure.map:
-        y, is_sure = _solved(losses.lower, at)
-    else:
-        y, is_sure = _stepped(losses.lower, at, found.stats, near)
+    y, is_sure = _nearer(estimator, losses, at, found.stats, near)
     if tree.norm(tree.sub(y, at.y)) <= near:
         return None
     error, is_right = _change(estimator, losses, replace(at, y=y), found)
     # what does not converge nearer to the solution is no reason to rely on what did away from it
     return error if (is_sure and is_right) or error > LARGE else None
+
+
+def _nearer(
+    estimator: Any, losses: Losses, at: Point, stats: Stats, near: float
+) -> tuple[Params, bool]:
+    """(y nearer to the lower solution, whether all of the way that can be told); y itself where it is near."""
+    structure = losses.lower.structure
+    if hasattr(estimator, "nearer"):
+        y = estimator.nearer(losses, at)
+        return (at.y, False) if y is None else (y, True)
+    if structure.restrictions or structure.map:
+        return _solved(losses.lower, at)
+    return _stepped(losses.lower, at, stats, near)
 
 
 def _stepped(loss: Loss, at: Point, stats: Stats, near: float) -> tuple[Params, bool]:

@@ -247,6 +247,37 @@ def test_what_restricts_y_is_heeded_on_the_way_to_the_solution(structure, dtype)
         assert found.trusted is (off < 0.05)
 
 
+@pytest.mark.parametrize("solver", ["dense", "minres"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_under_constraints_y_comes_nearer_by_their_conditions(solver, offset):
+    """G = ½ ‖y − B x‖² over J y = K x: y* = P B x + J⁺ K x, P the projection on the kernel of J."""
+    J, K, B, x = (
+        numbers(*shape, seed=seed) for seed, shape in enumerate([(3, N), (3, M), (N, M), (M,)])
+    )
+    inverse = torch.linalg.pinv(J)
+    slope = B - inverse @ J @ B + inverse @ K
+    y, right = slope @ x, slope.T @ slope @ x
+    held = Structure(constraints=lambda x, y, _: {"equality": J @ y["w"] - K @ x["x"]})
+
+    def G(x, y, _):
+        return (y["w"] - B @ x["x"]).square().sum() / 2
+
+    def F(x, y, _):
+        return y["w"].square().sum() / 2 + offset
+
+    along = numbers(N, seed=99)
+    along = along - y * (y @ along) / (y @ y)  # F does not see it, to first order
+    asked = {"name": "kkt", "solver": solver}
+    for given, good in ((y, True), (0 * y, False), (y + along * 1e-3, True), (y + along, False)):
+        found = hypergradient(F, G, {"x": x}, {"w": given}, estimator=asked, structure=held)
+        off = float((found.hypergradient["x"] - right).norm() / right.norm())
+        assert off < 0.01 if good else off > 0.2
+        assert found.trusted is good
+    assert hypergradient(
+        lambda x, y, _: y["w"].sum(), G, {"x": x}, {"w": 0 * y}, estimator=asked, structure=held
+    ).trusted  # h is right at any y
+
+
 # damping
 
 
