@@ -7,6 +7,7 @@ the loss changes by. That passes where nothing is lost (the maximum taken out of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ import torch
 
 from bilevel import rng, tree
 from bilevel.calculus.products import gradients
-from bilevel.errors import ConvergenceError
 from bilevel.problem.second_derivatives import direction, loses_part
 from bilevel.types import Counts, Loss, Losses, Params, Point
 
@@ -36,12 +36,11 @@ def lost(losses: Losses, at: Point, *, second_order: bool) -> tuple[str, ...]:
         if loss.level not in losses.counts.cut:
             continue
         apart = replace(loss, counts=Counts())
-        try:
+        # a loss may refuse, by whatever it raises, a point beside this one
+        with contextlib.suppress(Exception):
             found += _lost_slopes(apart, at)
             if not found and second_order and loss is losses.lower:
                 found += _lost_bend(apart, at)
-        except ConvergenceError:
-            continue  # a loss that ends beside this point
     return tuple(found)
 
 

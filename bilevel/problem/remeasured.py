@@ -7,6 +7,7 @@ the error, as far as the second answer is right. Done in a first call alone, and
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -14,7 +15,6 @@ from typing import Any
 
 from bilevel import tree
 from bilevel.calculus.products import linearize
-from bilevel.errors import ConvergenceError, ProblemError
 from bilevel.linear.cg import CG
 from bilevel.lower.iterate import Iterate
 from bilevel.lower.proximal import Proximal
@@ -49,10 +49,11 @@ def remeasured(estimator: Estimator, losses: Losses, at: Point, found: Estimate)
         return found
     counts = Counts()
     apart = Losses(replace(losses.upper, counts=counts), replace(losses.lower, counts=counts))
-    errors = {
-        "y_error": _error_of_y(estimator, apart, at, found),
-        "damping_error": _error_of_damping(estimator, apart, at, found),
-    }
+    errors = {}
+    for name, error in (("y_error", _error_of_y), ("damping_error", _error_of_damping)):
+        # a loss may refuse, by whatever it raises, a point that nobody asked for
+        with contextlib.suppress(Exception):
+            errors[name] = error(estimator, apart, at, found)
     return changed(found, stats=changed(found.stats, **errors))
 
 
@@ -64,7 +65,7 @@ def _error_of_y(estimator: Estimator, losses: Losses, at: Point, found: Estimate
     y, is_sure = _nearer(estimator, losses, at, found.stats, near)
     if tree.norm(tree.sub(y, at.y)) <= near:
         return None
-    error, is_right = _change(estimator, losses, replace(at, y=y), found)
+    error, is_right = _change(estimator, losses, replace(at, y=y), found, found.state)
     # what does not converge nearer to the solution is no reason to rely on what did away from it
     return error if (is_sure and is_right) or error > LARGE else None
 
@@ -102,11 +103,8 @@ def _solved(loss: Loss, at: Point) -> tuple[Params, bool]:
         solver = Proximal(**RESTRICTED)
     else:
         return at.y, False  # constraints alone: a solve under them is no matter of a few steps
-    try:
-        batches = itertools.repeat(loss.one_batch)
-        end = solver.solve(loss, at.x, at.y, batches=batches, state=solver.init(at.y))
-    except (ConvergenceError, ProblemError):
-        return at.y, False
+    batches = itertools.repeat(loss.one_batch)
+    end = solver.solve(loss, at.x, at.y, batches=batches, state=solver.init(at.y))
     return end.y, bool(end.stats.converged)
 
 
@@ -116,16 +114,15 @@ def _error_of_damping(estimator: Any, losses: Losses, at: Point, found: Estimate
     if (found.stats.damping_residual or 0.0) <= DAMPED or damping is None:
         return None
     less = replace(estimator, damping=damping / 10)
-    error, is_sure = _change(less, losses, at, found)
+    error, is_sure = _change(less, losses, at, found, less.init(at))  # a state is of its damping
     return error if is_sure else None
 
 
-def _change(estimator: Estimator, losses: Losses, at: Point, found: Estimate) -> tuple[float, bool]:
+def _change(
+    estimator: Estimator, losses: Losses, at: Point, found: Estimate, state: Any
+) -> tuple[float, bool]:
     """‖h − h₊‖ relative to the longer of the two, and whether h₊ is to be relied on."""
-    try:
-        again = estimator.estimate(losses, at, found.state)
-    except ConvergenceError:
-        return 0.0, False
+    again = estimator.estimate(losses, at, state)
     here, there = found.hypergradient, again.hypergradient
     size = max(tree.norm(here), tree.norm(there))
     off = tree.norm(tree.sub(there, here))

@@ -212,6 +212,25 @@ def test_a_loss_that_ends_where_the_step_leads_leaves_it_untold():
     assert not found.trusted
 
 
+def test_a_loss_that_refuses_where_the_step_leads_ends_no_call():
+    """0 is refused, and 5 − (5 − 0.1) / 1 is not; where y was given all is well."""
+
+    def G(x, y, _):
+        if y["w"].min() < 1:
+            raise ValueError("a scale must be at least 1")
+        return (y["w"] - x["x"]).square().sum() / 2 + 0 * x["x"].detach().sum()
+
+    def F(x, y, _):
+        return y["w"].square().sum()
+
+    x = {"x": torch.tensor([0.1]).double()}
+    for y in (5.0, 1.0):
+        found = hypergradient(F, G, x, {"w": torch.tensor([y]).double()}, estimator="implicit")
+        assert found.hypergradient["x"].item() == pytest.approx(2 * y)
+        assert found.stats.y_error is None
+        assert not found.trusted
+
+
 RESTRICTED = {
     "set": Structure(project=lambda y: {"w": y["w"].clamp(-1, 1)}),
     "l1": Structure(
