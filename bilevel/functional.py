@@ -17,9 +17,11 @@ from bilevel.errors import ProblemError, RecipeError, UntrustedWarning
 from bilevel.lower.start import at_start
 from bilevel.optimizers.learned import require_in_range
 from bilevel.problem.answers import structured
+from bilevel.problem.cuts import lost
 from bilevel.problem.estimation import estimate
 from bilevel.problem.levels import require_offers, solve
 from bilevel.problem.purity import refuse_impure
+from bilevel.problem.remeasured import remeasured
 from bilevel.problem.second_derivatives import require_second_derivative
 from bilevel.problem.tied import Plain, Ties, bind
 from bilevel.problem.trust import Step, reasons, unwarned
@@ -78,7 +80,9 @@ def hypergradient(
             is what it is where y is a `LowerSolution` and nothing is given.
         state: `Estimate.state` of the previous call: warm start. None starts cold, and checks
             that both losses are pure (two evaluations each) and, for an estimator that needs it,
-            that custom autograd functions of G have their second derivative (`bilevel.problem.purity`).
+            that custom autograd functions of G have their second derivative (`bilevel.problem.purity`);
+            where y or damping leave a doubt it asks again (`bilevel.problem.remeasured`): that may
+            double what the call costs.
         batches: iterables of batches for F and for G, where estimators that draw their own take
             them from.
         structure: what y* is beside the minimum of G (projection, proximal map, constraints, map T,
@@ -121,13 +125,17 @@ def hypergradient(
         bind(upper_loss, lower_loss, upper_batch, lower_batch, tied, structure), batches
     )
     found = estimate(method, losses, at, state)
+    cut: tuple[str, ...] = ()
+    if state is None:
+        found = remeasured(method, losses, at, found)
+        cut = lost(losses, at, second_order=method.needs.second_order)
     if solved:
         solved = replace(solved, y=at.y, structure=structure)  # flat, where the caller's is nested
-    step = Step(method, found, solved, at.x)
+    step = Step(method, found, solved, at.x, losses.lower.batch)
     against = reasons(step)
     if against and step.claim == "solution":
         warnings.warn("; ".join(against), UntrustedWarning, stacklevel=2)
-    found = replace(found, reasons=against or unwarned(step), claim=step.claim)
+    found = replace(found, reasons=(*against, *cut) or unwarned(step), claim=step.claim)
     if tied[0].trivial and found.moved is None:
         return found
     moved = found.moved and replace(found.moved, y=tied[1].expand(found.moved.y))

@@ -36,6 +36,8 @@ class Counts:
     cross_products: int = 0
     reached: set[str] = field(default_factory=set)
     """Names of upper variables that were seen to influence a loss."""
+    cut: set[str] = field(default_factory=set)
+    """The levels whose loss was seen to call what takes a part of it out of autograd's graph."""
 
 
 RESTRICTIONS = ("project_lower", "prox_lower", "lower_constraints")
@@ -279,6 +281,12 @@ class Stats:
     there is no damping."""
     value_error: float | None = None
     """F(x, y) − F(x, y*) to first order, vᵀ∇y G: what y, where it is not solved to the end, makes of F."""
+    y_error: float | None = None
+    """What h changes by, relative to it, where y takes a step of Newton's method. Measured in the first
+    call of `bilevel.hypergradient`, where ∇y G leaves a doubt of y and nothing restricts it."""
+    damping_error: float | None = None
+    """What h changes by, relative to it, with a tenth of the damping. Measured in the first call of
+    `bilevel.hypergradient`, where `damping_residual` leaves a doubt."""
     curvature: float | None = None
     """Smallest pᵀA p / pᵀp met; ≤ 0 means the lower Hessian is not positive definite there."""
     condition: float | None = None
@@ -472,6 +480,9 @@ class Estimator(Protocol):
     `bilevel check` holds every estimator to its claim. One whose claim is other than "solution"
     has `objective(losses, at) -> Callable[[Params], Tensor]`, that function; one that needs other
     settings for its claim to hold (iterations, no damping) has `tight(dim_y)`, itself with them.
+
+    One that knows better than a step of Newton's method on G how y comes nearer to the lower solution
+    has `nearer(losses, at)`, that y, or None where it cannot tell; `Stats.y_error` is measured there.
     """
 
     @property

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from bilevel import calculus, tree
-from bilevel.calculus.products import gradients, linearize
+from bilevel.calculus.products import Linearization, gradients, linearize
 from bilevel.components import Slot, component
 from bilevel.errors import ProblemError
 from bilevel.linear.guards import flagged, solved
@@ -80,11 +80,8 @@ class KKT:
 
     def estimate(self, losses: Losses, at: Point, state: dict[str, Any]) -> Estimate:
         value, F_x, F_y = gradients(losses.upper, at)
-        active = _active(losses.lower, at, self.activity)
-        _, G_y = calculus.gradient_y(losses.lower, at.x, at.y)
-        multiplier, degenerate = _multipliers(active, G_y, self.margin)
-        lower = linearize(_lagrangian(losses.lower, active), _joined(at, multiplier))
-        b = lower.restrict({**F_y, MULTIPLIER: torch.zeros_like(multiplier)})
+        lower, degenerate = self._system(losses.lower, at)
+        b = lower.restrict({**F_y, MULTIPLIER: torch.zeros_like(lower.gradient[MULTIPLIER])})
         solve = solved(self.solver, lower.hvp_yy, b, tree.zeros_like(b))
         v = {name: solve.solution[name] for name in at.y}
         size = tree.dot(v, v)
@@ -97,6 +94,25 @@ class KKT:
         )
         stats = flagged(stats, "degenerate") if degenerate else stats
         return Estimate(tree.sub(F_x, lower.vjp_xy(solve.solution)), value, {}, stats)
+
+    def nearer(self, losses: Losses, at: Point) -> Params | None:
+        """y after a step of Newton's method on the KKT conditions, None where their system is not solved.
+
+        2 gradients and the solver's products.
+        """
+        lower, _ = self._system(losses.lower, at)
+        zero = tree.zeros_like(lower.gradient)
+        solve = solved(self.solver, lower.hvp_yy, lower.gradient, zero)
+        if solve.stats.converged is False:
+            return None
+        return tree.sub(at.y, {name: solve.solution[name] for name in at.y})
+
+    def _system(self, loss: Loss, at: Point) -> tuple[Linearization, int]:
+        """(L with the multipliers beside y, how many constraints are doubtful)."""
+        active = _active(loss, at, self.activity)
+        _, G_y = calculus.gradient_y(loss, at.x, at.y)
+        multiplier, degenerate = _multipliers(active, G_y, self.margin)
+        return linearize(_lagrangian(loss, active), _joined(at, multiplier)), degenerate
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ does otherwise hypergradients are wrong and nothing shows it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +41,7 @@ def refuse_impure(loss: Loss, x: Params, y: Params) -> None:
     if is_transformed(x, y):
         return
     refuse_wrapped(loss)
-    apart, x, y = replace(loss, counts=Counts()), tree.detach(x), tree.detach(y)
+    apart, x, y = _noting_cuts(loss), tree.detach(x), tree.detach(y)
     devices = {entry.device for entry in (*x.values(), *y.values()) if entry.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), _NoStatistics(loss.level):
         before = _random_states(devices)
@@ -94,3 +96,47 @@ _UPDATES = {
     torch.nn.functional.batch_norm: "training",
     torch.nn.functional.instance_norm: "use_input_stats",
 }
+
+
+_GRAD_MODE = torch._C._set_grad_enabled
+CUTS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.Tensor.detach,
+        torch.Tensor.detach_,
+        torch.detach,
+        torch.Tensor.data.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__float__,
+        torch.tensor,
+        _GRAD_MODE,
+    }
+)
+"""What takes a tensor, or all that follows, out of autograd's graph."""
+
+
+class _Cuts(TorchFunctionMode):
+    """Notes in the counts of a loss that it may be cut."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self._loss = loss
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in CUTS and args and (isinstance(args[0], Tensor) or func is _GRAD_MODE):
+            self._loss.counts.cut.add(self._loss.level)
+        return func(*args, **(kwargs or {}))
+
+
+def _noting_cuts(loss: Loss) -> Loss:
+    """The loss with counts of its own; that it may be cut is noted in those of `loss`."""
+
+    def function(x: Params, y: Params, batch: Any) -> Tensor:
+        with _Cuts(loss):
+            return loss.function(x, y, batch)
+
+    return replace(loss, counts=Counts(), function=function)

@@ -57,7 +57,7 @@ def refuse_missing_second_derivative(loss: Loss, at: Point) -> None:
             )
     names = sorted({_name(node) for node in nodes if _is_custom(node)})
     eps = max(tree.eps(x), tree.eps(y))
-    if names and eps <= torch.finfo(torch.float32).eps and _loses(apart, at, eps):
+    if names and eps <= torch.finfo(torch.float32).eps and loses_part(apart, at, eps):
         if "CompiledFunction" in names:
             raise ProblemError(f"{loss.level}_loss {COMPILED}")
         raise ProblemError(
@@ -121,9 +121,10 @@ class _Along:
     """(G₊ − G₋) / 2h."""
 
 
-def _loses(loss: Loss, at: Point, eps: float) -> bool:
+def loses_part(loss: Loss, at: Point, eps: float) -> bool:
+    """Whether differences of ∇G along a direction of y are other vectors than its products."""
     stream = rng.stream(0, "second derivative")
-    v = _direction(at.y, stream)
+    v = direction(at.y, stream)
     if v is None:
         return False
     h = eps ** (1 / 3) * (1 + tree.norm(at.y))
@@ -153,7 +154,7 @@ def _least(expected: Params, got: Params) -> float:
     return MISSING * max(tree.norm(expected), tree.norm(got))
 
 
-def _direction(like: Params, stream: torch.Generator) -> Params | None:
+def direction(like: Params, stream: torch.Generator) -> Params | None:
     """A random vector of length 1; None where there is nothing to move."""
     v = tree.drawn(lambda p: torch.randn(p.shape, generator=stream).to(p), like)
     size = tree.norm(v)
@@ -183,7 +184,7 @@ def _differences(
 
 def _is_slope(loss: Loss, at: Point, g: Params, eps: float, stream: torch.Generator) -> bool:
     """Whether ∇x G is what G changes by along a random direction of x."""
-    u = _direction(at.x, stream)
+    u = direction(at.x, stream)
     if u is None:
         return False
     h = eps ** (1 / 3) * (1 + tree.norm(at.x))

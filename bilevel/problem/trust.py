@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from bilevel import tree
 from bilevel.types import Claim, Estimate, Estimator, LowerSolution, Params, Stats
 
 LARGE = 0.1
 """A relative residual above this is warned of, whatever `converged` says."""
+
+CHANGED = 0.05
+"""A change of h by a step of y above this is told: the step may end short of the solution."""
 
 SMALL = 1e-3
 """The part of ‖h‖ ‖x‖ up to which an error of F is none, however small F is."""
@@ -28,6 +32,7 @@ class Step:
     estimate: Estimate
     lower: LowerSolution | None = None
     x: Params | None = None
+    lower_batch: Any = None
 
     @property
     def stats(self) -> Stats:
@@ -67,7 +72,8 @@ class Step:
 
     @property
     def has_large_damping(self) -> bool:
-        left = self.stats.damping_residual
+        stats = self.stats
+        left = stats.damping_residual if stats.damping_error is None else stats.damping_error
         return left is not None and left > LARGE and self._matters
 
     @property
@@ -91,19 +97,30 @@ class Step:
     @cached_property
     def lower_error(self) -> float:
         """How far y is off where its solve met a tolerance, by ‖∇y G‖ / curvature; else 0."""
-        return self.lower_distance if self.lower_converged else 0.0
+        return self.lower_distance if self.lower_converged and not self.is_settled else 0.0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what the error of y makes of h was measured, and is little."""
+        return self.stats.y_error is not None and self.stats.y_error <= CHANGED
 
     @cached_property
     def has_value_error(self) -> bool:
-        """Whether F(x, y*) is, to first order, another than F here."""
-        error = self.stats.value_error
-        if error is None or self.estimate.step is not None:
+        """Whether y is not the lower solution: by what h changes by, measured, or F to first order."""
+        stats = self.estimate.stats
+        if stats.value_error is None or self.estimate.step is not None:
             return False
-        if abs(error) <= LARGE * abs(float(self.estimate.value)):
+        return self.changes_value if stats.y_error is None else stats.y_error > CHANGED
+
+    @property
+    def changes_value(self) -> bool:
+        """Whether F(x, y*) is, to first order, another than F here."""
+        error = abs(self.estimate.stats.value_error or 0.0)
+        if error <= LARGE * abs(float(self.estimate.value)):
             return False
         # F may pass through zero, where nothing is small beside it: what it changes by with x is its scale
         scale = tree.norm(self.estimate.hypergradient) * tree.norm(self.x) if self.x else 0.0
-        return abs(error) > SMALL * scale
+        return error > SMALL * scale
 
     @property
     def unbounded_lower_error(self) -> float:
@@ -111,7 +128,7 @@ class Step:
 
         Where something restricts y, ∇y G need not vanish at y*, and says nothing of the distance.
         """
-        if self.lower is None or self.lower_converged is not None:
+        if self.lower is None or self.lower_converged is not None or self.is_settled:
             return 0.0
         restricted = self.lower.structure is not None and self.lower.structure.restrictions
         return 0.0 if restricted else self.lower_distance
@@ -121,6 +138,8 @@ class Step:
         """Whether y, short of a tolerance that rounding or a set may not let it meet, is good enough."""
         if self.stats.value_error is None or self.has_value_error or self.lower is None:
             return False
+        if self.is_settled:
+            return True
         if self.lower.structure is not None and self.lower.structure.restrictions:
             return not self.lower.stats.infeasible  # ∇y G need not vanish there
         return 0 < self.lower_distance <= SMALL * self.lower_size
@@ -128,7 +147,7 @@ class Step:
     @property
     def is_stuck(self) -> bool:
         """Whether the lower solve can go no further, with y far from where ∇y G vanishes."""
-        if self.lower is None or self.lower.stats.stopped != "stagnation":
+        if self.lower is None or self.is_settled or self.lower.stats.stopped != "stagnation":
             return False
         if self.lower.structure is not None and self.lower.structure.restrictions:
             return False
@@ -259,11 +278,8 @@ TABLE = (
         "damping",
         lambda step: step.has_large_damping,
         lambda step: (
-            "damping leaves the adjoint system, taken without it, with a relative residual of "
-            f"{step.stats.damping_residual:.2g}: the part of the hypergradient that goes through y is "
-            "off by as much, or by up to the condition number times that, except where G is flat in y "
-            "and in x; set estimator.damping to a smaller value, or look with bilevel check how far it "
-            "is off"
+            f"{_damped(step.stats)}; set estimator.damping to a smaller value, or look with bilevel "
+            "check how far it is off"
         ),
         unless=("curvature", "adjoint", "residual"),
     ),
@@ -379,18 +395,37 @@ def _violation(step: Step) -> float:
     return (step.lower and step.lower.stats.violation) or 0.0
 
 
-def _unsolved(step: Step) -> str:
+def _damped(stats: Stats) -> str:
+    if stats.damping_error is not None:
+        return f"with a tenth of the damping the hypergradient is another by {stats.damping_error:.2g} of it"
     return (
-        f"y is not the lower solution for this x: {_value_error(step)}; solve the lower level further, or "
-        f"pass the y that belongs to this x{_of_constraints(step)}"
+        "damping leaves the adjoint system, taken without it, with a relative residual of "
+        f"{stats.damping_residual:.2g}: the part of the hypergradient that goes through y is off by as "
+        "much, or by up to the condition number times that, except where G is flat in y and in x"
+    )
+
+
+def _unsolved(step: Step) -> str:
+    on, further = "", "solve the lower level further"
+    if step.lower_batch is not None:
+        on, further = " and this lower_batch", f"{further} on this batch"
+    return (
+        f"y is not the lower solution for this x{on}: {_value_error(step)}; {further}, or pass the y that "
+        f"belongs to this x{on}{_of_constraints(step)}"
     )
 
 
 def _value_error(step: Step) -> str:
-    error, value = step.stats.value_error or 0.0, float(step.estimate.value)
+    error, value, moved = step.stats.value_error or 0.0, float(step.estimate.value), ""
+    if step.stats.y_error is not None:
+        moved = f"nearer to that the hypergradient is another by {step.stats.y_error:.2g} of it"
+        if not step.changes_value:
+            return moved
+        moved = f"; {moved}"
     if abs(error) > abs(value):  # what first order says of it is no number to rely on
-        return f"F = {value:.3g} here, and is far from that at the lower solution"
-    return f"F = {value:.3g} here, and at the lower solution, to first order, {value - error:.3g}"
+        return f"F = {value:.3g} here, and is far from that at the lower solution{moved}"
+    there = f"{value - error:.3g}"
+    return f"F = {value:.3g} here, and at the lower solution, to first order, {there}{moved}"
 
 
 def _of_constraints(step: Step) -> str:
