@@ -147,7 +147,7 @@ class Step:
     @property
     def is_stuck(self) -> bool:
         """Whether the lower solve can go no further, with y far from where ∇y G vanishes."""
-        if self.lower is None or self.is_settled or self.lower.stats.stopped != "stagnation":
+        if self.lower is None or self.lower.stats.stopped != "stagnation" or self.is_settled:
             return False
         if self.lower.structure is not None and self.lower.structure.restrictions:
             return False
