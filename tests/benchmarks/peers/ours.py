@@ -79,9 +79,9 @@ class Stepping:
         self, make: Callable[[Any, int], Setup], task: Any, warm_up: int, steps: int = LONG
     ) -> None:
         self._make, self._task, self._warm_up, self._steps = make, task, warm_up, steps
-        self.again()
+        self.begin()
 
-    def again(self) -> None:
+    def begin(self) -> None:
         """From the start, which is not timed."""
         setup = self._make(self._task, self._steps)
         self._state = engine.start(setup)
@@ -100,9 +100,18 @@ class Stepping:
         return self.advance(self._task.steps)
 
 
-def steps_of(make: Callable[[Any, int], Setup], warm_up: int = WARM_UP) -> Prepared[Any]:
+class Again(Stepping):
+    """Those of a run that goes no further than a call: each is from the start."""
+
+    def again(self) -> None:
+        self.begin()
+
+
+def steps_of(
+    make: Callable[[Any, int], Setup], warm_up: int = WARM_UP, kind: type[Stepping] = Stepping
+) -> Prepared[Any]:
     return Prepared(
-        lambda task: Stepping(make, task, warm_up),
+        lambda task: kind(make, task, warm_up),
         lambda task: Stepping(make, task, warm_up, task.steps)(),
     )
 
@@ -151,17 +160,17 @@ METHODS = {
         "neumann": neumann,
         "one step": one_step,
         "products": Prepared(HoldsError),
-        "loop": steps_of(whole_loop),
+        "loop": steps_of(whole_loop, kind=Again),
         "maml": Prepared(maml_estimate),
         **dict.fromkeys(("soba", "saba", "srba"), STOCHASTIC),
     },
     "bilevel, compile: step": {
-        "loop": replayed(whole_loop),
+        "loop": replayed(whole_loop, kind=Again),
         **dict.fromkeys(("soba", "saba"), replayed(stochastic.setup)),
         "srba": replayed(stochastic.setup, **AFTER_PASSES),
     },
     "bilevel, compile: inductor": {
-        "loop": replayed(whole_loop, "inductor"),
+        "loop": replayed(whole_loop, "inductor", kind=Again),
         **dict.fromkeys(("soba", "saba"), replayed(stochastic.setup, "inductor")),
         "srba": replayed(stochastic.setup, "inductor", **AFTER_PASSES),
     },
