@@ -127,9 +127,11 @@ def refuse_empty_upper(x: Params) -> None:
 
 def _instead(levels: Levels) -> str:
     """The estimator that works wherever the one asked for does not."""
+    if "project_lower" in levels:
+        return "fixed_point"
     if "lower_constraints" in levels:
         return "kkt"
-    return "fixed_point" if "project_lower" in levels or "prox_lower" in levels else "implicit"
+    return "fixed_point" if "prox_lower" in levels else "implicit"
 
 
 def _refuse_ignored_prox(setup: Setup) -> None:

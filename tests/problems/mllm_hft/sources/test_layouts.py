@@ -97,7 +97,7 @@ def test_pictures_are_read_when_asked_for_and_of_any_size(tmp_path):
     assert [i.shape[2] for i in corpus.images[0:2]] == [10, 11]
     (tmp_path / "a.png").unlink()
     assert corpus.images[1].shape == (3, 10, 11)
-    with pytest.raises(ProblemError, match=r"a\.png: cannot be read"):
+    with pytest.raises(ProblemError, match=r"data\.jsonl:1: .*a\.png cannot be read"):
         corpus.images[0]
 
 
