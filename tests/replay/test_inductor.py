@@ -138,6 +138,11 @@ def test_the_compiler_itself():
         y = x + A @ long(A @ long(x)) + tall.T @ long(tall @ x) / MATRIX
         row, column = y.unsqueeze(0), y.unsqueeze(1)
         y = y + (row @ A)[0] + (A.T @ column)[:, 0] + (column @ row).sum(0) + (A @ A @ column)[:, 0]
+        low, at = (row.sin() + column).min(
+            1
+        )  # what gives several tensors, and what they are used for
+        y = y + low + at + torch.nn.functional.layer_norm(y, (3,))
+        y = y + torch.nn.functional.cross_entropy(row.cos() + column, torch.tensor([0, 2, 1]))
         return long(y) if y.sum().item() < 50 else y
 
     found, program = recorded(step)
